@@ -1,0 +1,29 @@
+"""The errors and warnings that users meet; each says what was wrong, where, and what to do next."""
+
+
+class UserError(ValueError):
+    """Something the user can mend; the command line prints it as one line and exits with code 2."""
+
+
+class UntieError(UserError):
+    """A model that cannot be untied as it stands, or a path that does not fit its model any more."""
+
+
+class RuleError(UserError):
+    """A rule that does not exist, or that is given settings or a network it cannot work with."""
+
+
+class DataError(UserError):
+    """A dataset that is missing, damaged or not what was asked for."""
+
+
+class ConfigError(UserError):
+    """A setting that does not exist or has a value that makes no sense."""
+
+
+class UnconvertedLayerWarning(UserWarning):
+    """Layers that own weights but have no untied form, so that their backward pass still uses W."""
+
+
+class KolenPollackWarning(UserWarning):
+    """An optimizer under which Kolen-Pollack feedback weights would not converge to the forward ones."""

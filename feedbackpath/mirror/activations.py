@@ -1,0 +1,160 @@
+"""Which activation follows a layer: mirror noise goes through W and then through it (equation 1)."""
+
+import operator
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATION_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
+    nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Tanhshrink,
+)  # fmt: skip
+ACTIVATION_FUNCTIONS: dict[Callable[..., Tensor], Activation] = {
+    function: function
+    for function in (
+        F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus, F.softsign,
+        F.hardtanh, F.hardsigmoid, F.hardswish, torch.relu, torch.tanh, torch.sigmoid, F.tanh, F.sigmoid,
+    )
+}  # fmt: skip
+ACTIVATION_METHODS: dict[str, Activation] = {
+    "relu": torch.relu, "relu_": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid
+}  # fmt: skip
+TRANSPARENT_MODULES = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    nn.Flatten, nn.Unflatten, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm,
+)  # fmt: skip
+TRANSPARENT_FUNCTIONS = (operator.add, operator.iadd, torch.add, torch.flatten, F.dropout, F.batch_norm)
+TRANSPARENT_METHODS = ("add", "add_", "flatten", "view", "reshape", "contiguous")
+
+
+def identity(x: Tensor) -> Tensor:
+    """Return ``x``: what follows a layer whose output no activation changes."""
+    return x
+
+
+def find_activations(model: nn.Module, names: Iterable[str]) -> dict[str, Activation]:
+    """Find the activation that follows each named layer, by tracing the model symbolically.
+
+    Norms, dropout, reshapes and sums with a shortcut on the way are passed over: in mirror mode the
+    shortcut is silent, and noise must not reach a norm's running statistics. A layer followed by anything
+    else (pooling, another layer, the output) has a linear output: its activation is the identity.
+
+    Args:
+        model: The whole model.
+        names: Paths of the layers to look for.
+
+    Returns:
+        What was found; layers that the trace does not reach, or whose output goes to different
+        activations, are absent.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+        >>> found = find_activations(net, ["0", "2"])
+        >>> found["0"](torch.tensor(100.0)), found["2"](torch.tensor(100.0))
+        (tensor(1.), tensor(100.))
+    """
+    wanted = set(names)
+    found = _find_in_encoder_layers(model, wanted)
+    traced: dict[str, list[Activation | None]] = {}
+    modules = dict(model.named_modules())
+    for node in _trace(model, wanted):
+        if node.op == "call_module" and node.target in wanted:
+            traced.setdefault(str(node.target), []).append(_follow(node, modules))
+    for name, activations in traced.items():
+        first = activations[0]
+        if first is not None and all(_is_same(first, other) for other in activations):
+            found.setdefault(name, first)
+    return found
+
+
+def _trace(model: nn.Module, wanted: set[str]) -> list[torch.fx.Node]:
+    """Return the nodes of the model's graph; none where Python's control flow hides it."""
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            is_inside = any(name.startswith(f"{module_qualified_name}.") for name in wanted)
+            is_torch = m.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential)
+            return module_qualified_name in wanted or is_torch or not is_inside
+
+    if "" in wanted:  # the model is one layer: nothing follows it
+        graph = torch.fx.Graph()
+        graph.call_module("", (graph.placeholder("x"),))
+        return list(graph.nodes)
+    try:
+        return list(Tracer().trace(model).nodes)
+    except Exception:
+        # Tracing runs the user's forward with stand-ins and can fail in as many ways as there are models;
+        # all mean the same here, and the caller says which layers' activations have to be given.
+        return []
+
+
+def _follow(node: torch.fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
+    """Return the activation that a node's value goes to next; None: several that differ."""
+    reached = [_activation_of(user, modules) for user in node.users] or [identity]
+    first = reached[0]
+    return first if all(_is_same(first, other) for other in reached) else None
+
+
+def _activation_of(user: torch.fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
+    if user.op == "call_module":
+        module = modules[str(user.target)]
+        if isinstance(module, ACTIVATION_MODULES):
+            # Not in place, whatever the module says: mirror mode still needs what came before.
+            return module.forward if not getattr(module, "inplace", False) else _out_of_place(module.forward)
+        return _follow(user, modules) if isinstance(module, TRANSPARENT_MODULES) else identity
+    if user.op == "call_function":
+        function = user.target
+        if function in ACTIVATION_FUNCTIONS:
+            return _with_arguments(ACTIVATION_FUNCTIONS[function], user)
+        return _follow(user, modules) if function in TRANSPARENT_FUNCTIONS else identity
+    if user.op == "call_method":
+        if user.target in ACTIVATION_METHODS:
+            return ACTIVATION_METHODS[str(user.target)]
+        return _follow(user, modules) if user.target in TRANSPARENT_METHODS else identity
+    return identity
+
+
+def _out_of_place(activation: Activation) -> Activation:
+    return lambda x: activation(x.clone())
+
+
+def _with_arguments(function: Callable[..., Tensor], node: torch.fx.Node) -> Activation:
+    """Bind the settings that the model calls a functional activation with (a slope, say)."""
+    settings = {key: value for key, value in node.kwargs.items() if key not in ("input", "inplace")}
+    positional = node.args[1:]
+    return (lambda x: function(x, *positional, **settings)) if settings or positional else function
+
+
+def _is_same(one: Activation | None, other: Activation | None) -> bool:
+    """Whether two activations agree on numbers that tell all of torch's activations apart."""
+    if one is None or other is None:
+        return one is other
+    probe = torch.tensor([-7.0, -2.0, -0.4, 0.3, 1.5, 8.0])
+    try:
+        with torch.no_grad():
+            return one is other or torch.equal(one(probe), other(probe))
+    except RuntimeError:  # PReLU with one slope a channel cannot take the probe
+        return False
+
+
+def _find_in_encoder_layers(model: nn.Module, wanted: set[str]) -> dict[str, Activation]:
+    """Read what torch's Transformer layers say of themselves: they cannot be traced.
+
+    ``linear1`` feeds the layer's activation; the projections and ``linear2`` have linear outputs.
+    """
+    found: dict[str, Activation] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            prefix = f"{name}." if name else ""
+            inside = (layer for layer in wanted if layer.startswith(prefix))
+            found |= {
+                layer: module.activation if layer == f"{prefix}linear1" else identity for layer in inside
+            }
+        elif isinstance(module, nn.MultiheadAttention):
+            found |= {layer: identity for layer in (name, f"{name}.out_proj") if layer in wanted}
+    return found

@@ -1,0 +1,183 @@
+"""The autograd functions: forward through W, backward through B.
+
+Each is the plain PyTorch operation going forward, so outputs are bit-identical. Going backward, with
+delta = dL/dy arriving from above (equation numbers of Akrout et al. 2019)::
+
+    dL/dx = delta sent back through B        equation 3: feedback alignment, and every rule here
+    dL/dW = delta x^T                        equation 4: the outer product, free of any weight
+    dL/dB = delta x^T                        equation 18: only where B asks for a gradient (Kolen-Pollack)
+
+W is never saved for the backward pass: there is nothing to transport it from. B has W's layout.
+"""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class ConvGeometry(NamedTuple):
+    """How a convolution walks over its input; the tuples hold one number for each spatial dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+
+def linear(x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x @ weight.T + bias``, whose backward pass sends delta through ``feedback``.
+
+    Args:
+        x: Input ``[..., in_features]``.
+        weight: Forward weight W ``[out_features, in_features]``.
+        feedback: Feedback weight B, laid out as W. It gets W's gradient if it requires one.
+        bias: Bias ``[out_features]``.
+
+    Returns:
+        Output ``[..., out_features]``.
+
+    Example:
+        >>> x = torch.ones(1, 2, requires_grad=True)
+        >>> linear(x, torch.zeros(3, 2), torch.full((3, 2), 2.0)).sum().backward()
+        >>> x.grad
+        tensor([[6., 6.]])
+    """
+    x, weight, bias = _cast_for_autocast(x, weight, bias)
+    return _apply(_Linear, x, weight, feedback, bias)
+
+
+def convolution(
+    x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, geometry: ConvGeometry
+) -> Tensor:
+    """Return the (transposed) convolution of ``x`` with ``weight``; delta goes back through ``feedback``.
+
+    Args:
+        x: Input ``[N, C_in, ...]`` with one to three spatial dimensions.
+        weight: ``[C_out, C_in / groups, ...]``; transposed: ``[C_in, C_out / groups, ...]``.
+        feedback: Feedback weight B, laid out as W. It gets W's gradient if it requires one.
+        bias: Bias ``[C_out]``.
+        geometry: Stride, padding, dilation, transposition and groups.
+
+    Returns:
+        Output ``[N, C_out, ...]``.
+
+    Example:
+        >>> geometry = ConvGeometry((1,), (0,), (1,), False, (0,), 1)
+        >>> x = torch.ones(1, 1, 3, requires_grad=True)
+        >>> convolution(x, torch.zeros(1, 1, 2), torch.ones(1, 1, 2), None, geometry).sum().backward()
+        >>> x.grad
+        tensor([[[1., 2., 1.]]])
+    """
+    x, weight, bias = _cast_for_autocast(x, weight, bias)
+    return _apply(_Convolution, x, weight, feedback, bias, *geometry)
+
+
+def _apply(function: Any, *inputs: Any) -> Tensor:
+    return cast(Tensor, function.apply(*inputs))
+
+
+def _cast_for_autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as autocast would cast the plain operation: autograd sees the casts and undoes them.
+
+    B is not cast here but in the backward pass, so that no low-precision copy of it is kept meanwhile.
+    """
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _give_to_both(
+    ctx: Any, grad_weight: Tensor | None, feedback_dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Hand the one outer product to W and to B, each only if it asks for it."""
+    if grad_weight is None:
+        return None, None
+    to_weight = grad_weight if ctx.needs_input_grad[1] else None
+    to_feedback = grad_weight.to(feedback_dtype) if ctx.needs_input_grad[2] else None
+    return to_weight, to_feedback
+
+
+class _Linear(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, feedback, _ = inputs
+        ctx.save_for_backward(x, feedback)
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> Gradients:
+        (delta,) = deltas
+        x, feedback = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = delta @ feedback.to(delta.dtype)
+        flat_delta = delta.reshape(-1, delta.shape[-1])
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            grad_weight = flat_delta.T @ x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[3]:
+            grad_bias = flat_delta.sum(0)
+        return grad_x, *_give_to_both(ctx, grad_weight, feedback.dtype), grad_bias
+
+
+class _Convolution(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        feedback: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        transposed: bool,
+        output_padding: tuple[int, ...],
+        groups: int,
+    ) -> Tensor:
+        return torch.convolution(
+            x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, feedback, bias, *geometry = inputs
+        ctx.save_for_backward(x, feedback)
+        ctx.geometry = ConvGeometry(*geometry)
+        ctx.bias_sizes = None if bias is None else bias.shape
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> Gradients:
+        (delta,) = deltas
+        x, feedback = ctx.saved_tensors
+        # One call, as in plain backprop, with B where W would be: a weight's gradient takes only its shape.
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            delta,
+            x,
+            feedback.to(delta.dtype),
+            ctx.bias_sizes,
+            *ctx.geometry,
+            (
+                ctx.needs_input_grad[0],
+                ctx.needs_input_grad[1] or ctx.needs_input_grad[2],
+                ctx.needs_input_grad[3],
+            ),
+        )
+        no_gradients = (None,) * len(ctx.geometry)
+        return grad_x, *_give_to_both(ctx, grad_weight, feedback.dtype), grad_bias, *no_gradients

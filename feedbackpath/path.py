@@ -1,0 +1,285 @@
+"""``untie`` and what it returns: the feedback path of a model."""
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from feedbackpath import alignment
+from feedbackpath.errors import RuleError, UnconvertedLayerWarning, UntieError
+from feedbackpath.layers import FeedbackLayer, UntiedWeight
+from feedbackpath.mirror import Mirror, MirrorMode
+from feedbackpath.rules import Clock, Rule, resolve_rule
+from feedbackpath.rules.kolen_pollack import check_optimizer
+from feedbackpath.surgery import list_weights, retie_layer, survey, untie_layer
+
+Activations = Mapping[str, Callable[[Tensor], Tensor]]
+
+
+def untie(
+    model: nn.Module,
+    rule: str | Rule,
+    *,
+    overrides: Mapping[str, str | Rule] | None = None,
+    strict: bool = False,
+    activations: Activations | None = None,
+    seed: int = 0,
+) -> "FeedbackPath":
+    """Give a model's layers feedback weights of their own, in place, and a rule that governs them.
+
+    Forward outputs stay bit-identical and parameters keep their identity. Make the optimizer, and wrap in
+    DDP or ``torch.compile``, afterwards.
+
+    Args:
+        model: Any model with Linear, Conv, ConvTranspose or MultiheadAttention layers.
+        rule: A rule or its name: ``"bp"``, ``"fa"``, ``"ss"``, ``"kp"``, ``"wm"``, ``"mirror-kp"``.
+        overrides: Glob patterns of layer paths to rules, such as ``{"fc": "bp"}``; the last match counts.
+        strict: Refuse a model with layers whose weights cannot be untied, instead of warning.
+        activations: Glob patterns of layer paths to the activation that follows (mirror mode needs it);
+            where not given it is found by tracing the model.
+        seed: Seed of everything random in the feedback path.
+
+    Returns:
+        The model's feedback path.
+
+    Raises:
+        UntieError: The model cannot be untied, or an override matches no layer.
+        RuleError: A rule does not exist, or mirror mode needs activations that cannot be found.
+
+    Warns:
+        UnconvertedLayerWarning: Names the layers that own weights and keep backprop's backward pass.
+
+    Example:
+        >>> import feedbackpath as fp
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> path = fp.untie(model, "kp", overrides={"2": "bp"})
+        >>> list(path.layers)
+        ['0', '2']
+    """
+    found = survey(model)
+    if found.unconverted:
+        named = ", ".join(f"{name!r} ({kind})" for name, kind in found.unconverted.items())
+        message = f"no untied form exists for {named}: errors still go back through the weights there"
+        if strict:
+            raise UntieError(f"{message}; replace these layers, or untie with strict=False")
+        warnings.warn(message, UnconvertedLayerWarning, stacklevel=2)
+    rules = _choose_rules(list(found.convertible), resolve_rule(rule), overrides or {})
+    path = FeedbackPath(model, found.convertible, rules, activations or {}, seed)
+    try:
+        path._start()
+    except BaseException:
+        path.retie()
+        raise
+    return path
+
+
+def _choose_rules(names: list[str], rule: Rule, overrides: Mapping[str, str | Rule]) -> dict[str, Rule]:
+    """Return the rule of each layer; a pattern that matches nothing is an error, not a silence."""
+    rules = dict.fromkeys(names, rule)
+    for pattern, override in overrides.items():
+        matches = fnmatch.filter(names, pattern)
+        if not matches:
+            raise UntieError(f"the override {pattern!r} matches no layer; layers are {', '.join(names)}")
+        rules |= dict.fromkeys(matches, resolve_rule(override))
+    return rules
+
+
+class FeedbackPath:
+    """The feedback path of an untied model: its feedback weights, their rules, and what can be asked of them.
+
+    Made by ``untie``.
+
+    Attributes:
+        model: The untied model.
+        layers: Layer paths to feedback layers.
+        rules: Layer paths to rules.
+        weights: Every untied weight; one parameter in several layers appears once for each of them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        rules: Mapping[str, Rule],
+        activations: Activations,
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.rules = dict(rules)
+        self.layers = {name: untie_layer(layer) for name, layer in layers.items()}
+        self.weights = [weight for name, layer in self.layers.items() for weight in list_weights(name, layer)]
+        self.clock = Clock(seed, MirrorMode(model, activations, seed))
+        self._groups: list[tuple[Rule, list[UntiedWeight]]] = []
+        self._first_versions: dict[int, tuple[int, int]] = {}
+
+    def _start(self) -> None:
+        """Make the feedback weights, one for each forward parameter, and let the rules fill them."""
+        governed: dict[int, tuple[Rule, nn.Parameter | None]] = {}
+        for weight in self.weights:
+            rule = self.rules[_layer_name(weight, self.layers)]
+            known_rule, feedback = governed.setdefault(
+                id(weight.weight), (rule, _make_feedback(weight.weight, rule))
+            )
+            if known_rule != rule:
+                raise UntieError(
+                    f"{weight.name!r} shares its weight with a layer under another rule "
+                    f"({known_rule.name}, {rule.name}); give both the same rule"
+                )
+            setattr(weight.layer, weight.feedback_name, feedback)
+        for rule, group in self._group_by_rule().items():
+            self._groups.append((rule, group))
+            rule.start(group, self.clock)
+        self._first_versions = {id(w.weight): (w.weight._version, w.feedback._version) for w in self.weights}
+
+    def _group_by_rule(self) -> dict[Rule, list[UntiedWeight]]:
+        """Group weights by rule, each parameter once."""
+        groups: dict[Rule, list[UntiedWeight]] = {}
+        seen: set[int] = set()
+        for weight in self.weights:
+            if id(weight.weight) not in seen:
+                seen.add(id(weight.weight))
+                groups.setdefault(self.rules[_layer_name(weight, self.layers)], []).append(weight)
+        return groups
+
+    def step(self) -> None:
+        """Do what the rules do after an update of the forward weights: mirror, take signs, or nothing.
+
+        Call it after ``optimizer.step()``.
+
+        Raises:
+            RuleError: At the first step: the optimizer has left Kolen-Pollack feedback weights out.
+        """
+        if self.clock.steps == 0:
+            self._refuse_forgotten_feedback()
+        for rule, group in self._groups:
+            rule.step(group, self.clock)
+        self.clock.steps += 1
+
+    def mirror(self, steps: int | None = None, settings: Mirror | None = None) -> None:
+        """Go into mirror mode by hand: before training, in a pause, at any time.
+
+        Args:
+            steps: Passes through all layers; None: as many as a first mirroring takes.
+            settings: How to mirror; None: as the layer's rule does, or by default settings.
+
+        Raises:
+            UntieError: Every layer is under backprop: there is nothing to mirror into.
+        """
+        groups = [(rule, group) for rule, group in self._groups if rule.feedback_kind != "tied"]
+        if not groups:
+            raise UntieError("nothing to mirror: every layer is under backprop, where B is W itself")
+        for rule, group in groups:
+            how = settings or _mirror_settings(rule) or Mirror()
+            self.clock.mirror.run(group, how, how.memory_passes if steps is None else steps)
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether a rule of this path uses mirror mode, and gains from ``path.mirror()`` before training."""
+        return any(_mirror_settings(rule) for rule, _ in self._groups)
+
+    def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """Yield (name, forward weight, feedback weight) of every untied weight, both in W's layout."""
+        for weight in self.weights:
+            yield weight.name, weight.weight, weight.feedback
+
+    def matrix_angles(self) -> dict[str, float]:
+        """Return each weight's angle between B and W, in degrees."""
+        return alignment.matrix_angles(self.weights)
+
+    def gains(self) -> dict[str, float]:
+        """Return each weight's gain <B, W> / <W, W>: 1 when B has W's size along W."""
+        return alignment.gains(self.weights)
+
+    def delta_angles(self, compute_loss: Callable[[], Tensor]) -> dict[str, float]:
+        """Return each layer's angle between its delta through B and through W, in degrees.
+
+        Args:
+            compute_loss: Runs the model forward and returns the loss, a scalar. Gradients, running
+                statistics and random numbers are left as they were.
+        """
+        return alignment.delta_angles(self.weights, self.model, compute_loss)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Clip gradients by their norm without counting Kolen-Pollack feedback weights twice.
+
+        The norm is that of the forward parameters alone, as in backprop; all gradients, B's too, are
+        scaled by the same factor, so that W and B stay on one course.
+
+        Returns:
+            The norm before clipping, of all forward gradients taken as one vector.
+        """
+        learned = {id(weight.feedback) for weight in self._learned_weights()}
+        with_gradient = [p for p in self.model.parameters() if p.grad is not None]
+        forward = [p.grad for p in with_gradient if id(p) not in learned and p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(forward, norm_type)
+        torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
+        return norm
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """See that an optimizer suits the rules: Kolen-Pollack needs W and B treated alike, and decay.
+
+        Raises:
+            RuleError: A feedback weight is not in the optimizer, or treated differently from its W.
+
+        Warns:
+            KolenPollackWarning: No weight decay: W - B will not shrink.
+        """
+        check_optimizer([w for w in self._learned_weights() if w.weight.requires_grad], optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resuming needs beyond the model's own state: how far the rules have come."""
+        return {"seed": self.clock.seed, "steps": self.clock.steps, "passes": self.clock.mirror.passes}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the state that ``state_dict`` returned."""
+        self.clock.seed = self.clock.mirror.seed = state["seed"]
+        self.clock.steps, self.clock.mirror.passes = state["steps"], state["passes"]
+
+    def retie(self) -> nn.Module:
+        """Give back plain torch modules, with the forward weights as they are now; return the model.
+
+        Raises:
+            UntieError: The path has been retied before.
+        """
+        if not all(isinstance(layer, FeedbackLayer) for layer in self.layers.values()):
+            raise UntieError("this path has been retied already")
+        for layer in self.layers.values():
+            retie_layer(layer)
+        return self.model
+
+    def _learned_weights(self) -> list[UntiedWeight]:
+        return [w for rule, group in self._groups if rule.feedback_kind == "learned" for w in group]
+
+    def _refuse_forgotten_feedback(self) -> None:
+        """Refuse an optimizer that has updated W and not B: it was made before ``untie``, most likely."""
+        forgotten = []
+        for weight in self._learned_weights():
+            versions = (weight.weight._version, weight.feedback._version)
+            before = self._first_versions[id(weight.weight)]
+            if versions[0] > before[0] and versions[1] == before[1]:
+                forgotten.append(repr(weight.name))
+        if forgotten:
+            raise RuleError(
+                "the optimizer updates the forward weights but not the feedback weights of "
+                f"{', '.join(forgotten)}; make it after untie, from model.parameters()"
+            )
+
+
+def _make_feedback(weight: nn.Parameter, rule: Rule) -> nn.Parameter | None:
+    """Allocate B like W: the same shape, dtype, device and memory format; None where B is W itself."""
+    if rule.feedback_kind == "tied":
+        return None
+    learns = rule.feedback_kind == "learned" and weight.requires_grad
+    return nn.Parameter(torch.empty_like(weight), requires_grad=learns)
+
+
+def _mirror_settings(rule: Rule) -> Mirror | None:
+    settings = getattr(rule, "mirror", None)
+    return settings if isinstance(settings, Mirror) else None
+
+
+def _layer_name(weight: UntiedWeight, layers: Mapping[str, FeedbackLayer]) -> str:
+    return weight.name if weight.name in layers else weight.name.rpartition(".")[0]

@@ -1,0 +1,68 @@
+"""What a rule is: how feedback weights begin, and what happens to them after each update of W."""
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import ClassVar, Literal, Protocol
+
+import torch
+
+from feedbackpath.layers import UntiedWeight
+from feedbackpath.mirror.mode import MirrorMode
+
+FeedbackKind = Literal["tied", "own", "learned"]
+
+
+class Rule(Protocol):
+    """How the feedback weights come about.
+
+    Attributes:
+        name: Short name, as on the command line.
+        feedback_kind: ``"tied"``: B is W itself (backprop); ``"own"``: B is a tensor that only the rule
+            changes; ``"learned"``: B gets W's gradient and the optimizer updates it (Kolen-Pollack).
+    """
+
+    name: ClassVar[str]
+    feedback_kind: ClassVar[FeedbackKind]
+
+    def start(self, weights: Sequence[UntiedWeight], clock: "Clock") -> None:
+        """Give every feedback weight its first value; called once, by ``untie``."""
+
+    def step(self, weights: Sequence[UntiedWeight], clock: "Clock") -> None:
+        """Do what follows an update of W; called by ``path.step()``, after ``optimizer.step()``."""
+
+
+class Clock:
+    """What a rule may know of its path: the seed, the steps taken, and mirror mode.
+
+    Attributes:
+        seed: Seed of everything random in the feedback path.
+        steps: How many times ``path.step()`` has been called.
+        mirror: Mirror mode of this path.
+    """
+
+    def __init__(self, seed: int, mirror: MirrorMode) -> None:
+        self.seed = seed
+        self.steps = 0
+        self.mirror = mirror
+
+    def generator(self, weight: UntiedWeight, purpose: str) -> torch.Generator:
+        """Return random numbers of this weight, purpose and step alone, apart from the global ones.
+
+        The same on every process, and after a resume the same again.
+        """
+        key = f"{self.seed}/{purpose}/{self.steps}/{weight.name}/{weight.feedback_name}"
+        generator = torch.Generator(weight.feedback.device)
+        return generator.manual_seed(zlib.crc32(key.encode()))
+
+
+def draw_feedback(weights: Sequence[UntiedWeight], clock: Clock) -> None:
+    """Draw every feedback weight from N(0, 2 / fan_out), never looking at W.
+
+    That is He initialisation (He et al. 2015, equation 14) for signals that flow backward through
+    ReLUs. The paper leaves the law of the initial B open.
+    """
+    with torch.no_grad():
+        for weight in weights:
+            std = math.sqrt(2.0 / weight.fan_out)
+            weight.feedback.normal_(0.0, std, generator=clock.generator(weight, "draw_feedback"))

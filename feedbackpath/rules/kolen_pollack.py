@@ -1,0 +1,87 @@
+"""Kolen-Pollack learning (KP): B is updated as W is, and decay makes their difference vanish.
+
+Akrout et al. 2019, equations 16 and 17 (Kolen & Pollack 1994), in W's layout::
+
+    dW = -eta delta y^T - lambda W
+    dB = -eta delta y^T - lambda B        so W - B shrinks by (1 - lambda) a step
+
+Each synapse of B computes the product from its own two signals. The optimizer does the updates: with B
+among its parameters, treated as W is, any elementwise optimizer keeps W and B on the same course.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from feedbackpath.errors import KolenPollackWarning, RuleError
+from feedbackpath.layers import UntiedWeight
+from feedbackpath.rules.base import Clock, FeedbackKind, draw_feedback
+
+
+@dataclass(frozen=True)
+class KolenPollack:
+    """Give B the gradient of W; weight decay does the rest.
+
+    Make the optimizer after ``untie``, from ``model.parameters()``. With SGD of learning rate lr, momentum
+    mu and L2 penalty wd in the gradient, W - B shrinks e-fold in (1 - mu) / (lr wd) steps; without
+    weight decay it never does.
+
+    Example:
+        >>> import feedbackpath as fp
+        >>> model = torch.nn.Linear(3, 2)
+        >>> path = fp.untie(model, "kp")
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> bool((model.feedback.grad == model.weight.grad).all())
+        True
+    """
+
+    name: ClassVar[str] = "kp"
+    feedback_kind: ClassVar[FeedbackKind] = "learned"
+
+    def start(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+        """Draw every B at random."""
+        draw_feedback(weights, clock)
+
+    def step(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+        """Do nothing: the optimizer has updated B."""
+
+
+def check_optimizer(weights: Sequence[UntiedWeight], optimizer: torch.optim.Optimizer) -> None:
+    """See that an optimizer treats W and B alike and lets their difference decay.
+
+    Args:
+        weights: The weights under Kolen-Pollack learning.
+        optimizer: The optimizer that is to update them.
+
+    Raises:
+        RuleError: A feedback weight is not in the optimizer, or its group's settings differ from W's.
+
+    Warns:
+        KolenPollackWarning: No weight decay: W - B stays as it is for ever.
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for weight in weights:
+        if id(weight.weight) not in groups:
+            continue
+        if id(weight.feedback) not in groups:
+            raise RuleError(
+                f"Kolen-Pollack: the optimizer has the forward weight of {weight.name!r} but not its "
+                "feedback weight; make it after untie, from model.parameters()"
+            )
+        forward, feedback = groups[id(weight.weight)], groups[id(weight.feedback)]
+        differing = [key for key in forward if key != "params" and forward[key] != feedback.get(key)]
+        if differing:
+            raise RuleError(
+                f"Kolen-Pollack: the optimizer treats the weights of {weight.name!r} differently "
+                f"({', '.join(differing)}); put W and B in groups with the same settings"
+            )
+        if not feedback.get("weight_decay"):
+            warnings.warn(
+                f"Kolen-Pollack without weight decay: W - B of {weight.name!r} will not shrink; "
+                "give the optimizer weight_decay > 0",
+                KolenPollackWarning,
+                stacklevel=3,
+            )

@@ -1,0 +1,48 @@
+"""Mirror once, then Kolen-Pollack: start with B = W, and KP keeps it so.
+
+Akrout et al. 2019 suggest both halves and do not join them: equations 5-7 (the mirror) make B agree with W
+once, "in utero"; equations 16 and 17 (Kolen-Pollack) then keep it so, for equal updates keep equals equal. No
+further mirroring, no waiting for weight decay: training follows backprop's own course.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from feedbackpath.layers import UntiedWeight
+from feedbackpath.mirror.mode import Mirror
+from feedbackpath.rules.base import Clock, FeedbackKind, draw_feedback
+
+
+@dataclass(frozen=True)
+class MirrorKolenPollack:
+    """Mirror before training, then give B the gradient of W.
+
+    Call ``path.mirror()`` before the first step; else the first ``path.step()`` does it. Unlike plain KP
+    it does not need weight decay, though decay heals what the mirror left.
+
+    Args:
+        mirror: Settings of the one mirroring; by default orthogonal codes: exact behind ReLUs, and so
+            weak that any smooth activation is linear to them.
+
+    Example:
+        >>> import feedbackpath as fp
+        >>> path = fp.untie(torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.ReLU()), "mirror-kp")
+        >>> path.mirror()
+        >>> path.matrix_angles()["0"] < 0.01
+        True
+    """
+
+    name: ClassVar[str] = "mirror-kp"
+    feedback_kind: ClassVar[FeedbackKind] = "learned"
+    mirror: Mirror = field(default_factory=lambda: Mirror(noise="orthogonal", sigma=0.01))
+
+    def start(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+        """Draw every B at random; see that every layer's activation is known."""
+        draw_feedback(weights, clock)
+        clock.mirror.find_activations(weights)
+
+    def step(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+        """Mirror if nothing has been mirrored yet; from then on the optimizer does it all."""
+        if clock.mirror.passes == 0:
+            clock.mirror.run(weights, self.mirror, self.mirror.memory_passes)

@@ -1,0 +1,89 @@
+"""Sign-symmetry (SS): B has the signs of W, and sizes of its own.
+
+Liao, Leibo & Poggio 2016; Moskovitz et al. 2018 and Xiao et al. 2019 are the forms that Akrout et al. 2019
+compare with. B = M * sign(W), refreshed after every update of W: one bit a weight is transported.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from feedbackpath.errors import RuleError
+from feedbackpath.layers import UntiedWeight
+from feedbackpath.rules.base import Clock, FeedbackKind
+
+
+@dataclass(frozen=True)
+class SignSymmetry:
+    r"""Let each feedback weight have its forward weight's sign: ``B = M * sign(W)``.
+
+    Args:
+        magnitude: What M is.
+            ``"uniform"``: the same for all weights of a layer (Xiao et al. 2019; uSF of Moskovitz et al.);
+            ``"fixed"``: \|N(0, scale^2)\|, drawn once (frSF);
+            ``"batchwise"``: \|N(0, scale^2)\|, drawn anew after each update (brSF).
+        scale: ``"he"``: sqrt(2 / fan_out), which is sqrt(2 / (k k C_out)) for a convolution;
+            ``"xavier"``: sqrt(2 / (fan_in + fan_out)).
+
+    The paper says only that "the signs of the forward and feedback weights, not necessarily their values,
+    must correspond" and cites both sources; we assume ``"uniform"`` with ``"he"``, the form of the one it
+    compares its numbers with. Sending the last layer's delta by backprop, as some public versions do, is
+    ``overrides={"fc": "bp"}``.
+
+    Example:
+        >>> import feedbackpath as fp
+        >>> path = fp.untie(torch.nn.Linear(8, 4), fp.SignSymmetry(magnitude="fixed"))
+        >>> ((_, W, B),) = path.pairs()
+        >>> bool((B.sign() == W.sign()).all())
+        True
+    """
+
+    name: ClassVar[str] = "ss"
+    feedback_kind: ClassVar[FeedbackKind] = "own"
+    magnitude: Literal["uniform", "fixed", "batchwise"] = "uniform"
+    scale: Literal["he", "xavier"] = "he"
+
+    def __post_init__(self) -> None:
+        """Refuse settings that do not exist."""
+        for value, known in (
+            (self.magnitude, ("uniform", "fixed", "batchwise")),
+            (self.scale, ("he", "xavier")),
+        ):
+            if value not in known:
+                raise RuleError(f"SignSymmetry: {value!r} is not one of {', '.join(known)}")
+
+    def start(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+        """Give every B its magnitudes, then the signs of W."""
+        with torch.no_grad():
+            for weight in weights:
+                self._draw_magnitudes(weight, clock)
+                self._take_signs(weight)
+
+    def step(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+        """Give every B the signs that W has now."""
+        with torch.no_grad():
+            for weight in weights:
+                if self.magnitude == "batchwise":
+                    self._draw_magnitudes(weight, clock)
+                self._take_signs(weight)
+
+    def _draw_magnitudes(self, weight: UntiedWeight, clock: Clock) -> None:
+        fans = weight.fan_out if self.scale == "he" else weight.fan_in + weight.fan_out
+        size = math.sqrt(2.0 / fans)
+        if self.magnitude == "uniform":
+            weight.feedback.fill_(size)
+        else:
+            weight.feedback.normal_(0.0, size, generator=clock.generator(weight, "sign_symmetry"))
+
+    @staticmethod
+    def _take_signs(weight: UntiedWeight) -> None:
+        """Put the signs of W on the magnitudes that B holds; a weight of exactly 0 counts as positive.
+
+        So the magnitude outlives a weight that is 0 for a while: no second tensor need remember it.
+        """
+        sizes: Tensor = weight.feedback
+        torch.copysign(sizes, weight.weight, out=sizes)
