@@ -1,30 +1,37 @@
-"""feedbackpath: deep learning without weight transport, for PyTorch."""
+"""feedbackpath: deep learning without weight transport, for PyTorch.
 
-from feedbackpath.errors import (
-    ConfigError,
-    DataError,
-    KolenPollackWarning,
-    RuleError,
-    UnconvertedLayerWarning,
-    UntieError,
-    UserError,
-)
-from feedbackpath.layers import UntiedWeight
-from feedbackpath.mirror import Mirror
-from feedbackpath.path import FeedbackPath, untie
-from feedbackpath.rules import (
-    RULES,
-    Backprop,
-    Clock,
-    FeedbackAlignment,
-    KolenPollack,
-    MirrorKolenPollack,
-    Rule,
-    SignSymmetry,
-    WeightMirror,
-    draw_feedback,
-    register_rule,
-)
+Names are looked up when first used, so that ``feedbackpath --help`` answers without importing torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from feedbackpath.errors import (
+        ConfigError,
+        DataError,
+        KolenPollackWarning,
+        RuleError,
+        UnconvertedLayerWarning,
+        UntieError,
+        UserError,
+    )
+    from feedbackpath.layers import UntiedWeight
+    from feedbackpath.mirror import Mirror
+    from feedbackpath.path import FeedbackPath, untie
+    from feedbackpath.rules import (
+        RULES,
+        Backprop,
+        Clock,
+        FeedbackAlignment,
+        KolenPollack,
+        MirrorKolenPollack,
+        Rule,
+        SignSymmetry,
+        WeightMirror,
+        draw_feedback,
+        register_rule,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,3 +58,18 @@ __all__ = [
     "register_rule",
     "untie",
 ]
+_HOMES = ("errors", "layers", "mirror", "path", "rules")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for home in _HOMES:
+            module = importlib.import_module(f"feedbackpath.{home}")
+            if hasattr(module, name):
+                globals()[name] = getattr(module, name)
+                return globals()[name]
+    raise AttributeError(f"module 'feedbackpath' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -57,12 +57,12 @@ class Clock:
 
 
 def draw_feedback(weights: Sequence[UntiedWeight], clock: Clock) -> None:
-    """Draw every feedback weight from N(0, 2 / fan_out), never looking at W.
+    """Draw every feedback weight from N(0, 2 / (fan_in + fan_out)), never looking at W.
 
-    That is He initialisation (He et al. 2015, equation 14) for signals that flow backward through
-    ReLUs. The paper leaves the law of the initial B open.
+    That is Glorot & Bengio's law (2010, equation 12) for weights that signals cross both ways. The paper
+    leaves the law of the initial B open.
     """
     with torch.no_grad():
         for weight in weights:
-            std = math.sqrt(2.0 / weight.fan_out)
+            std = math.sqrt(2.0 / (weight.fan_in + weight.fan_out))
             weight.feedback.normal_(0.0, std, generator=clock.generator(weight, "draw_feedback"))

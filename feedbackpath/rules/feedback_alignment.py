@@ -15,7 +15,7 @@ from feedbackpath.rules.base import Clock, FeedbackKind, draw_feedback
 class FeedbackAlignment:
     """Draw B once and leave it; W may learn to agree with it.
 
-    The paper leaves the law of B open: here N(0, 2 / fan_out) (see ``draw_feedback``).
+    The paper leaves the law of B open: here N(0, 2 / (fan_in + fan_out)) (see ``draw_feedback``).
 
     Example:
         >>> import feedbackpath as fp

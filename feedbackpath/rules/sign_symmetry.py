@@ -26,12 +26,12 @@ class SignSymmetry:
             ``"uniform"``: the same for all weights of a layer (Xiao et al. 2019; uSF of Moskovitz et al.);
             ``"fixed"``: \|N(0, scale^2)\|, drawn once (frSF);
             ``"batchwise"``: \|N(0, scale^2)\|, drawn anew after each update (brSF).
-        scale: ``"he"``: sqrt(2 / fan_out), which is sqrt(2 / (k k C_out)) for a convolution;
-            ``"xavier"``: sqrt(2 / (fan_in + fan_out)).
+        scale: ``"xavier"``: sqrt(2 / (fan_in + fan_out));
+            ``"he"``: sqrt(2 / fan_out), which is sqrt(2 / (k k C_out)) for a convolution.
 
     The paper says only that "the signs of the forward and feedback weights, not necessarily their values,
-    must correspond" and cites both sources; we assume ``"uniform"`` with ``"he"``, the form of the one it
-    compares its numbers with. Sending the last layer's delta by backprop, as some public versions do, is
+    must correspond" and cites both sources; we assume ``"uniform"``, the form of the one it compares
+    its numbers with, and Glorot & Bengio's scale, as for every random B here. Sending the last layer's delta by backprop, as some public versions do, is
     ``overrides={"fc": "bp"}``.
 
     Example:
@@ -45,13 +45,13 @@ class SignSymmetry:
     name: ClassVar[str] = "ss"
     feedback_kind: ClassVar[FeedbackKind] = "own"
     magnitude: Literal["uniform", "fixed", "batchwise"] = "uniform"
-    scale: Literal["he", "xavier"] = "he"
+    scale: Literal["xavier", "he"] = "xavier"
 
     def __post_init__(self) -> None:
         """Refuse settings that do not exist."""
         for value, known in (
             (self.magnitude, ("uniform", "fixed", "batchwise")),
-            (self.scale, ("he", "xavier")),
+            (self.scale, ("xavier", "he")),
         ):
             if value not in known:
                 raise RuleError(f"SignSymmetry: {value!r} is not one of {', '.join(known)}")

@@ -1,0 +1,243 @@
+"""What a dataset is, how an epoch is cut into minibatches, and splits held in memory."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from feedbackpath.data.counter import permutation, uniform
+from feedbackpath.errors import DataError
+
+Augmentation = Callable[[Tensor, Tensor], Tensor]
+"""From images `[N, C, H, W]` and numbers in [0, 1) `[N, 3]` to images of the same shape."""
+
+
+class Split(Protocol):
+    """Samples that are each a pure function of (seed, epoch, index)."""
+
+    def __len__(self) -> int:
+        """Return the number of samples of an epoch."""
+        ...
+
+    def batch(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return some samples of an epoch; the others of a batch do not matter.
+
+        Args:
+            indices: Which, int64 `[N]`, each in [0, len(self)).
+            epoch: The epoch, at least 0; a split without augmentation is the same in every one.
+
+        Returns:
+            Inputs, float32 `[N, C, H, W]`, and labels, int64 `[N]`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A classification task.
+
+    Attributes:
+        name: Its name in `DATASETS`.
+        num_classes: How many classes.
+        sample_shape: `(C, H, W)` of a sample.
+        train: What to learn from.
+        validation: What to choose hyperparameters by; the same samples whatever the seed.
+        test: What to report; the same samples whatever the seed.
+        facts: Where it came from, its checksum and its sizes, ready for JSON.
+    """
+
+    name: str
+    num_classes: int
+    sample_shape: tuple[int, int, int]
+    train: Split
+    validation: Split
+    test: Split
+    facts: dict[str, Any]
+
+
+def minibatches(
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    shuffle: bool,
+    num_samples: int | None = None,
+    start: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Iterate over an epoch, in an order that is a pure function of (seed, epoch).
+
+    The last batch may be short. When shuffling, which is for training, it is left out if it would hold
+    a single sample, on which batch normalisation cannot compute a variance; evaluation sees every sample.
+
+    Args:
+        split: The samples.
+        batch_size: Samples a batch.
+        seed: Chooses the orders.
+        epoch: Which epoch, at least 0.
+        shuffle: Whether to shuffle; otherwise the samples come in the order of their indices.
+        num_samples: Stop after this many samples of the epoch's order; all of them by default.
+        start: Samples of the epoch's order that were consumed already, to resume in mid-epoch.
+
+    Returns:
+        An iterator over inputs, float32 `[N, C, H, W]`, and labels, int64 `[N]`.
+
+    Raises:
+        ValueError: If `batch_size` is below 1, or `num_samples` or `start` is outside the split.
+
+    Example:
+        >>> from feedbackpath.data import load_dataset
+        >>> train = load_dataset("digits").train
+        >>> batches = minibatches(train, batch_size=500, seed=0, epoch=0, shuffle=True)
+        >>> [tuple(x.shape) for x, y in batches]
+        [(500, 1, 8, 8), (500, 1, 8, 8), (200, 1, 8, 8)]
+    """
+    stop = len(split) if num_samples is None else num_samples
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    if not 0 <= start <= stop <= len(split):
+        raise ValueError(
+            f"samples {start} to {stop} were asked for; an epoch of this split has {len(split)}: "
+            "choose 0 <= start <= num_samples <= len(split)"
+        )
+    order = permutation(len(split), seed, epoch) if shuffle else torch.arange(len(split))
+    batches = torch.split(order[start:stop], batch_size) if start < stop else ()
+    return (split.batch(batch, epoch) for batch in batches if not shuffle or len(batch) >= min(2, batch_size))
+
+
+def stream_positions(indices: Tensor, epoch: int, samples_per_epoch: int, num_items: int) -> Tensor:
+    """Map the samples of an epoch onto a list of items that is walked round and round, epoch after epoch.
+
+    Every item comes up equally often in the long run, whether an epoch is shorter or longer than the list.
+
+    Raises:
+        IndexError: If an index is outside [0, samples_per_epoch).
+
+    Example:
+        >>> stream_positions(torch.arange(3), epoch=1, samples_per_epoch=3, num_items=5)
+        tensor([3, 4, 0])
+    """
+    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < samples_per_epoch:
+        raise IndexError(f"a sample index is outside [0, {samples_per_epoch}), the samples of an epoch")
+    return (indices + epoch * samples_per_epoch) % num_items
+
+
+def check_samples_per_epoch(samples_per_epoch: int | None, *, default: int) -> int:
+    """Return the number of samples asked for, or the default, and refuse one below 1.
+
+    Raises:
+        DataError: If it is below 1.
+    """
+    if samples_per_epoch is None:
+        return default
+    if samples_per_epoch < 1:
+        raise DataError(f"samples_per_epoch is {samples_per_epoch}; it must be at least 1")
+    return samples_per_epoch
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySplit:
+    """Images held in memory as bytes, normalised, and perhaps augmented, when asked for.
+
+    Attributes:
+        images: uint8 `[M, C, H, W]`.
+        labels: int64 `[M]`.
+        mean: Subtracted from the bytes, `[C, 1, 1]`.
+        std: What the difference is divided by, `[C, 1, 1]`.
+        samples_per_epoch: Samples an epoch; where it is not M, epochs walk through the images in turn.
+        seed: Chooses the augmentation.
+        augment: Changes a batch of bytes before it is normalised.
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: Tensor
+    std: Tensor
+    samples_per_epoch: int
+    seed: int = 0
+    augment: Augmentation | None = None
+
+    def __len__(self) -> int:
+        return self.samples_per_epoch
+
+    def batch(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return some samples of an epoch: see `Split.batch`."""
+        rows = stream_positions(indices, epoch, self.samples_per_epoch, len(self.images))
+        images = self.images[rows]
+        if self.augment is not None:
+            images = self.augment(images, uniform(indices, 3, self.seed, epoch))
+        return (images.float() - self.mean) / self.std, self.labels[rows]
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages:
+    """Images, uint8 `[M, C, H, W]`, and their labels, int64 `[M]`."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __getitem__(self, rows: Tensor | slice) -> "LabelledImages":
+        return LabelledImages(self.images[rows], self.labels[rows])
+
+
+def array_dataset(
+    name: str,
+    *,
+    train: LabelledImages,
+    validation: LabelledImages,
+    test: LabelledImages,
+    num_classes: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    source: str,
+    seed: int,
+    samples_per_epoch: int | None,
+    augment: Augmentation | None = None,
+) -> Dataset:
+    """Make a dataset of images held in memory.
+
+    Args:
+        name: Its name in `DATASETS`.
+        train: Images to learn from.
+        validation: Images to choose hyperparameters by.
+        test: Images to report on.
+        num_classes: How many classes.
+        mean: Of the bytes, one number a channel.
+        std: Of the bytes, one number a channel.
+        source: Where the images were read.
+        seed: Chooses the training augmentation.
+        samples_per_epoch: Training samples an epoch; all of them by default.
+        augment: For the training images only.
+    """
+    digest = hashlib.sha256()
+    for part in (train, validation, test):
+        digest.update(part.images.contiguous().numpy().data)
+        digest.update(part.labels.contiguous().numpy().data)
+    centre, spread = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+
+    def split(part: LabelledImages) -> ArraySplit:
+        return ArraySplit(part.images, part.labels, centre, spread, len(part.images))
+
+    num_samples = check_samples_per_epoch(samples_per_epoch, default=len(train.images))
+    _, channels, height, width = train.images.shape
+    return Dataset(
+        name,
+        num_classes,
+        (channels, height, width),
+        train=replace(split(train), samples_per_epoch=num_samples, seed=seed, augment=augment),
+        validation=split(validation),
+        test=split(test),
+        facts={
+            "source": source,
+            "checksum": digest.hexdigest(),
+            "samples_per_epoch": num_samples,
+            "sizes": {
+                "train": len(train.images),
+                "validation": len(validation.images),
+                "test": len(test.images),
+            },
+        },
+    )

@@ -1,0 +1,84 @@
+"""Plain networks with no learning rule inside, and the table of their names."""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from math import prod
+from typing import get_args
+
+from torch import nn
+
+from feedbackpath.models.lenet import LeNet
+from feedbackpath.models.mlp import MLP
+from feedbackpath.models.resnet import BasicBlock, Bottleneck, Norm, ResNet
+from feedbackpath.models.resnet_cifar import CifarResNet
+
+__all__ = ["MLP", "MODELS", "CifarResNet", "LeNet", "Norm", "ResNet", "build_model"]
+
+Builder = Callable[[tuple[int, int, int], int, Norm], nn.Module]
+"""Makes a model from the shape ``(C, H, W)`` of a sample, the number of classes and BatchNorm's place."""
+
+
+def build_model(
+    name: str, *, sample_shape: tuple[int, int, int], num_classes: int, norm: Norm = "after"
+) -> nn.Module:
+    """Build the network called ``name`` with fresh weights from PyTorch's random generator.
+
+    Args:
+        name: A key of `MODELS`.
+        sample_shape: Shape of one sample, ``(C, H, W)``.
+        num_classes: Number of outputs.
+        norm: BatchNorm "after" or "before" the ReLU; no matter in ``mlp`` and ``lenet``, which have none.
+
+    Returns:
+        The network, mapping ``[N, C, H, W]`` to ``[N, num_classes]``.
+
+    Raises:
+        ValueError: If the name is unknown or the network cannot take such samples.
+
+    Example:
+        >>> model = build_model("resnet8", sample_shape=(1, 28, 28), num_classes=10)
+        >>> model.layer3[0].conv1
+        Conv2d(32, 64, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), bias=False)
+    """
+    if name not in MODELS:
+        close = get_close_matches(name, MODELS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"model {name!r} is unknown; {hint}There are: {', '.join(MODELS)}")
+    if len(sample_shape) != 3 or min(sample_shape) < 1:
+        raise ValueError(f"model {name}: sample_shape must be (channels, height, width), got {sample_shape}")
+    if num_classes < 1:
+        raise ValueError(f"model {name}: num_classes must be at least 1, got {num_classes}")
+    if norm not in get_args(Norm):
+        raise ValueError(f"model {name}: norm must be 'after' or 'before' the ReLU, got {norm!r}")
+    return MODELS[name](sample_shape, num_classes, norm)
+
+
+def _mlp(sample_shape: tuple[int, int, int], num_classes: int, norm: Norm) -> nn.Module:
+    return MLP((prod(sample_shape), 512, 512, num_classes))
+
+
+def _lenet(sample_shape: tuple[int, int, int], num_classes: int, norm: Norm) -> nn.Module:
+    return LeNet(sample_shape, num_classes)
+
+
+def _cifar_resnet(blocks_per_stage: int) -> Builder:
+    return lambda sample_shape, num_classes, norm: CifarResNet(
+        blocks_per_stage, in_channels=sample_shape[0], num_classes=num_classes, norm=norm
+    )
+
+
+def _resnet(block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, int, int, int]) -> Builder:
+    return lambda sample_shape, num_classes, norm: ResNet(
+        block, depths, in_channels=sample_shape[0], num_classes=num_classes, norm=norm
+    )
+
+
+MODELS: dict[str, Builder] = {
+    "mlp": _mlp,
+    "lenet": _lenet,
+    "resnet8": _cifar_resnet(1),
+    "resnet20": _cifar_resnet(3),
+    "resnet56": _cifar_resnet(9),
+    "resnet18": _resnet(BasicBlock, (2, 2, 2, 2)),
+    "resnet50": _resnet(Bottleneck, (3, 4, 6, 3)),
+}

@@ -1,0 +1,184 @@
+"""Residual networks for ImageNet with torchvision's parameter names, BatchNorm before or after the ReLU.
+
+``norm="before"`` is the usual block (He et al. 2016: conv → BatchNorm → ReLU) with the stride of a bottleneck
+on its 3x3 convolution ("V1.5"), so torchvision's ResNet weights load with ``strict=True`` and mean the same.
+
+``norm="after"`` is the variant that Akrout et al. (2019, Section 6 and Appendix D.3) trained: "signals were
+normalized by BatchNorm after the ReLU nonlinearity, rather than before". They say no more. Assumed here:
+
+- every convolution of the residual branch, the last one too, is conv → ReLU → BatchNorm;
+- neither ReLU nor BatchNorm follows the sum of branch and shortcut;
+- a shortcut that must change shape stays conv → BatchNorm, since it is meant to be linear;
+- the stem is conv → ReLU → BatchNorm → max pooling.
+
+Parameters have the same names and shapes in both orders.
+
+References:
+    He et al. 2016, Deep residual learning for image recognition, https://arxiv.org/abs/1512.03385
+    Akrout et al. 2019, Deep learning without weight transport, https://arxiv.org/abs/1904.05391
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Norm = Literal["after", "before"]
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut.
+
+    Args:
+        in_channels: Channels of the input.
+        channels: Channels of both convolutions, and of the output.
+        stride: Stride of the first convolution.
+        norm: Whether BatchNorm comes after or before the ReLU.
+        downsample: What gives the shortcut the branch's shape; None for the identity.
+    """
+
+    expansion: ClassVar[int] = 1
+
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, norm: Norm, downsample: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.conv1 = _conv(in_channels, channels, kernel_size=3, stride=stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _conv(channels, channels, kernel_size=3)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = downsample
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[N, in_channels, H, W]`` to ``[N, channels, ceil(H/stride), ceil(W/stride)]``."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = rectify(self.conv1(x), self.bn1, self.norm)
+        return _rectify_and_add(self.conv2(x), self.bn2, shortcut, self.norm)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut.
+
+    Takes the arguments of `BasicBlock`; the stride is that of the 3x3, the output has ``4 * channels``.
+    """
+
+    expansion: ClassVar[int] = 4
+
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, norm: Norm, downsample: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.conv1 = _conv(in_channels, channels, kernel_size=1)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _conv(channels, channels, kernel_size=3, stride=stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = _conv(channels, self.expansion * channels, kernel_size=1)
+        self.bn3 = nn.BatchNorm2d(self.expansion * channels)
+        self.downsample = downsample
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[N, in_channels, H, W]`` to ``[N, 4 * channels, ceil(H/stride), ceil(W/stride)]``."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = rectify(self.conv1(x), self.bn1, self.norm)
+        x = rectify(self.conv2(x), self.bn2, self.norm)
+        return _rectify_and_add(self.conv3(x), self.bn3, shortcut, self.norm)
+
+
+class ResNet(nn.Module):
+    """ImageNet's residual network: a 7x7 stem, four stages of 64 to 512 channels, mean pooling and ``fc``.
+
+    Small images run through the same network, whose last stage sees sides of ceil(H/32) and ceil(W/32).
+
+    Args:
+        block: `BasicBlock` (ResNet-18) or `Bottleneck` (ResNet-50).
+        depths: Blocks in each of the four stages.
+        in_channels: Channels of the images.
+        num_classes: Number of outputs.
+        norm: Whether BatchNorm comes after or before the ReLU.
+
+    Example:
+        >>> import torch
+        >>> resnet18 = ResNet(BasicBlock, (2, 2, 2, 2), in_channels=3, num_classes=1000, norm="before")
+        >>> sum(p.numel() for p in resnet18.parameters())
+        11689512
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: Sequence[int],
+        *,
+        in_channels: int,
+        num_classes: int,
+        norm: Norm,
+    ) -> None:
+        super().__init__()
+        self.norm = norm
+        self.conv1 = _conv(in_channels, 64, kernel_size=7, stride=2)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        outputs = [width * block.expansion for width in (64, 128, 256, 512)]
+        self.layer1 = _stage(block, 64, 64, depths[0], 1, norm)
+        self.layer2 = _stage(block, outputs[0], 128, depths[1], 2, norm)
+        self.layer3 = _stage(block, outputs[1], 256, depths[2], 2, norm)
+        self.layer4 = _stage(block, outputs[2], 512, depths[3], 2, norm)
+        self.fc = nn.Linear(outputs[3], num_classes)
+        initialise_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images ``[N, C, H, W]`` to class scores ``[N, num_classes]``."""
+        x = self.maxpool(rectify(self.conv1(x), self.bn1, self.norm))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        scores: Tensor = self.fc(x.mean(dim=(2, 3)))
+        return scores
+
+
+def rectify(x: Tensor, bn: nn.Module, norm: Norm) -> Tensor:
+    """Normalise and rectify ``x``, in the order that ``norm`` names."""
+    return F.relu(bn(x)) if norm == "before" else bn(F.relu(x))
+
+
+def initialise_convolutions(model: nn.Module) -> None:
+    """Draw convolutions from N(0, 2/fan_out), which keeps the scale of δ on its way back through ReLUs.
+
+    BatchNorm (1 and 0) and linear layers keep PyTorch's own initial values, as in torchvision's ResNets.
+
+    References:
+        He et al. 2015, Delving deep into rectifiers, Section 2.2, equation 14, https://arxiv.org/abs/1502.01852
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _rectify_and_add(x: Tensor, bn: nn.Module, shortcut: Tensor, norm: Norm) -> Tensor:
+    """Close a block: "before" rectifies the sum, "after" only the branch."""
+    return F.relu(bn(x) + shortcut) if norm == "before" else bn(F.relu(x)) + shortcut
+
+
+def _conv(in_channels: int, out_channels: int, *, kernel_size: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(
+        in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False
+    )
+
+
+def _stage(
+    block: type[BasicBlock] | type[Bottleneck],
+    in_channels: int,
+    channels: int,
+    depth: int,
+    stride: int,
+    norm: Norm,
+) -> nn.Sequential:
+    """Chain ``depth`` blocks, the first of which changes the number of channels and the resolution."""
+    out_channels = channels * block.expansion
+    downsample = None
+    if stride != 1 or in_channels != out_channels:
+        downsample = nn.Sequential(
+            _conv(in_channels, out_channels, kernel_size=1, stride=stride), nn.BatchNorm2d(out_channels)
+        )
+    first = block(in_channels, channels, stride, norm, downsample)
+    return nn.Sequential(first, *(block(out_channels, channels, 1, norm, None) for _ in range(depth - 1)))

@@ -1,0 +1,78 @@
+"""Tables, figures and one HTML page, made from a results file alone."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from feedbackpath.errors import ConfigError
+from feedbackpath.report.table import (
+    format_with_error,
+    markdown_table,
+    rich_table,
+    summarise,
+    summary_rows,
+)
+
+__all__ = [
+    "SCHEMA",
+    "format_with_error",
+    "markdown_table",
+    "read_results",
+    "rich_table",
+    "summarise",
+    "summary_rows",
+    "write_report",
+]
+
+SCHEMA = 1
+"""Version of the layout of ``results.json``."""
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Read the ``results.json`` of a folder.
+
+    Raises:
+        ConfigError: There is none, or it is damaged, or of another version's layout.
+    """
+    file = folder / "results.json"
+    try:
+        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        schema = results.get("schema")
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} holds no results.json; give the --out folder of a comparison") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); choose another folder") from None
+    if schema != SCHEMA:
+        raise ConfigError(f"{file} has layout {schema!r} and this version reads {SCHEMA}; make it anew")
+    return results
+
+
+def write_report(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Write ``figures/*.png``, ``figures/*.pdf`` and ``report.html`` into ``folder``.
+
+    May be called again and again while runs are going on: each file is replaced in one step, so that a reader
+    never meets half of one. A figure that nothing was measured for is not written.
+
+    Args:
+        results: A results file's content, complete or not.
+        folder: The run's folder; made if it is not there.
+
+    Returns:
+        The files written, the page last.
+    """
+    from feedbackpath.report.figures import render_figures  # heavy, and not needed for tables
+    from feedbackpath.report.page import render_page
+
+    files = {folder / "figures" / name: content for name, content in render_figures(results).items()}
+    files[folder / "report.html"] = render_page(results).encode()
+    for path, content in files.items():
+        _replace(path, content)
+    return list(files)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)

@@ -1,0 +1,1 @@
+"""Training: the settings, the one loop, and what is kept on disk."""
