@@ -1,84 +1,29 @@
-"""The command line: parse and dispatch, nothing else; heavy modules are imported by the command that runs."""
+"""The command line: parse and dispatch, nothing else; a command's module is imported when it runs."""
 
-import shlex
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError
 from cyclopts.exceptions import ValidationError as FlagError
-from pydantic import ValidationError
-from rich.console import Console
 
 from feedbackpath import __version__
 from feedbackpath.errors import UserError
-from feedbackpath.train.config import CompareConfig, first_fault, merge_config
 
-DONE, BAD_INPUT, DIVERGED = 0, 2, 3
+BAD_INPUT = 2
 
 app = App(
     name="feedbackpath",
     help="Deep learning without weight transport: train, compare and measure feedback paths that learn.",
     version=__version__,
 )
-
-
-@app.command
-def compare(
-    *,
-    flags: Annotated[CompareConfig, Parameter(name="*")] = CompareConfig(),  # noqa: B008 (frozen)
-    config: Annotated[Path | None, Parameter(help="YAML file of settings; flags override it")] = None,
-    out: Annotated[Path, Parameter(help="folder for results, figures and report.html")] = Path(
-        "runs/compare"
-    ),
-    resume: Annotated[bool, Parameter(help="go on with what --out holds, if anything", negative="")] = False,
-) -> int:
-    """Train the same network by several rules; write a table, figures and one HTML page.
-
-    Exit codes: 0 done, 2 bad input, 3 a run diverged, 130 or 143 interrupted (finished epochs are kept).
-    """
-    settings = merge_config(flags, config)
-    from feedbackpath import compare as job
-    from feedbackpath.report import rich_table
-    from feedbackpath.report.live import LiveView
-
-    console = Console()
-    try:
-        command = shlex.join(["feedbackpath", *sys.argv[1:]])
-        results = job.compare(settings, out, resume=resume, command=command, view=LiveView(console))
-    except job.Interrupted as stop:
-        console.print(
-            f"interrupted: finished epochs are kept in {out}; the same command with --resume goes on"
-        )
-        return stop.exit_code
-    console.print(rich_table(results))
-    console.print(f"results, figures and report.html are in {out}")
-    return DIVERGED if any(run["status"] == "diverged" for run in results["runs"]) else DONE
-
-
-@app.command
-def report(folder: Annotated[Path, Parameter(help="folder that holds results.json")]) -> int:
-    """Write the figures and report.html of a folder's results.json anew."""
-    from feedbackpath.report import read_results, rich_table, write_report
-
-    results = read_results(folder)
-    write_report(results, folder)
-    Console().print(rich_table(results))
-    return DONE
-
-
-@app.command
-def rules() -> int:
-    """List the rules."""
-    from rich.table import Table
-
-    from feedbackpath.rules import RULES
-
-    table = Table("rule", "class", "what it does")
-    for name, rule in RULES.items():
-        table.add_row(name, rule.__name__, (rule.__doc__ or "").strip().splitlines()[0])
-    Console().print(table)
-    return DONE
+app.command(
+    "feedbackpath.commands:compare",
+    help="Train the same network by several rules; write a table, figures and one HTML page.",
+)
+app.command(
+    "feedbackpath.commands:report", help="Write the figures and report.html of a folder's results.json anew."
+)
+app.command("feedbackpath.commands:rules", help="List the rules.")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -86,16 +31,22 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except FlagError as error:
-        _refuse(first_fault(error.__cause__) if isinstance(error.__cause__, ValidationError) else str(error))
+        _refuse(_describe(error))
     except (CycloptsError, UserError) as error:
         _refuse(str(error))
-    sys.exit(_exit_code(code))
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _exit_code(code: Any) -> int:
-    return code if isinstance(code, int) else DONE
+def _describe(error: FlagError) -> str:
+    """Return what a settings model found wrong, as one line that names the flag."""
+    from pydantic import ValidationError
+
+    from feedbackpath.train.config import first_fault
+
+    cause = error.__cause__
+    return f"--{first_fault(cause)}" if isinstance(cause, ValidationError) else str(error)
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> Any:
     sys.stderr.write(f"feedbackpath: {' '.join(message.split())}\n")
     sys.exit(BAD_INPUT)

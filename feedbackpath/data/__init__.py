@@ -27,7 +27,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
 def load_dataset(
     name: str,
     *,
-    data_dir: Path | None = None,
+    data_dir: str | Path | None = None,
     seed: int = 0,
     num_classes: int | None = None,
     samples_per_epoch: int | None = None,
@@ -54,7 +54,8 @@ def load_dataset(
         close = difflib.get_close_matches(name, DATASETS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise DataError(f"there is no dataset {name!r}: {hint}choose from {', '.join(DATASETS)}")
-    options = {"data_dir": data_dir, "num_classes": num_classes, "samples_per_epoch": samples_per_epoch}
+    folder = None if data_dir is None else Path(data_dir)
+    options = {"data_dir": folder, "num_classes": num_classes, "samples_per_epoch": samples_per_epoch}
     given = {option: value for option, value in options.items() if value is not None}
     refused = given.keys() - inspect.signature(DATASETS[name]).parameters.keys()
     if refused:

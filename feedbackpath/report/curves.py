@@ -52,8 +52,9 @@ def finished_or_all(runs: Sequence[Run]) -> list[Run]:
 
 
 def history(run: Run) -> list[dict[str, Any]]:
-    """Return the entries of a run, one an epoch; none before the first epoch ends."""
-    return run.get("history") or []
+    """Return the entries of a run, one an epoch, after what was measured before training, if that was."""
+    start = run.get("start")
+    return ([start] if start else []) + (run.get("history") or [])
 
 
 def measured(values: Sequence[float | None]) -> list[float]:

@@ -135,8 +135,8 @@ def _draw_mean(axes: Axes, rule: str, curve: Curve) -> None:
         return
     axes.plot(curve.epochs, curve.means, markevery=ceil(len(curve.epochs) / 8), **_line_looks(rule))
     means, errors = np.array(curve.means), np.array([error or 0.0 for error in curve.errors])
-    band = {"color": style_of(rule).colour, "alpha": 0.2, "linewidth": 0}
-    axes.fill_between(curve.epochs, means - errors, means + errors, **band)
+    colour = style_of(rule).colour
+    axes.fill_between(curve.epochs, means - errors, means + errors, color=colour, alpha=0.2, linewidth=0)
 
 
 def _line_looks(rule: str) -> dict[str, Any]:

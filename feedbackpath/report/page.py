@@ -45,14 +45,13 @@ def list_notes(results: dict[str, Any]) -> list[str]:
         ['fa, seed 1: diverged (epoch 2); left out of the averaged errors.']
     """
     runs = results.get("runs") or []
-    notes = [
+    waiting = [run for run in runs if run.get("status") == "waiting"]
+    notes = [f"Incomplete: {len(waiting)} of {len(runs)} runs have not started."] if waiting else []
+    notes += [
         f"{run['rule']}, seed {run.get('seed', '?')}: {describe_stop(run)}; left out of the averaged errors."
         for run in unfinished(runs)
+        if run not in waiting
     ]
-    config = results.get("config") or {}
-    rules, seeds = config.get("rules"), config.get("seeds")
-    if isinstance(rules, list | tuple) and isinstance(seeds, int) and len(runs) < len(rules) * seeds:
-        notes.insert(0, f"Incomplete: {len(runs)} of {len(rules) * seeds} runs have started.")
     if runs and len({run.get("seed") for run in runs}) == 1:
         notes.append("One seed: there are no standard errors, and small differences may be chance.")
     return notes

@@ -110,9 +110,10 @@ def markdown_table(results: dict[str, Any]) -> str:
 
 
 def describe_stop(run: Run) -> str:
-    """Say how a run stands and since when, for example ``diverged (epoch 4)``."""
+    """Say how a run stands and in which epoch that was, or the last one measured: ``diverged (epoch 4)``."""
     entries = history(run)
-    return str(run.get("status", "unknown")) + (f" (epoch {entries[-1]['epoch']})" if entries else "")
+    epoch = run.get("diverged_epoch", entries[-1]["epoch"] if entries else None)
+    return str(run.get("status", "unknown")) + (f" (epoch {epoch})" if epoch is not None else "")
 
 
 def _decimals_of_leading_digit(error: float) -> int:
@@ -146,7 +147,7 @@ def _row(
 ) -> dict[str, str]:
     done = finished(runs)
     last_layers = [angles[-1] for run in done if (angles := _last_values(run, "matrix_angle_deg"))]
-    seconds = measured([entry.get("seconds") for run in done for entry in history(run)])
+    seconds = measured([entry.get("seconds") for run in done for entry in history(run) if entry["epoch"]])
     cells = (
         rule,
         f"{summary['n']}/{len(runs)}",
@@ -189,5 +190,9 @@ def _format_range(values: Sequence[float]) -> str:
 
 
 def _status(runs: Sequence[Run]) -> str:
-    stops = [f"seed {run.get('seed', '?')} {describe_stop(run)}" for run in unfinished(runs)]
-    return "; ".join(stops) or "finished"
+    seeds: dict[str, list[str]] = {}
+    for run in unfinished(runs):
+        seeds.setdefault(describe_stop(run), []).append(str(run.get("seed", "?")))
+    if [len(group) for group in seeds.values()] == [len(runs)]:
+        return next(iter(seeds))
+    return "; ".join(f"seed {', '.join(group)} {stop}" for stop, group in seeds.items()) or "finished"
