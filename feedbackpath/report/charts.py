@@ -122,8 +122,8 @@ def _layer_chart(rule: str, panels: dict[str, dict[str, Curve]], largest: dict[s
             _scale_angles(figure, row, largest[quantity])
     figure.update_xaxes(title="epoch", row=len(panels), col=1)
     legend = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "font_size": 11}
-    figure.update_layout(legend=legend | {"maxheight": 110}, margin_b=165)
-    return _to_html(figure, height=200 * len(panels) + 185, name=f"layers of {rule}")
+    figure.update_layout(legend=legend | {"maxheight": 125}, margin_b=180)
+    return _to_html(figure, height=200 * len(panels) + 200, name=f"layers of {rule}")
 
 
 def _layer_line(rule: str, layer: str, quantity: str, curve: Curve, colour: str) -> go.Scatter:
