@@ -14,7 +14,6 @@ import torch
 
 from feedbackpath.data import Dataset, load_dataset
 from feedbackpath.errors import ConfigError
-from feedbackpath.models import MODELS
 from feedbackpath.report import SCHEMA, read_results, summarise, write_report
 from feedbackpath.report.live import LiveView
 from feedbackpath.train.checkpoint import (
@@ -25,7 +24,7 @@ from feedbackpath.train.checkpoint import (
     write_text,
 )
 from feedbackpath.train.config import CompareConfig
-from feedbackpath.train.loop import Diverged, Measured, Step, train
+from feedbackpath.train.loop import Diverged, Measured, Step, make_network, train
 from feedbackpath.train.rules import make_rule
 
 FREE_TO_CHANGE = {"rules", "seeds", "num_threads", "device"}  # on --resume; all else decides the numbers
@@ -66,11 +65,10 @@ def compare(
     """
     for rule in config.rules:
         make_rule(rule, config.rule_settings.get(rule, {}))
-    if config.model not in MODELS:
-        raise ConfigError(f"there is no model {config.model!r}: choose from {', '.join(MODELS)}")
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     first_data = _load_data(config, config.seed)
+    make_network(config, config.seed, first_data)  # refuses what cannot be built before anything is written
     book = ResultsBook(out, config, first_data.facts, command, resume=resume)
     with _signals_raise_interrupted(), view:
         for seed in range(config.seed, config.seed + config.seeds):
@@ -179,7 +177,7 @@ def _train_and_record(book: ResultsBook, rule: str, seed: int, dataset: Dataset,
         write_report(book.results, book.out)
         raise
     book.end(run, status)
-    write_report(book.results, book.out)
+    write_report(book.results, book.out, figures=False)
     view.end_run()
 
 

@@ -48,7 +48,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     return results
 
 
-def write_report(results: dict[str, Any], folder: Path) -> list[Path]:
+def write_report(results: dict[str, Any], folder: Path, *, figures: bool = True) -> list[Path]:
     """Write ``figures/*.png``, ``figures/*.pdf`` and ``report.html`` into ``folder``.
 
     May be called again and again while runs are going on: each file is replaced in one step, so that a reader
@@ -57,6 +57,7 @@ def write_report(results: dict[str, Any], folder: Path) -> list[Path]:
     Args:
         results: A results file's content, complete or not.
         folder: The run's folder; made if it is not there.
+        figures: Whether to draw the figures too; the page alone takes half a second.
 
     Returns:
         The files written, the page last.
@@ -64,7 +65,8 @@ def write_report(results: dict[str, Any], folder: Path) -> list[Path]:
     from feedbackpath.report.figures import render_figures  # heavy, and not needed for tables
     from feedbackpath.report.page import render_page
 
-    files = {folder / "figures" / name: content for name, content in render_figures(results).items()}
+    drawn = render_figures(results) if figures else {}
+    files = {folder / "figures" / name: content for name, content in drawn.items()}
     files[folder / "report.html"] = render_page(results).encode()
     for path, content in files.items():
         _replace(path, content)

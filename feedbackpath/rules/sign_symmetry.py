@@ -31,8 +31,8 @@ class SignSymmetry:
 
     The paper says only that "the signs of the forward and feedback weights, not necessarily their values,
     must correspond" and cites both sources; we assume ``"uniform"``, the form of the one it compares
-    its numbers with, and Glorot & Bengio's scale, as for every random B here. Sending the last layer's delta by backprop, as some public versions do, is
-    ``overrides={"fc": "bp"}``.
+    its numbers with, and Glorot & Bengio's scale, as for every random B here. Sending the last layer's
+    delta by backprop, as some public versions do, is ``overrides={"fc": "bp"}``.
 
     Example:
         >>> import feedbackpath as fp

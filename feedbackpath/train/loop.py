@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from feedbackpath.data import Dataset, Split, minibatches
+from feedbackpath.errors import ConfigError
 from feedbackpath.models import build_model
 from feedbackpath.path import FeedbackPath, untie
 from feedbackpath.train.config import CompareConfig
@@ -97,16 +98,8 @@ class _Run:
 
     def __init__(self, config: CompareConfig, rule: str, seed: int, dataset: Dataset) -> None:
         self.config, self.seed, self.dataset = config, seed, dataset
-        torch.manual_seed(seed)
-        model = build_model(
-            config.model,
-            sample_shape=dataset.sample_shape,
-            num_classes=dataset.num_classes,
-            norm=config.norm,
-        )
         self.dtype = torch.float64 if config.precision == "64-true" else torch.float32
-        model.to(config.device, self.dtype)
-        self.model: nn.Module = cast(Any, model).to(memory_format=torch.channels_last)
+        self.model = make_network(config, seed, dataset).to(self.dtype)
         self.path: FeedbackPath = untie(
             self.model,
             make_rule(rule, config.rule_settings.get(rule, {})),
@@ -209,6 +202,29 @@ class _Run:
                 predicted = self.model(self._place(x)).argmax(1)
             wrong += int((predicted != y.to(predicted.device)).sum())
         return 100.0 * wrong / len(split)
+
+
+def make_network(config: CompareConfig, seed: int, dataset: Dataset) -> nn.Module:
+    """Build the network of a config for a dataset, on its device; the weights depend on the seed alone.
+
+    Raises:
+        ConfigError: There is no such model or device, or the model cannot take the data.
+    """
+    torch.manual_seed(seed)
+    try:
+        model = build_model(
+            config.model,
+            sample_shape=dataset.sample_shape,
+            num_classes=dataset.num_classes,
+            norm=config.norm,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    try:
+        model.to(config.device)
+    except (RuntimeError, AssertionError) as error:  # torch was built without the device, or lacks it
+        raise ConfigError(f"device {config.device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return cast(nn.Module, cast(Any, model).to(memory_format=torch.channels_last))
 
 
 def make_optimizer(model: nn.Module, config: CompareConfig) -> torch.optim.Optimizer:
