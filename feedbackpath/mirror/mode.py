@@ -33,13 +33,15 @@ class Mirror:
     """Settings of mirror mode.
 
     Args:
-        reading: How covariance and decay enter, with eta = ``rate`` and lambda = ``decay``:
-            ``"calibrated"``: B <- (1 - d) B + d cov / (sigma^2 E[phi']), d = eta lambda, settles at W;
+        reading: How covariance and decay enter, with d = ``forgetting``, eta = ``rate``, lambda = ``decay``:
+            ``"calibrated"``: B <- (1 - d) B + d cov / (sigma^2 E[phi']), settles at W: it is ``"inside"``
+            with eta / lambda = 1 / (sigma^2 E[phi']) and eta lambda = d;
             ``"inside"``: B <- B + eta (cov - lambda B), settles at sigma^2 E[phi'] / lambda times W;
             ``"printed"``: B <- (1 - lambda) B + eta cov, as in Algorithm 1, settles at
             sigma^2 E[phi'] eta / lambda times W: a tenth of W's size behind a ReLU, with the paper's numbers.
-        rate: eta_B of the paper.
-        decay: lambda_WM of the paper.
+        forgetting: d, the share of B that a ``"calibrated"`` pass replaces.
+        rate: eta_B of the paper, for the other two readings.
+        decay: lambda_WM of the paper, for the other two readings.
         sigma: Standard deviation of the noise.
         samples: Noise samples a pass for each weight; None: as many as ``target_angle_deg`` needs.
         target_angle_deg: Angle between B and W, in degrees, that sampling noise alone would leave.
@@ -50,11 +52,12 @@ class Mirror:
             neurons with different biases answer with different slopes, and B's rows differ in size.
 
     With ``"calibrated"``, E[phi'] is the mean slope of the layer's activation under the noise, and the first
-    passes are averaged plainly (d = 1/n for pass n, until that falls to eta lambda), so that the
+    passes are averaged plainly (d = 1/n for pass n, until that falls to ``forgetting``), so that the
     random initial B is forgotten at once.
     """
 
     reading: Literal["calibrated", "inside", "printed"] = "calibrated"
+    forgetting: float = 0.1
     rate: float = 0.1
     decay: float = 0.5
     sigma: float = 1.0
@@ -71,20 +74,21 @@ class Mirror:
         ):
             if getattr(self, name) not in known:
                 raise RuleError(f"Mirror: {name}={getattr(self, name)!r} is not one of {', '.join(known)}")
-        for name in ("rate", "decay", "sigma", "target_angle_deg"):
+        for name in ("forgetting", "rate", "decay", "sigma", "target_angle_deg"):
             if not getattr(self, name) > 0:
                 raise RuleError(f"Mirror: {name} must be above 0, not {getattr(self, name)}")
-        if not self.forgetting <= 1:
+        if self.share_replaced > 1:
             raise RuleError(
-                f"Mirror: B would forget {self.forgetting:g} of itself a pass; lower decay or rate"
+                f"Mirror: a pass would replace {self.share_replaced:g} of B; at most 1 makes sense"
             )
         if self.samples is not None and self.samples < 2:
             raise RuleError(f"Mirror: samples must be at least 2, not {self.samples}")
 
     @property
-    def forgetting(self) -> float:
-        """The share of B that a pass replaces."""
-        return self.decay if self.reading == "printed" else self.rate * self.decay
+    def share_replaced(self) -> float:
+        """The share of B that a pass replaces in this reading."""
+        shares = {"calibrated": self.forgetting, "inside": self.rate * self.decay, "printed": self.decay}
+        return shares[self.reading]
 
     @property
     def memory_passes(self) -> int:
@@ -93,7 +97,7 @@ class Mirror:
             return 1
         if self.reading == "calibrated":
             return math.ceil(2.0 / self.forgetting) - 1
-        return math.ceil(math.log(1000.0) / self.forgetting)  # a thousandth of the random B is left
+        return math.ceil(math.log(1000.0) / self.share_replaced)  # a thousandth of the random B is left
 
     def samples_for(self, fan_in: int) -> int:
         """Return noise samples a pass for neurons of ``fan_in`` inputs.
@@ -102,12 +106,12 @@ class Mirror:
 
         Example:
             >>> Mirror(target_angle_deg=8).samples_for(576)
-            1024
+            2102
         """
         if self.samples is not None:
             return self.samples
         effective = fan_in * (RELU_SPREAD / math.tan(math.radians(self.target_angle_deg))) ** 2
-        return max(2, math.ceil(effective * self.forgetting / (2.0 - self.forgetting)))
+        return max(2, math.ceil(effective * self.share_replaced / (2.0 - self.share_replaced)))
 
 
 class MirrorMode:
