@@ -25,6 +25,7 @@ from feedbackpath.layers import UntiedWeight
 from feedbackpath.mirror.activations import Activation, find_activations
 from feedbackpath.mirror.noise import fire_gaussian, fire_orthogonal
 
+MIN_SAMPLES = 512
 RELU_SPREAD = 1.17  # how much more a mirror's samples scatter behind a ReLU than behind a linear neuron
 
 
@@ -102,7 +103,8 @@ class Mirror:
     def samples_for(self, fan_in: int) -> int:
         """Return noise samples a pass for neurons of ``fan_in`` inputs.
 
-        tan(angle) = 1.17 sqrt(fan_in / N_eff) with N_eff = N (2 - d) / d for a memory that forgets d a pass.
+        tan(angle) = 1.17 sqrt(fan_in / N_eff) with N_eff = N (2 - d) / d for a memory that forgets d a pass;
+        but at least 512, for in a layer of few inputs the angle needs less than the gain does.
 
         Example:
             >>> Mirror(target_angle_deg=8).samples_for(576)
@@ -111,7 +113,7 @@ class Mirror:
         if self.samples is not None:
             return self.samples
         effective = fan_in * (RELU_SPREAD / math.tan(math.radians(self.target_angle_deg))) ** 2
-        return max(2, math.ceil(effective * self.share_replaced / (2.0 - self.share_replaced)))
+        return max(MIN_SAMPLES, math.ceil(effective * self.share_replaced / (2.0 - self.share_replaced)))
 
 
 class MirrorMode:
