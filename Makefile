@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 compare: $(STAMP)  ## the main job: five rules on built-in data, at most 12 minutes on two cores
-	$(BIN)/feedbackpath compare --out runs/compare
+	$(BIN)/feedbackpath compare --out runs/compare --resume
 
 test: $(STAMP)  ## the tests, at most 8 minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not slow and not cuda'

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from feedbackpath.errors import UntieError
 from feedbackpath.layers import UntiedWeight
@@ -15,8 +16,8 @@ from feedbackpath.layers import UntiedWeight
 def angle_deg(one: Tensor, other: Tensor) -> float:
     """Return the angle between two tensors taken as vectors, in degrees, exact for small angles too.
 
-    angle = 2 atan2(|u - v|, |u + v|) with u, v of length 1: an arc cosine would lose all digits below 0.02
-    degrees in float32. NaN where a tensor is zero or not finite.
+    ``angle = 2 atan2(|u - v|, |u + v|)`` with u, v of length 1: an arc cosine would lose all digits below
+    0.02 degrees in float32. NaN where a tensor is zero or not finite.
 
     Example:
         >>> round(angle_deg(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])), 3)
@@ -73,7 +74,7 @@ def delta_angles(
             loss = compute_loss()
         if not outputs:
             raise UntieError("delta_angles: compute_loss ran no untied layer of this path; run its own model")
-        tapped = [output for tensors in outputs.values() for output in tensors]
+        tapped = [edge for edges in outputs.values() for edge in edges]
         through_feedback = torch.autograd.grad(loss, tapped, retain_graph=True, allow_unused=True)
         with _forward_values_in_feedback(weights):
             through_weights = torch.autograd.grad(loss, tapped, allow_unused=True)
@@ -81,13 +82,13 @@ def delta_angles(
 
 
 def _compare(
-    outputs: Mapping[str, list[Tensor]], ours: Sequence[Tensor | None], exact: Sequence[Tensor | None]
+    outputs: Mapping[str, list[GradientEdge]], ours: Sequence[Tensor | None], exact: Sequence[Tensor | None]
 ) -> dict[str, float]:
     """Pair up the deltas of each layer, over all the times that it ran."""
     angles, position = {}, 0
-    for name, tensors in outputs.items():
-        chosen = slice(position, position + len(tensors))
-        position += len(tensors)
+    for name, edges in outputs.items():
+        chosen = slice(position, position + len(edges))
+        position += len(edges)
         found = [(a.flatten(), b.flatten()) for a, b in zip(ours[chosen], exact[chosen], strict=True)
                  if a is not None and b is not None]  # fmt: skip
         if found:
@@ -96,15 +97,19 @@ def _compare(
 
 
 @contextmanager
-def _outputs_tapped(weights: Sequence[UntiedWeight]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect the outputs of untied layers, by weight name, while the model runs."""
-    outputs: dict[str, list[Tensor]] = {}
+def _outputs_tapped(weights: Sequence[UntiedWeight]) -> Iterator[dict[str, list[GradientEdge]]]:
+    """Collect where the outputs of untied layers stand in autograd's graph, while the model runs.
+
+    Not the tensors: an activation that works in place would make them its own outputs.
+    """
+    outputs: dict[str, list[GradientEdge]] = {}
     names = {(id(weight.layer), weight.feedback_name): weight.name for weight in weights}
 
     def tap_of(layer: nn.Module) -> Callable[[str, Tensor], None]:
         def tap(feedback_name: str, output: Tensor) -> None:
             if output.requires_grad:
-                outputs.setdefault(names[id(layer), feedback_name], []).append(output)
+                edge = get_gradient_edge(output)
+                outputs.setdefault(names[id(layer), feedback_name], []).append(edge)
 
         return tap
 

@@ -180,10 +180,12 @@ def _sequence_first(
     query: Tensor, key: Tensor, value: Tensor, is_batched: bool, batch_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bring inputs to ``[L, N, E]``; inputs that are one tensor stay one, so that projections can pack."""
+    if not is_batched:  # torch loses the identity of inputs here, and projects each by itself
+        return query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
     arranged: dict[int, Tensor] = {}
     for x in (query, key, value):
         if id(x) not in arranged:
-            arranged[id(x)] = (x.transpose(0, 1) if batch_first else x) if is_batched else x.unsqueeze(1)
+            arranged[id(x)] = x.transpose(0, 1) if batch_first else x
     return arranged[id(query)], arranged[id(key)], arranged[id(value)]
 
 

@@ -113,7 +113,8 @@ class FeedbackPath:
         self.weights = [weight for name, layer in self.layers.items() for weight in list_weights(name, layer)]
         self.clock = Clock(seed, MirrorMode(model, activations, seed))
         self._groups: list[tuple[Rule, list[UntiedWeight]]] = []
-        self._first_versions: dict[int, tuple[int, int]] = {}
+        self._versions_at_backward: dict[int, tuple[int, int]] = {}
+        self._watches: list[torch.utils.hooks.RemovableHandle] = []
 
     def _start(self) -> None:
         """Make the feedback weights, one for each forward parameter, and let the rules fill them."""
@@ -132,7 +133,8 @@ class FeedbackPath:
         for rule, group in self._group_by_rule().items():
             self._groups.append((rule, group))
             rule.start(group, self.clock)
-        self._first_versions = {id(w.weight): (w.weight._version, w.feedback._version) for w in self.weights}
+        for weight in self._learned_weights():
+            self._watch_first_update(weight)
 
     def _group_by_rule(self) -> dict[Rule, list[UntiedWeight]]:
         """Group weights by rule, each parameter once."""
@@ -154,9 +156,9 @@ class FeedbackPath:
         """
         if self.clock.steps == 0:
             self._refuse_forgotten_feedback()
+        self.clock.steps += 1
         for rule, group in self._groups:
             rule.step(group, self.clock)
-        self.clock.steps += 1
 
     def mirror(self, steps: int | None = None, settings: Mirror | None = None) -> None:
         """Go into mirror mode by hand: before training, in a pause, at any time.
@@ -227,16 +229,19 @@ class FeedbackPath:
         Warns:
             KolenPollackWarning: No weight decay: W - B will not shrink.
         """
-        check_optimizer([w for w in self._learned_weights() if w.weight.requires_grad], optimizer)
+        for rule, group in self._groups:
+            if rule.feedback_kind == "learned":
+                learning = [weight for weight in group if weight.weight.requires_grad]
+                check_optimizer(learning, optimizer, needs_decay=_mirror_settings(rule) is None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beyond the model's own state: how far the rules have come."""
-        return {"seed": self.clock.seed, "steps": self.clock.steps, "passes": self.clock.mirror.passes}
+        return {"seed": self.clock.seed, "steps": self.clock.steps, "passes": dict(self.clock.mirror.passes)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the state that ``state_dict`` returned."""
         self.clock.seed = self.clock.mirror.seed = state["seed"]
-        self.clock.steps, self.clock.mirror.passes = state["steps"], state["passes"]
+        self.clock.steps, self.clock.mirror.passes = state["steps"], dict(state["passes"])
 
     def retie(self) -> nn.Module:
         """Give back plain torch modules, with the forward weights as they are now; return the model.
@@ -246,6 +251,7 @@ class FeedbackPath:
         """
         if not all(isinstance(layer, FeedbackLayer) for layer in self.layers.values()):
             raise UntieError("this path has been retied already")
+        self._stop_watching()
         for layer in self.layers.values():
             retie_layer(layer)
         return self.model
@@ -253,14 +259,31 @@ class FeedbackPath:
     def _learned_weights(self) -> list[UntiedWeight]:
         return [w for rule, group in self._groups if rule.feedback_kind == "learned" for w in group]
 
+    def _watch_first_update(self, weight: UntiedWeight) -> None:
+        """Note the versions of W and B at each backward pass: what changes them next is the optimizer."""
+
+        def note(_: Tensor) -> None:
+            versions = weight.weight._version, weight.feedback._version
+            self._versions_at_backward[id(weight.weight)] = versions
+
+        if weight.weight.requires_grad:
+            watch = weight.weight.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+            self._watches.append(watch)
+
+    def _stop_watching(self) -> None:
+        for watch in self._watches:
+            watch.remove()
+        self._watches.clear()
+
     def _refuse_forgotten_feedback(self) -> None:
         """Refuse an optimizer that has updated W and not B: it was made before ``untie``, most likely."""
         forgotten = []
         for weight in self._learned_weights():
             versions = (weight.weight._version, weight.feedback._version)
-            before = self._first_versions[id(weight.weight)]
+            before = self._versions_at_backward.get(id(weight.weight), versions)
             if versions[0] > before[0] and versions[1] == before[1]:
                 forgotten.append(repr(weight.name))
+        self._stop_watching()
         if forgotten:
             raise RuleError(
                 "the optimizer updates the forward weights but not the feedback weights of "

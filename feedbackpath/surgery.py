@@ -59,7 +59,7 @@ def survey(model: nn.Module) -> Survey:
     faults = list(_find_faults(model))
     if faults:
         raise UntieError("; ".join(faults))
-    convertible = {name: module for name, module in model.named_modules() if _known_base(type(module))}
+    convertible = {name: module for name, module in model.named_modules() if _can_be_untied(module)}
     unconverted = {
         name: type(module).__name__
         for name, module in model.named_modules()
@@ -112,6 +112,12 @@ def _known_base(plain: type[nn.Module]) -> type[nn.Module] | None:
     return None
 
 
+def _can_be_untied(module: nn.Module) -> bool:
+    """Whether it is a known layer, and no one has put another forward pass on this very object."""
+    is_patched = not vars(module).keys().isdisjoint(("forward", "_conv_forward"))
+    return not is_patched and _known_base(type(module)) is not None
+
+
 def _owns_matrices(module: nn.Module) -> bool:
     return any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
 
@@ -147,5 +153,5 @@ def _has_parametrized_weight(module: nn.Module) -> bool:
         return True
     own: dict[str, Any] = module._parameters
     return isinstance(module, tuple(FEEDBACK_TYPES)) and any(
-        name.endswith(("_g", "_v", "_orig")) for name in own
+        name.endswith(("weight_g", "weight_v", "weight_orig")) for name in own
     )

@@ -8,6 +8,8 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from feedbackpath.layers import FeedbackLayer
+
 Activation = Callable[[Tensor], Tensor]
 
 ACTIVATION_MODULES = (
@@ -79,7 +81,7 @@ def _trace(model: nn.Module, wanted: set[str]) -> list[torch.fx.Node]:
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
             is_inside = any(name.startswith(f"{module_qualified_name}.") for name in wanted)
             is_torch = m.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential)
-            return module_qualified_name in wanted or is_torch or not is_inside
+            return isinstance(m, FeedbackLayer) or is_torch or not is_inside
 
     if "" in wanted:  # the model is one layer: nothing follows it
         graph = torch.fx.Graph()
@@ -156,5 +158,6 @@ def _find_in_encoder_layers(model: nn.Module, wanted: set[str]) -> dict[str, Act
                 layer: module.activation if layer == f"{prefix}linear1" else identity for layer in inside
             }
         elif isinstance(module, nn.MultiheadAttention):
-            found |= {layer: identity for layer in (name, f"{name}.out_proj") if layer in wanted}
+            prefix = f"{name}." if name else ""
+            found |= {layer: identity for layer in wanted if layer == name or layer.startswith(prefix)}
     return found

@@ -78,6 +78,8 @@ class Mirror:
         for name in ("forgetting", "rate", "decay", "sigma", "target_angle_deg"):
             if not getattr(self, name) > 0:
                 raise RuleError(f"Mirror: {name} must be above 0, not {getattr(self, name)}")
+        if not self.target_angle_deg < 90:
+            raise RuleError(f"Mirror: target_angle_deg must be below 90, not {self.target_angle_deg}")
         if self.share_replaced > 1:
             raise RuleError(
                 f"Mirror: a pass would replace {self.share_replaced:g} of B; at most 1 makes sense"
@@ -123,6 +125,9 @@ class MirrorMode:
         model: The untied model.
         activations: Glob patterns of layer paths to the activation that follows; found where not given.
         seed: Seed of the noise. The noise of a pass depends on this seed and the pass's number alone.
+
+    Attributes:
+        passes: How often each weight has been mirrored, by its name; absent: never.
     """
 
     def __init__(
@@ -131,7 +136,7 @@ class MirrorMode:
         self.model = model
         self.given = dict(activations)
         self.seed = seed
-        self.passes = 0
+        self.passes: dict[str, int] = {}
         self._activations: dict[str, Activation] = {}
 
     def run(self, weights: Sequence[UntiedWeight], settings: Mirror, passes: int = 1) -> None:
@@ -143,7 +148,7 @@ class MirrorMode:
         for _ in range(passes):
             for weight in weights:
                 self._mirror_weight(weight, settings)
-            self.passes += 1
+                self.passes[weight.name] = self.passes.get(weight.name, 0) + 1
 
     def find_activations(self, weights: Sequence[UntiedWeight]) -> None:
         """Know the activation that follows each weight's layer, from what was given or by tracing.
@@ -184,16 +189,17 @@ class MirrorMode:
         elif settings.reading == "inside":
             feedback.mul_(1.0 - rate * decay).add_(covariance, alpha=rate)
         else:
-            _move_towards_gain_one(weight, covariance, slope * settings.sigma**2, self._share(settings))
+            share = self._share(weight, settings)
+            _move_towards_gain_one(weight, covariance, slope * settings.sigma**2, share)
 
-    def _share(self, settings: Mirror) -> float:
+    def _share(self, weight: UntiedWeight, settings: Mirror) -> float:
         """Return d, the share of B that this pass replaces: plain averaging until memory is full."""
         if settings.noise == "orthogonal":
             return 1.0
-        return max(settings.forgetting, 1.0 / (self.passes + 1))
+        return max(settings.forgetting, 1.0 / (self.passes.get(weight.name, 0) + 1))
 
     def _generator(self, weight: UntiedWeight) -> torch.Generator:
-        key = f"{self.seed}/{self.passes}/{weight.name}/{weight.feedback_name}"
+        key = f"{self.seed}/{self.passes.get(weight.name, 0)}/{weight.name}/{weight.feedback_name}"
         generator = torch.Generator(weight.feedback.device)
         return generator.manual_seed(zlib.crc32(key.encode()))
 

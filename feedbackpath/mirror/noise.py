@@ -61,7 +61,7 @@ def fire_gaussian(
     num_maps = math.ceil(num_samples / side**dims)
     noise = _normal((num_maps, layer.in_channels, *_map_size(layer, side)), weight, sigma, generator)
     drive = torch.convolution(noise, layer.weight, bias, *_unpadded(layer))
-    answer, slope = _answer(drive, activation)
+    answer, slope = _answer(drive, activation, _inputs_of_outputs(layer, noise) if layer.transposed else None)
     answer -= answer.mean((0, *range(2, answer.dim())), keepdim=True)
     return _conv_covariance(layer, weight, noise, answer) / (num_maps * side**dims - 1), slope
 
@@ -113,15 +113,23 @@ def _walsh_hadamard(rows: Tensor, num_columns: int) -> Tensor:
     return 1 - 2 * (bits & 1)
 
 
-def _answer(drive: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """Return phi(z), which may be z itself, and the mean of phi'(z)."""
+def _inputs_of_outputs(layer: _ConvNd, noise: Tensor) -> Tensor:
+    """Count the inputs that reach each output: with stride, dilation or a border they differ, down to none."""
+    return torch.convolution(
+        torch.ones_like(noise[:1]), torch.ones_like(layer.weight), None, *_unpadded(layer)
+    )
+
+
+def _answer(drive: Tensor, activation: Activation, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return phi(z), which may be z itself, and the mean of phi'(z), each output counted so many times."""
     if activation is identity:
         return drive, drive.new_ones(())
     with torch.enable_grad():
         z = drive.detach().requires_grad_()
         answer = activation(z)
         (slopes,) = torch.autograd.grad(answer.sum(), z)
-    return answer.detach(), slopes.mean()
+    mean = slopes.mean() if counts is None else (slopes.mean(0) * counts).sum() / counts.sum()
+    return answer.detach(), mean
 
 
 def _bias(weight: UntiedWeight) -> Tensor | None:

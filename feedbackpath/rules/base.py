@@ -37,7 +37,7 @@ class Clock:
 
     Attributes:
         seed: Seed of everything random in the feedback path.
-        steps: How many times ``path.step()`` has been called.
+        steps: How many times ``path.step()`` has been called, the call that is going on included.
         mirror: Mirror mode of this path.
     """
 

@@ -49,12 +49,15 @@ class KolenPollack:
         """Do nothing: the optimizer has updated B."""
 
 
-def check_optimizer(weights: Sequence[UntiedWeight], optimizer: torch.optim.Optimizer) -> None:
+def check_optimizer(
+    weights: Sequence[UntiedWeight], optimizer: torch.optim.Optimizer, *, needs_decay: bool
+) -> None:
     """See that an optimizer treats W and B alike and lets their difference decay.
 
     Args:
         weights: The weights under Kolen-Pollack learning.
         optimizer: The optimizer that is to update them.
+        needs_decay: Whether B begins unlike W, so that only decay can bring them together.
 
     Raises:
         RuleError: A feedback weight is not in the optimizer, or its group's settings differ from W's.
@@ -63,6 +66,7 @@ def check_optimizer(weights: Sequence[UntiedWeight], optimizer: torch.optim.Opti
         KolenPollackWarning: No weight decay: W - B stays as it is for ever.
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    undecayed = []
     for weight in weights:
         if id(weight.weight) not in groups:
             continue
@@ -79,9 +83,11 @@ def check_optimizer(weights: Sequence[UntiedWeight], optimizer: torch.optim.Opti
                 f"({', '.join(differing)}); put W and B in groups with the same settings"
             )
         if not feedback.get("weight_decay"):
-            warnings.warn(
-                f"Kolen-Pollack without weight decay: W - B of {weight.name!r} will not shrink; "
-                "give the optimizer weight_decay > 0",
-                KolenPollackWarning,
-                stacklevel=3,
-            )
+            undecayed.append(repr(weight.name))
+    if needs_decay and undecayed:
+        warnings.warn(
+            f"Kolen-Pollack without weight decay: W - B of {', '.join(undecayed)} will not shrink; "
+            "give the optimizer weight_decay > 0",
+            KolenPollackWarning,
+            stacklevel=3,
+        )

@@ -43,6 +43,7 @@ class MirrorKolenPollack:
         clock.mirror.find_activations(weights)
 
     def step(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
-        """Mirror if nothing has been mirrored yet; from then on the optimizer does it all."""
-        if clock.mirror.passes == 0:
-            clock.mirror.run(weights, self.mirror, self.mirror.memory_passes)
+        """Mirror what has never been mirrored; from then on the optimizer does it all."""
+        fresh = [weight for weight in weights if weight.name not in clock.mirror.passes]
+        if fresh:
+            clock.mirror.run(fresh, self.mirror, self.mirror.memory_passes)

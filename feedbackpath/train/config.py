@@ -16,7 +16,9 @@ class CompareConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rules: tuple[str, ...] = Field(("bp", "fa", "ss", "kp", "wm"), description="rules to compare, by commas")
+    rules: Annotated[tuple[str, ...], Parameter(negative="")] = Field(
+        ("bp", "fa", "ss", "kp", "wm"), description="rules to compare, by commas"
+    )
     data: str = Field("glyphs", description="glyphs, digits, mnist, fashion-mnist, cifar10 or cifar100")
     data_dir: Path | None = Field(None, description="folder of the data files")
     classes: int | None = Field(None, ge=2, description="number of glyph classes (200 unless given)")

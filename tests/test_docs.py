@@ -1,0 +1,159 @@
+"""What the documents say runs: every Python snippet, command line, config file and make target in them."""
+
+import re
+import shlex
+import signal
+import typing
+from inspect import signature
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import yaml
+
+import feedbackpath as fp
+from feedbackpath import cli, commands
+from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.rules import make_rule
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md", *ROOT.glob("README.md")])
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(document, *languages):
+    """Return the fenced blocks in a language, each with its first line number."""
+    text = document.read_text(encoding="utf-8")
+    return [
+        (text.count("\n", 0, match.start()) + 2, match[2])
+        for match in FENCE.finditer(text)
+        if match[1] in languages
+    ]
+
+
+def calls_of(program, document):
+    """Return the arguments of every call of a program in a document's shell blocks."""
+    script = "\n".join(code for _, code in blocks(document, "bash", "console", "sh", "shell"))
+    lines = [
+        shlex.split(line.removeprefix("$ "), comments=True)
+        for line in script.replace("\\\n", " ").splitlines()
+    ]
+    return [words[1:] for words in lines if words and Path(words[0]).name == program]
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d, "python")], ids=lambda d: d.name)
+def test_python_snippets_run(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "snippets"}
+    with mock.patch.dict(fp.RULES):
+        for line, code in blocks(document, "python"):
+            # Empty lines in front, so that a failure names the line of the document.
+            exec(compile("\n" * (line - 1) + code, document, "exec"), namespace)
+
+
+@pytest.mark.parametrize(
+    "document", [d for d in DOCUMENTS if calls_of("feedbackpath", d)], ids=lambda d: d.name
+)
+def test_command_lines_are_accepted(document):
+    for arguments in calls_of("feedbackpath", document):
+        command, bound, _ = cli.app.parse_args(arguments, exit_on_error=False, print_error=False)
+        flags = bound.arguments.get("flags", CompareConfig())
+        assert command.__name__ == arguments[0]
+        assert [make_rule(name, {}).name for name in flags.rules] == list(flags.rules)
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d, "yaml")], ids=lambda d: d.name)
+def test_config_files_are_accepted(document):
+    for _, text in blocks(document, "yaml"):
+        config = CompareConfig(**yaml.safe_load(text))
+        for rule in {*config.rules, *config.rule_settings}:
+            make_rule(rule, config.rule_settings.get(rule, {}))
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE)
+    for document in DOCUMENTS:
+        for arguments in calls_of("make", document):
+            assert set(arguments) <= set(targets), document.name
+
+
+def flag_of(name):
+    flag = f"`--{name.replace('_', '-')}`"
+    return f"{flag}, `--no-{name}`" if CompareConfig.model_fields[name].annotation is bool else flag
+
+
+def default_of(value):
+    if value is None:
+        return "–"
+    return f"`{','.join(value) if isinstance(value, tuple) else value}`"
+
+
+def meaning_of(field):
+    is_choice = typing.get_origin(field.annotation) is typing.Literal
+    choices = [f"`{choice}`" for choice in typing.get_args(field.annotation)] if is_choice else []
+    return f"{field.description}: {', '.join(choices)}" if len(choices) > 1 else field.description
+
+
+def is_flag(field):
+    return not any(getattr(extra, "parse", True) is False for extra in field.metadata)
+
+
+def make_flag_table():
+    return "".join(
+        f"| {flag_of(name)} | {default_of(field.default)} | {meaning_of(field)} |\n"
+        for name, field in CompareConfig.model_fields.items()
+        if is_flag(field)
+    )
+
+
+def make_place_table():
+    places = {name: p for name, p in signature(commands.compare).parameters.items() if name != "flags"}
+    return "".join(
+        f"| `--{name}` | {default_of(p.default or None)} | {p.annotation.__metadata__[0].help} |\n"
+        for name, p in places.items()
+    )
+
+
+def make_setting_table():
+    return "".join(
+        f"| `{name}` | {field.description} |\n"
+        for name, field in CompareConfig.model_fields.items()
+        if not is_flag(field)
+    )
+
+
+@pytest.mark.parametrize("make_table", [make_flag_table, make_place_table, make_setting_table])
+def test_tables_of_the_command_line_are_those_of_the_program(make_table):
+    table = make_table()
+    assert table.count("\n") > 1
+    assert f"|---|\n{table}\n" in read("docs/cli.md"), f"put this table into docs/cli.md:\n{table}"
+
+
+def test_exit_codes_are_those_of_the_program():
+    listed = re.findall(r"^\| (\d+) \|", read("docs/cli.md"), re.MULTILINE)
+    interrupted = [128 + number for number in (signal.SIGINT, signal.SIGTERM)]
+    assert [int(code) for code in listed] == [
+        commands.DONE,
+        cli.BAD_INPUT,
+        commands.DIVERGED,
+        *interrupted,
+    ]
+
+
+def test_commands_are_those_of_the_program():
+    listed = re.findall(r"^feedbackpath (\w+) .*  ", read("docs/cli.md"), re.MULTILINE)
+    assert listed == [name for name in cli.app if not name.startswith("-")]
+
+
+def test_every_rule_is_in_the_table_of_rules():
+    listed = re.findall(r"^\| `([\w-]+)` \| `(\w+)` \|", read("docs/index.md"), re.MULTILINE)
+    assert listed == [(name, rule.__name__) for name, rule in fp.RULES.items()]
+
+
+@pytest.mark.parametrize("name", fp.__all__)
+def test_every_public_name_is_in_the_reference(name):
+    assert re.search(rf"(auto\w+|py:data):: [\w.]+\.{name}$", read("docs/api.md"), re.MULTILINE)

@@ -1,0 +1,244 @@
+"""Mirror mode: what noise tells of W, where B settles, and what stays untouched."""
+
+import math
+
+import pytest
+import reference
+import torch
+from problems import ATTENTIONS, CONVNET, ENCODER, MLP, PLAIN_LAYERS, Problem, by_id, make_convolution
+from torch import nn
+
+import feedbackpath as fp
+from feedbackpath.alignment import angle_deg
+from feedbackpath.mirror import noise
+
+ACTIVATIONS = {
+    "relu": nn.ReLU(),
+    "leaky": nn.LeakyReLU(0.3),
+    "tanh": nn.Tanh(),
+    "sigmoid": nn.Sigmoid(),
+    "gelu": nn.GELU(),
+    "identity": nn.Identity(),
+}
+KINDS = [
+    Problem("linear", lambda: nn.Linear(30, 20), ((30,),)),
+    *(
+        Problem(f"{kind.__name__}-{id}", lambda kind=kind, s=settings: make_convolution(kind, s), ((1,),))
+        for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+        for id, settings in {"plain": {}, "grouped": {"groups": 2}, "strided_dilated_padded": {
+            "stride": 2, "dilation": 2, "padding": 1}}.items()
+    ),
+]  # fmt: skip
+
+
+def untie_alone(layer, activation, **settings):
+    path = fp.untie(nn.Sequential(layer, activation), fp.WeightMirror(fp.Mirror(**settings)))
+    return path, path.weights[0]
+
+
+def fire(weight, activation, seed=0, num_samples=64, sigma=1.0, block_bias=True):
+    with torch.no_grad():
+        return noise.fire_gaussian(
+            weight, activation, num_samples=num_samples, sigma=sigma, block_bias=block_bias,
+            generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", KINDS, ids=by_id)
+def test_covariance_matches_loops_over_samples_and_positions(problem, monkeypatch):
+    _, weight = untie_alone(problem.build(), nn.ReLU())
+    fired, draw = [], noise._normal
+    monkeypatch.setattr(noise, "_normal", lambda *args: fired.append(draw(*args)) or fired[-1])
+    found, _ = fire(weight, torch.relu, num_samples=40)
+    w, (drawn,) = weight.weight.detach(), fired
+    if w.dim() == 2:
+        expected = reference.linear_covariance(drawn, w, torch.relu)
+    else:
+        geometry = noise._unpadded(weight.layer)
+        shape = torch.convolution(drawn, w, None, *geometry).shape
+        expected = reference.convolution_covariance(drawn, w, torch.relu, geometry, shape)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0])
+@pytest.mark.parametrize("name", ["relu", "tanh", "identity", "sigmoid"])
+@pytest.mark.parametrize("problem", [KINDS[0], KINDS[4]], ids=by_id)
+def test_expected_covariance_is_proportional_to_the_weights(problem, name, sigma):
+    """Equation 11, each neuron with the mean slope at which noise drives it."""
+    _, weight = untie_alone(problem.build(), nn.ReLU())
+    found, _ = fire(weight, ACTIVATIONS[name], num_samples=50_000, sigma=sigma)
+    expected = reference.expected_covariance(weight.weight.detach(), ACTIVATIONS[name], sigma)
+    scatter = 1.17 * math.sqrt(weight.fan_in / 50_000)
+    assert (found - expected).norm() / expected.norm() < 1.5 * scatter
+
+
+@pytest.mark.parametrize("problem", KINDS, ids=by_id)
+def test_expected_covariance_of_every_kind_of_layer_behind_relus(problem):
+    _, weight = untie_alone(problem.build(), nn.ReLU())
+    passes = [fire(weight, torch.relu, seed, num_samples=2000)[0] for seed in range(10)]
+    expected = 0.5 * weight.weight.detach()
+    scatter = 1.17 * math.sqrt(weight.fan_in / 20_000)
+    assert (sum(passes) / 10 - expected).norm() / expected.norm() < 1.5 * scatter
+
+
+@pytest.mark.parametrize(
+    ("reading", "name", "gain"),
+    [
+        ("printed", "relu", 0.1),
+        ("printed", "identity", 0.2),
+        ("inside", "relu", 1.0),
+        ("inside", "identity", 2.0),
+    ]
+    + [("calibrated", name, 1.0) for name in ACTIVATIONS],
+)
+def test_gains_settle_where_each_reading_says(reading, name, gain):
+    path, _ = untie_alone(
+        nn.Linear(100, 80), ACTIVATIONS[name], reading=reading, samples=4000, block_bias=True
+    )
+    nn.init.constant_(path.model[0].bias, 0.7)
+    path.mirror()
+    assert path.gains()["0"] == pytest.approx(gain, rel=0.04)
+
+
+@pytest.mark.parametrize("problem", KINDS, ids=by_id)
+def test_gain_settles_at_one_in_every_kind_of_layer(problem):
+    path, _ = untie_alone(problem.build(), nn.ReLU(), samples=2000)
+    path.mirror()
+    assert path.gains()["0"] == pytest.approx(1.0, rel=0.06)
+
+
+def test_gain_is_one_when_biases_are_not_blocked_either():
+    path, _ = untie_alone(nn.Linear(100, 80), nn.ReLU(), samples=4000, block_bias=False)
+    path.mirror()
+    assert path.gains()["0"] == pytest.approx(1.0, rel=0.04)
+
+
+def test_sigma_does_not_change_the_calibrated_gain():
+    path, _ = untie_alone(nn.Linear(100, 80), nn.ReLU(), samples=4000, sigma=3.0)
+    path.mirror()
+    assert path.gains()["0"] == pytest.approx(1.0, rel=0.04)
+
+
+@pytest.mark.parametrize("angle", [4.0, 8.0, 11.0])
+def test_sampling_noise_leaves_the_angle_that_was_asked_for(angle):
+    path, _ = untie_alone(nn.Linear(300, 200), nn.ReLU(), target_angle_deg=angle)
+    path.mirror(steps=40)
+    assert path.matrix_angles()["0"] == pytest.approx(angle, rel=0.15)
+
+
+@pytest.mark.parametrize("problem", PLAIN_LAYERS, ids=by_id)
+def test_orthogonal_noise_is_exact_behind_relus(problem):
+    for dtype, limit in ((torch.float32, 1e-3), (torch.float64, 1e-6)):
+        path, weight = untie_alone(problem.build(dtype), nn.ReLU(), noise="orthogonal")
+        path.mirror()
+        assert angle_deg(weight.feedback, weight.weight) < limit
+        assert path.gains()["0"] == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("problem", ATTENTIONS, ids=by_id)
+def test_orthogonal_noise_is_exact_for_attention(problem):
+    path = fp.untie(problem.build(), fp.WeightMirror(fp.Mirror(noise="orthogonal")))
+    path.mirror()
+    assert max(path.matrix_angles().values()) < 1e-6
+    assert path.gains() == pytest.approx(dict.fromkeys(path.gains(), 1.0), abs=1e-8)
+
+
+def test_gaussian_noise_mirrors_attention_projections():
+    path = fp.untie(ENCODER.build(), fp.WeightMirror(fp.Mirror(target_angle_deg=4)))
+    path.mirror()
+    assert max(path.matrix_angles().values()) < 6
+    assert path.gains() == pytest.approx(dict.fromkeys(path.gains(), 1.0), abs=0.1)
+
+
+@pytest.mark.parametrize("settings", [{"noise": "orthogonal"}, {"noise": "gaussian"}], ids=str)
+@pytest.mark.parametrize("call", [fp.FeedbackPath.step, fp.FeedbackPath.mirror], ids=["step", "mirror"])
+def test_mirror_mode_changes_feedback_and_nothing_else(call, settings):
+    model = CONVNET.build()
+    path = fp.untie(model, fp.WeightMirror(fp.Mirror(**settings)))
+    model(CONVNET.inputs()[0]).sum().backward()
+    own = {id(feedback) for _, _, feedback in path.pairs()}
+    rest = [*model.buffers(), *(p for p in model.parameters() if id(p) not in own)]
+    before = [tensor.detach().clone() for tensor in rest]
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    feedbacks = [feedback.clone() for _, _, feedback in path.pairs()]
+    versions = [tensor._version for tensor in rest]
+    random_state = torch.random.get_rng_state()
+    call(path)
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    assert all(torch.equal(tensor, old) for tensor, old in zip(rest, before, strict=True))
+    assert [tensor._version for tensor in rest] == versions
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert parameter.grad is None if gradient is None else torch.equal(parameter.grad, gradient)
+    assert not any(torch.equal(b, old) for (_, _, b), old in zip(path.pairs(), feedbacks, strict=True))
+    assert all(module.training for module in model.modules())
+
+
+def test_noise_is_a_function_of_seed_and_pass_alone():
+    def mirror(seed, *passes):
+        path = fp.untie(MLP.build(), "wm", seed=seed)
+        for steps in passes:
+            torch.rand(3)  # whatever else draws random numbers
+            state = path.state_dict()
+            path.load_state_dict(state)
+            path.mirror(steps=steps)
+        return [feedback.clone() for _, _, feedback in path.pairs()]
+
+    whole, in_parts, other = mirror(0, 5), mirror(0, 2, 3), mirror(1, 5)
+    assert all(torch.equal(a, b) for a, b in zip(whole, in_parts, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
+
+
+def test_no_two_layers_and_no_two_passes_fire_the_same_noise(monkeypatch):
+    fired, draw = [], noise._normal
+    monkeypatch.setattr(noise, "_normal", lambda *args: fired.append(draw(*args)) or fired[-1])
+    layers = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU())
+    fp.untie(layers, "wm").mirror(steps=2)
+    assert len({round(noise.sum().item(), 6) for noise in fired}) == 4
+
+
+@pytest.mark.parametrize(
+    ("activation", "bias", "block_bias"), [(nn.ReLU(), -100.0, False), (lambda x: 0.0 * x, 0.0, True)]
+)
+def test_a_layer_that_never_answers_is_named_and_keeps_its_feedback(activation, bias, block_bias):
+    model = nn.Sequential(nn.Linear(6, 5))
+    nn.init.constant_(model[0].bias, bias)
+    rule = fp.WeightMirror(fp.Mirror(block_bias=block_bias))
+    path = fp.untie(model, rule, activations={"0": activation})
+    before = model[0].feedback.clone()
+    with pytest.warns(RuntimeWarning, match="no neuron of '0' answers to noise; its feedback weight stays"):
+        path.step()
+    assert torch.equal(model[0].feedback, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reading": "aloud"}, "reading='aloud' is not one of calibrated, inside, printed"),
+        ({"noise": "white"}, "noise='white' is not one of gaussian, orthogonal"),
+        ({"sigma": 0.0}, r"sigma must be above 0, not 0\.0"),
+        ({"rate": float("nan")}, "rate must be above 0, not nan"),
+        ({"samples": 1}, "samples must be at least 2, not 1"),
+        ({"reading": "printed", "decay": 1.5}, r"would replace 1\.5 of B"),
+        ({"target_angle_deg": 90.0}, "target_angle_deg"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(fp.RuleError, match=message):
+        fp.Mirror(**settings)
+
+
+def test_more_inputs_and_smaller_angles_need_more_samples():
+    few, many, fine = (
+        fp.Mirror(target_angle_deg=angle).samples_for(fan_in)
+        for angle, fan_in in ((8.0, 1000), (8.0, 4000), (4.0, 1000))
+    )
+    assert many == pytest.approx(4 * few, rel=0.01)
+    assert fine == pytest.approx(4 * few, rel=0.05)
+    assert fp.Mirror().samples_for(1) == 512
+    assert fp.Mirror(samples=7).samples_for(10_000) == 7
+
+
+def test_walsh_hadamard_rows_are_orthogonal_signs():
+    matrix = noise._walsh_hadamard(torch.arange(64), 64)
+    assert torch.equal(matrix.abs(), torch.ones_like(matrix))
+    assert torch.equal(matrix @ matrix.T, 64 * torch.eye(64, dtype=matrix.dtype))

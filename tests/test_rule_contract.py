@@ -1,0 +1,238 @@
+"""What every rule must hold, on every kind of network: a new rule is tested by being listed in RULES."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import CONVNET, MLP, NETWORKS, by_id, make_mlp
+from torch.utils.checkpoint import checkpoint
+
+import feedbackpath as fp
+
+pytestmark = pytest.mark.parametrize("rule", fp.RULES)
+over_networks = pytest.mark.parametrize("problem", NETWORKS, ids=by_id)
+
+
+def forward_parameters(model):
+    return {name: p for name, p in model.named_parameters() if "feedback" not in name}
+
+
+def assert_close(ours, expected, tolerance=1e-10):
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+def without_feedback(gradients):
+    return {name: gradient for name, gradient in gradients.items() if "feedback" not in name}
+
+
+@over_networks
+def test_forward_is_bit_identical(rule, problem):
+    model, inputs = problem.build(), problem.inputs()
+    for training in (True, False):
+        plain = copy.deepcopy(model).train(training)
+        untied = fp.untie(copy.deepcopy(model), rule).model.train(training)
+        assert torch.equal(*(problem.outputs(network, inputs)[0] for network in (untied, plain)))
+
+
+@over_networks
+def test_feedback_is_no_copy_of_the_weights(rule, problem):
+    for weight in fp.untie(problem.build(), rule).weights:
+        is_backprop = rule == "bp"
+        assert weight.is_tied == is_backprop
+        assert (weight.feedback is weight.weight) == is_backprop
+        assert (weight.feedback.data_ptr() == weight.weight.data_ptr()) == is_backprop
+        assert torch.equal(weight.feedback, weight.weight) == is_backprop
+        assert weight.feedback.shape == weight.weight.shape
+
+
+@over_networks
+def test_backward_goes_through_feedback(rule, problem):
+    plain = problem.build()
+    model = copy.deepcopy(plain)
+    path = fp.untie(model, rule)
+    expected = problem.gradients(plain)
+    ours = without_feedback(problem.gradients(model))
+    difference = (ours["input0"] - expected["input0"]).norm() / expected["input0"].norm()
+    assert difference == 0 if rule == "bp" else difference > 0.3
+    for _, weight, feedback in path.pairs():
+        feedback.data.copy_(weight.data)
+    assert_close(without_feedback(problem.gradients(model)), expected)
+
+
+@over_networks
+def test_weights_go_both_ways_between_plain_and_untied(rule, problem):
+    plain, model = problem.build(), problem.build()
+    for parameter in plain.parameters():
+        parameter.data.normal_()
+    keys = set(plain.state_dict())
+    path = fp.untie(model, rule)
+    feedbacks = [b.detach().clone() for _, _, b in path.pairs()]
+    added = set(model.state_dict()) - keys
+    assert keys <= set(model.state_dict())
+    assert all(key.rpartition(".")[2] == "feedback" for key in added)
+    assert bool(added) == (rule != "bp")
+    model.load_state_dict(plain.state_dict())
+    assert all(torch.equal(p, plain.state_dict()[name]) for name, p in forward_parameters(model).items())
+    if rule != "bp":
+        assert all(torch.equal(b, old) for (_, _, b), old in zip(path.pairs(), feedbacks, strict=True))
+    again = fp.untie(problem.build(), rule, seed=1)
+    again.model.load_state_dict(model.state_dict())
+    for ours, theirs in zip(path.pairs(), again.pairs(), strict=True):
+        assert torch.equal(ours[2], theirs[2])
+    path.retie().load_state_dict(plain.state_dict())
+
+
+@over_networks
+def test_retie_restores_types_keys_and_parameters(rule, problem):
+    model = problem.build()
+    types = [type(module) for module in model.modules()]
+    keys, parameters = list(model.state_dict()), [id(p) for p in model.parameters()]
+    expected = problem.gradients(model)
+    path = fp.untie(model, rule)
+    assert [id(p) for p in forward_parameters(model).values()] == parameters
+    assert path.retie() is model
+    assert [type(module) for module in model.modules()] == types
+    assert list(model.state_dict()) == keys
+    assert [id(p) for p in model.parameters()] == parameters
+    assert_close(problem.gradients(model), expected, tolerance=0)
+
+
+@over_networks
+def test_a_copy_of_an_untied_model_stands_on_its_own(rule, problem):
+    model = problem.build()
+    fp.untie(model, rule)
+    double = copy.deepcopy(model)
+    assert {p.data_ptr() for p in double.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
+    assert_close(problem.gradients(double), problem.gradients(model), tolerance=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("problem", [MLP, CONVNET], ids=by_id)
+def test_autocast(rule, problem, dtype):
+    model, inputs = problem.build(torch.float32), problem.inputs(torch.float32)
+    with torch.autocast("cpu", dtype):
+        (expected,) = problem.outputs(copy.deepcopy(model), inputs)
+    fp.untie(model, rule)
+    exact = problem.gradients(copy.deepcopy(model))
+    with torch.autocast("cpu", dtype):
+        (output,) = problem.outputs(model, inputs)
+        loss = problem.loss(model, inputs)
+    assert output.dtype == expected.dtype == dtype
+    assert torch.equal(output, expected)
+    loss.backward()
+    assert loss.isfinite()
+    assert inputs[0].grad.dtype == torch.float32
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(gradient.dtype == torch.float32 for gradient in found.values())
+    ours, full = (torch.cat([grads[name].flatten() for name in found]) for grads in (found, exact))
+    assert (ours - full).norm() / full.norm() < (0.1 if dtype == torch.bfloat16 else 0.01)
+
+
+@over_networks
+def test_activation_checkpointing_gives_equal_gradients(rule, problem):
+    model = problem.build()
+    fp.untie(model, rule)
+    expected = problem.gradients(model)
+
+    def checkpointed(module, *inputs):
+        return checkpoint(problem.call, module, *inputs, use_reentrant=False)
+
+    recomputing = type(problem)(problem.id, problem.make, problem.shapes, checkpointed)
+    assert_close(recomputing.gradients(model), expected, tolerance=0)
+
+
+def test_gradients_accumulate_over_parts_of_a_batch(rule):
+    model, (x,) = MLP.build(), MLP.inputs()
+    fp.untie(model, rule)
+    gradients = []
+    for parts in (x.split(2), [x]):
+        model.zero_grad()
+        for part in parts:
+            model(part).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert_close(*gradients)
+
+
+def test_channels_last_is_kept(rule):
+    model = CONVNET.build(torch.float32).to(memory_format=torch.channels_last)
+    x = CONVNET.inputs(torch.float32)[0].to(memory_format=torch.channels_last)
+    expected = model[0](x)
+    path = fp.untie(model, rule)
+    assert path.weights[0].feedback.is_contiguous(memory_format=torch.channels_last)
+    output = model[0](x)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(output, expected)
+    model(x).sum().backward()
+    path.step()
+    for _, weight, feedback in path.pairs():
+        assert weight.stride() == feedback.stride()
+        for parameter in (weight, feedback):
+            assert parameter.grad is None or parameter.grad.stride() == weight.stride()
+
+
+@pytest.mark.parametrize("problem", [MLP, CONVNET], ids=by_id)
+def test_weight_and_feedback_gradients_share_no_memory(rule, problem):
+    """An optimizer that works in place on one gradient must not reach the other."""
+    model = problem.build()
+    path = fp.untie(model, rule)
+    problem.loss(model, problem.inputs()).backward()
+    for _, weight, feedback in path.pairs():
+        if feedback is not weight and feedback.grad is not None:
+            assert torch.equal(weight.grad, feedback.grad)
+            assert weight.grad.data_ptr() != feedback.grad.data_ptr()
+
+
+def train(model, path, optimizer, steps):
+    """Train; a step's data depends on the number of steps taken alone."""
+    for _ in range(steps):
+        generator = torch.Generator().manual_seed(path.state_dict()["steps"])
+        x, target = torch.randn(5, 6, generator=generator), torch.arange(5) % 3
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+        path.step()
+
+
+def test_resumed_training_is_bit_identical(rule, tmp_path):
+    def start():
+        torch.manual_seed(1)
+        model = make_mlp()
+        path = fp.untie(model, rule, seed=7)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+        return model, path, optimizer
+
+    whole = start()
+    train(*whole, steps=3)
+    saved = {
+        part: holder.state_dict() for part, holder in zip(("model", "path", "optimizer"), whole, strict=True)
+    }
+    torch.save(saved, tmp_path / "state.pt")
+    train(*whole, steps=3)
+    resumed, loaded = start(), torch.load(tmp_path / "state.pt", weights_only=True)
+    for part, holder in zip(("model", "path", "optimizer"), resumed, strict=True):
+        holder.load_state_dict(loaded[part])
+    torch.rand(3)
+    train(*resumed, steps=3)
+    ours, expected = (holder[0].state_dict() for holder in (resumed, whole))
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[key], expected[key]) for key in ours)
+
+
+def test_every_rule_is_documented_and_named_as_it_is_listed(rule):
+    assert fp.RULES[rule].name == rule
+    assert fp.RULES[rule].__doc__
+    assert fp.RULES[rule]() == fp.RULES[rule]()
+
+
+def test_the_state_says_how_far_a_path_has_come(rule):
+    path = fp.untie(make_mlp(), rule, seed=3)
+    with contextlib.suppress(fp.UntieError):  # backprop has nothing to mirror
+        path.mirror(steps=2)
+    path.step()
+    state = path.state_dict()
+    assert (state["seed"], state["steps"]) == (3, 1)
+    fresh = fp.untie(make_mlp(), rule)
+    fresh.load_state_dict(state)
+    assert fresh.state_dict() == state

@@ -1,0 +1,228 @@
+"""Each rule's closed form: what B is at the start, and what becomes of it."""
+
+import math
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from problems import CONVNET, MLP, make_mlp
+from torch import nn
+
+import feedbackpath as fp
+from feedbackpath.rules import resolve_rule
+
+LEARNED = ["kp", "mirror-kp"]
+
+
+def train(model, path, optimizer, steps):
+    """Train on random data of a fixed seed; yield after each step."""
+    generator = torch.Generator().manual_seed(5)
+    dtype = next(model.parameters()).dtype
+    for _ in range(steps):
+        x = torch.randn(5, 6, generator=generator, dtype=torch.float64).to(dtype)
+        target = torch.randint(0, 3, (5,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+        path.step()
+        yield
+
+
+def test_feedback_alignment_never_changes_feedback():
+    model = MLP.build()
+    path = fp.untie(model, "fa")
+    before = [(w.detach().clone(), b.detach().clone()) for _, w, b in path.pairs()]
+    for _ in train(model, path, torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1), steps=5):
+        for (w_before, b_before), (_, w, b) in zip(before, path.pairs(), strict=True):
+            assert torch.equal(b, b_before)
+            assert not torch.equal(w, w_before)
+
+
+@pytest.mark.parametrize("problem", [MLP, CONVNET], ids=["mlp", "convnet"])
+def test_random_feedback_has_its_size_from_the_fans_and_nothing_from_the_weights(problem):
+    drawn = {}
+    for seed, scale in ((0, 1.0), (0, 3.0), (1, 1.0)):
+        model = problem.build()
+        for parameter in model.parameters():
+            parameter.data.mul_(scale)
+        path = fp.untie(model, "fa", seed=seed)
+        drawn[seed, scale] = [b for _, _, b in path.pairs()]
+    for weight, same, other_seed in zip(path.weights, drawn[0, 3.0], drawn[1, 1.0], strict=True):
+        position = path.weights.index(weight)
+        assert torch.equal(drawn[0, 1.0][position], same)
+        assert not torch.equal(same, other_seed)
+        spread = same.square().mean().sqrt().item() / math.sqrt(2 / (weight.fan_in + weight.fan_out))
+        assert abs(spread - 1) < 4 / math.sqrt(2 * same.numel())
+
+
+@pytest.mark.parametrize("scale", ["he", "xavier"])
+@pytest.mark.parametrize("magnitude", ["uniform", "fixed", "batchwise"])
+def test_sign_symmetry_takes_signs_after_every_step(magnitude, scale):
+    model = MLP.build()
+    path = fp.untie(model, fp.SignSymmetry(magnitude, scale))
+    sizes = [b.abs().clone() for _, _, b in path.pairs()]
+    signs = [w.sign() for _, w, _ in path.pairs()]
+    assert all(torch.equal(b.sign(), sign) for (_, _, b), sign in zip(path.pairs(), signs, strict=True))
+    for _ in train(model, path, torch.optim.SGD(model.parameters(), lr=2.0), steps=5):
+        for weight, size in zip(path.weights, sizes, strict=True):
+            assert torch.equal(weight.feedback.sign(), weight.weight.sign())
+            expected = math.sqrt(2 / (weight.fan_out + (weight.fan_in if scale == "xavier" else 0)))
+            if magnitude == "uniform":
+                torch.testing.assert_close(size, torch.full_like(size, expected))
+            else:
+                assert 0.5 < size.norm() / math.sqrt(size.numel()) / expected < 1.5
+            assert torch.equal(weight.feedback.abs(), size) == (magnitude != "batchwise")
+    assert any(not torch.equal(w.sign(), old) for (_, w, _), old in zip(path.pairs(), signs, strict=True))
+
+
+@pytest.mark.parametrize("magnitude", ["uniform", "fixed"])
+def test_a_weight_that_passes_through_zero_keeps_its_magnitude(magnitude):
+    layer = nn.Linear(4, 3)
+    path = fp.untie(layer, fp.SignSymmetry(magnitude))
+    sizes = layer.feedback.abs().clone()
+    for weight in (0.0, -1.0):
+        layer.weight.data.fill_(weight)
+        path.step()
+        assert torch.equal(layer.feedback, sizes if weight == 0.0 else -sizes)
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.3),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.3, momentum=0.9),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.3, momentum=0.9, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_kolen_pollack_gap_shrinks_at_its_own_rate(name):
+    model = MLP.build()
+    path = fp.untie(model, "kp")
+    gaps = [(w - b).detach() for _, w, b in path.pairs()]
+    for step, _ in enumerate(train(model, path, OPTIMIZERS[name](model.parameters()), steps=12), start=1):
+        left = reference.gap_sizes(name, step, lr=0.1, decay=0.3)
+        if name in ("sgd", "adamw"):
+            assert left == pytest.approx((1 - 0.1 * 0.3) ** step, rel=1e-12)
+        for (_, w, b), gap in zip(path.pairs(), gaps, strict=True):
+            torch.testing.assert_close(w - b, left * gap, rtol=1e-9, atol=1e-9)
+
+
+def test_kolen_pollack_without_decay_keeps_the_gap():
+    model = MLP.build()
+    path = fp.untie(model, "kp")
+    gaps = [(w - b).detach() for _, w, b in path.pairs()]
+    list(train(model, path, torch.optim.Adam(model.parameters(), lr=0.1), steps=10))
+    for (_, w, b), gap in zip(path.pairs(), gaps, strict=True):
+        torch.testing.assert_close(w - b, gap, rtol=1e-9, atol=1e-9)
+
+
+def test_kolen_pollack_follows_equations_16_and_17():
+    model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.ReLU(), nn.Linear(5, 3, bias=False)).double()
+    path = fp.untie(model, "kp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=0.2)
+    weights, feedbacks = ([pair[i].detach().clone() for pair in path.pairs()] for i in (1, 2))
+    for _ in range(3):
+        x, target = torch.randn(6, 4).double(), torch.randn(6, 3).double()
+        weights, feedbacks = reference.kolen_pollack_step(x, target, weights, feedbacks, 0.05, 0.2)
+        optimizer.zero_grad()
+        (0.5 * (model(x) - target).square().sum()).backward()
+        optimizer.step()
+        path.step()
+    for (_, w, b), weight, feedback in zip(path.pairs(), weights, feedbacks, strict=True):
+        torch.testing.assert_close(w.detach(), weight, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(b.detach(), feedback, rtol=1e-10, atol=1e-10)
+
+
+def test_mirroring_once_then_kolen_pollack_stays_aligned_without_decay():
+    model, plain = MLP.build(), MLP.build()
+    path, ruler = fp.untie(model, "mirror-kp"), fp.untie(plain, "bp")
+    path.mirror()
+    runs = [
+        train(m, p, torch.optim.SGD(m.parameters(), lr=0.5), 20) for m, p in ((model, path), (plain, ruler))
+    ]
+    for _ in zip(*runs, strict=True):
+        assert max(path.matrix_angles().values()) < 1e-6
+        assert path.gains() == pytest.approx(dict.fromkeys(path.gains(), 1.0), abs=1e-8)
+    for ours, expected in zip(path.pairs(), ruler.pairs(), strict=True):
+        torch.testing.assert_close(ours[1], expected[1], rtol=1e-6, atol=1e-6)
+
+
+def test_mirror_kp_mirrors_at_the_first_step_if_nobody_has():
+    model = MLP.build()
+    path = fp.untie(model, "mirror-kp")
+    steps = train(model, path, torch.optim.SGD(model.parameters(), lr=0.5), 2)
+    assert min(path.matrix_angles().values()) > 30
+    next(steps)
+    assert max(path.matrix_angles().values()) < 1e-6
+
+
+def test_mirror_kp_mirrors_beside_a_rule_that_mirrors_at_every_step():
+    """Each rule counts its own passes."""
+    path = fp.untie(MLP.build(), "wm", overrides={"4": "mirror-kp"})
+    path.step()
+    assert path.matrix_angles()["4"] < 1e-6
+
+
+@pytest.mark.parametrize("rule", LEARNED)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_feedback_of_a_frozen_weight_is_frozen_as_well(rule, frozen):
+    model = make_mlp()
+    model[2].weight.requires_grad_(not frozen)
+    fp.untie(model, rule)
+    assert model[2].feedback.requires_grad == (not frozen)
+
+
+def test_unknown_rules_are_refused_with_the_names_that_exist():
+    with pytest.raises(fp.RuleError, match=r"unknown rule 'kolen'; known rules are bp, fa, ss, kp, wm"):
+        resolve_rule("kolen")
+    with pytest.raises(fp.RuleError, match=r"did you mean 'mirror-kp'\?"):
+        fp.untie(make_mlp(), "mirror_kp")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"magnitude": "half"}, "'half' is not one of uniform"),
+        ({"scale": "big"}, "'big' is not one of xavier, he"),
+    ],
+)
+def test_sign_symmetry_refuses_settings_that_do_not_exist(settings, message):
+    with pytest.raises(fp.RuleError, match=message):
+        fp.SignSymmetry(**settings)
+
+
+class HalfWeights:
+    """A user's rule, made against the protocol alone: B is half of what W is after each step."""
+
+    name = "half"
+    feedback_kind = "own"
+
+    def start(self, weights, clock):
+        fp.draw_feedback(weights, clock)
+
+    def step(self, weights, clock):
+        for weight in weights:
+            weight.feedback.data = 0.5 * weight.weight.data
+
+
+@pytest.fixture
+def registered():
+    fp.register_rule(HalfWeights)
+    yield HalfWeights
+    del fp.RULES["half"]
+
+
+def test_a_users_own_rule_works_by_name_and_as_an_object(registered):
+    for rule in ("half", registered()):
+        model = MLP.build()
+        path = fp.untie(model, "kp", overrides={"[02]": rule})
+        list(train(model, path, torch.optim.SGD(model.parameters(), lr=0.1), steps=2))
+        assert path.gains() | {"4": None} == pytest.approx({"0": 0.5, "2": 0.5, "4": None})
+
+
+def test_two_rules_cannot_have_one_name(registered):
+    assert fp.register_rule(registered) is registered
+    with pytest.raises(fp.RuleError, match=r"a rule named 'fa' exists already \(FeedbackAlignment\)"):
+        fp.register_rule(type("Other", (HalfWeights,), {"name": "fa"}))
+    assert fp.RULES["fa"] is fp.FeedbackAlignment
