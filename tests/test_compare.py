@@ -75,8 +75,8 @@ def test_a_second_comparison_in_the_folder_is_refused_unless_it_resumes(tmp_path
     assert "--resume" in capsys.readouterr().err
     assert compare(tmp_path, "--rules", "fa", "--epochs", "1", "--resume") == 0
     assert without_times(results_of(tmp_path)) == before
-    assert compare(tmp_path, "--rules", "fa", "--epochs", "1", "--lr", "0.2", "--resume") == 2
-    assert "lr (0.1 there, 0.2 now)" in capsys.readouterr().err
+    assert compare(tmp_path, "--rules", "fa", "--epochs", "1", "--lr", "0.1", "--resume") == 2
+    assert "lr (0.2 there, 0.1 now)" in capsys.readouterr().err
     assert compare(tmp_path, "--rules", "fa,bp", "--epochs", "1", "--resume") == 0
     assert [run["rule"] for run in results_of(tmp_path)["runs"]] == ["fa", "bp"]
 

@@ -114,7 +114,7 @@ def _walsh_hadamard(rows: Tensor, num_columns: int) -> Tensor:
 
 
 def _inputs_of_outputs(layer: _ConvNd, noise: Tensor) -> Tensor:
-    """Count the inputs that reach each output: with stride, dilation or a border they differ, down to none."""
+    """Count the inputs that reach each output: with stride, dilation or borders they differ, down to none."""
     return torch.convolution(
         torch.ones_like(noise[:1]), torch.ones_like(layer.weight), None, *_unpadded(layer)
     )
