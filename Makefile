@@ -20,7 +20,7 @@ compare: $(STAMP)  ## the main job: five rules on built-in data, at most 12 minu
 	$(BIN)/feedbackpath compare --out runs/compare --resume
 
 test: $(STAMP)  ## the tests, at most 8 minutes
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not slow and not cuda'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not slow'
 
 check: $(STAMP) test  ## all that CI runs: format, lint, types, tests with doctests, docs
 	$(BIN)/ruff format --check .

@@ -13,6 +13,7 @@ import yaml
 
 import feedbackpath as fp
 from feedbackpath import cli, commands
+from feedbackpath.report import markdown_table, read_results
 from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.rules import make_rule
 
@@ -157,3 +158,20 @@ def test_every_rule_is_in_the_table_of_rules():
 @pytest.mark.parametrize("name", fp.__all__)
 def test_every_public_name_is_in_the_reference(name):
     assert re.search(rf"(auto\w+|py:data):: [\w.]+\.{name}$", read("docs/api.md"), re.MULTILINE)
+
+
+RESULTS = [path.parent.name for path in sorted(ROOT.glob("benchmarks/*/results.json"))]
+SHOWN = ("rule", "n", "test error", "minus bp", "angle, max", "δ angle, max", "gain")
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_tables_of_results_are_those_of_the_result_files(name):
+    table = markdown_table(read_results(ROOT / "benchmarks" / name), SHOWN)
+    assert table in read("docs/results.md")
+    if name == "glyphs-resnet8":
+        assert table in read("README.md")
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_commands_of_results_are_listed(name):
+    assert f"`{name}/`" in read("benchmarks/README.md")

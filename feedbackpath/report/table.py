@@ -102,9 +102,10 @@ def rich_table(results: dict[str, Any]) -> Table:
     return table
 
 
-def markdown_table(results: dict[str, Any]) -> str:
-    """Return the table in Markdown."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *(row.values() for row in summary_rows(results))]
+def markdown_table(results: dict[str, Any], columns: Sequence[str] = COLUMNS) -> str:
+    """Return the table, or some columns of it, in Markdown."""
+    cells = ([row[column] for column in columns] for row in summary_rows(results))
+    rows = [columns, ["---"] * len(columns), *cells]
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
 

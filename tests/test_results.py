@@ -1,0 +1,36 @@
+"""What the kept result files show is what the project claims of its rules."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def load(name):
+    return json.loads((BENCHMARKS / name / "results.json").read_text())
+
+
+def mean_error(results, rule):
+    return results["summary"][rule]["test_error_mean"]
+
+
+def test_glyphs_mirror_and_kolen_pollack_learn_as_backprop_does():
+    results = load("glyphs-resnet8")
+    assert {rule: entry["n"] for rule, entry in results["summary"].items()} == dict.fromkeys(
+        ("bp", "fa", "ss", "kp", "wm"), 5
+    )
+    bp = mean_error(results, "bp")
+    assert mean_error(results, "fa") > 80
+    assert mean_error(results, "kp") == pytest.approx(bp, abs=1.5)
+    assert mean_error(results, "wm") == pytest.approx(bp, abs=1.5)
+    assert max(mean_error(results, rule) for rule in ("bp", "kp", "wm")) < mean_error(results, "ss") < 80
+
+
+def test_glyphs_mirror_stays_aligned_from_its_first_mirroring_on():
+    for run in load("glyphs-resnet8")["runs"]:
+        if run["rule"] == "wm":
+            for entry in (run["start"], *run["history"]):
+                assert max(entry["matrix_angle_deg"].values()) < 12
+                assert 0.9 < min(entry["gain"].values()) <= max(entry["gain"].values()) < 1.1
