@@ -73,7 +73,10 @@ def delta_angles(
         with _outputs_tapped(weights) as outputs, torch.enable_grad():
             loss = compute_loss()
         if not outputs:
-            raise UntieError("delta_angles: compute_loss ran no untied layer of this path; run its own model")
+            raise UntieError(
+                "delta_angles: compute_loss ran no untied layer of this path (or ran it under "
+                "reentrant checkpointing): run its own model"
+            )
         tapped = [edge for edges in outputs.values() for edge in edges]
         through_feedback = torch.autograd.grad(loss, tapped, retain_graph=True, allow_unused=True)
         with _forward_values_in_feedback(weights):

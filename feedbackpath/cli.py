@@ -34,6 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
         _refuse(_describe(error))
     except (CycloptsError, UserError) as error:
         _refuse(str(error))
+    except OSError as error:  # a folder that cannot be written, a disk that is full
+        _refuse(f"{error.filename or 'a file'}: {error.strerror or error}; choose another --out or make room")
     sys.exit(code if isinstance(code, int) else 0)
 
 

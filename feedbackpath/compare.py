@@ -24,15 +24,17 @@ from feedbackpath.train.checkpoint import (
     write_text,
 )
 from feedbackpath.train.config import CompareConfig
-from feedbackpath.train.loop import Diverged, Measured, Step, make_network, train
+from feedbackpath.train.loop import Diverged, Measured, Step, make_network, make_path, train
 from feedbackpath.train.rules import make_rule
 
 FREE_TO_CHANGE = {"rules", "seeds", "num_threads", "device"}  # on --resume; all else decides the numbers
 ENDED = ("finished", "diverged")
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """The user or the system asked the job to stop; what was done is kept.
+
+    Like KeyboardInterrupt no Exception, so that no code on the way takes it for an error of its own.
 
     Attributes:
         exit_code: 130 after SIGINT, 143 after SIGTERM.
@@ -63,12 +65,13 @@ def compare(
         DataError: The data is missing or damaged.
         Interrupted: SIGINT or SIGTERM came; finished epochs are kept.
     """
-    for rule in config.rules:
-        make_rule(rule, config.rule_settings.get(rule, {}))
+    for rule, settings in config.rule_settings.items():
+        make_rule(rule, settings)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     first_data = _load_data(config, config.seed)
-    make_network(config, config.seed, first_data)  # refuses what cannot be built before anything is written
+    for rule in config.rules:  # refuses what cannot be built before anything is written
+        make_path(config, rule, config.seed, make_network(config, config.seed, first_data))
     book = ResultsBook(out, config, first_data.facts, command, resume=resume)
     with _signals_raise_interrupted(), view:
         for seed in range(config.seed, config.seed + config.seeds):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from feedbackpath import alignment
-from feedbackpath.errors import RuleError, UnconvertedLayerWarning, UntieError
+from feedbackpath.errors import KolenPollackWarning, RuleError, UnconvertedLayerWarning, UntieError
 from feedbackpath.layers import FeedbackLayer, UntiedWeight
 from feedbackpath.mirror import Mirror, MirrorMode
 from feedbackpath.rules import Clock, Rule, resolve_rule
@@ -67,6 +67,7 @@ def untie(
             raise UntieError(f"{message}; replace these layers, or untie with strict=False")
         warnings.warn(message, UnconvertedLayerWarning, stacklevel=2)
     rules = _choose_rules(list(found.convertible), resolve_rule(rule), overrides or {})
+    _refuse_unmatched_activations(list(found.convertible), activations or {})
     path = FeedbackPath(model, found.convertible, rules, activations or {}, seed)
     try:
         path._start()
@@ -80,11 +81,19 @@ def _choose_rules(names: list[str], rule: Rule, overrides: Mapping[str, str | Ru
     """Return the rule of each layer; a pattern that matches nothing is an error, not a silence."""
     rules = dict.fromkeys(names, rule)
     for pattern, override in overrides.items():
-        matches = fnmatch.filter(names, pattern)
+        matches = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not matches:
             raise UntieError(f"the override {pattern!r} matches no layer; layers are {', '.join(names)}")
         rules |= dict.fromkeys(matches, resolve_rule(override))
     return rules
+
+
+def _refuse_unmatched_activations(names: list[str], activations: Activations) -> None:
+    for pattern in activations:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise UntieError(
+                f"the activation pattern {pattern!r} matches no layer; layers are {', '.join(names)}"
+            )
 
 
 class FeedbackPath:
@@ -113,6 +122,7 @@ class FeedbackPath:
         self.weights = [weight for name, layer in self.layers.items() for weight in list_weights(name, layer)]
         self.clock = Clock(seed, MirrorMode(model, activations, seed))
         self._groups: list[tuple[Rule, list[UntiedWeight]]] = []
+        self._is_retied = False
         self._versions_at_backward: dict[int, tuple[int, int]] = {}
         self._watches: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -121,9 +131,9 @@ class FeedbackPath:
         governed: dict[int, tuple[Rule, nn.Parameter | None]] = {}
         for weight in self.weights:
             rule = self.rules[_layer_name(weight, self.layers)]
-            known_rule, feedback = governed.setdefault(
-                id(weight.weight), (rule, _make_feedback(weight.weight, rule))
-            )
+            if id(weight.weight) not in governed:
+                governed[id(weight.weight)] = (rule, _make_feedback(weight.weight, rule))
+            known_rule, feedback = governed[id(weight.weight)]
             if known_rule != rule:
                 raise UntieError(
                     f"{weight.name!r} shares its weight with a layer under another rule "
@@ -135,6 +145,7 @@ class FeedbackPath:
             rule.start(group, self.clock)
         for weight in self._learned_weights():
             self._watch_first_update(weight)
+        self._warn_of_weights_used_elsewhere()
 
     def _group_by_rule(self) -> dict[Rule, list[UntiedWeight]]:
         """Group weights by rule, each parameter once."""
@@ -152,9 +163,12 @@ class FeedbackPath:
         Call it after ``optimizer.step()``.
 
         Raises:
-            RuleError: At the first step: the optimizer has left Kolen-Pollack feedback weights out.
+            RuleError: The optimizer has left Kolen-Pollack feedback weights out, or ``requires_grad`` of a
+                feedback weight was changed, so that it would learn by another rule than its own.
         """
-        if self.clock.steps == 0:
+        self._refuse_retied()
+        self._refuse_changed_flags()
+        if self._watches:
             self._refuse_forgotten_feedback()
         self.clock.steps += 1
         for rule, group in self._groups:
@@ -163,16 +177,21 @@ class FeedbackPath:
     def mirror(self, steps: int | None = None, settings: Mirror | None = None) -> None:
         """Go into mirror mode by hand: before training, in a pause, at any time.
 
+        Where some layers' rule mirrors by itself, only those are mirrored, unless ``settings`` are given.
+
         Args:
             steps: Passes through all layers; None: as many as a first mirroring takes.
             settings: How to mirror; None: as the layer's rule does, or by default settings.
 
         Raises:
-            UntieError: Every layer is under backprop: there is nothing to mirror into.
+            UntieError: There is nothing to mirror: every B is W itself or computed from it.
         """
-        groups = [(rule, group) for rule, group in self._groups if rule.feedback_kind != "tied"]
+        self._refuse_retied()
+        groups = [group for group in self._groups if group[0].feedback_kind in ("own", "learned")]
         if not groups:
-            raise UntieError("nothing to mirror: every layer is under backprop, where B is W itself")
+            raise UntieError("nothing to mirror: every B is W itself (bp) or computed from it (ss)")
+        if settings is None and self.mirrors:
+            groups = [group for group in groups if _mirror_settings(group[0])]
         for rule, group in groups:
             how = settings or _mirror_settings(rule) or Mirror()
             self.clock.mirror.run(group, how, how.memory_passes if steps is None else steps)
@@ -184,15 +203,18 @@ class FeedbackPath:
 
     def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """Yield (name, forward weight, feedback weight) of every untied weight, both in W's layout."""
+        self._refuse_retied()
         for weight in self.weights:
             yield weight.name, weight.weight, weight.feedback
 
     def matrix_angles(self) -> dict[str, float]:
         """Return each weight's angle between B and W, in degrees."""
+        self._refuse_retied()
         return alignment.matrix_angles(self.weights)
 
     def gains(self) -> dict[str, float]:
         """Return each weight's gain <B, W> / <W, W>: 1 when B has W's size along W."""
+        self._refuse_retied()
         return alignment.gains(self.weights)
 
     def delta_angles(self, compute_loss: Callable[[], Tensor]) -> dict[str, float]:
@@ -202,6 +224,7 @@ class FeedbackPath:
             compute_loss: Runs the model forward and returns the loss, a scalar. Gradients, running
                 statistics and random numbers are left as they were.
         """
+        self._refuse_retied()
         return alignment.delta_angles(self.weights, self.model, compute_loss)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -249,8 +272,8 @@ class FeedbackPath:
         Raises:
             UntieError: The path has been retied before.
         """
-        if not all(isinstance(layer, FeedbackLayer) for layer in self.layers.values()):
-            raise UntieError("this path has been retied already")
+        self._refuse_retied()
+        self._is_retied = True
         self._stop_watching()
         for layer in self.layers.values():
             retie_layer(layer)
@@ -258,6 +281,24 @@ class FeedbackPath:
 
     def _learned_weights(self) -> list[UntiedWeight]:
         return [w for rule, group in self._groups if rule.feedback_kind == "learned" for w in group]
+
+    def _warn_of_weights_used_elsewhere(self) -> None:
+        """Name weights that a module without feedback (an embedding, say) trains as well."""
+        elsewhere = {
+            id(parameter)
+            for module in self.model.modules()
+            if not isinstance(module, FeedbackLayer)
+            for parameter in module.parameters(recurse=False)
+        }
+        shared = [repr(w.name) for w in self._learned_weights() if id(w.weight) in elsewhere]
+        if shared:
+            warnings.warn(
+                f"the weights of {', '.join(shared)} are shared with layers that cannot be untied: W gets "
+                "gradients there that B does not, and Kolen-Pollack will not bring them together; untie the "
+                "weights, or override the rule for these layers",
+                KolenPollackWarning,
+                stacklevel=4,
+            )
 
     def _watch_first_update(self, weight: UntiedWeight) -> None:
         """Note the versions of W and B at each backward pass: what changes them next is the optimizer."""
@@ -275,15 +316,36 @@ class FeedbackPath:
             watch.remove()
         self._watches.clear()
 
+    def _refuse_retied(self) -> None:
+        if self._is_retied:
+            raise UntieError("this path has been retied already: untie the model again for a new one")
+
+    def _refuse_changed_flags(self) -> None:
+        """Refuse a B whose ``requires_grad`` was switched, as ``model.requires_grad_(True)`` does to all.
+
+        A fixed B would turn into a Kolen-Pollack one in silence, or a frozen W's B would go on learning.
+        """
+        for rule, group in self._groups:
+            for weight in group:
+                expected = rule.feedback_kind == "learned" and weight.weight.requires_grad
+                if rule.feedback_kind != "tied" and weight.feedback.requires_grad != expected:
+                    raise RuleError(
+                        f"requires_grad of the feedback weight of {weight.name!r} was changed, so that "
+                        f"{rule.name} no longer holds: set it back by "
+                        f".{weight.feedback_name}.requires_grad_({expected})"
+                    )
+
     def _refuse_forgotten_feedback(self) -> None:
         """Refuse an optimizer that has updated W and not B: it was made before ``untie``, most likely."""
-        forgotten = []
+        forgotten, was_updated = [], False
         for weight in self._learned_weights():
             versions = (weight.weight._version, weight.feedback._version)
             before = self._versions_at_backward.get(id(weight.weight), versions)
+            was_updated |= versions[0] > before[0]
             if versions[0] > before[0] and versions[1] == before[1]:
                 forgotten.append(repr(weight.name))
-        self._stop_watching()
+        if was_updated:
+            self._stop_watching()
         if forgotten:
             raise RuleError(
                 "the optimizer updates the forward weights but not the feedback weights of "

@@ -144,6 +144,12 @@ def _find_faults(model: nn.Module) -> Iterator[str]:
                 f"{where} computes its weight from other parameters (weight_norm, spectral_norm, "
                 "parametrize): remove the parametrization first"
             )
+        elif isinstance(module, tuple(FEEDBACK_TYPES)) and hasattr(module, "feedback"):
+            yield f"{where} has an attribute named 'feedback' already: rename it first"
+        elif any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            yield f"{where} is on the meta device and has no values yet: load its weights first"
+        elif any(parameter.is_complex() for parameter in module.parameters(recurse=False)):
+            yield f"{where} has complex weights, which have no untied form: split real and imaginary parts"
         elif any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False)):
             yield f"{where} is lazy and has no weights yet: run one forward pass first"
 

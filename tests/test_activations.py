@@ -153,3 +153,17 @@ def test_separate_projections_of_attention_inside_a_model_are_known():
 
     path = fp.untie(Attending(), "wm")
     assert len(path.weights) == 5
+
+
+def test_functions_that_work_in_place_and_functions_that_cannot_be_told():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.two(F.relu_(self.one(x))).clamp(min=0)
+
+    found = find_activations(Net(), ["one", "two"])
+    assert found["one"](torch.tensor(-1.0)) == 0
+    assert "two" not in found

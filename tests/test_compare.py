@@ -164,6 +164,10 @@ def test_report_renders_a_folder_anew(tmp_path):
         (["compare", "--data", "digits", "--model", "lenet"], "lenet"),
         (["compare", "--data", "digits", "--classes", "5"], "digits takes no"),
         (["report", "."], "holds no results.json"),
+        (["compare", "--rules", ""], "--rules: name at least one rule"),
+        (["compare", "--seed", str(10**14)], "--seed"),
+        (["compare", "--data", "digits", "--model", "mlp", "--device", "meta"], "meta"),
+        (["compare", "--data", "digits", "--model", "mlp", "--out", "/proc/none/x"], "/proc/none"),
     ],
 )
 def test_bad_input_gives_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, message):

@@ -242,3 +242,25 @@ def test_walsh_hadamard_rows_are_orthogonal_signs():
     matrix = noise._walsh_hadamard(torch.arange(64), 64)
     assert torch.equal(matrix.abs(), torch.ones_like(matrix))
     assert torch.equal(matrix @ matrix.T, 64 * torch.eye(64, dtype=matrix.dtype))
+
+
+@pytest.mark.parametrize("rule", ["mirror-kp", "wm"])
+def test_neurons_without_weights_do_not_change_the_gain(rule):
+    net = nn.Sequential(nn.Linear(20, 30), nn.ReLU())
+    with torch.no_grad():
+        net[0].weight[:15] = 0
+    path = fp.untie(net, rule)
+    path.mirror()
+    assert path.gains()["0"] == pytest.approx(1, abs=0.05)
+
+
+def test_mirror_kp_refuses_readings_that_do_not_settle_at_the_weights():
+    with pytest.raises(fp.RuleError, match="needs the 'calibrated' reading"):
+        fp.MirrorKolenPollack(fp.Mirror(noise="orthogonal", reading="printed"))
+
+
+def test_activations_that_work_in_place_can_be_given():
+    net = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 4))
+    path = fp.untie(net, "wm", activations={"0": nn.ReLU(inplace=True)})
+    path.mirror()
+    assert max(path.matrix_angles().values()) < 12

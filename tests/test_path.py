@@ -175,7 +175,7 @@ def test_mirroring_by_hand_works_under_any_rule_that_keeps_its_own_feedback():
     assert not path.mirrors
     path.mirror(settings=fp.Mirror(noise="orthogonal", sigma=0.01))
     assert max(path.matrix_angles().values()) < 0.01
-    with pytest.raises(fp.UntieError, match="nothing to mirror: every layer is under backprop"):
+    with pytest.raises(fp.UntieError, match="nothing to mirror: every B is W itself"):
         fp.untie(make_mlp(), "bp").mirror()
 
 
@@ -194,3 +194,67 @@ def test_every_group_of_layers_gets_a_whole_first_mirroring():
     path.mirror()
     assert path.gains() == pytest.approx({"0": 1.0, "2": 1.0}, abs=0.05)
     assert path.matrix_angles() == pytest.approx({"0": 6.0, "2": 4.0}, rel=0.2)
+
+
+def test_mirroring_layers_that_ask_for_it_leaves_the_others_alone():
+    model = make_mlp()
+    path = fp.untie(model, "fa", overrides={"4": "wm"})
+    before = [b.clone() for _, _, b in path.pairs()]
+    path.mirror()
+    after = [b for _, _, b in path.pairs()]
+    assert [torch.equal(*pair) for pair in zip(before, after, strict=True)] == [True, True, False]
+
+
+@pytest.mark.parametrize("rule", ["fa", "ss", "wm"])
+def test_a_feedback_weight_switched_to_learning_is_refused(rule):
+    model = make_mlp()
+    path = fp.untie(model, rule)
+    model.requires_grad_(False)
+    model.requires_grad_(True)
+    with pytest.raises(fp.RuleError, match=r"of '0' was changed.*\.feedback\.requires_grad_\(False\)"):
+        path.step()
+
+
+def test_freezing_a_weight_without_its_feedback_is_refused_under_kolen_pollack():
+    model = make_mlp()
+    path = fp.untie(model, "kp")
+    path.weights[1].weight.requires_grad_(False)
+    with pytest.raises(fp.RuleError, match=r"of '2' was changed"):
+        path.step()
+
+
+def test_a_forgotten_optimizer_is_found_after_a_step_without_an_update():
+    model = make_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    path = fp.untie(model, "kp")
+    path.step()
+    with pytest.raises(fp.RuleError, match="not the feedback weights"):
+        take_step(model, path, optimizer)
+
+
+def test_a_weight_shared_with_an_embedding_is_named_under_kolen_pollack():
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 5))
+    model[1].weight = model[0].weight
+    with pytest.warns(fp.KolenPollackWarning, match="the weights of '1' are shared"):
+        fp.untie(model, "kp")
+
+
+def test_a_retied_path_says_so():
+    path = fp.untie(make_mlp(), "fa")
+    path.retie()
+    for use in (path.step, path.matrix_angles, path.gains, path.mirror, lambda: list(path.pairs())):
+        with pytest.raises(fp.UntieError, match="retied already"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"), [(fp.KolenPollack, r"pass KolenPollack\(\)"), (None, "None is no rule")]
+)
+def test_what_is_no_rule_is_named(rule, message):
+    with pytest.raises(fp.RuleError, match=message):
+        fp.untie(make_mlp(), rule)
+
+
+def test_an_activation_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(fp.UntieError, match="'nope' matches no layer"):
+        fp.untie(make_mlp(), "wm", activations={"nope": torch.tanh})

@@ -103,6 +103,10 @@ def test_make_rule_takes_nested_settings_and_names_wrong_ones():
     assert make_rule("mirror-kp", {"mirror": {"sigma": 0.5}}).mirror.noise == "orthogonal"
     with pytest.raises(ConfigError, match="mirror has no setting 'readin'; it has reading"):
         make_rule("wm", {"mirror": {"readin": "printed"}})
+    with pytest.raises(ConfigError, match="samples cannot be 'many'"):
+        make_rule("wm", {"mirror": {"samples": "many"}})
+    with pytest.raises(ConfigError, match="mirror must map settings to values, not 5"):
+        make_rule("wm", {"mirror": 5})
     with pytest.raises(ConfigError, match="fa has no setting 'scale'; it has none"):
         make_rule("fa", {"scale": "he"})
 
@@ -121,6 +125,8 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
         ("- 2", "must map settings to values"),
         ("a: [", "is not YAML"),
         ("epochs: two", "epochs: Input should be a valid integer"),
+        ("rules: 5", "rules: name rules, as in bp,kp"),
+        ("rules: [bp, 5]", "rules: name rules, as in bp,kp"),
         ("rules: bp,bp", "name at least one rule, and each only once"),
     ],
 )

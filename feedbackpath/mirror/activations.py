@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.fx
@@ -23,9 +24,31 @@ ACTIVATION_FUNCTIONS: dict[Callable[..., Tensor], Activation] = {
         F.hardtanh, F.hardsigmoid, F.hardswish, torch.relu, torch.tanh, torch.sigmoid, F.tanh, F.sigmoid,
     )
 }  # fmt: skip
-ACTIVATION_METHODS: dict[str, Activation] = {
-    "relu": torch.relu, "relu_": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid
+OUT_OF_PLACE: dict[Callable[..., Tensor], Activation] = {
+    F.relu_: F.relu, F.leaky_relu_: F.leaky_relu, F.elu_: F.elu, F.selu_: F.selu, F.celu_: F.celu,
+    F.hardtanh_: F.hardtanh, torch.relu_: torch.relu, torch.tanh_: torch.tanh, torch.sigmoid_: torch.sigmoid,
 }  # fmt: skip
+ACTIVATION_METHODS: dict[str, Activation] = {
+    "relu": torch.relu, "relu_": torch.relu, "tanh": torch.tanh, "tanh_": torch.tanh,
+    "sigmoid": torch.sigmoid, "sigmoid_": torch.sigmoid,
+}  # fmt: skip
+# Elementwise and not linear, with settings or partners that only the model's author can tell: to be given.
+UNTOLD_FUNCTIONS = (
+    torch.clamp, torch.clamp_min, torch.maximum, torch.minimum, torch.abs, torch.exp, torch.square, torch.pow,
+    torch.where, torch.softmax, F.softmax, F.glu, operator.mul, operator.pow, torch.mul,
+)  # fmt: skip
+UNTOLD_METHODS = (
+    "clamp",
+    "clamp_",
+    "clamp_min",
+    "clamp_min_",
+    "abs",
+    "exp",
+    "square",
+    "pow",
+    "softmax",
+    "mul",
+)
 TRANSPARENT_MODULES = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
     nn.Flatten, nn.Unflatten, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm,
@@ -107,16 +130,21 @@ def _activation_of(user: torch.fx.Node, modules: dict[str, nn.Module]) -> Activa
         module = modules[str(user.target)]
         if isinstance(module, ACTIVATION_MODULES):
             # Not in place, whatever the module says: mirror mode still needs what came before.
-            return module.forward if not getattr(module, "inplace", False) else _out_of_place(module.forward)
+            return _out_of_place(module.forward) if getattr(module, "inplace", False) else module.forward
         return _follow(user, modules) if isinstance(module, TRANSPARENT_MODULES) else identity
     if user.op == "call_function":
-        function = user.target
+        target: Any = user.target
+        function = OUT_OF_PLACE.get(target, target)
         if function in ACTIVATION_FUNCTIONS:
             return _with_arguments(ACTIVATION_FUNCTIONS[function], user)
+        if function in UNTOLD_FUNCTIONS:
+            return None
         return _follow(user, modules) if function in TRANSPARENT_FUNCTIONS else identity
     if user.op == "call_method":
         if user.target in ACTIVATION_METHODS:
             return ACTIVATION_METHODS[str(user.target)]
+        if user.target in UNTOLD_METHODS:
+            return None
         return _follow(user, modules) if user.target in TRANSPARENT_METHODS else identity
     return identity
 

@@ -35,8 +35,9 @@ class Mirror:
 
     Args:
         reading: How covariance and decay enter, with d = ``forgetting``, eta = ``rate``, lambda = ``decay``:
-            ``"calibrated"``: B <- (1 - d) B + d cov / (sigma^2 E[phi']), settles at W: it is ``"inside"``
-            with eta / lambda = 1 / (sigma^2 E[phi']) and eta lambda = d;
+            ``"calibrated"``: B <- (1 - d) B + d cov / (sigma^2 E[phi']), which is ``"inside"`` with
+            lambda = sigma^2 E[phi'] and eta lambda = d; settles at W, each row times its neuron's mean
+            slope over the layer's: at W itself where all have one mean slope, as behind (leaky) ReLUs;
             ``"inside"``: B <- B + eta (cov - lambda B), settles at sigma^2 E[phi'] / lambda times W;
             ``"printed"``: B <- (1 - lambda) B + eta cov, as in Algorithm 1, settles at
             sigma^2 E[phi'] eta / lambda times W: a tenth of W's size behind a ReLU, with the paper's numbers.
@@ -48,7 +49,8 @@ class Mirror:
         target_angle_deg: Angle between B and W, in degrees, that sampling noise alone would leave.
         noise: ``"gaussian"``: independent, the paper's; ``"orthogonal"``: +-sigma codes, each with its
             negative, whose covariance is exactly sigma^2 I, so that one pass measures a W behind ReLUs
-            exactly (with biases blocked).
+            exactly (with biases blocked). ``samples`` and ``target_angle_deg`` are not used then, and
+            ``"calibrated"`` replaces the whole of B at each pass.
         block_bias: Whether neurons close off their biases in mirror mode (equation 12). Without it,
             neurons with different biases answer with different slopes, and B's rows differ in size.
 
@@ -96,7 +98,7 @@ class Mirror:
     @property
     def memory_passes(self) -> int:
         """Passes of a first mirroring: B then has forgotten its beginning and is as good as it gets."""
-        if self.noise == "orthogonal":
+        if self.noise == "orthogonal" and self.reading == "calibrated":
             return 1
         if self.reading == "calibrated":
             return math.ceil(2.0 / self.forgetting) - 1

@@ -36,7 +36,9 @@ def fire_gaussian(
     """Fire independent Gaussian noise: the weight mirror of the paper.
 
     The output's mean is taken over samples and, in a convolution, positions: units that share their weights
-    share their mean. The estimate is divided by n - 1, so that subtracting the mean leaves no bias.
+    share their mean. The estimate is divided by n - 1, which makes it unbiased for dense layers; in a
+    convolution the mean holds something of every weight of the kernel, and a single large kernel over few
+    channels comes out small by some percent.
 
     Args:
         weight: The weight to mirror.
@@ -126,10 +128,11 @@ def _answer(drive: Tensor, activation: Activation, counts: Tensor | None = None)
         return drive, drive.new_ones(())
     with torch.enable_grad():
         z = drive.detach().requires_grad_()
-        answer = activation(z)
+        answer = activation(z.clone())  # a copy, for activations that work in place
         (slopes,) = torch.autograd.grad(answer.sum(), z)
-    mean = slopes.mean() if counts is None else (slopes.mean(0) * counts).sum() / counts.sum()
-    return answer.detach(), mean
+    # A neuron without a drive says nothing of its slope: behind a ReLU its subgradient would count as 0.
+    counts = (drive != 0) * (1.0 if counts is None else counts)
+    return answer.detach(), (slopes * counts).sum() / counts.sum().clamp(min=1)
 
 
 def _bias(weight: UntiedWeight) -> Tensor | None:

@@ -43,9 +43,25 @@ def read_results(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} holds no results.json; give the --out folder of a comparison") from None
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); choose another folder") from None
+    if schema == SCHEMA and not _has_runs(results):
+        raise ConfigError(f"{file} is damaged: it lacks config or runs; choose another folder")
     if schema != SCHEMA:
         raise ConfigError(f"{file} has layout {schema!r} and this version reads {SCHEMA}; make it anew")
     return results
+
+
+def _has_runs(results: dict[str, Any]) -> bool:
+    runs = results.get("runs")
+    return (
+        isinstance(results.get("config"), dict)
+        and isinstance(runs, list)
+        and all(
+            isinstance(run, dict)
+            and {"rule", "seed", "status"} <= run.keys()
+            and isinstance(run.get("history"), list)
+            for run in runs
+        )
+    )
 
 
 def write_report(results: dict[str, Any], folder: Path, *, figures: bool = True) -> list[Path]:

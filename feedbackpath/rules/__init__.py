@@ -56,7 +56,11 @@ def resolve_rule(rule: "str | Rule") -> Rule:
         >>> resolve_rule("kp")
         KolenPollack()
     """
+    if isinstance(rule, type):
+        raise RuleError(f"a rule is an object, not a class: pass {rule.__name__}()")
     if not isinstance(rule, str):
+        if not hasattr(rule, "feedback_kind"):
+            raise RuleError(f"{rule!r} is no rule: pass a name ({', '.join(RULES)}) or a Rule")
         return rule
     if rule in RULES:
         return RULES[rule]()

@@ -10,7 +10,7 @@ import torch
 from feedbackpath.layers import UntiedWeight
 from feedbackpath.mirror.mode import MirrorMode
 
-FeedbackKind = Literal["tied", "own", "learned"]
+FeedbackKind = Literal["tied", "own", "derived", "learned"]
 
 
 class Rule(Protocol):
@@ -18,8 +18,9 @@ class Rule(Protocol):
 
     Attributes:
         name: Short name, as on the command line.
-        feedback_kind: ``"tied"``: B is W itself (backprop); ``"own"``: B is a tensor that only the rule
-            changes; ``"learned"``: B gets W's gradient and the optimizer updates it (Kolen-Pollack).
+        feedback_kind: ``"tied"``: B is W itself (backprop); ``"own"``: B is a tensor that only the rule and
+            mirror mode change; ``"derived"``: B is computed from W, so that mirroring it makes no sense
+            (sign-symmetry); ``"learned"``: B gets W's gradient and the optimizer updates it (Kolen-Pollack).
     """
 
     name: ClassVar[str]

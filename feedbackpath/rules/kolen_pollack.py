@@ -76,7 +76,11 @@ def check_optimizer(
                 "feedback weight; make it after untie, from model.parameters()"
             )
         forward, feedback = groups[id(weight.weight)], groups[id(weight.feedback)]
-        differing = [key for key in forward if key != "params" and forward[key] != feedback.get(key)]
+        differing = [
+            key
+            for key in forward
+            if key not in ("params", "param_names") and forward[key] != feedback.get(key)
+        ]
         if differing:
             raise RuleError(
                 f"Kolen-Pollack: the optimizer treats the weights of {weight.name!r} differently "

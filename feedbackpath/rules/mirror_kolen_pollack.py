@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from feedbackpath.errors import RuleError
 from feedbackpath.layers import UntiedWeight
 from feedbackpath.mirror.mode import Mirror
 from feedbackpath.rules.base import Clock, FeedbackKind, draw_feedback
@@ -32,6 +33,11 @@ class MirrorKolenPollack:
         >>> path.matrix_angles()["0"] < 0.01
         True
     """
+
+    def __post_init__(self) -> None:
+        """Refuse readings that settle elsewhere than at W: Kolen-Pollack would keep what they leave."""
+        if self.mirror.reading != "calibrated":
+            raise RuleError(f"mirror-kp needs the 'calibrated' reading, not {self.mirror.reading!r}")
 
     name: ClassVar[str] = "mirror-kp"
     feedback_kind: ClassVar[FeedbackKind] = "learned"

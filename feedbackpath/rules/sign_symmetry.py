@@ -43,7 +43,7 @@ class SignSymmetry:
     """
 
     name: ClassVar[str] = "ss"
-    feedback_kind: ClassVar[FeedbackKind] = "own"
+    feedback_kind: ClassVar[FeedbackKind] = "derived"
     magnitude: Literal["uniform", "fixed", "batchwise"] = "uniform"
     scale: Literal["xavier", "he"] = "xavier"
 
@@ -81,7 +81,7 @@ class SignSymmetry:
 
     @staticmethod
     def _take_signs(weight: UntiedWeight) -> None:
-        """Put the signs of W on the magnitudes that B holds; a weight of exactly 0 counts as positive.
+        """Put the sign bits of W on the magnitudes that B holds; a 0 has one too.
 
         So the magnitude outlives a weight that is 0 for a while: no second tensor need remember it.
         """

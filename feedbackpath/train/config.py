@@ -25,7 +25,7 @@ class CompareConfig(BaseModel):
     model: str = Field("resnet8", description="mlp, lenet, resnet8, resnet20, resnet56, resnet18 or resnet50")
     norm: Literal["after", "before"] = Field("after", description="BatchNorm after the ReLU, or before it")
     seeds: int = Field(1, ge=1, description="number of seeds, counted up from --seed")
-    seed: int = Field(0, ge=0, description="first seed")
+    seed: int = Field(0, ge=0, lt=2**32, description="first seed")
     epochs: int = Field(6, ge=1, description="epochs")
     samples_per_epoch: int | None = Field(None, ge=2, description="training samples an epoch")
     max_steps: int | None = Field(None, ge=1, description="stop after so many training steps")
@@ -57,6 +57,8 @@ class CompareConfig(BaseModel):
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError("name rules, as in bp,kp")
         return tuple(name.strip() for joined in names for name in joined.split(",") if name.strip())
 
     @field_validator("rules")
@@ -110,4 +112,5 @@ def first_fault(error: ValidationError) -> str:
     """Return what pydantic found wrong first, as one line that names the setting."""
     fault = error.errors(include_url=False)[0]
     setting = ".".join(str(part) for part in fault["loc"]).replace("_", "-")
-    return f"{setting}: {fault['msg']}, not {fault['input']!r}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{setting}: {message}, not {fault['input']!r}"

@@ -100,12 +100,7 @@ class _Run:
         self.config, self.seed, self.dataset = config, seed, dataset
         self.dtype = torch.float64 if config.precision == "64-true" else torch.float32
         self.model = make_network(config, seed, dataset).to(self.dtype)
-        self.path: FeedbackPath = untie(
-            self.model,
-            make_rule(rule, config.rule_settings.get(rule, {})),
-            overrides=config.overrides,
-            seed=seed,
-        )
+        self.path = make_path(config, rule, seed, self.model)
         self.optimizer = make_optimizer(self.model, config)
         self.path.check_optimizer(self.optimizer)
         # A last minibatch of one sample is left out: BatchNorm has no variance there.
@@ -221,10 +216,17 @@ def make_network(config: CompareConfig, seed: int, dataset: Dataset) -> nn.Modul
     except ValueError as error:
         raise ConfigError(str(error)) from None
     try:
+        torch.zeros(1).to(config.device).item()  # refuses devices that hold no values, as meta does
         model.to(config.device)
     except (RuntimeError, AssertionError) as error:  # torch was built without the device, or lacks it
         raise ConfigError(f"device {config.device!r} cannot be used: {str(error).splitlines()[0]}") from None
     return cast(nn.Module, cast(Any, model).to(memory_format=torch.channels_last))
+
+
+def make_path(config: CompareConfig, rule: str, seed: int, model: nn.Module) -> FeedbackPath:
+    """Untie a network by a rule with the config's settings and overrides."""
+    settings = config.rule_settings.get(rule, {})
+    return untie(model, make_rule(rule, settings), overrides=config.overrides, seed=seed)
 
 
 def make_optimizer(model: nn.Module, config: CompareConfig) -> torch.optim.Optimizer:
