@@ -202,8 +202,12 @@ class MirrorMode:
 
     def _generator(self, weight: UntiedWeight) -> torch.Generator:
         key = f"{self.seed}/{self.passes.get(weight.name, 0)}/{weight.name}/{weight.feedback_name}"
-        generator = torch.Generator(weight.feedback.device)
-        return generator.manual_seed(zlib.crc32(key.encode()))
+        return generator_of(key, weight)
+
+
+def generator_of(key: str, weight: UntiedWeight) -> torch.Generator:
+    """Return random numbers that depend on a key alone, on a weight's device, apart from the global ones."""
+    return torch.Generator(weight.feedback.device).manual_seed(zlib.crc32(key.encode()))
 
 
 def _move_towards_gain_one(weight: UntiedWeight, covariance: Tensor, scale: Tensor, share: float) -> None:

@@ -1,14 +1,13 @@
 """What a rule is: how feedback weights begin, and what happens to them after each update of W."""
 
 import math
-import zlib
 from collections.abc import Sequence
 from typing import ClassVar, Literal, Protocol
 
 import torch
 
 from feedbackpath.layers import UntiedWeight
-from feedbackpath.mirror.mode import MirrorMode
+from feedbackpath.mirror.mode import MirrorMode, generator_of
 
 FeedbackKind = Literal["tied", "own", "derived", "learned"]
 
@@ -53,8 +52,7 @@ class Clock:
         The same on every process, and after a resume the same again.
         """
         key = f"{self.seed}/{purpose}/{self.steps}/{weight.name}/{weight.feedback_name}"
-        generator = torch.Generator(weight.feedback.device)
-        return generator.manual_seed(zlib.crc32(key.encode()))
+        return generator_of(key, weight)
 
 
 def draw_feedback(weights: Sequence[UntiedWeight], clock: Clock) -> None:
