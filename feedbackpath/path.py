@@ -3,18 +3,27 @@
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from feedbackpath import alignment
+from feedbackpath.batchnorm import SigmaBatchNorm
 from feedbackpath.errors import KolenPollackWarning, RuleError, UnconvertedLayerWarning, UntieError
 from feedbackpath.layers import FeedbackLayer, UntiedWeight
 from feedbackpath.mirror import Mirror, MirrorMode
+from feedbackpath.replicas import SharedReduction
 from feedbackpath.rules import Clock, Rule, resolve_rule
 from feedbackpath.rules.kolen_pollack import check_optimizer
-from feedbackpath.surgery import list_weights, retie_layer, survey, untie_layer
+from feedbackpath.surgery import (
+    list_weights,
+    retie_layer,
+    retie_norm,
+    send_back_sigma,
+    survey,
+    untie_layer,
+)
 
 Activations = Mapping[str, Callable[[Tensor], Tensor]]
 
@@ -26,6 +35,7 @@ def untie(
     overrides: Mapping[str, str | Rule] | None = None,
     strict: bool = False,
     activations: Activations | None = None,
+    batchnorm_feedback: Literal["autograd", "sigma"] = "autograd",
     seed: int = 0,
 ) -> "FeedbackPath":
     """Give a model's layers feedback weights of their own, in place, and a rule that governs them.
@@ -40,6 +50,8 @@ def untie(
         strict: Refuse a model with layers whose weights cannot be untied, instead of warning.
         activations: Glob patterns of layer paths to the activation that follows (mirror mode needs it);
             where not given it is found by tracing the model.
+        batchnorm_feedback: What BatchNorm sends back in training: the whole gradient, as autograd does, or
+            ``"sigma"``: delta times gamma / sigma, as in the paper's Appendix D.3.
         seed: Seed of everything random in the feedback path.
 
     Returns:
@@ -71,6 +83,7 @@ def untie(
     path = FeedbackPath(model, found.convertible, rules, activations or {}, seed)
     try:
         path._start()
+        path._norms = send_back_sigma(model) if batchnorm_feedback == "sigma" else []
     except BaseException:
         path.retie()
         raise
@@ -122,6 +135,8 @@ class FeedbackPath:
         self.weights = [weight for name, layer in self.layers.items() for weight in list_weights(name, layer)]
         self.clock = Clock(seed, MirrorMode(model, activations, seed))
         self._groups: list[tuple[Rule, list[UntiedWeight]]] = []
+        self._norms: list[SigmaBatchNorm] = []
+        self._reduction: SharedReduction | None = None
         self._is_retied = False
         self._versions_at_backward: dict[int, tuple[int, int]] = {}
         self._watches: list[torch.utils.hooks.RemovableHandle] = []
@@ -145,7 +160,11 @@ class FeedbackPath:
             rule.start(group, self.clock)
         for weight in self._learned_weights():
             self._watch_first_update(weight)
-        self._warn_of_weights_used_elsewhere()
+        elsewhere = self._weights_used_elsewhere()
+        self._warn_of_weights_used_elsewhere(elsewhere)
+        learning = (weight for weight in self._learned_weights() if weight.weight.requires_grad)
+        if alike := [weight for weight in learning if id(weight.weight) not in elsewhere]:
+            self._reduction = SharedReduction(self.model, alike)
 
     def _group_by_rule(self) -> dict[Rule, list[UntiedWeight]]:
         """Group weights by rule, each parameter once."""
@@ -277,19 +296,25 @@ class FeedbackPath:
         self._stop_watching()
         for layer in self.layers.values():
             retie_layer(layer)
+        for norm in self._norms:
+            retie_norm(norm)
+        if self._reduction is not None:
+            self._reduction.undo()
         return self.model
 
     def _learned_weights(self) -> list[UntiedWeight]:
         return [w for rule, group in self._groups if rule.feedback_kind == "learned" for w in group]
 
-    def _warn_of_weights_used_elsewhere(self) -> None:
-        """Name weights that a module without feedback (an embedding, say) trains as well."""
-        elsewhere = {
+    def _weights_used_elsewhere(self) -> set[int]:
+        """Return the ids of parameters that a module without feedback (an embedding, say) uses as well."""
+        return {
             id(parameter)
             for module in self.model.modules()
             if not isinstance(module, FeedbackLayer)
             for parameter in module.parameters(recurse=False)
         }
+
+    def _warn_of_weights_used_elsewhere(self, elsewhere: set[int]) -> None:
         shared = [repr(w.name) for w in self._learned_weights() if id(w.weight) in elsewhere]
         if shared:
             warnings.warn(

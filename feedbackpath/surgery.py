@@ -13,6 +13,7 @@ from torch import nn
 
 from feedbackpath import layers
 from feedbackpath.attention import FeedbackMultiheadAttention
+from feedbackpath.batchnorm import SIGMA_TYPES, SigmaBatchNorm
 from feedbackpath.errors import UntieError
 from feedbackpath.layers import FeedbackLayer, UntiedWeight
 
@@ -91,6 +92,26 @@ def retie_layer(layer: FeedbackLayer) -> None:
     for feedback_name in layer.untied_names().values():
         delattr(layer, feedback_name)
     layer.__class__ = layer.plain_type  # type: ignore[assignment]
+
+
+def send_back_sigma(model: nn.Module) -> list[SigmaBatchNorm]:
+    """Turn a model's BatchNorm layers, in place, into ones that send back their scale alone.
+
+    Raises:
+        UntieError: The model has no BatchNorm layer of a kind that can.
+    """
+    norms = [module for module in model.modules() if type(module) in SIGMA_TYPES]
+    if not norms:
+        kinds = ", ".join(kind.__name__ for kind in SIGMA_TYPES)
+        raise UntieError(f"batchnorm_feedback='sigma' needs a BatchNorm layer ({kinds}); leave it out here")
+    for norm in norms:
+        norm.__class__ = SIGMA_TYPES[type(norm)]
+    return cast(list[SigmaBatchNorm], norms)
+
+
+def retie_norm(norm: SigmaBatchNorm) -> None:
+    """Turn such a layer back into torch's."""
+    norm.__class__ = norm.plain_type  # type: ignore[assignment]
 
 
 def list_weights(name: str, layer: FeedbackLayer) -> list[UntiedWeight]:
