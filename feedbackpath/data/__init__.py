@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from feedbackpath.data.cifar import load_cifar10, load_cifar100
-from feedbackpath.data.dataset import Dataset, Split, minibatches
+from feedbackpath.data.dataset import UNREADABLE, Dataset, Split, minibatches
 from feedbackpath.data.digits import load_digits
 from feedbackpath.data.glyphs import load_glyphs
 from feedbackpath.data.idx import load_fashion_mnist, load_mnist
 from feedbackpath.errors import DataError
 
-__all__ = ["DATASETS", "Dataset", "Split", "load_dataset", "minibatches"]
+__all__ = ["DATASETS", "UNREADABLE", "Dataset", "Split", "load_dataset", "minibatches"]
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "glyphs": load_glyphs,

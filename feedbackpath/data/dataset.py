@@ -7,12 +7,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from feedbackpath.data.counter import permutation, uniform
 from feedbackpath.errors import DataError
 
 Augmentation = Callable[[Tensor, Tensor], Tensor]
 """From images `[N, C, H, W]` and numbers in [0, 1) `[N, 3]` to images of the same shape."""
+
+UNREADABLE = -1
+"""The label of an image that could not be read, where those are to be counted and left out."""
 
 
 class Split(Protocol):
@@ -30,8 +34,12 @@ class Split(Protocol):
             epoch: The epoch, at least 0; a split without augmentation is the same in every one.
 
         Returns:
-            Inputs, float32 `[N, C, H, W]`, and labels, int64 `[N]`.
+            Inputs `[N, C, H, W]` and labels, int64 `[N]`; `UNREADABLE` where an image could not be read.
         """
+        ...
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Turn what `batch` returned into float32 inputs; runs on the device that trains."""
         ...
 
 
@@ -67,6 +75,9 @@ def minibatches(
     shuffle: bool,
     num_samples: int | None = None,
     start: int = 0,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterate over an epoch, in an order that is a pure function of (seed, epoch).
 
@@ -81,9 +92,13 @@ def minibatches(
         shuffle: Whether to shuffle; otherwise the samples come in the order of their indices.
         num_samples: Stop after this many samples of the epoch's order; all of them by default.
         start: Samples of the epoch's order that were consumed already, to resume in mid-epoch.
+        num_workers: Processes that read samples ahead; 0 reads them in this one.
+        rank: Which of several processes that train together this is.
+        world_size: How many they are; each gets every `world_size`-th sample of a batch, of the last batch
+            perhaps none.
 
     Returns:
-        An iterator over inputs, float32 `[N, C, H, W]`, and labels, int64 `[N]`.
+        An iterator over inputs `[N, C, H, W]`, as the split's `batch` returns them, and labels, int64 `[N]`.
 
     Raises:
         ValueError: If `batch_size` is below 1, or `num_samples` or `start` is outside the split.
@@ -105,7 +120,33 @@ def minibatches(
         )
     order = permutation(len(split), seed, epoch) if shuffle else torch.arange(len(split))
     batches = torch.split(order[start:stop], batch_size) if start < stop else ()
-    return (split.batch(batch, epoch) for batch in batches if not shuffle or len(batch) >= min(2, batch_size))
+    smallest = min(2, batch_size) if shuffle else 1
+    own = [batch[rank::world_size] for batch in batches if len(batch) >= smallest]
+    if num_workers == 0:
+        return (split.batch(batch, epoch) for batch in own)
+    loader = DataLoader(
+        _Batches(split, own, epoch), batch_size=None, num_workers=num_workers, worker_init_fn=_use_one_thread
+    )
+    return iter(loader)
+
+
+@dataclass(frozen=True)
+class _Batches(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """An epoch as worker processes see it: one item is one batch."""
+
+    split: Split
+    indices: Sequence[Tensor]
+    epoch: int
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
+        return self.split.batch(self.indices[item], self.epoch)
+
+
+def _use_one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
 
 
 def stream_positions(indices: Tensor, epoch: int, samples_per_epoch: int, num_items: int) -> Tensor:
@@ -170,6 +211,10 @@ class ArraySplit:
         if self.augment is not None:
             images = self.augment(images, uniform(indices, 3, self.seed, epoch))
         return (images.float() - self.mean) / self.std, self.labels[rows]
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Return ``x``: it is normalised already."""
+        return x
 
 
 @dataclass(frozen=True, eq=False)

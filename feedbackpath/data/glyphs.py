@@ -108,6 +108,10 @@ class GlyphSplit:
         ink = _transform(ink, draws[:, :5], self.variation)
         return _paint(ink, draws[:, 5:], self._fields, self.variation), positions % num_classes
 
+    def prepare(self, x: Tensor) -> Tensor:
+        """Return ``x``: it is rendered ready."""
+        return x
+
     @cached_property
     def _fields(self) -> tuple[Tensor, Tensor]:
         return _random_field(8, *self.key), _random_field(1, *self.key)
