@@ -21,6 +21,15 @@ app.command(
     help="Train the same network by several rules; write a table, figures and one HTML page.",
 )
 app.command(
+    "feedbackpath.commands:train",
+    help="Train one network by one rule; keep checkpoints, the network, its history and a page.",
+)
+app.command(
+    "feedbackpath.commands:evaluate",
+    name="eval",
+    help="Measure a trained network anew: errors on validation and test data, angles and gains.",
+)
+app.command(
     "feedbackpath.commands:report", help="Write the figures and report.html of a folder's results.json anew."
 )
 app.command("feedbackpath.commands:rules", help="List the rules.")

@@ -1,14 +1,17 @@
 """The commands: each takes its settings, runs its job and returns an exit code."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
 
-from feedbackpath.train.config import CompareConfig, merge_config
+from feedbackpath.errors import ConfigError
+from feedbackpath.recipes import make_recipe
+from feedbackpath.train.config import CompareConfig, RunConfig, merge_config, read_config, read_run
 
 DONE, DIVERGED = 0, 3
 
@@ -24,25 +27,105 @@ def compare(
 ) -> int:
     """Train the same network by several rules; write a table, figures and one HTML page.
 
-    Exit codes: 0 done, 2 bad input, 3 a run diverged, 130 or 143 interrupted (finished epochs are kept).
+    Exit codes: 0 done, 2 bad input, 3 a run diverged, 130 or 143 interrupted (what was done is kept).
     """
-    settings = merge_config(flags, config)
-    from feedbackpath import compare as job
+    return _run(merge_config(flags, config), out, resume=resume)
+
+
+def train(
+    *,
+    flags: Annotated[RunConfig, Parameter(name="*")] = RunConfig(),  # noqa: B008 (frozen)
+    recipe: Annotated[
+        str | None, Parameter(help="recipe to begin from; a file and flags override it")
+    ] = None,
+    config: Annotated[Path | None, Parameter(help="YAML file of settings; flags override it")] = None,
+    out: Annotated[
+        Path | None, Parameter(help="folder for what the run leaves; runs/ and a name by default")
+    ] = None,
+    resume: Annotated[Path | None, Parameter(help="folder of a run to go on with, its settings too")] = None,
+    print_config: Annotated[bool, Parameter(help="print the whole config and stop", negative="")] = False,
+) -> int:
+    """Train one network by one rule; keep checkpoints, the network, its history and a page.
+
+    Exit codes: 0 done, 2 bad input, 3 diverged, 130 or 143 interrupted (the last step is kept).
+    """
+    if resume is not None:
+        if recipe or config or out:
+            raise ConfigError(
+                "--resume takes the settings of the run: leave --recipe, --config and --out out"
+            )
+        settings, folder = read_run(resume, **flags.model_dump(include=flags.model_fields_set)), resume
+    else:
+        settings = _settings_of_run(flags, recipe, config)
+        name = recipe or f"{settings.data}-{settings.model}"
+        folder = out or Path("runs") / f"{name}-{settings.rule}-norm-{settings.norm}-seed{settings.seed}"
+    if print_config:
+        sys.stdout.write(settings.to_yaml())
+        return DONE
+    # torchrun starts the same command anew after a crash: it goes on then with what is there.
+    was_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _run(settings, folder, resume=resume is not None or was_restarted)
+
+
+def evaluate(
+    folder: Annotated[Path, Parameter(help="folder of a run, made by feedbackpath train")],
+    *,
+    which: Annotated[Literal["last", "best"], Parameter(help="checkpoint")] = "last",
+    data_dir: Annotated[Path | None, Parameter(help="folder of the data files, if not the run's")] = None,
+    device: Annotated[str, Parameter(help="torch device")] = "cpu",
+) -> int:
+    """Measure a trained network anew: errors on validation and test data, angles and gains."""
+    from feedbackpath.jobs.evaluate import evaluate as job
+
+    changes: dict[str, Any] = {"data_dir": data_dir} if data_dir else {}
+    found = job(folder, which, device=device, devices=1, num_nodes=1, **changes)
+    console = Console()
+    console.print(
+        f"{found['rule']} seed {found['seed']}, {found['epoch']} epochs, {which} checkpoint of {folder}"
+    )
+    console.print(f"validation error {found['validation_error']:.2f}%, test error {found['test_error']:.2f}%")
+    for layer, angle in found["matrix_angle_deg"].items():
+        console.print(
+            f"  {layer}: matrix angle {angle:.2f}°, gain {found['gain'][layer]:.3f}", highlight=False
+        )
+    return DONE
+
+
+def _settings_of_run(flags: RunConfig, recipe: str | None, config: Path | None) -> RunConfig:
+    """Return a run's config; the recipe is that of the rule and norm which the flags or the file name."""
+    if recipe is None:
+        return merge_config(flags, config)
+    given = read_config(config, RunConfig) if config is not None else {}
+    given |= flags.model_dump(include=flags.model_fields_set)
+    cell = {name: given[name] for name in ("rule", "norm") if name in given}
+    return merge_config(flags, config, make_recipe(recipe, **cell))
+
+
+def _run(settings: CompareConfig | RunConfig, out: Path, *, resume: bool) -> int:
+    from feedbackpath.jobs import Interrupted, run_job
     from feedbackpath.report import rich_table
     from feedbackpath.report.live import LiveView
 
-    console = Console()
+    console = Console(quiet=not _is_main_process())
+    command = shlex.join(["feedbackpath", *sys.argv[1:]])
     try:
-        command = shlex.join(["feedbackpath", *sys.argv[1:]])
-        results = job.compare(settings, out, resume=resume, command=command, view=LiveView(console))
-    except job.Interrupted as stop:
-        console.print(
-            f"interrupted: finished epochs are kept in {out}; the same command with --resume goes on"
+        results = run_job(settings, out, resume=resume, command=command, view=LiveView(console))
+    except Interrupted as stop:
+        onward = (
+            f"feedbackpath train --resume {out}"
+            if isinstance(settings, RunConfig)
+            else ("the same command with --resume")
         )
+        console.print(f"interrupted: what was done is kept in {out}; {onward} goes on")
         return stop.exit_code
     console.print(rich_table(results))
     console.print(f"results, figures and report.html are in {out}")
     return DIVERGED if any(run["status"] == "diverged" for run in results["runs"]) else DONE
+
+
+def _is_main_process() -> bool:
+    """Whether torchrun, SLURM or the engine has not started this process as one of others."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
 
 
 def report(folder: Annotated[Path, Parameter(help="folder that holds results.json")]) -> int:

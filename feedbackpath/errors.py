@@ -21,6 +21,10 @@ class ConfigError(UserError):
     """A setting that does not exist or has a value that makes no sense."""
 
 
+class CheckpointError(UserError):
+    """A checkpoint that could not be written, or is damaged."""
+
+
 class UnconvertedLayerWarning(UserWarning):
     """Layers that own weights but have no untied form, so that their backward pass still uses W."""
 

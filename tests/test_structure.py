@@ -16,6 +16,8 @@ LEVELS = {
     "errors": 0,
     "ops": 1,
     "layers": 2,
+    "batchnorm": 2,
+    "replicas": 3,
     "attention": 3,
     "surgery": 3,
     "mirror": 3,
@@ -24,13 +26,15 @@ LEVELS = {
     "path": 5,
     "feedbackpath": 6,  # the package itself, which offers all of the above
     "train": 7,
+    "recipes": 8,
     "report": 8,
-    "compare": 9,
+    "jobs": 9,
     "commands": 10,
     "cli": 11,
+    "__main__": 12,
 }
 ALONE = {"models", "data"}  # they import errors and nothing else of the package
-HEAVY = {"matplotlib", "rich", "plotly", "pydantic", "cyclopts", "sklearn", "jinja2", "yaml", "PIL"}
+HEAVY = {"matplotlib", "rich", "plotly", "pydantic", "cyclopts", "sklearn", "jinja2", "yaml", "PIL", "lightning_fabric", "safetensors"}
 
 
 def room_of(path):

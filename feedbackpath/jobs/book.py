@@ -1,96 +1,50 @@
-"""The main job: train the same network by several rules and show how each learns."""
+"""The book of a job: what its folder holds, in memory and on disk."""
 
 import json
 import platform
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
-from feedbackpath.data import Dataset, load_dataset
 from feedbackpath.errors import ConfigError
 from feedbackpath.report import SCHEMA, read_results, summarise, write_report
-from feedbackpath.report.live import LiveView
-from feedbackpath.train.checkpoint import (
-    load_checkpoint,
-    save_checkpoint,
-    write_json,
-    write_json_lines,
-    write_text,
-)
-from feedbackpath.train.config import CompareConfig
-from feedbackpath.train.loop import Diverged, Measured, Step, make_network, make_path, train
-from feedbackpath.train.rules import make_rule
+from feedbackpath.train.checkpoint import Checkpoints, write_json, write_json_lines, write_model, write_text
+from feedbackpath.train.config import CompareConfig, RunConfig
+from feedbackpath.train.loop import Diverged, Measured, State
 
-FREE_TO_CHANGE = {"rules", "seeds", "num_threads", "device"}  # on --resume; all else decides the numbers
+FREE_TO_CHANGE = {  # on --resume; all else decides the numbers
+    "rules", "seeds", "num_threads", "num_workers", "device", "devices", "num_nodes",
+    "checkpoint_steps", "keep_checkpoints",
+}  # fmt: skip
 ENDED = ("finished", "diverged")
 
 
-class Interrupted(BaseException):
-    """The user or the system asked the job to stop; what was done is kept.
-
-    Like KeyboardInterrupt no Exception, so that no code on the way takes it for an error of its own.
-
-    Attributes:
-        exit_code: 130 after SIGINT, 143 after SIGTERM.
-    """
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(exit_code)
-        self.exit_code = exit_code
-
-
-def compare(
-    config: CompareConfig, out: Path, *, resume: bool, command: str, view: LiveView
-) -> dict[str, Any]:
-    """Train by every rule and seed of a config and keep results, figures and a page in a folder.
+class ResultsBook:
+    """The results of a job.
 
     Args:
+        out: The job's folder.
         config: The settings.
-        out: The folder.
-        resume: Go on with what the folder holds, if it holds anything.
-        command: The command line, for the results file.
-        view: Where progress is shown.
-
-    Returns:
-        The content of ``results.json``.
+        facts: What the data says of itself.
+        command: The command line.
+        resume: Whether to go on with what the folder holds.
 
     Raises:
-        ConfigError: The folder holds another comparison, or a setting names what does not exist.
-        DataError: The data is missing or damaged.
-        Interrupted: SIGINT or SIGTERM came; finished epochs are kept.
+        ConfigError: The folder holds results already, of another job or without ``resume``.
     """
-    for rule, settings in config.rule_settings.items():
-        make_rule(rule, settings)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    first_data = _load_data(config, config.seed)
-    for rule in config.rules:  # refuses what cannot be built before anything is written
-        make_path(config, rule, config.seed, make_network(config, config.seed, first_data))
-    book = ResultsBook(out, config, first_data.facts, command, resume=resume)
-    with _signals_raise_interrupted(), view:
-        for seed in range(config.seed, config.seed + config.seeds):
-            dataset = first_data if seed == config.seed else _load_data(config, seed)
-            for rule in config.rules:
-                if book.run_of(rule, seed)["status"] not in ENDED:
-                    _train_and_record(book, rule, seed, dataset, view)
-    book.save()
-    write_report(book.results, out)
-    return book.results
-
-
-class ResultsBook:
-    """The results of a comparison, in memory and on disk."""
 
     def __init__(
-        self, out: Path, config: CompareConfig, facts: dict[str, Any], command: str, *, resume: bool
+        self,
+        out: Path,
+        config: CompareConfig | RunConfig,
+        facts: dict[str, Any],
+        command: str,
+        *,
+        resume: bool,
     ) -> None:
-        self.out, self.config = out, config
+        self.out, self.is_writer = out, False
         old = read_results(out) if (out / "results.json").exists() else None
         if old is not None:
             if not resume:
@@ -102,6 +56,9 @@ class ResultsBook:
         runs = {(run["rule"], run["seed"]): run for run in (old or {}).get("runs", [])}
         for rule, seed in wanted:
             runs.setdefault((rule, seed), _new_run(rule, seed))
+        if isinstance(config, CompareConfig):  # rules that an earlier call has run stay part of the job
+            config = config.model_copy(update={"rules": tuple(dict.fromkeys(rule for rule, _ in runs))})
+        self.config = config
         self.results: dict[str, Any] = {
             "schema": SCHEMA,
             "command": command,
@@ -113,23 +70,36 @@ class ResultsBook:
             "runs": list(runs.values()),
             "summary": {},
         }
-        write_text(out / "config.yaml", config.to_yaml())
+
+    @property
+    def keeps_models(self) -> bool:
+        """Whether the folder is to hold trained networks, not results alone."""
+        return isinstance(self.config, RunConfig)
+
+    def open(self, *, is_writer: bool) -> None:
+        """Begin to write, in the one process that does."""
+        self.is_writer = is_writer
+        if is_writer:
+            write_text(self.out / "config.yaml", self.config.to_yaml())
         self.save()
 
     def run_of(self, rule: str, seed: int) -> dict[str, Any]:
         """Return the entry of a run."""
         return next(run for run in self.results["runs"] if (run["rule"], run["seed"]) == (rule, seed))
 
-    def checkpoint_path(self, run: dict[str, Any]) -> Path:
+    def checkpoints_of(self, run: dict[str, Any]) -> Checkpoints:
         """Return where a run keeps what it needs to go on."""
-        return self.out / "checkpoints" / f"{run['rule']}-seed{run['seed']}.pt"
+        folder = self.out / "checkpoints" / f"{run['rule']}-seed{run['seed']}"
+        return Checkpoints(folder, keep=self.config.keep_checkpoints)
 
-    def take_up(self, run: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the state that a run left, or None, and set its history to that moment."""
-        state = load_checkpoint(self.checkpoint_path(run))
-        run |= _new_run(run["rule"], run["seed"]) if state is None else state["run"]
+    def take_up(self, run: dict[str, Any]) -> tuple[State | None, list[str]]:
+        """Return the state that a run left, or None, with notes on damaged ones; set its history to it."""
+        kept, damaged = self.checkpoints_of(run).load_newest()
+        run |= _new_run(run["rule"], run["seed"]) if kept is None else kept["run"]
         run["status"] = "running"
-        return None if state is None else state["resume_state"]
+        onward = "going on from the one before" if kept else "beginning this run anew"
+        notes = [f"checkpoint {path} is damaged: {onward}" for path in damaged]
+        return None if kept is None else kept["state"], notes
 
     def record(self, run: dict[str, Any], measured: Measured) -> None:
         """Enter a measurement and keep the state, so that the run can go on from here."""
@@ -139,19 +109,54 @@ class ResultsBook:
         else:
             run["history"].append(measured.record)
             run["test_error"] = measured.record["test_error"]
-        save_checkpoint(self.checkpoint_path(run), {"run": run, "resume_state": measured.resume_state})
+        is_best = _enter_if_best(run, measured.record)
+        self.save_state(run, measured.state)
+        if self.is_writer and is_best:
+            self.checkpoints_of(run).save_best({"run": run, "state": measured.state})
+        if self.is_writer and self.keeps_models:
+            write_model(self.out / "model.safetensors", measured.state["model"])
+            write_report(self.results, self.out, figures=False)
+
+    def save_state(self, run: dict[str, Any], state: State) -> None:
+        """Keep a state to go on from."""
+        if self.is_writer:
+            position = (state["epoch"], state["consumed"])
+            self.checkpoints_of(run).save({"run": run, "state": state}, position)
         self.save()
 
+    def record_divergence(self, run: dict[str, Any], event: Diverged) -> str:
+        """Enter where a run diverged, and return that as a line for people."""
+        run["diverged_epoch"] = event.epoch
+        run["divergence"] = {
+            "step": event.step,
+            "learning_rate": event.learning_rate,
+            "origin": event.origin,
+        }
+        return (
+            f"{run['rule']} seed {run['seed']} diverged at step {event.step} (epoch {event.epoch}, learning "
+            f"rate {event.learning_rate:.3g}): not finite first: {event.origin}"
+        )
+
     def end(self, run: dict[str, Any], status: str) -> None:
-        """Enter how a run ended; an ended run needs no checkpoint any more."""
+        """Enter how a run ended; one that finished needs no checkpoint any more, if only results count."""
         run["status"] = status
-        if status in ENDED:
-            self.checkpoint_path(run).unlink(missing_ok=True)
+        if self.is_writer and status == "finished" and not self.keeps_models:
+            self.checkpoints_of(run).remove()
         self.save()
+        if self.is_writer:
+            write_report(self.results, self.out, figures=False)
+
+    def close(self) -> None:
+        """Write everything, figures too."""
+        self.save()
+        if self.is_writer:
+            write_report(self.results, self.out)
 
     def save(self) -> None:
         """Write ``results.json`` and ``history.jsonl``."""
         self.results["summary"] = summarise(self.results["runs"])
+        if not self.is_writer:
+            return
         write_json(self.out / "results.json", self.results)
         lines = [
             {"rule": run["rule"], "seed": run["seed"], **entry}
@@ -161,37 +166,13 @@ class ResultsBook:
         write_json_lines(self.out / "history.jsonl", lines)
 
 
-def _train_and_record(book: ResultsBook, rule: str, seed: int, dataset: Dataset, view: LiveView) -> None:
-    run = book.run_of(rule, seed)
-    state = book.take_up(run)
-    view.start_run(book.results, run)
-    status = "finished"
-    try:
-        for event in train(book.config, rule, seed, dataset, state):
-            if isinstance(event, Step):
-                view.show_step(event)
-            elif isinstance(event, Measured):
-                book.record(run, event)
-                view.show_measured(event)
-            elif isinstance(event, Diverged):
-                run["diverged_epoch"], status = event.epoch, "diverged"
-    except Interrupted:
-        book.end(run, "interrupted")
-        write_report(book.results, book.out)
-        raise
-    book.end(run, status)
-    write_report(book.results, book.out, figures=False)
-    view.end_run()
-
-
-def _load_data(config: CompareConfig, seed: int) -> Dataset:
-    return load_dataset(
-        config.data,
-        data_dir=config.data_dir,
-        seed=seed,
-        num_classes=config.classes,
-        samples_per_epoch=config.samples_per_epoch,
-    )
+def _enter_if_best(run: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Note the epoch of the lowest validation error; whether this one is it."""
+    error, best = record.get("validation_error"), run.get("best")
+    if error is None or record["epoch"] == 0 or (best and best["validation_error"] <= error):
+        return False
+    run["best"] = {name: record[name] for name in ("epoch", "validation_error", "test_error")}
+    return True
 
 
 def _new_run(rule: str, seed: int) -> dict[str, Any]:
@@ -206,14 +187,15 @@ def _new_run(rule: str, seed: int) -> dict[str, Any]:
 
 
 def _refuse_other_settings(
-    out: Path, config: CompareConfig, old: dict[str, Any], facts: dict[str, Any]
+    out: Path, config: CompareConfig | RunConfig, old: dict[str, Any], facts: dict[str, Any]
 ) -> None:
     """Refuse to mix results of different settings or data in one folder."""
     new = config.model_dump(mode="json")
+    there = type(config)().model_dump(mode="json") | old["config"]  # an older version had fewer settings
     differing = [
-        f"{name} ({old['config'].get(name)!r} there, {new[name]!r} now)"
+        f"{name} ({there[name]!r} there, {new[name]!r} now)"
         for name in new
-        if name not in FREE_TO_CHANGE and new[name] != old["config"].get(name)
+        if name not in FREE_TO_CHANGE and new[name] != there[name]
     ]
     if old["data"] != json.loads(json.dumps({"name": config.data, **facts})):
         differing.append("data (the files or rendered classes are not the same)")
@@ -226,22 +208,7 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 
-def _describe_device(config: CompareConfig) -> str:
+def _describe_device(config: CompareConfig | RunConfig) -> str:
     if torch.device(config.device).type == "cuda":
         return torch.cuda.get_device_name(config.device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-@contextmanager
-def _signals_raise_interrupted() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the job between two Python instructions, with what was done kept."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(128 + number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -55,7 +55,9 @@ class LiveView:
     def show_step(self, step: Any) -> None:
         """Show a training step (``train.loop.Step``)."""
         left = self._clock.seconds_left(step.step, step.num_steps)
-        state = f"epoch {step.epoch}  loss {step.loss:.3f}  error {self._error}  {_format_time(left)} left"
+        doing = "mirror mode" if step.loss is None else f"loss {step.loss:.3f}"
+        speed = f"{step.images_per_second:.0f} img/s"
+        state = f"epoch {step.epoch}  {doing}  error {self._error}  {speed}  {_format_time(left)} left"
         self.progress.update(self.task, completed=step.step, total=step.num_steps, state=state)
 
     def show_measured(self, measured: Any) -> None:
@@ -68,6 +70,10 @@ class LiveView:
                 f"error {self._error}, {record['seconds']:.1f} s"
             )
         self._refresh()
+
+    def show_note(self, note: str) -> None:
+        """Show a line that a reader of the results has to know."""
+        self.console.print(note, highlight=False)
 
     def end_run(self) -> None:
         """Show that a run has ended: its row is in the table now."""

@@ -2,259 +2,352 @@
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from feedbackpath.data import Dataset, Split, minibatches
-from feedbackpath.errors import ConfigError
-from feedbackpath.models import build_model
-from feedbackpath.path import FeedbackPath, untie
-from feedbackpath.train.config import CompareConfig
-from feedbackpath.train.rules import make_rule
+from feedbackpath.data import UNREADABLE, Dataset, Split, minibatches
+from feedbackpath.train.build import make_network, make_optimizer, make_path
+from feedbackpath.train.config import TrainConfig
+from feedbackpath.train.divergence import LOSS_ITSELF, find_origin
+from feedbackpath.train.engine import Engine
+from feedbackpath.train.schedule import learning_rate
 
 EVALUATION_BATCH = 500
+MEASURED_SAMPLES = 256  # delta angles are measured on so many samples at most
+
+State = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A training step was done; ``loss`` is its mean cross-entropy in nats."""
+    """A training step was done, or (``loss`` is None) a pass of mirror mode; the loss is a mean in nats."""
 
     epoch: int
     step: int
     num_steps: int
-    loss: float
+    loss: float | None
+    images_per_second: float
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The network was measured: after its first mirroring (epoch 0) and after each epoch.
+    """The network was measured: before the first epoch (epoch 0) and after each.
 
-    ``record`` is a history entry of ``results.json``; ``resume_state`` goes into a checkpoint.
+    ``record`` is a history entry of ``results.json``; ``state`` is what a checkpoint holds.
     """
 
     epoch: int
     record: dict[str, Any]
-    resume_state: dict[str, Any] = field(repr=False)
+    state: State = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Paused:
+    """A moment between two steps to save ``state``; ``is_last`` where a stop was asked for."""
+
+    step: int
+    state: State = field(repr=False)
+    is_last: bool = False
 
 
 @dataclass(frozen=True)
 class Diverged:
-    """The loss is no longer finite; the run ends."""
+    """The loss is no longer finite; the run ends before the update that would have spoiled the weights."""
 
     epoch: int
     step: int
+    learning_rate: float
+    origin: str
 
 
-Event = Step | Measured | Diverged
+Event = Step | Measured | Paused | Diverged
 
 
 def train(
-    config: CompareConfig, rule: str, seed: int, dataset: Dataset, resume_state: dict[str, Any] | None = None
+    config: TrainConfig,
+    rule: str,
+    seed: int,
+    dataset: Dataset,
+    engine: Engine,
+    *,
+    state: State | None = None,
+    must_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
     """Train one network by one rule and yield what happens.
 
     Initial forward weights and the order of samples depend on the seed alone, so that all rules of a seed
-    share them.
+    share them. Every process of a job runs this with the same arguments, and yields the same events.
 
     Args:
         config: The settings.
         rule: The rule's name.
         seed: The seed of weights, feedback weights, order and augmentation.
         dataset: The data, made for the same seed.
-        resume_state: A ``Measured.resume_state`` to go on from; the events after it are the same as if
-            the run had not been broken.
+        engine: This process's part of the job.
+        state: The state of an earlier event to go on from; the events after it are the same, bit for bit,
+            as if the run had not been broken.
+        must_stop: Asked after each step; the run ends where it says yes on any process.
     """
-    run = _Run(config, rule, seed, dataset)
-    first_epoch = 1
-    if resume_state is None:
-        started = time.perf_counter()
-        if run.path.mirrors:
-            run.path.mirror()
-        yield run.measure(epoch=0, train_loss=None, started=started)
+    run = Run(config, rule, seed, dataset, engine, must_stop)
+    if state is None:
+        yield run.begin()
     else:
-        run.load_state(resume_state)
-        first_epoch = resume_state["epoch"] + 1
-    for epoch in range(first_epoch, config.epochs + 1):
-        started, losses = time.perf_counter(), []
-        for loss in run.train_epoch(epoch):
-            if not math.isfinite(loss):
-                yield Diverged(epoch, run.step)
+        run.load_state(state)
+    while not run.is_finished:
+        for event in run.go_through_epoch():
+            yield event
+            if isinstance(event, Diverged) or (isinstance(event, Paused) and event.is_last):
                 return
-            losses.append(loss)
-            yield Step(epoch, run.step, run.num_steps, loss)
-        yield run.measure(epoch, sum(losses) / max(len(losses), 1), started)
-        if run.step >= run.num_steps:
-            return
 
 
-class _Run:
-    """A network, its feedback path and its optimizer while they train."""
+@dataclass
+class _Tally:
+    """What has been counted in the epoch that is going on."""
 
-    def __init__(self, config: CompareConfig, rule: str, seed: int, dataset: Dataset) -> None:
-        self.config, self.seed, self.dataset = config, seed, dataset
-        self.dtype = torch.float64 if config.precision == "64-true" else torch.float32
-        self.model = make_network(config, seed, dataset).to(self.dtype)
+    loss_sum: float = 0.0
+    samples: int = 0
+    unreadable: int = 0
+    seconds: float = 0.0
+
+
+class Run:
+    """A network, its feedback path and its optimizer while they train.
+
+    Its position is ``(epoch, consumed)``: the epoch that is going on, from 1, and the samples of it that
+    have been used; a finished epoch is written as ``(epoch + 1, 0)``.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        rule: str,
+        seed: int,
+        dataset: Dataset,
+        engine: Engine,
+        must_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config, self.seed, self.dataset, self.engine = config, seed, dataset, engine
+        self.must_stop, self.is_stopping = must_stop, False
+        self.model = engine.place_model(make_network(config, seed, dataset))
         self.path = make_path(config, rule, seed, self.model)
         self.optimizer = make_optimizer(self.model, config)
         self.path.check_optimizer(self.optimizer)
+        self.wrapped_model, self.wrapped_optimizer = engine.set_up(self.model, self.optimizer)
+        self.mirror_epochs = config.mirror_epochs if self.path.mirrors else 0
         # A last minibatch of one sample is left out: BatchNorm has no variance there.
         self.steps_per_epoch = math.ceil((len(dataset.train) - 1) / config.batch_size)
-        num_steps = config.epochs * self.steps_per_epoch
+        num_steps = max(config.epochs - self.mirror_epochs, 0) * self.steps_per_epoch
         self.num_steps = min(num_steps, config.max_steps or num_steps)
-        self.step = 0
+        self.epoch, self.consumed, self.step = 1, 0, 0
+        self.tally = _Tally()
 
-    def train_epoch(self, epoch: int) -> Iterator[float]:
-        """Train for an epoch, yielding the loss of each step."""
-        # Whatever is random inside the model (dropout) then depends on seed and epoch alone.
-        torch.manual_seed(self.seed * 1_000_003 + epoch)
+    @property
+    def is_mirroring(self) -> bool:
+        """Whether this epoch is one of mirror mode alone."""
+        return self.epoch <= self.mirror_epochs
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all epochs, or steps, are done."""
+        return self.epoch > self.config.epochs or (self.step >= self.num_steps and not self.is_mirroring)
+
+    def begin(self) -> Measured:
+        """Mirror for the first time, where the rule does and no epoch is set aside for it; measure."""
+        started = time.perf_counter()
+        if self.path.mirrors and not self.mirror_epochs:
+            self.path.mirror()
+        return self._measure(0, None, started)
+
+    def go_through_epoch(self) -> Iterator[Event]:
+        """Train, or mirror, to the end of the epoch that is going on, and measure."""
+        started = time.perf_counter() - self.tally.seconds  # as if the epoch had run in one piece
+        if self.consumed == 0:
+            # Whatever is random inside the model (dropout) then depends on seed, epoch and rank alone.
+            torch.manual_seed(self.seed * 1_000_003 + self.epoch + 7_919_000_003 * self.engine.rank)
         self.model.train()
-        for x, y in self._training_batches(epoch):
+        for event in self._mirror_steps() if self.is_mirroring else self._training_steps():
+            self.tally.seconds = time.perf_counter() - started
+            yield event
+            if self.is_stopping or self._is_time_to_save():
+                yield Paused(self.step, self.state(), is_last=self.is_stopping)
+        loss = self.tally.loss_sum / self.tally.samples if self.tally.samples else None
+        yield self._end_epoch(loss, started)
+
+    def load_state(self, state: State) -> None:
+        """Go back to where ``state`` was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.path.load_state_dict(state["path"])
+        self.epoch, self.consumed, self.step = state["epoch"], state["consumed"], state["step"]
+        self.tally = _Tally(**state["tally"])
+        if self.engine.rank < len(state["rng"]):
+            self.engine.set_rng_state(state["rng"][self.engine.rank])
+
+    def state(self) -> State:
+        """Return all that a run goes on from, the same on every process."""
+        self.engine.share_buffers(self.model)
+        return {
+            "epoch": self.epoch,
+            "consumed": self.consumed,
+            "step": self.step,
+            "tally": asdict(self.tally),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "path": self.path.state_dict(),
+            "rng": self.engine.gather(self.engine.rng_state()),
+        }
+
+    def _mirror_steps(self) -> Iterator[Event]:
+        """Go through as many passes of mirror mode as the epoch has minibatches (Appendix D.2)."""
+        while self.consumed < len(self.dataset.train) - 1:
+            self.path.mirror(steps=1)
+            self._count(min(self.config.batch_size, len(self.dataset.train) - self.consumed))
+            (stop,) = self.engine.sum([self.must_stop()])
+            self.is_stopping = stop > 0
+            yield Step(self.epoch, self.step, self.num_steps, None, self._speed())
+
+    def _training_steps(self) -> Iterator[Event]:
+        for x, y in self._batches(self.dataset.train, start=self.consumed):
             if self.step >= self.num_steps:
                 return
             yield self._train_step(x, y)
 
-    def _train_step(self, x: Tensor, y: Tensor) -> float:
+    def _train_step(self, x: Tensor, y: Tensor) -> Step | Diverged:
+        """Do one step on this process's share of a minibatch."""
+        lr = learning_rate(
+            self.step, self.steps_per_epoch, self.num_steps, self.config, epochs_before=self.mirror_epochs
+        )
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps_per_epoch, self.num_steps, self.config)
-        loss = self._loss(x, y)
+            group["lr"] = lr
+        expected = min(self.config.batch_size, len(self.dataset.train) - self.consumed)
+        x, y = x[y != UNREADABLE], y[y != UNREADABLE]
         self.optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        own_sum = self._accumulate_gradients(x, y, expected)
+        loss_sum, samples, stop = self.engine.sum([own_sum, len(y), self.must_stop()])
+        loss = loss_sum / max(samples, 1.0)
+        if not math.isfinite(loss):
+            return Diverged(self.epoch, self.step + 1, lr, self._find_origin(x, y))
+        if samples != expected:
+            self._scale_gradients(expected / max(samples, 1.0))
         if self.config.clip_norm is not None:
             self.path.clip_grad_norm_(self.config.clip_norm)
-        self.optimizer.step()
+        self.wrapped_optimizer.step()
         self.path.step()
         self.step += 1
-        return loss.item()
+        self.is_stopping = stop > 0
+        self._count(expected)
+        self.tally.loss_sum += loss_sum
+        self.tally.unreadable += expected - int(samples)
+        return Step(self.epoch, self.step, self.num_steps, loss, self._speed())
 
-    def measure(self, epoch: int, train_loss: float | None, started: float) -> Measured:
-        """Measure test error, angles and gains."""
-        record = {
+    def _accumulate_gradients(self, x: Tensor, y: Tensor, expected: int) -> Tensor:
+        """Add up gradients of the mean loss over ``expected`` samples; return the sum of its losses."""
+        # Averaging over the processes then gives the mean over all samples.
+        weight = self.engine.world_size / expected
+        if len(y) == 0:  # another process has samples, and waits for this one
+            x, y, weight = x.new_zeros(2, *x.shape[1:]), y.new_zeros(2), 0.0
+        size = self.config.micro_batch_size or len(y)
+        parts = list(zip(torch.split(x, size), torch.split(y, size), strict=True))
+        total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        for index, (part_x, part_y) in enumerate(parts):
+            with self.engine.accumulating(self.wrapped_model, is_last=index == len(parts) - 1):
+                loss = self._loss(self.wrapped_model, part_x, part_y)
+                self.engine.backward(loss * (len(part_y) * weight))
+            total += loss.detach() * (len(part_y) if weight else 0)
+        return total
+
+    def _scale_gradients(self, factor: float) -> None:
+        """Turn a mean over all samples of a minibatch into the mean over those that could be read."""
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= factor
+
+    def _find_origin(self, x: Tensor, y: Tensor) -> str:
+        compute_loss = partial(self._loss, self.model, x, y)
+        origins = self.engine.gather(find_origin(self.model, compute_loss) if len(y) else LOSS_ITSELF)
+        return next((origin for origin in origins if origin != LOSS_ITSELF), LOSS_ITSELF)
+
+    def _count(self, samples: int) -> None:
+        self.consumed += samples
+        self.tally.samples += samples
+
+    def _speed(self) -> float:
+        return self.tally.samples / max(self.tally.seconds, 1e-9)
+
+    def _is_time_to_save(self) -> bool:
+        every = self.config.checkpoint_steps
+        is_epochs_end = self.consumed >= len(self.dataset.train) - 1
+        return every is not None and self.step % every == 0 and not is_epochs_end
+
+    def _end_epoch(self, loss: float | None, started: float) -> Measured:
+        epoch, unreadable = self.epoch, self.tally.unreadable
+        self.epoch, self.consumed, self.tally = epoch + 1, 0, _Tally()
+        measured = self._measure(epoch, loss, started)
+        if self.config.on_bad_image == "skip":
+            measured.record["unreadable_images"] = unreadable
+        return measured
+
+    def _measure(self, epoch: int, train_loss: float | None, started: float) -> Measured:
+        """Measure errors, angles and gains."""
+        self.engine.share_buffers(self.model)
+        record: dict[str, Any] = {
             "epoch": epoch,
             "train_loss": train_loss,
-            "test_error": self._error_percent(getattr(self.dataset, self.config.evaluate_on)),
+            "test_error": self.error_percent(getattr(self.dataset, self.config.evaluate_on)),
+        }
+        if self.config.select_best:
+            record["validation_error"] = self.error_percent(self.dataset.validation)
+        record |= {
             "matrix_angle_deg": self.path.matrix_angles(),
             "delta_angle_deg": self._delta_angles(epoch),
             "gain": self.path.gains(),
             "seconds": time.perf_counter() - started,
         }
-        return Measured(epoch, record, self._state(epoch))
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go back to where ``state`` was taken."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.path.load_state_dict(state["path"])
-        self.step = state["step"]
-
-    def _state(self, epoch: int) -> dict[str, Any]:
-        return {
-            "epoch": epoch,
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "path": self.path.state_dict(),
-        }
-
-    def _training_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return minibatches(
-            self.dataset.train,
-            batch_size=self.config.batch_size,
-            seed=self.seed,
-            epoch=epoch,
-            shuffle=True,
-        )
-
-    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        with self._autocast():
-            return F.cross_entropy(self.model(self._place(x)), y.to(self.config.device))
-
-    def _place(self, x: Tensor) -> Tensor:
-        return x.to(self.config.device, self.dtype, memory_format=torch.channels_last)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.config.precision != "bf16-mixed":
-            return nullcontext()
-        return torch.autocast(torch.device(self.config.device).type, torch.bfloat16)
+        return Measured(epoch, record, self.state())
 
     def _delta_angles(self, epoch: int) -> dict[str, float]:
         """Measure on a minibatch of training data, in training mode, as the network is trained."""
         self.model.train()
-        x, y = next(self._training_batches(epoch))
-        return self.path.delta_angles(lambda: self._loss(x, y))
+        num_samples = min(self.config.batch_size, MEASURED_SAMPLES, len(self.dataset.train))
+        x, y = next(self._batches(self.dataset.train, epoch=epoch, num_samples=num_samples))
+        x, y = x[y != UNREADABLE], y[y != UNREADABLE]
+        return self.path.delta_angles(lambda: self._loss(self.model, x, y)) if len(y) else {}
 
     @torch.no_grad()
-    def _error_percent(self, split: Split) -> float:
+    def error_percent(self, split: Split) -> float:
+        """Return the share of a split that is classified wrongly, every process taking its share."""
         self.model.eval()
         wrong = 0
-        for x, y in minibatches(split, batch_size=EVALUATION_BATCH, seed=0, epoch=0, shuffle=False):
-            with self._autocast():
-                predicted = self.model(self._place(x)).argmax(1)
-            wrong += int((predicted != y.to(predicted.device)).sum())
-        return 100.0 * wrong / len(split)
+        for x, y in self._batches(split, epoch=0, batch_size=EVALUATION_BATCH, shuffle=False):
+            if len(y):
+                with self.engine.autocast():
+                    wrong += int((self.model(self.engine.place(x)).argmax(1) != y).sum())
+        (total,) = self.engine.sum([wrong])
+        return 100.0 * total / len(split)
 
+    def _loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        with self.engine.autocast():
+            return F.cross_entropy(model(self.engine.place(x)), y)
 
-def make_network(config: CompareConfig, seed: int, dataset: Dataset) -> nn.Module:
-    """Build the network of a config for a dataset, on its device; the weights depend on the seed alone.
-
-    Raises:
-        ConfigError: There is no such model or device, or the model cannot take the data.
-    """
-    torch.manual_seed(seed)
-    try:
-        model = build_model(
-            config.model,
-            sample_shape=dataset.sample_shape,
-            num_classes=dataset.num_classes,
-            norm=config.norm,
+    def _batches(
+        self, split: Split, *, epoch: int | None = None, batch_size: int | None = None, **options: Any
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over this process's share of minibatches, on its device."""
+        batches = minibatches(
+            split,
+            batch_size=batch_size or self.config.batch_size,
+            seed=self.seed,
+            epoch=self.epoch if epoch is None else epoch,
+            num_workers=self.config.num_workers,
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+            **({"shuffle": True} | options),
         )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    try:
-        torch.zeros(1).to(config.device).item()  # refuses devices that hold no values, as meta does
-        model.to(config.device)
-    except (RuntimeError, AssertionError) as error:  # torch was built without the device, or lacks it
-        raise ConfigError(f"device {config.device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return cast(nn.Module, cast(Any, model).to(memory_format=torch.channels_last))
-
-
-def make_path(config: CompareConfig, rule: str, seed: int, model: nn.Module) -> FeedbackPath:
-    """Untie a network by a rule with the config's settings and overrides."""
-    settings = config.rule_settings.get(rule, {})
-    return untie(model, make_rule(rule, settings), overrides=config.overrides, seed=seed)
-
-
-def make_optimizer(model: nn.Module, config: CompareConfig) -> torch.optim.Optimizer:
-    """Make the optimizer of a config for all parameters that learn, feedback weights among them."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        parameters,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov and config.momentum > 0,
-        weight_decay=config.weight_decay,
-    )
-
-
-def learning_rate(step: int, steps_per_epoch: int, num_steps: int, config: CompareConfig) -> float:
-    """Return the learning rate of a step: linear warm-up, then a half cosine to 0, or constant.
-
-    Example:
-        >>> config = CompareConfig(lr=0.1, warmup_epochs=0)
-        >>> [round(learning_rate(step, 10, 20, config), 3) for step in (0, 10, 20)]
-        [0.1, 0.05, 0.0]
-    """
-    warmup = min(config.warmup_epochs * steps_per_epoch, num_steps)
-    if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
-    if config.schedule == "constant":
-        return config.lr
-    share = (step - warmup) / max(num_steps - warmup, 1)
-    return config.lr * 0.5 * (1.0 + math.cos(math.pi * share))
+        for x, y in batches:
+            yield split.prepare(x.to(self.engine.device)), y.to(self.engine.device)

@@ -1,0 +1,5 @@
+"""``python -m feedbackpath``, which torchrun and SLURM start more easily than a script."""
+
+from feedbackpath.cli import main
+
+main()

@@ -1,0 +1,55 @@
+"""Make what a run trains: the network, its feedback path and its optimizer."""
+
+import torch
+from torch import nn
+
+from feedbackpath.data import Dataset
+from feedbackpath.errors import ConfigError
+from feedbackpath.models import build_model
+from feedbackpath.path import FeedbackPath, untie
+from feedbackpath.train.config import TrainConfig
+from feedbackpath.train.rules import make_rule
+
+
+def make_network(config: TrainConfig, seed: int, dataset: Dataset) -> nn.Module:
+    """Build the network of a config for a dataset; the weights depend on the seed alone.
+
+    Raises:
+        ConfigError: There is no such model, or it cannot take the data.
+    """
+    torch.manual_seed(seed)
+    try:
+        return build_model(
+            config.model,
+            sample_shape=dataset.sample_shape,
+            num_classes=dataset.num_classes,
+            norm=config.norm,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def make_path(config: TrainConfig, rule: str, seed: int, model: nn.Module) -> FeedbackPath:
+    """Untie a network by a rule with the config's settings and overrides."""
+    settings = config.rule_settings.get(rule, {})
+    return untie(
+        model,
+        make_rule(rule, settings),
+        overrides=config.overrides,
+        batchnorm_feedback=config.batchnorm_feedback,
+        seed=seed,
+    )
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Make the optimizer of a config for all parameters that learn, feedback weights among them."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=config.peak_lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(
+        parameters,
+        lr=config.peak_lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov and config.momentum > 0,
+        weight_decay=config.weight_decay,
+    )
