@@ -16,8 +16,15 @@ from feedbackpath.report import (
     write_report,
 )
 from feedbackpath.report.curves import layer_curves
-from feedbackpath.report.page import render_page
+from feedbackpath.report.page import render_page as render_panels
+from feedbackpath.report.panels import make_panel
 from feedbackpath.report.style import style_of
+
+
+
+def render_page(results):
+    return render_panels([make_panel([("runs/a", results)])])
+
 
 LAYERS = ("conv1", "layer1.0.conv1", "fc")
 FIGURES = {f"{name}.{kind}" for name in ("learning_curves", "alignment", "gains") for kind in ("png", "pdf")}
