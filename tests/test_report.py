@@ -21,7 +21,6 @@ from feedbackpath.report.panels import make_panel
 from feedbackpath.report.style import style_of
 
 
-
 def render_page(results):
     return render_panels([make_panel([("runs/a", results)])])
 
@@ -47,8 +46,7 @@ def make_run(rule, seed, errors, *, status="finished", angle=5.0):
     return {"rule": rule, "seed": seed, "status": status, "test_error": errors[-1], "history": history}
 
 
-@pytest.fixture
-def results():
+def make_results():
     runs = [
         make_run("bp", 0, [99.0, 20.0, 3.0], angle=0.0),
         make_run("bp", 1, [99.0, 22.0, 3.4], angle=0.0),
@@ -67,6 +65,11 @@ def results():
         "config": {"rules": ["bp", "kp", "fa"], "seeds": 2, "lr": 0.1},
         "runs": runs,
     }
+
+
+@pytest.fixture
+def results():
+    return make_results()
 
 
 def row_of(results, rule):

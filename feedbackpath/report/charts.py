@@ -24,8 +24,8 @@ from feedbackpath.report.style import DASHES, MARKERS, legend_label, style_of
 from feedbackpath.report.table import describe_stop
 
 AXIS_HEIGHT = 50  # pixels of a layer chart's lowest axis and its title; the legend is below
-LEGEND_ROW_HEIGHT = 27
-MAX_LEGEND_ROWS = 10  # two layers fit a row of a narrow page; a longer legend scrolls
+LEGEND_ROW_HEIGHT = 29
+MAX_LEGEND_ROWS = 11  # two layers fit a row of a narrow page; a longer legend scrolls
 QUANTITIES = {"matrix_angle_deg": "matrix angle (°)", "delta_angle_deg": "δ angle (°)", "gain": "gain"}
 
 
@@ -140,8 +140,8 @@ def _layer_chart(rule: str, rows: dict[str, dict[str, Curve]], largest: dict[str
         else:
             _scale_angles(figure, row, largest[quantity])
     figure.update_xaxes(title="epoch", row=len(rows), col=1)
-    legend_height = LEGEND_ROW_HEIGHT * min(ceil(len(layers) / 2), MAX_LEGEND_ROWS) + 6
-    height = 200 * len(rows) + AXIS_HEIGHT + legend_height
+    legend_height = LEGEND_ROW_HEIGHT * min(ceil(len(layers) / 2), MAX_LEGEND_ROWS) + 8
+    height = 220 * len(rows) + AXIS_HEIGHT + legend_height
     figure.update_layout(
         margin_b=AXIS_HEIGHT + legend_height,
         legend={

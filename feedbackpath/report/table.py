@@ -114,7 +114,7 @@ def error_rows(panels: Sequence[Panel]) -> list[list[str]]:
 def rich_error_table(panels: Sequence[Panel]) -> Table:
     """Build the paper's table for a terminal."""
     heading, *rows = error_rows(panels)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
     for name in heading:  # names give way before numbers do
         table.add_column(Text(name), overflow="fold", no_wrap=name not in ("network", "data"))
     for row in rows:
