@@ -48,7 +48,7 @@ def read_results(folder: Path) -> dict[str, Any]:
         results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         schema = results.get("schema")
     except FileNotFoundError:
-        raise ConfigError(f"{folder} holds no results.json; give the --out folder of a comparison") from None
+        raise ConfigError(f"{folder} holds no results.json; give the --out folder of a run") from None
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); choose another folder") from None
     if schema == SCHEMA and not _has_runs(results):
