@@ -203,7 +203,7 @@ def _draw_layers(
         return None
     width = min(PAGE_WIDTH, 1.0 + 1.6 * len(columns))
     figure = Figure(figsize=(width, 0.5 + 1.45 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex="col")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True)
     for index, (rule, quantities) in enumerate(columns.items()):
         grid[0, index].set_title(style_of(rule).label, wrap=True)
         for axes, curves in zip(grid[:, index], quantities.values(), strict=True):
