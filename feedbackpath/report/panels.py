@@ -56,15 +56,15 @@ def make_panel(sources: Sequence[Source]) -> Panel:
     Raises:
         ConfigError: Two of them hold a run of the same rule and seed.
     """
-    owners: dict[tuple[str, Any], str] = {}
-    for folder, results in sources:
+    owners: dict[tuple[str, Any], int] = {}
+    for index, (folder, results) in enumerate(sources):
         for run in results.get("runs") or []:
-            key = (run["rule"], run.get("seed"))
-            if key in owners:
+            rule, seed = run["rule"], run.get("seed")
+            owner = owners.setdefault((rule, seed), index)
+            if owner != index:
                 raise ConfigError(
-                    f"{owners[key]} and {folder} both hold {key[0]}, seed {key[1]}; leave one of them out"
+                    f"{sources[owner][0]} and {folder} both hold {rule}, seed {seed}; leave one of them out"
                 )
-            owners[key] = folder
     return Panel(*_network_of(sources[0][1]), tuple(sources))
 
 
