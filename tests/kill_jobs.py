@@ -1,8 +1,8 @@
 """Kill training with SIGKILL at random moments, resume it each time, and compare with an unbroken run.
 
 A script, so that one start pays for all: it imports the package, then forks a process, or one for each rank,
-for every attempt. ``python kill_jobs.py FOLDER WORLD_SIZE KILLS RULE...`` prints a line a rule and fails where
-two runs differ.
+for every attempt. ``python kill_jobs.py FOLDER WORLD_SIZE KILLS RULE...`` prints a line a rule and
+fails where two runs differ.
 """
 
 import io
