@@ -34,14 +34,14 @@ def random_view(raw: bytes, size: int, draws: Sequence[float]) -> Tensor:
         draws: Numbers in [0, 1), `NUM_DRAWS`.
 
     Returns:
-        uint8 `[size, size, 3]`.
+        uint8 `[3, size, size]`.
 
     Raises:
         UnreadableImageError: It cannot be decoded.
     """
     pixels = decode(raw, lambda width, height: random_box(width, height, draws))
     view = resize(pixels, size, size)
-    return view.flip(1) if draws[-1] < 0.5 else view
+    return view.flip(2) if draws[-1] < 0.5 else view
 
 
 def centre_view(raw: bytes, size: int) -> Tensor:
@@ -52,7 +52,7 @@ def centre_view(raw: bytes, size: int) -> Tensor:
         size: Pixels a side of the result.
 
     Returns:
-        uint8 `[size, size, 3]`.
+        uint8 `[3, size, size]`.
 
     Raises:
         UnreadableImageError: It cannot be decoded.
@@ -60,7 +60,7 @@ def centre_view(raw: bytes, size: int) -> Tensor:
     pixels = decode(raw)
     height, width = fit_short_side(pixels.shape[0], pixels.shape[1], round(size / CENTRE_SHARE))
     top, left = round((height - size) / 2), round((width - size) / 2)
-    return resize(pixels, height, width)[top : top + size, left : left + size]
+    return resize(pixels, height, width)[:, top : top + size, left : left + size]
 
 
 def random_box(width: int, height: int, draws: Sequence[float]) -> Box:

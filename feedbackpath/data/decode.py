@@ -88,16 +88,15 @@ def resize(pixels: Pixels, height: int, width: int) -> Tensor:
         width: Of the result.
 
     Returns:
-        uint8 `[height, width, 3]`.
+        uint8 `[3, height, width]`.
 
     Example:
         >>> resize(np.full((40, 30, 3), 7, np.uint8), 8, 6).shape
-        torch.Size([8, 6, 3])
+        torch.Size([3, 8, 6])
     """
     # Channels last, so that PyTorch takes its vectorised kernel for bytes.
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    resized = F.interpolate(image, (height, width), mode="bilinear", antialias=True)
-    return resized[0].permute(1, 2, 0)
+    return F.interpolate(image, (height, width), mode="bilinear", antialias=True)[0]
 
 
 def fit_short_side(height: int, width: int, size: int) -> tuple[int, int]:

@@ -62,7 +62,7 @@ class ImageSplit:
         positions = stream_positions(indices, epoch, self.samples_per_epoch, len(self.numbers))
         numbers = self.numbers[positions].tolist()
         labels = torch.from_numpy(self.images.labels[numbers])
-        views = torch.zeros(len(numbers), self.size, self.size, 3, dtype=torch.uint8)
+        views = torch.zeros(len(numbers), 3, self.size, self.size, dtype=torch.uint8)
         draws = (
             uniform(indices, NUM_DRAWS, self.seed, epoch).tolist() if self.augment else [()] * len(numbers)
         )
@@ -76,7 +76,7 @@ class ImageSplit:
                 if self.on_bad_image == "error":
                     raise DataError(self._explain(number, error)) from error
                 label.fill_(UNREADABLE)
-        return views.permute(0, 3, 1, 2), labels
+        return views, labels
 
     def prepare(self, x: Tensor) -> Tensor:
         """Scale bytes `[N, 3, H, W]` to ImageNet's mean 0 and deviation 1; runs on the device that trains."""

@@ -88,7 +88,7 @@ def shrink_image(raw: bytes, name: Path, shrinking: Shrinking) -> bytes:
     if is_small and has_right_ending(name, raw):
         return raw
     if not is_small:
-        pixels = resize(pixels, *fit_short_side(height, width, shrinking.size)).numpy()
+        pixels = resize(pixels, *fit_short_side(height, width, shrinking.size)).permute(1, 2, 0).numpy()
     stream = io.BytesIO()
     file_format = Image.registered_extensions().get(name.suffix.lower(), "JPEG")
     Image.fromarray(pixels).save(stream, file_format, quality=shrinking.quality)
