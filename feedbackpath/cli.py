@@ -35,6 +35,16 @@ app.command(
 )
 app.command("feedbackpath.commands:rules", help="List the rules.")
 
+data_app = App(name="data", help="Look after the images that imagenet is read from.")
+data_app.command(
+    "feedbackpath.data_commands:check", help="Decode every image of a folder, and list what is wrong."
+)
+data_app.command(
+    "feedbackpath.data_commands:shrink",
+    help="Write a copy of an image folder with the short sides at 256 pixels; list what could not be read.",
+)
+app.command(data_app)
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; what the user can mend is one line on standard error, and code 2."""

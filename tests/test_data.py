@@ -158,7 +158,7 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
     ("name", "options", "message"),
     [
         ("fashion_mnst", {}, "there is no dataset 'fashion_mnst': did you mean 'fashion-mnist'?"),
-        ("imagenet", {}, "choose from glyphs, digits, mnist, fashion-mnist, cifar10, cifar100"),
+        ("imagnet", {}, r"did you mean 'imagenet'\? choose from glyphs, digits, mnist"),
         ("digits", {"num_classes": 5}, "digits takes no num_classes"),
         ("glyphs", {"data_dir": "somewhere"}, "glyphs takes no data_dir"),
         ("digits", {"samples_per_epoch": 0}, "samples_per_epoch is 0; it must be at least 1"),
@@ -199,4 +199,4 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_every_loader_is_in_the_table():
-    assert list(DATASETS) == ["glyphs", "digits", "mnist", "fashion-mnist", "cifar10", "cifar100"]
+    assert list(DATASETS) == ["glyphs", "digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagenet"]

@@ -30,6 +30,7 @@ LEVELS = {
     "report": 8,
     "jobs": 9,
     "commands": 10,
+    "data_commands": 10,
     "cli": 11,
     "__main__": 12,
 }

@@ -10,6 +10,7 @@ from feedbackpath.data.dataset import UNREADABLE, Dataset, Split, minibatches
 from feedbackpath.data.digits import load_digits
 from feedbackpath.data.glyphs import load_glyphs
 from feedbackpath.data.idx import load_fashion_mnist, load_mnist
+from feedbackpath.data.imagenet import load_imagenet
 from feedbackpath.errors import DataError
 
 __all__ = ["DATASETS", "UNREADABLE", "Dataset", "Split", "load_dataset", "minibatches"]
@@ -21,6 +22,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "fashion-mnist": load_fashion_mnist,
     "cifar10": load_cifar10,
     "cifar100": load_cifar100,
+    "imagenet": load_imagenet,
 }
 
 
@@ -31,6 +33,8 @@ def load_dataset(
     seed: int = 0,
     num_classes: int | None = None,
     samples_per_epoch: int | None = None,
+    image_size: int | None = None,
+    on_bad_image: str | None = None,
 ) -> Dataset:
     """Load a dataset by its name in `DATASETS`.
 
@@ -40,6 +44,9 @@ def load_dataset(
         seed: Chooses the training samples of glyphs and the augmentation of others, never the splits.
         num_classes: How many classes, for a dataset that can be had with more or fewer: glyphs.
         samples_per_epoch: Training samples an epoch.
+        image_size: Pixels a side, for a dataset of photographs: imagenet.
+        on_bad_image: Whether an image file that cannot be read is an ``error``, or is given the label
+            `UNREADABLE`, to ``skip`` and count it: imagenet.
 
     Raises:
         DataError: If there is no such dataset, it does not take such an option, or its files are
@@ -55,7 +62,13 @@ def load_dataset(
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise DataError(f"there is no dataset {name!r}: {hint}choose from {', '.join(DATASETS)}")
     folder = None if data_dir is None else Path(data_dir)
-    options = {"data_dir": folder, "num_classes": num_classes, "samples_per_epoch": samples_per_epoch}
+    options = {
+        "data_dir": folder,
+        "num_classes": num_classes,
+        "samples_per_epoch": samples_per_epoch,
+        "image_size": image_size,
+        "on_bad_image": on_bad_image,
+    }
     given = {option: value for option, value in options.items() if value is not None}
     refused = given.keys() - inspect.signature(DATASETS[name]).parameters.keys()
     if refused:

@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from feedbackpath.data.counter import permutation, uniform
+from feedbackpath.data.workers import map_in_order
 from feedbackpath.errors import DataError
 
 Augmentation = Callable[[Tensor, Tensor], Tensor]
@@ -122,31 +123,7 @@ def minibatches(
     batches = torch.split(order[start:stop], batch_size) if start < stop else ()
     smallest = min(2, batch_size) if shuffle else 1
     own = [batch[rank::world_size] for batch in batches if len(batch) >= smallest]
-    if num_workers == 0:
-        return (split.batch(batch, epoch) for batch in own)
-    loader = DataLoader(
-        _Batches(split, own, epoch), batch_size=None, num_workers=num_workers, worker_init_fn=_use_one_thread
-    )
-    return iter(loader)
-
-
-@dataclass(frozen=True)
-class _Batches(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """An epoch as worker processes see it: one item is one batch."""
-
-    split: Split
-    indices: Sequence[Tensor]
-    epoch: int
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
-        return self.split.batch(self.indices[item], self.epoch)
-
-
-def _use_one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
+    return map_in_order(partial(split.batch, epoch=epoch), own, num_workers)
 
 
 def stream_positions(indices: Tensor, epoch: int, samples_per_epoch: int, num_items: int) -> Tensor:

@@ -68,6 +68,8 @@ def load_data(config: TrainConfig, seed: int) -> Dataset:
         seed=seed,
         num_classes=config.classes,
         samples_per_epoch=config.samples_per_epoch,
+        image_size=config.image_size,
+        on_bad_image=config.on_bad_image,
     )
 
 

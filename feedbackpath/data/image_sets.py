@@ -1,0 +1,209 @@
+"""Encoded images with labels, read one at a time: as files of their own, or as rows of Parquet files."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from feedbackpath.errors import DataError
+
+Numbers = npt.NDArray[np.int64]
+Names = npt.NDArray[np.bytes_]
+
+NO_PYARROW = "Parquet files are read by pyarrow, which is not installed: pip install 'feedbackpath[data]'"
+
+
+class ImageSet(Protocol):
+    """Encoded images and their classes."""
+
+    @property
+    def labels(self) -> Numbers:
+        """The classes, `[M]`."""
+        ...
+
+    def read(self, number: int) -> bytes:
+        """Return the bytes of an image.
+
+        Raises:
+            OSError: They cannot be read.
+        """
+        ...
+
+    def locate(self, number: int) -> str:
+        """Say where an image is, for messages."""
+        ...
+
+    def target(self, number: int) -> Path:
+        """Return the path of an image as a file, relative to the top folder of a copy."""
+        ...
+
+    def checksum(self) -> str:
+        """Return a digest of names, sizes and labels; the images are not read for it."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class FileSet:
+    """Images in files of their own.
+
+    Attributes:
+        root: The folder that names start from.
+        names: Paths relative to `root`. An array of bytes and not a list of paths: a million of those
+            would be copied into every worker process.
+        sizes: Bytes of each file, `[M]`.
+        labels: The classes, `[M]`.
+    """
+
+    root: Path
+    names: Names
+    sizes: Numbers
+    labels: Numbers
+
+    def read(self, number: int) -> bytes:
+        """Return the bytes of an image: see `ImageSet.read`."""
+        return (self.root / self.target(number)).read_bytes()
+
+    def locate(self, number: int) -> str:
+        """Return the path of an image."""
+        return str(self.root / self.target(number))
+
+    def target(self, number: int) -> Path:
+        """Return the path of an image, relative to `root`."""
+        return Path(self.names[number].decode())
+
+    def checksum(self) -> str:
+        """Return a digest of names, sizes and labels."""
+        return _digest(b"\0".join(self.names), self.sizes, self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class ParquetSet:
+    """Images in the rows of Parquet files.
+
+    An image is read with its whole row group, the least that pyarrow reads. The last group is kept at hand:
+    images in order cost little, and images in any other order much.
+
+    Attributes:
+        split: The folder that the images would have as files: ``train`` or ``val``.
+        files: Where they are.
+        sizes: Bytes of each file.
+        groups: File, row group within the file, and first row within the set, of every row group `[G, 3]`.
+        labels: The classes, `[M]`.
+    """
+
+    split: str
+    files: tuple[Path, ...]
+    sizes: Numbers
+    groups: Numbers
+    labels: Numbers
+
+    def read(self, number: int) -> bytes:
+        """Return the bytes of an image: see `ImageSet.read`."""
+        file, group, first = self._find(number)
+        image = _read_group(self.files[file], group)[number - first].as_py()
+        raw: bytes | None = image["bytes"] if isinstance(image, dict) else image
+        return raw or b""
+
+    def locate(self, number: int) -> str:
+        """Say in which row of which file an image is; rows are counted from 0."""
+        file = self._find(number)[0]
+        first_row = int(self.groups[self.groups[:, 0] == file, 2].min())
+        return f"{self.files[file]}, row {number - first_row}"
+
+    def target(self, number: int) -> Path:
+        """Return the path that an image has in a copy as class folders."""
+        return Path(self.split, class_name(int(self.labels[number])), f"{number:08}.JPEG")
+
+    def checksum(self) -> str:
+        """Return a digest of the names and sizes of the files, and of the labels."""
+        return _digest(b"\0".join(file.name.encode() for file in self.files), self.sizes, self.labels)
+
+    def _find(self, number: int) -> list[int]:
+        """Return the file, the row group and its first row that an image is in."""
+        row = int(np.searchsorted(self.groups[:, 2], number, side="right")) - 1
+        found: list[int] = self.groups[row].tolist()
+        return found
+
+
+def open_parquet(split: str, files: Sequence[Path]) -> ParquetSet:
+    """Read where the images of Parquet files are, and their labels, but no images.
+
+    Args:
+        split: ``train`` or ``val``.
+        files: Each with a column `image`, of bytes or of structures with a field `bytes`, and a column
+            `label`, of whole numbers from 0.
+
+    Raises:
+        DataError: pyarrow is not installed, or a file is damaged or lacks a column.
+    """
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(NO_PYARROW) from error
+    groups, labels, num_rows = [], [], 0
+    for place, path in enumerate(files):
+        try:
+            with parquet.ParquetFile(path) as file:
+                _check_columns(path, file.schema_arrow)
+                labels.append(file.read(["label"], use_threads=False)["label"].to_numpy())
+                for group in range(file.num_row_groups):
+                    groups.append((place, group, num_rows))
+                    num_rows += file.metadata.row_group(group).num_rows
+        except (arrow.ArrowException, OSError) as error:
+            raise DataError(f"{path}: cannot be read as Parquet ({error}): fetch it again") from error
+        if not np.issubdtype(labels[-1].dtype, np.integer) or labels[-1].min(initial=0) < 0:
+            raise DataError(f"{path}: column 'label' must hold whole numbers from 0, and no gaps")
+    sizes = np.array([path.stat().st_size for path in files], np.int64)
+    table = np.array(groups, np.int64).reshape(-1, 3)
+    return ParquetSet(split, tuple(files), sizes, table, np.concatenate(labels).astype(np.int64))
+
+
+def class_name(label: int) -> str:
+    """Return the name of a class that has only a number, so that names sort as the numbers do.
+
+    Example:
+        >>> class_name(12)
+        '00012'
+    """
+    return f"{label:05}"
+
+
+def _check_columns(path: Path, schema: Any) -> None:
+    missing = [name for name in ("image", "label") if name not in schema.names]
+    if missing:
+        raise DataError(
+            f"{path}: it has no column {' and no column '.join(missing)}, "
+            f"only {', '.join(schema.names)}: rename the columns to image and label"
+        )
+    from pyarrow import types
+
+    kind = schema.field("image").type
+    names = [field.name for field in kind] if types.is_struct(kind) else []
+    if not (types.is_binary(kind) or types.is_large_binary(kind) or "bytes" in names):
+        raise DataError(f"{path}: column 'image' is {kind}; it must be bytes, or structures with 'bytes'")
+
+
+@lru_cache(maxsize=1)
+def _read_group(path: Path, group: int) -> Any:
+    """Return the images of a row group, as pyarrow's scalars are made from them one by one."""
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            return file.read_row_group(group, columns=["image"], use_threads=False)["image"]
+    except arrow.ArrowException as error:
+        raise OSError(f"row group {group} cannot be read ({error})") from error
+
+
+def _digest(names: bytes, *columns: Numbers) -> str:
+    digest = hashlib.sha256(names)
+    for column in columns:
+        digest.update(column.tobytes())
+    return digest.hexdigest()

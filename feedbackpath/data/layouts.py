@@ -1,0 +1,177 @@
+"""How ImageNet lies in a folder: as class folders, as Kaggle ships it, or as Parquet files."""
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from feedbackpath.data.image_sets import FileSet, ImageSet, class_name, open_parquet
+from feedbackpath.errors import DataError
+
+KAGGLE_IMAGES = Path("ILSVRC", "Data", "CLS-LOC")
+KAGGLE_LABELS = "LOC_val_solution.csv"
+KAGGLE_TEXTS = (KAGGLE_LABELS, "LOC_synset_mapping.txt")
+LAYOUTS = (
+    "class folders (train/CLASS/*.JPEG and val/CLASS/*.JPEG), "
+    f"Kaggle's download (train/CLASS/*.JPEG and val/*.JPEG in {KAGGLE_IMAGES}, and {KAGGLE_LABELS}), "
+    "or Parquet files (train-*.parquet and validation-*.parquet, or these in data/)"
+)
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """What a folder holds.
+
+    Attributes:
+        root: The folder.
+        layout: ``class folders``, ``kaggle`` or ``parquet``.
+        classes: Names in the order of their labels; for Parquet, which has none, their numbers.
+        train_folder: Where the folders of the classes are, relative to `root`; for Parquet, in a copy.
+        train: Images to learn from.
+        test: What ImageNet calls its validation images.
+    """
+
+    root: Path
+    layout: str
+    classes: tuple[str, ...]
+    train_folder: Path
+    train: ImageSet
+    test: ImageSet
+
+
+def open_folder(root: Path) -> ImageFolder:
+    """Find the images of a folder and their classes; none is read.
+
+    Raises:
+        DataError: The folder has none of the layouts or several, or lacks a part of its layout.
+    """
+    if not root.is_dir():
+        raise DataError(f"imagenet: there is no folder {root}; give one with {LAYOUTS}")
+    openers = {
+        "class folders": (root / "train").is_dir(),
+        "kaggle": (root / KAGGLE_IMAGES).is_dir(),
+        "parquet": bool(_find_parquet(root, "train")),
+    }
+    found = [layout for layout, is_there in openers.items() if is_there]
+    if len(found) != 1:
+        what = " and ".join(found) or "no layout that is known"
+        raise DataError(f"imagenet: {root} holds {what}; give a folder with one of these: {LAYOUTS}")
+    if found == ["parquet"]:
+        return _open_parquet_folder(root)
+    return _open_kaggle(root) if found == ["kaggle"] else _open_class_folders(root)
+
+
+def _open_class_folders(root: Path) -> ImageFolder:
+    classes = _list_folders(root / "train")
+    strangers = sorted(set(_list_folders(root / "val")) - set(classes))
+    if strangers:
+        raise DataError(
+            f"imagenet: {root / 'val'} has classes that {root / 'train'} has not: {_shorten(strangers)}"
+        )
+    train, test = (_list_classes(root, root / part, classes) for part in ("train", "val"))
+    return ImageFolder(root, "class folders", classes, Path("train"), train, test)
+
+
+def _open_kaggle(root: Path) -> ImageFolder:
+    images = root / KAGGLE_IMAGES
+    classes = _list_folders(images / "train")
+    train = _list_classes(root, images / "train", classes)
+    labels = _read_kaggle_labels(root / KAGGLE_LABELS, {name: label for label, name in enumerate(classes)})
+    found = _list_files(images / "val")
+    names = {Path(name).stem for name, _ in found}
+    unknown, absent = sorted(names - labels.keys()), sorted(labels.keys() - names)
+    if unknown:
+        raise DataError(f"imagenet: {root / KAGGLE_LABELS} has no class for {_shorten(unknown)}")
+    if absent:
+        raise DataError(f"imagenet: {images / 'val'} lacks {_shorten(absent)}, which {KAGGLE_LABELS} names")
+    test = _make_set(root, images / "val", found, [labels[Path(name).stem] for name, _ in found])
+    return ImageFolder(root, "kaggle", classes, KAGGLE_IMAGES / "train", train, test)
+
+
+def _open_parquet_folder(root: Path) -> ImageFolder:
+    files = {split: _find_parquet(root, split) for split in ("train", "validation")}
+    if not files["validation"]:
+        raise DataError(f"imagenet: {root} has train-*.parquet but no validation-*.parquet; put it there")
+    train, test = open_parquet("train", files["train"]), open_parquet("val", files["validation"])
+    num_classes = int(train.labels.max(initial=-1)) + 1
+    if test.labels.max(initial=-1) >= num_classes:
+        raise DataError(
+            f"imagenet: {root} has label {test.labels.max()} in validation, but none above {num_classes - 1} "
+            "in train: a train file is missing"
+        )
+    classes = tuple(map(class_name, range(num_classes)))
+    return ImageFolder(root, "parquet", classes, Path("train"), train, test)
+
+
+def _read_kaggle_labels(path: Path, classes: Mapping[str, int]) -> dict[str, int]:
+    """Return the class of every validation image, by the name of its file without the ending."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [(row["ImageId"], row["PredictionString"].split()[0]) for row in csv.DictReader(file)]
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}): it belongs to Kaggle's layout"
+        ) from error
+    except (KeyError, AttributeError, IndexError, ValueError) as error:
+        raise DataError(
+            f"{path}: not Kaggle's table; each row must have an ImageId and a PredictionString that begins "
+            "with a class"
+        ) from error
+    strangers = sorted({name for _, name in rows} - classes.keys())
+    if strangers:
+        raise DataError(f"{path}: classes without a folder in train: {_shorten(strangers)}")
+    return {image: classes[name] for image, name in rows}
+
+
+def _list_classes(root: Path, folder: Path, classes: Sequence[str]) -> FileSet:
+    """List the files of class folders, class by class; a class without a folder has none."""
+    found, labels = [], []
+    for label, name in enumerate(classes):
+        files = _list_files(folder / name) if (folder / name).is_dir() else []
+        found += [(f"{name}/{file}", size) for file, size in files]
+        labels += [label] * len(files)
+    return _make_set(root, folder, found, labels)
+
+
+def _make_set(root: Path, folder: Path, found: Sequence[tuple[str, int]], labels: Sequence[int]) -> FileSet:
+    prefix = folder.relative_to(root)
+    names = np.array([str(prefix / name).encode() for name, _ in found], np.bytes_)
+    sizes = np.array([size for _, size in found], np.int64)
+    return FileSet(root, names, sizes, np.array(labels, np.int64))
+
+
+def _list_folders(folder: Path) -> tuple[str, ...]:
+    try:
+        with os.scandir(folder) as entries:
+            return tuple(sorted(entry.name for entry in entries if entry.is_dir() and _is_visible(entry)))
+    except OSError as error:
+        raise DataError(
+            f"imagenet: {folder} cannot be read ({error.strerror}): it must hold images"
+        ) from error
+
+
+def _list_files(folder: Path) -> list[tuple[str, int]]:
+    """Return the names and sizes of all visible files, by name; what is no image is found when it is read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((e.name, e.stat().st_size) for e in entries if e.is_file() and _is_visible(e))
+    except OSError as error:
+        raise DataError(
+            f"imagenet: {folder} cannot be read ({error.strerror}): it must hold images"
+        ) from error
+
+
+def _is_visible(entry: os.DirEntry[str]) -> bool:
+    return not entry.name.startswith(".")
+
+
+def _find_parquet(root: Path, split: str) -> list[Path]:
+    return sorted(root.glob(f"{split}-*.parquet")) or sorted(root.glob(f"data/{split}-*.parquet"))
+
+
+def _shorten(names: Sequence[str], shown: int = 3) -> str:
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest
