@@ -34,7 +34,19 @@ LEVELS = {
     "__main__": 12,
 }
 ALONE = {"models", "data"}  # they import errors and nothing else of the package
-HEAVY = {"matplotlib", "rich", "plotly", "pydantic", "cyclopts", "sklearn", "jinja2", "yaml", "PIL", "lightning_fabric", "safetensors"}
+HEAVY = {
+    "matplotlib",
+    "rich",
+    "plotly",
+    "pydantic",
+    "cyclopts",
+    "sklearn",
+    "jinja2",
+    "yaml",
+    "PIL",
+    "lightning_fabric",
+    "safetensors",
+}
 
 
 def room_of(path):
