@@ -30,7 +30,8 @@ app.command(
     help="Measure a trained network anew: errors on validation and test data, angles and gains.",
 )
 app.command(
-    "feedbackpath.commands:report", help="Write the figures and report.html of a folder's results.json anew."
+    "feedbackpath.commands:report",
+    help="Write the figures and report.html of a run anew, or lay several runs side by side.",
 )
 app.command("feedbackpath.commands:rules", help="List the rules.")
 

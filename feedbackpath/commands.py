@@ -128,13 +128,33 @@ def _is_main_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
 
 
-def report(folder: Annotated[Path, Parameter(help="folder that holds results.json")]) -> int:
-    """Write the figures and report.html of a folder's results.json anew."""
-    from feedbackpath.report import read_results, rich_table, write_report
+def report(
+    folders: Annotated[list[Path], Parameter(help="folders that hold a results.json each")],
+    /,
+    *,
+    out: Annotated[
+        Path | None,
+        Parameter(help="folder for the report (a single run's own, else runs/report)"),
+    ] = None,
+) -> int:
+    """Write the figures and report.html of a run anew, or lay several runs side by side."""
+    from feedbackpath.report import (
+        read_results,
+        rich_error_table,
+        rich_table,
+        write_report,
+        write_side_by_side,
+    )
 
-    results = read_results(folder)
-    write_report(results, folder)
-    Console().print(rich_table(results))
+    console = Console()
+    if len(folders) == 1 and out in (None, folders[0]):
+        results = read_results(folders[0])
+        write_report(results, folders[0])
+        console.print(rich_table(results))
+        return DONE
+    out = out or Path("runs/report")
+    console.print(rich_error_table(write_side_by_side(folders, out)))
+    console.print(f"table.md, figures and report.html are in {out}")
     return DONE
 
 

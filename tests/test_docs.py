@@ -1,5 +1,6 @@
 """What the documents say runs: every Python snippet, command line, config file and make target in them."""
 
+import inspect
 import re
 import shlex
 import signal
@@ -13,8 +14,9 @@ import yaml
 
 import feedbackpath as fp
 from feedbackpath import cli, commands
+from feedbackpath.recipes import RECIPES
 from feedbackpath.report import markdown_table, read_results
-from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.config import CompareConfig, RunConfig, TrainConfig
 from feedbackpath.train.rules import make_rule
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +65,7 @@ def test_command_lines_are_accepted(document):
     for arguments in calls_of("feedbackpath", document):
         command, bound, _ = cli.app.parse_args(arguments, exit_on_error=False, print_error=False)
         flags = bound.arguments.get("flags", CompareConfig())
-        assert command.__name__ == arguments[0]
+        assert command.__name__ == {"eval": "evaluate"}.get(arguments[0], arguments[0])
         assert [make_rule(name, {}).name for name in flags.rules] == list(flags.rules)
 
 
@@ -83,8 +85,9 @@ def test_make_targets_exist():
 
 
 def flag_of(name):
-    flag = f"`--{name.replace('_', '-')}`"
-    return f"{flag}, `--no-{name}`" if CompareConfig.model_fields[name].annotation is bool else flag
+    flag = name.replace("_", "-")
+    field = {**CompareConfig.model_fields, **RunConfig.model_fields}[name]
+    return f"`--{flag}`, `--no-{flag}`" if field.annotation is bool else f"`--{flag}`"
 
 
 def default_of(value):
@@ -103,34 +106,85 @@ def is_flag(field):
     return not any(getattr(extra, "parse", True) is False for extra in field.metadata)
 
 
-def make_flag_table():
+def list_flags(fields):
     return "".join(
         f"| {flag_of(name)} | {default_of(field.default)} | {meaning_of(field)} |\n"
-        for name, field in CompareConfig.model_fields.items()
+        for name, field in fields.items()
         if is_flag(field)
     )
 
 
-def make_place_table():
-    places = {name: p for name, p in signature(commands.compare).parameters.items() if name != "flags"}
+def make_flag_table():
+    return list_flags(TrainConfig.model_fields)
+
+
+def own_fields(kind):
+    """Return the settings of a command that the other lacks, or that begin otherwise."""
+    shared = TrainConfig.model_fields
+    return {
+        name: field
+        for name, field in kind.model_fields.items()
+        if name not in shared or field.default != shared[name].default
+    }
+
+
+def make_compare_table():
+    return list_flags(own_fields(CompareConfig)) + make_place_table(commands.compare)
+
+
+def make_train_table():
+    return list_flags(own_fields(RunConfig)) + make_place_table(commands.train)
+
+
+def make_eval_table():
+    return make_place_table(commands.evaluate)
+
+
+def make_recipe_table():
+    return "".join(
+        f"| `{name}` | {inspect.getdoc(recipe).splitlines()[0]} |\n" for name, recipe in RECIPES.items()
+    )
+
+
+def make_place_table(command):
+    places = {
+        name.replace("_", "-"): p
+        for name, p in signature(command).parameters.items()
+        if p.kind is p.KEYWORD_ONLY and name != "flags"
+    }
     return "".join(
         f"| `--{name}` | {default_of(p.default or None)} | {p.annotation.__metadata__[0].help} |\n"
         for name, p in places.items()
     )
 
 
+def make_report_table():
+    return make_place_table(commands.report)
+
+
 def make_setting_table():
     return "".join(
         f"| `{name}` | {field.description} |\n"
-        for name, field in CompareConfig.model_fields.items()
+        for name, field in TrainConfig.model_fields.items()
         if not is_flag(field)
     )
 
 
-@pytest.mark.parametrize("make_table", [make_flag_table, make_place_table, make_setting_table])
+@pytest.mark.parametrize(
+    "make_table",
+    [
+        make_flag_table,
+        make_compare_table,
+        make_train_table,
+        make_eval_table,
+        make_recipe_table,
+        make_report_table,
+        make_setting_table,
+    ],
+)
 def test_tables_of_the_command_line_are_those_of_the_program(make_table):
     table = make_table()
-    assert table.count("\n") > 1
+    assert table
     assert f"|---|\n{table}\n" in read("docs/cli.md"), f"put this table into docs/cli.md:\n{table}"
 
 

@@ -16,8 +16,14 @@ from feedbackpath.report import (
     write_report,
 )
 from feedbackpath.report.curves import layer_curves
-from feedbackpath.report.page import render_page
+from feedbackpath.report.page import render_page as render_panels
+from feedbackpath.report.panels import make_panel
 from feedbackpath.report.style import style_of
+
+
+def render_page(results):
+    return render_panels([make_panel([("runs/a", results)])])
+
 
 LAYERS = ("conv1", "layer1.0.conv1", "fc")
 FIGURES = {f"{name}.{kind}" for name in ("learning_curves", "alignment", "gains") for kind in ("png", "pdf")}
@@ -40,8 +46,7 @@ def make_run(rule, seed, errors, *, status="finished", angle=5.0):
     return {"rule": rule, "seed": seed, "status": status, "test_error": errors[-1], "history": history}
 
 
-@pytest.fixture
-def results():
+def make_results():
     runs = [
         make_run("bp", 0, [99.0, 20.0, 3.0], angle=0.0),
         make_run("bp", 1, [99.0, 22.0, 3.4], angle=0.0),
@@ -60,6 +65,11 @@ def results():
         "config": {"rules": ["bp", "kp", "fa"], "seeds": 2, "lr": 0.1},
         "runs": runs,
     }
+
+
+@pytest.fixture
+def results():
+    return make_results()
 
 
 def row_of(results, rule):

@@ -1,23 +1,31 @@
-"""The training loop: the same start for every rule, exact resume, divergence, schedules."""
+"""The training loop: the same start for every rule, exact resume, divergence, accumulation, schedules."""
+
+import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 import feedbackpath as fp
-from feedbackpath.data import load_dataset
+from feedbackpath.data import UNREADABLE, load_dataset
+from feedbackpath.data.counter import permutation
+from feedbackpath.data.dataset import stream_positions
 from feedbackpath.errors import ConfigError
-from feedbackpath.train.checkpoint import load_checkpoint, save_checkpoint, write_json, write_text
-from feedbackpath.train.config import CompareConfig, merge_config, read_config
-from feedbackpath.train.loop import Diverged, Measured, Step, learning_rate, train
+from feedbackpath.train.build import make_network, make_optimizer
+from feedbackpath.train.config import CompareConfig, RunConfig, merge_config, read_config
+from feedbackpath.train.divergence import LOSS_ITSELF, find_origin
+from feedbackpath.train.engine import Engine
+from feedbackpath.train.loop import Diverged, Measured, Paused, Step, train
 from feedbackpath.train.rules import make_rule
+from feedbackpath.train.schedule import learning_rate
 
 SMALL = {"data": "digits", "model": "mlp", "epochs": 3, "samples_per_epoch": 256, "batch_size": 64}
 
 
-def events(rule: str, **settings):
+def events(rule: str, state=None, must_stop=lambda: False, **settings):
     config = CompareConfig(**(SMALL | settings))
     dataset = load_dataset("digits", samples_per_epoch=config.samples_per_epoch)
-    return train(config, rule, 0, dataset)
+    return train(config, rule, 0, dataset, Engine(config), state=state, must_stop=must_stop)
 
 
 def run(rule: str, **settings) -> list:
@@ -36,8 +44,8 @@ def test_every_rule_of_a_seed_starts_from_the_same_forward_weights_and_sees_the_
     starts = {rule: next(events(rule, max_steps=1)) for rule in fp.RULES}
     reference = starts["bp"]
     for rule, start in starts.items():
-        for key, value in reference.resume_state["model"].items():
-            assert torch.equal(value, start.resume_state["model"][key]), (rule, key)
+        for key, value in reference.state["model"].items():
+            assert torch.equal(value, start.state["model"][key]), (rule, key)
         assert start.record["test_error"] == reference.record["test_error"]
     first_losses = {
         rule: next(event.loss for event in run(rule, max_steps=1) if isinstance(event, Step))
@@ -46,26 +54,94 @@ def test_every_rule_of_a_seed_starts_from_the_same_forward_weights_and_sees_the_
     assert len(set(first_losses.values())) == 1
 
 
+def last_weights(seen) -> dict:
+    return measured(seen)[-1].state["model"]
+
+
 @pytest.mark.parametrize("rule", fp.RULES)
-def test_a_resumed_run_ends_bit_identical_to_an_unbroken_one(rule, tmp_path):
-    config = CompareConfig(**SMALL)
-    dataset = load_dataset("digits", samples_per_epoch=config.samples_per_epoch)
-    whole = measured(train(config, rule, 0, dataset))
-    for event in train(config, rule, 0, dataset):
-        if isinstance(event, Measured) and event.epoch == 1:
-            save_checkpoint(tmp_path / "c.pt", event.resume_state)
-            break
-    resumed = measured(train(config, rule, 0, dataset, load_checkpoint(tmp_path / "c.pt")))
-    assert [event.epoch for event in resumed] == [2, 3]
-    assert [without_times(event) for event in resumed] == [without_times(event) for event in whole[2:]]
-    for key, value in whole[-1].resume_state["model"].items():
-        assert torch.equal(value, resumed[-1].resume_state["model"][key]), key
+@pytest.mark.parametrize("stop_after", [4, 5])  # at an epoch's end, where none is left of it, and within one
+def test_a_resumed_run_ends_bit_identical_to_an_unbroken_one(rule, stop_after):
+    whole = run(rule)
+    steps = iter(range(1, 100))
+    broken = run(rule, must_stop=lambda: next(steps) == stop_after)
+    assert isinstance(broken[-1], Paused)
+    assert (broken[-1].step, broken[-1].is_last) == (stop_after, True)
+    resumed = run(rule, state=copy.deepcopy(broken[-1].state))
+    expected = [without_times(event) for event in measured(whole)]
+    assert [without_times(event) for event in measured(broken) + measured(resumed)] == expected
+    for key, value in last_weights(whole).items():
+        assert torch.equal(value, last_weights(resumed)[key]), key
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_its_epoch():
-    *_, last = run("bp", lr=1e6, momentum=0.0, nesterov=False, schedule="constant", epochs=5)
+def test_checkpoints_come_every_so_many_steps_and_not_twice_at_an_epochs_end():
+    seen = run("bp", checkpoint_steps=2, epochs=1)
+    assert [event.step for event in seen if isinstance(event, Paused)] == [2]
+    assert seen[-1].state["epoch"] == 2
+    assert seen[-1].state["consumed"] == 0
+
+
+def test_mirror_epochs_leave_the_forward_weights_alone_and_count_as_epochs():
+    seen = run("wm", mirror_epochs=1, warmup_epochs=0)
+    start, mirrored, *rest = measured(seen)
+    assert [event.epoch for event in rest] == [2, 3]
+    assert mirrored.record["train_loss"] is None
+    assert torch.equal(start.state["model"]["fc1.weight"], mirrored.state["model"]["fc1.weight"])
+    assert max(mirrored.record["matrix_angle_deg"].values()) < 30
+    assert min(start.record["matrix_angle_deg"].values()) > 60
+    assert [event.epoch for event in measured(run("bp", mirror_epochs=1))] == [0, 1, 2, 3]
+
+
+def test_accumulated_gradients_are_those_of_the_whole_minibatch():
+    whole, parts = (
+        last_weights(run("kp", precision="64-true", micro_batch_size=size)) for size in (None, 24)
+    )
+    for key, value in whole.items():
+        torch.testing.assert_close(value, parts[key], rtol=1e-9, atol=1e-9)
+
+
+def test_the_learning_rate_follows_the_batch():
+    config = RunConfig(lr=0.1, lr_batch_size=256, batch_size=2048)
+    assert config.peak_lr == pytest.approx(0.8)
+
+
+def test_unreadable_images_are_left_out_of_the_mean_and_counted(monkeypatch):
+    dataset = load_dataset("digits", samples_per_epoch=128)
+    unreadable = torch.zeros(len(dataset.train.labels), dtype=torch.bool)
+    unreadable[::5] = True
+    marked = replace(dataset.train, labels=dataset.train.labels.masked_fill(unreadable, UNREADABLE))
+    config = CompareConfig(**(SMALL | {"epochs": 1, "on_bad_image": "skip", "batch_size": 128}))
+    broken = replace(dataset, train=marked)
+    (*_, last) = train(config, "bp", 0, broken, Engine(config))
+    rows = stream_positions(permutation(128, 0, 1), 1, 128, len(unreadable))
+    assert last.record["unreadable_images"] == int(unreadable[rows].sum()) > 0
+    # The same update by hand, from the same start, over the samples that can be read.
+    first = next(iter(train(config, "bp", 0, broken, Engine(config))))
+    model = make_network(config, 0, dataset)
+    model.load_state_dict(first.state["model"])
+    optimizer = make_optimizer(model, config)
+    optimizer.param_groups[0]["lr"] = learning_rate(0, 1, 1, config)
+    x, y = marked.batch(permutation(128, 0, 1), 1)
+    torch.nn.functional.cross_entropy(model(x[y >= 0]), y[y >= 0]).backward()
+    optimizer.step()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, last.state["model"][key])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_spoils_the_weights():
+    seen = run("bp", lr=1e30, momentum=0.0, nesterov=False, schedule="constant", epochs=5)
+    last = seen[-1]
     assert isinstance(last, Diverged)
     assert last.epoch >= 1
+    assert last.learning_rate > 0
+    assert "layer 'fc" in last.origin
+
+
+def test_divergence_names_the_first_layer_whose_output_is_not_finite():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    torch.nn.init.constant_(model[1].weight, 3e38)
+    x = torch.full((1, 2), 10.0)
+    assert find_origin(model, lambda: model(x).sum()) == "the output of layer '1'"
+    assert find_origin(model, lambda: torch.tensor(float("nan"))) == LOSS_ITSELF
 
 
 def test_max_steps_ends_the_run_with_a_last_measurement():
@@ -151,20 +227,8 @@ def test_a_config_written_is_the_config_read(tmp_path):
     assert merge_config(CompareConfig(), tmp_path / "c.yaml") == config
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    write_text(tmp_path / "a.txt", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(tmp_path / "a.txt", "\ud800")
-    assert (tmp_path / "a.txt").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
-
-
-def test_json_has_null_for_what_is_not_a_number(tmp_path):
-    write_json(tmp_path / "a.json", {"x": [float("nan"), float("inf"), 1.5]})
-    assert "".join((tmp_path / "a.json").read_text().split()) == '{"x":[null,null,1.5]}'
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    (tmp_path / "c.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(ConfigError, match=r"c\.pt is damaged.*delete it"):
-        load_checkpoint(tmp_path / "c.pt")
+def test_a_folder_given_as_data_is_the_folder(tmp_path):
+    assert RunConfig(data=str(tmp_path)).data_dir == tmp_path
+    assert RunConfig(data="digits").data_dir is None
+    merged = merge_config(RunConfig(data=f"{tmp_path}/"), None, RunConfig(data="imagenet"))
+    assert (merged.data, merged.data_dir) == ("imagenet", tmp_path)

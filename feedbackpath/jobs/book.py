@@ -10,6 +10,7 @@ import torch
 
 from feedbackpath.errors import ConfigError
 from feedbackpath.report import SCHEMA, read_results, summarise, write_report
+from feedbackpath.report.tensorboard import TensorBoardLog
 from feedbackpath.train.checkpoint import Checkpoints, write_json, write_json_lines, write_model, write_text
 from feedbackpath.train.config import CompareConfig, RunConfig
 from feedbackpath.train.loop import Diverged, Measured, State
@@ -45,6 +46,7 @@ class ResultsBook:
         resume: bool,
     ) -> None:
         self.out, self.is_writer = out, False
+        self.tensorboard: TensorBoardLog | None = None
         old = read_results(out) if (out / "results.json").exists() else None
         if old is not None:
             if not resume:
@@ -81,6 +83,8 @@ class ResultsBook:
         self.is_writer = is_writer
         if is_writer:
             write_text(self.out / "config.yaml", self.config.to_yaml())
+            if self.keeps_models:
+                self.tensorboard = TensorBoardLog(self.out / "tensorboard")
         self.save()
 
     def run_of(self, rule: str, seed: int) -> dict[str, Any]:
@@ -116,6 +120,8 @@ class ResultsBook:
         if self.is_writer and self.keeps_models:
             write_model(self.out / "model.safetensors", measured.state["model"])
             write_report(self.results, self.out, figures=False)
+        if self.tensorboard is not None:
+            self.tensorboard.add(run, measured.record)
 
     def save_state(self, run: dict[str, Any], state: State) -> None:
         """Keep a state to go on from."""
@@ -151,6 +157,8 @@ class ResultsBook:
         self.save()
         if self.is_writer:
             write_report(self.results, self.out)
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
     def save(self) -> None:
         """Write ``results.json`` and ``history.jsonl``."""

@@ -19,7 +19,9 @@ def glyphs_resnet8(rule: str = "bp", norm: str = "after") -> RunConfig:
 def glyphs1000_resnet18(rule: str = "bp", norm: str = "after") -> RunConfig:
     """ResNet-18 on 1000 glyphs: the nearest to ImageNet's task that needs no download.
 
-    Expected result, hardware and time: what was measured is in ``benchmarks/README.md``.
+    Expected: not measured to the end; ``benchmarks/README.md`` holds what was.
+
+    Hardware and time: one GPU; two CPU cores take about half an hour an epoch.
 
     Left open by the paper, which has no such task: everything; settings are those of ``glyphs-resnet8``
     with five times as many samples an epoch, as there are five times as many classes.

@@ -1,10 +1,8 @@
 """The interactive charts of the page: what `figures` prints, with values under the pointer."""
 
 from collections.abc import Sequence
-from hashlib import sha256
 from html import escape
-from math import ceil, sqrt
-from typing import Any
+from math import ceil, log10, sqrt
 
 import plotly.graph_objects as go
 from markupsafe import Markup
@@ -17,31 +15,52 @@ from feedbackpath.report.curves import (
     finished,
     group_by_rule,
     largest_mean,
-    layer_panels,
+    layer_curves_by_rule,
     unfinished,
 )
-from feedbackpath.report.figures import ERROR_TICKS, LAYER_COLOURS, angle_axis
+from feedbackpath.report.figures import LAYER_COLOURS, angle_axis, error_axis
+from feedbackpath.report.panels import Panel
 from feedbackpath.report.style import DASHES, MARKERS, legend_label, style_of
 from feedbackpath.report.table import describe_stop
 
+AXIS_HEIGHT = 50  # pixels of a layer chart's lowest axis and its title; the legend is below
+LEGEND_ROW_HEIGHT = 29
+MAX_LEGEND_ROWS = 11  # two layers fit a row of a narrow page; a longer legend scrolls
 QUANTITIES = {"matrix_angle_deg": "matrix angle (°)", "delta_angle_deg": "δ angle (°)", "gain": "gain"}
 
 
-def draw_learning_curves(results: dict[str, Any]) -> Markup | None:
-    """Draw test error by epoch as `figures.learning_curves` does; None where nothing was measured."""
+def draw_learning_curves(panels: Sequence[Panel]) -> list[Markup | None]:
+    """Draw test error by epoch as `figures.learning_curves` does; None for a panel with nothing measured."""
+    figures = [_error_chart(panel) for panel in panels]
+    means = [
+        value
+        for figure in figures
+        for trace in figure.data
+        if trace.hoverinfo != "skip"  # bands
+        for value in trace.y
+    ]
+    for figure in figures:
+        if figure.data:
+            _scale_errors(figure, means)
+    return [_to_html(figure, height=480) if figure.data else None for figure in figures]
+
+
+def _error_chart(panel: Panel) -> go.Figure:
     figure = go.Figure()
-    for rule, runs in group_by_rule(results.get("runs") or []).items():
+    for rule, runs in group_by_rule(panel.runs).items():
         _add_mean(figure, rule, error_curve(finished(runs)))
-        for run in unfinished(runs):
-            _add_unfinished(figure, rule, run, showlegend=not finished(runs))
-    if not figure.data:
-        return None
-    values = [value for trace in figure.data for value in trace.y]
-    axis = "log" if min(values) > 0 else "linear"
-    figure.update_yaxes(title="test error (%)", type=axis, tickvals=ERROR_TICKS if axis == "log" else None)
+        for index, run in enumerate(unfinished(runs)):
+            _add_unfinished(figure, rule, run, showlegend=index == 0 and not finished(runs))
     figure.update_xaxes(title="epoch")
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, margin_b=45)
-    return _to_html(figure, height=480, name="learning curves")
+    return figure
+
+
+def _scale_errors(figure: go.Figure, errors: Sequence[float]) -> None:
+    """Give the error axis the scale for the errors of all panels."""
+    scale, ends, ticks = error_axis(errors)
+    limits = [log10(end) for end in ends] if scale == "log" else ends
+    figure.update_yaxes(title="test error (%)", type=scale, tickvals=ticks or None, range=limits)
 
 
 def _add_mean(figure: go.Figure, rule: str, curve: Curve) -> None:
@@ -84,12 +103,12 @@ def _add_unfinished(figure: go.Figure, rule: str, run: Run, *, showlegend: bool)
     if not curve.epochs:
         return
     style = style_of(rule)
-    name = escape(f"{legend_label(rule)}, seed {run.get('seed', '?')}: {describe_stop(run)}")
+    stop = escape(f"{legend_label(rule)}, seed {run.get('seed', '?')}: {describe_stop(run)}")
     figure.add_scatter(
         x=curve.epochs,
         y=curve.means,
-        hovertemplate=f"{name}<br>epoch %{{x}}: %{{y:.2f}}%<extra></extra>",
-        name=name,
+        hovertemplate=f"{stop}<br>epoch %{{x}}: %{{y:.2f}}%<extra></extra>",
+        name=escape(legend_label(rule)),
         legendgroup=rule,
         showlegend=showlegend,
         mode="lines+markers",
@@ -98,21 +117,21 @@ def _add_unfinished(figure: go.Figure, rule: str, run: Run, *, showlegend: bool)
     )
 
 
-def draw_layers(results: dict[str, Any]) -> dict[str, Markup]:
+def draw_layers(panel: Panel) -> dict[str, Markup]:
     """Draw a chart per rule: matrix angle, δ angle and gain of each layer by epoch, angles on equal axes."""
-    rules = layer_panels(results, QUANTITIES)
-    tops = {quantity: largest_mean(panels[quantity] for panels in rules.values()) for quantity in QUANTITIES}
+    rules = layer_curves_by_rule(panel.runs, QUANTITIES)
+    tops = {name: largest_mean(quantities[name] for quantities in rules.values()) for name in QUANTITIES}
     return {
-        rule: _layer_chart(rule, {quantity: curves for quantity, curves in panels.items() if curves}, tops)
-        for rule, panels in rules.items()
+        rule: _layer_chart(rule, {name: curves for name, curves in quantities.items() if curves}, tops)
+        for rule, quantities in rules.items()
     }
 
 
-def _layer_chart(rule: str, panels: dict[str, dict[str, Curve]], largest: dict[str, float]) -> Markup:
-    figure = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.05)
-    layers = list(dict.fromkeys(layer for curves in panels.values() for layer in curves))
+def _layer_chart(rule: str, rows: dict[str, dict[str, Curve]], largest: dict[str, float]) -> Markup:
+    figure = make_subplots(rows=len(rows), cols=1, shared_xaxes=True, vertical_spacing=0.05)
+    layers = list(dict.fromkeys(layer for curves in rows.values() for layer in curves))
     colours = dict(zip(layers, _layer_colours(len(layers)), strict=True))
-    for row, (quantity, curves) in enumerate(panels.items(), start=1):
+    for row, (quantity, curves) in enumerate(rows.items(), start=1):
         for layer, curve in curves.items():
             figure.add_trace(_layer_line(rule, layer, quantity, curve, colours[layer]), row=row, col=1)
         figure.update_yaxes(title=QUANTITIES[quantity], row=row, col=1)
@@ -120,10 +139,22 @@ def _layer_chart(rule: str, panels: dict[str, dict[str, Curve]], largest: dict[s
             _mark_gain_of_one(figure, row, [mean for curve in curves.values() for mean in curve.means])
         else:
             _scale_angles(figure, row, largest[quantity])
-    figure.update_xaxes(title="epoch", row=len(panels), col=1)
-    legend = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "font_size": 11}
-    figure.update_layout(legend=legend | {"maxheight": 125}, margin_b=180)
-    return _to_html(figure, height=200 * len(panels) + 200, name=f"layers of {rule}")
+    figure.update_xaxes(title="epoch", row=len(rows), col=1)
+    legend_height = LEGEND_ROW_HEIGHT * min(ceil(len(layers) / 2), MAX_LEGEND_ROWS) + 8
+    height = 220 * len(rows) + AXIS_HEIGHT + legend_height
+    figure.update_layout(
+        margin_b=AXIS_HEIGHT + legend_height,
+        legend={
+            "orientation": "h",
+            "yref": "container",
+            "y": legend_height / height,
+            "yanchor": "top",
+            "x": 0,
+            "font_size": 12,
+            "maxheight": legend_height,
+        },
+    )
+    return _to_html(figure, height=height)
 
 
 def _layer_line(rule: str, layer: str, quantity: str, curve: Curve, colour: str) -> go.Scatter:
@@ -167,7 +198,8 @@ def _layer_colours(count: int) -> list[str]:
     ]
 
 
-def _to_html(figure: go.Figure, *, height: int, name: str) -> Markup:
+def _to_html(figure: go.Figure, *, height: int) -> Markup:
+    """Return the place of a chart and its content, which the page's script draws there."""
     figure.update_layout(
         template="none",
         height=height,
@@ -181,9 +213,6 @@ def _to_html(figure: go.Figure, *, height: int, name: str) -> Markup:
     last_epoch = max(max(trace.x) for trace in figure.data)
     figure.update_xaxes(gridcolor="#e4e4e4", zeroline=False, tick0=0, dtick=max(1, ceil(last_epoch / 6)))
     figure.update_yaxes(gridcolor="#e4e4e4", zeroline=False, showline=True, linecolor="#5b6470")
-    config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
-    identity = (
-        f"chart-{sha256(name.encode()).hexdigest()[:12]}"  # the same at each writing, whatever the name
-    )
-    html = figure.to_html(full_html=False, include_plotlyjs=False, config=config, div_id=identity)
-    return Markup(html)  # plotly escapes angle brackets in its JSON, and names came here escaped
+    content = figure.to_json().replace("<", "\\u003c")  # no name in it can end the script element
+    place = f'<div class="chart" style="height: {height}px"></div>'
+    return Markup(f'{place}<script type="application/json">{content}</script>')

@@ -99,24 +99,24 @@ def layer_curves(runs: Sequence[Run], quantity: str) -> dict[str, Curve]:
     return {layer: curve for layer, curve in curves.items() if curve.epochs}
 
 
-def layer_panels(
-    results: dict[str, Any], quantities: Iterable[str]
+def layer_curves_by_rule(
+    runs: Sequence[Run], quantities: Iterable[str]
 ) -> dict[str, dict[str, dict[str, Curve]]]:
     """Collect what alignment figures show: rule to quantity to layer to curve.
 
     Left out are backprop, whose angles are 0 and gains 1 by definition, and rules with nothing measured.
     """
-    panels = {
-        rule: {quantity: layer_curves(finished_or_all(runs), quantity) for quantity in quantities}
-        for rule, runs in group_by_rule(results.get("runs") or []).items()
+    groups = {
+        rule: {quantity: layer_curves(finished_or_all(group), quantity) for quantity in quantities}
+        for rule, group in group_by_rule(runs).items()
         if rule != "bp"
     }
-    return {rule: curves for rule, curves in panels.items() if any(curves.values())}
+    return {rule: curves for rule, curves in groups.items() if any(curves.values())}
 
 
-def largest_mean(panels: Iterable[dict[str, Curve]]) -> float:
-    """Return the largest mean of any layer in any of the panels; 0 where there are none."""
-    return max((mean for curves in panels for curve in curves.values() for mean in curve.means), default=0.0)
+def largest_mean(groups: Iterable[dict[str, Curve]]) -> float:
+    """Return the largest mean of any layer in any of the groups; 0 where there are none."""
+    return max((mean for curves in groups for curve in curves.values() for mean in curve.means), default=0.0)
 
 
 def _of_layer(entry: dict[str, Any], *, quantity: str, layer: str) -> float | None:

@@ -1,6 +1,6 @@
 """The printed figures: learning curves, alignment of forward and feedback paths, gains."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from math import ceil
 from typing import Any
@@ -20,9 +20,10 @@ from feedbackpath.report.curves import (
     finished,
     group_by_rule,
     largest_mean,
-    layer_panels,
+    layer_curves_by_rule,
     unfinished,
 )
+from feedbackpath.report.panels import Panel, join_runs
 from feedbackpath.report.style import legend_label, style_of
 
 COLUMN_WIDTH = 3.4  # inches, one column of a two-column page
@@ -57,77 +58,106 @@ _RC: dict[Any, Any] = {
 }
 
 
-def render_figures(results: dict[str, Any]) -> dict[str, bytes]:
-    """Draw every figure that the results have data for.
+def render_figures(panels: Sequence[Panel]) -> dict[str, bytes]:
+    """Draw every figure that the panels have data for.
 
     Args:
-        results: A results file's content.
+        panels: One panel, or several to lay side by side.
 
     Returns:
-        File name (``learning_curves.png``, …) to the file's bytes: PNG of 300 dots per inch, and PDF.
+        File name (``learning_curves.png``, …) to the file's bytes: PNG of 300 dots per inch, and PDF. Of
+        several panels each has its own alignment and gains, such as ``gains-resnet8-glyphs-after.png``.
     """
-    draw: dict[str, Callable[[dict[str, Any]], Figure | None]] = {
-        "learning_curves": learning_curves,
-        "alignment": alignment,
-        "gains": gains,
-    }
     with matplotlib.rc_context(_RC):
-        figures = {name: figure for name, drawn in draw.items() if (figure := drawn(results)) is not None}
+        drawn = {"learning_curves": learning_curves(panels)}
+        for panel in panels:
+            suffix = f"-{panel.file_name}" if len(panels) > 1 else ""
+            drawn |= {f"alignment{suffix}": alignment(panel), f"gains{suffix}": gains(panel)}
+        figures = {name: figure for name, figure in drawn.items() if figure is not None}
         return {f"{name}.{kind}": _render(figure, kind) for name, figure in figures.items() for kind in KINDS}
 
 
-def learning_curves(results: dict[str, Any]) -> Figure | None:
+def learning_curves(panels: Sequence[Panel]) -> Figure | None:
     """Draw test error by epoch: the mean of each rule's finished runs in a band of ± its standard error.
 
-    A run that diverged or was interrupted is a thin line of its own that ends in a cross.
+    Panels stand side by side and share the error axis. A run that diverged or was interrupted is a thin line
+    of its own that ends in a cross.
     """
-    groups = group_by_rule(results.get("runs") or [])
-    groups = {rule: runs for rule, runs in groups.items() if error_curve(runs).epochs}
-    if not groups:
+    shown = [panel for panel in panels if error_curve(panel.runs).epochs]
+    rules = [rule for rule, runs in group_by_rule(join_runs(shown)).items() if error_curve(runs).epochs]
+    if not shown:
         return None
-    figure = Figure(figsize=(COLUMN_WIDTH, 2.4 + 0.14 * ceil(len(groups) / 2)), layout="constrained")
-    axes = figure.add_subplot()
-    for rule, runs in groups.items():
-        _draw_mean(axes, rule, error_curve(finished(runs)))
-        for run in unfinished(runs):
-            _draw_unfinished(axes, rule, error_curve([run]))
-    _scale_errors(axes)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("test error (%)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    figure.legend(
-        handles=[Line2D([], [], label=legend_label(rule), **_line_looks(rule)) for rule in groups],
-        loc="outside upper left",
-        ncols=2,
-        frameon=False,
-        handlelength=2.6,
-        columnspacing=1.2,
-    )
+    columns = min(len(shown), 2 if len(shown) == 4 else 3)
+    rows, width = ceil(len(shown) / columns), COLUMN_WIDTH if columns == 1 else PAGE_WIDTH
+    figure = Figure(figsize=(width, 2.4 * rows + 0.14 * ceil(len(rules) / 2)), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    for axes, panel in zip(grid, shown, strict=False):
+        _draw_errors(axes, panel)
+        axes.set_title(panel.title if len(panels) > 1 else "", wrap=True)
+    for axes in grid[len(shown) :]:
+        axes.set_visible(False)
+    _scale_errors(grid)
+    for axes in grid[::columns]:
+        axes.set_ylabel("test error (%)")
+    _draw_rule_key(figure, rules, columns=2 if columns == 1 else 3)
     return figure
 
 
-def alignment(results: dict[str, Any]) -> Figure | None:
+def alignment(panel: Panel) -> Figure | None:
     """Draw matrix angles over δ angles, in degrees, by epoch: a column per rule, a line per layer.
 
     Angles have a square-root axis, so that 1° and 90° can both be read and 0° is on it.
     """
     rows = {"matrix_angle_deg": "matrix angle (°)", "delta_angle_deg": "δ angle (°)"}
-    return _draw_layers(results, rows, _scale_angles)
+    return _draw_layers(panel, rows, _scale_angles)
 
 
-def gains(results: dict[str, Any]) -> Figure | None:
+def gains(panel: Panel) -> Figure | None:
     """Draw the gain ⟨B,W⟩/⟨W,W⟩ by epoch: a column per rule, a line per layer, the target 1 dashed.
 
     Each column has its own axis, so that a rule whose gains run far off does not flatten the others. It spans
     at least 0 to 1.25, so that small gains look small and steady ones steady.
     """
-    return _draw_layers(results, {"gain": "gain"}, _mark_gain_of_one)
+    return _draw_layers(panel, {"gain": "gain"}, _mark_gain_of_one)
+
+
+def error_axis(errors: Iterable[float]) -> tuple[str, tuple[float, float], list[float]]:
+    """Return the scale of an axis for errors in percent, its ends and its ticks.
+
+    It is logarithmic, or where an error of zero has to be shown, linear with ticks of the library's choice.
+    """
+    smallest, largest = min(errors := list(errors)), max(errors)
+    if smallest <= 0:
+        return "linear", (0.0, max(1.05 * largest, 1.0)), []
+    high = 1.15 * largest
+    low = min(smallest / 1.25, high / 6)  # wide enough for two ticks at least
+    return "log", (low, high), [tick for tick in ERROR_TICKS if low <= tick <= high]
 
 
 def angle_axis(largest: float) -> tuple[float, list[float]]:
     """Return the upper end and the ticks, in degrees, of an axis for angles up to ``largest``."""
     top = 1.05 * max(largest, 20.0)
     return top, [tick for tick in ANGLE_TICKS if tick <= top]
+
+
+def _draw_errors(axes: Axes, panel: Panel) -> None:
+    for rule, runs in group_by_rule(panel.runs).items():
+        _draw_mean(axes, rule, error_curve(finished(runs)))
+        for run in unfinished(runs):
+            _draw_unfinished(axes, rule, error_curve([run]))
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _draw_rule_key(figure: Figure, rules: Sequence[str], *, columns: int) -> None:
+    figure.legend(
+        handles=[Line2D([], [], label=legend_label(rule), **_line_looks(rule)) for rule in rules],
+        loc="outside upper left",
+        ncols=columns,
+        frameon=False,
+        handlelength=2.6,
+        columnspacing=1.2,
+    )
 
 
 def _draw_mean(axes: Axes, rule: str, curve: Curve) -> None:
@@ -152,44 +182,41 @@ def _draw_unfinished(axes: Axes, rule: str, curve: Curve) -> None:
     axes.plot(curve.epochs[-1:], curve.means[-1:], color=style.colour, marker="x", markersize=5, linestyle="")
 
 
-def _scale_errors(axes: Axes) -> None:
-    """Make the error axis logarithmic, with plain numbers; linear where an error of zero has to be shown."""
-    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
-    if values.min() <= 0:
-        axes.set_ylim(bottom=0)
-        return
-    axes.set_yscale("log")
-    high = values.max() * 1.15
-    low = min(values.min() / 1.25, high / 6)  # wide enough for two ticks at least
+def _scale_errors(grid: Sequence[Axes]) -> None:
+    """Scale the error axis that all panels share, and label it with plain numbers."""
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for axes in grid for line in axes.lines])
+    scale, (low, high), ticks = error_axis(values)
+    axes = grid[0]
+    axes.set_yscale(scale)
     axes.set_ylim(low, high)
-    ticks = [tick for tick in ERROR_TICKS if low <= tick <= high]
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.yaxis.set_minor_locator(NullLocator())
+    if ticks:
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _draw_layers(
-    results: dict[str, Any], rows: dict[str, str], scale: Callable[[Sequence[Axes], float], None]
+    panel: Panel, rows: dict[str, str], scale: Callable[[Sequence[Axes], float], None]
 ) -> Figure | None:
-    """Draw a grid of panels, a row per quantity and a column per rule; None where nothing was measured."""
-    columns = layer_panels(results, rows)
+    """Draw a grid, a row per quantity and a column per rule; None where nothing was measured."""
+    columns = layer_curves_by_rule(panel.runs, rows)
     if not columns:
         return None
     width = min(PAGE_WIDTH, 1.0 + 1.6 * len(columns))
     figure = Figure(figsize=(width, 0.5 + 1.45 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex="col")
-    for index, (rule, panels) in enumerate(columns.items()):
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True)
+    for index, (rule, quantities) in enumerate(columns.items()):
         grid[0, index].set_title(style_of(rule).label, wrap=True)
-        for axes, curves in zip(grid[:, index], panels.values(), strict=True):
-            _draw_panel(axes, curves)
+        for axes, curves in zip(grid[:, index], quantities.values(), strict=True):
+            _draw_layer_lines(axes, curves)
     for axes_row, (quantity, label) in zip(grid, rows.items(), strict=True):
         axes_row[0].set_ylabel(label)
-        scale(axes_row, largest_mean(panels[quantity] for panels in columns.values()))
+        scale(axes_row, largest_mean(quantities[quantity] for quantities in columns.values()))
     figure.supxlabel("epoch", fontsize=8)
     _draw_layer_key(figure, grid)
     return figure
 
 
-def _draw_panel(axes: Axes, curves: dict[str, Curve]) -> None:
+def _draw_layer_lines(axes: Axes, curves: dict[str, Curve]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
     for position, curve in zip(np.linspace(0, 1, len(curves)), curves.values(), strict=True):
         marker = "o" if len(curve.epochs) == 1 else None

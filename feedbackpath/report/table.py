@@ -17,6 +17,7 @@ from feedbackpath.report.curves import (
     measured,
     unfinished,
 )
+from feedbackpath.report.panels import Panel, join_runs
 
 COLUMNS = (
     "rule",
@@ -89,6 +90,38 @@ def summary_rows(results: dict[str, Any]) -> list[dict[str, str]]:
     return [_row(rule, group, summary[rule], baseline) for rule, group in groups.items()]
 
 
+def seeds_by_stop(runs: Sequence[Run]) -> dict[str, str]:
+    """Map how the unfinished runs of a rule stand to their seeds: ``{"diverged (epoch 4)": "seed 0, 2"}``."""
+    seeds: dict[str, list[str]] = {}
+    for run in unfinished(runs):
+        seeds.setdefault(describe_stop(run), []).append(str(run.get("seed", "?")))
+    return {stop: f"seed {', '.join(group)}" for stop, group in seeds.items()}
+
+
+def error_rows(panels: Sequence[Panel]) -> list[list[str]]:
+    """Return the text of the paper's table: a heading, then a row per panel with each rule's test error.
+
+    Example:
+        >>> runs = [{"rule": "kp", "status": "finished", "test_error": 3.6, "history": []}]
+        >>> file = {"model": "resnet18", "data": "imagenet", "config": {"norm": "after"}, "runs": runs}
+        >>> error_rows([Panel("imagenet", "resnet18", "after", (("runs/kp", file),))])
+        [['network', 'norm', 'data', 'n', 'kp'], ['resnet18', 'after', 'imagenet', '1', '3.6%']]
+    """
+    rules = list(group_by_rule(join_runs(panels)))
+    return [["network", "norm", "data", "n", *rules], *(_error_row(panel, rules) for panel in panels)]
+
+
+def rich_error_table(panels: Sequence[Panel]) -> Table:
+    """Build the paper's table for a terminal."""
+    heading, *rows = error_rows(panels)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
+    for name in heading:  # names give way before numbers do
+        table.add_column(Text(name), overflow="fold", no_wrap=name not in ("network", "data"))
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
 def rich_table(results: dict[str, Any]) -> Table:
     """Build the table for a terminal; cheap enough to build anew whenever a run ends."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
@@ -104,10 +137,13 @@ def rich_table(results: dict[str, Any]) -> Table:
 
 def markdown_table(results: dict[str, Any], columns: Sequence[str] = COLUMNS) -> str:
     """Return the table, or some columns of it, in Markdown."""
-    cells = ([row[column] for column in columns] for row in summary_rows(results))
-    rows = [columns, ["---"] * len(columns), *cells]
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
+    return _to_markdown(columns, [[row[column] for column in columns] for row in summary_rows(results)])
+
+
+def markdown_error_table(panels: Sequence[Panel]) -> str:
+    """Return the paper's table in Markdown."""
+    heading, *rows = error_rows(panels)
+    return _to_markdown(heading, rows)
 
 
 def describe_stop(run: Run) -> str:
@@ -115,6 +151,11 @@ def describe_stop(run: Run) -> str:
     entries = history(run)
     epoch = run.get("diverged_epoch", entries[-1]["epoch"] if entries else None)
     return str(run.get("status", "unknown")) + (f" (epoch {epoch})" if epoch is not None else "")
+
+
+def _to_markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (heading, ["---"] * len(heading), *rows)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
 
 
 def _decimals_of_leading_digit(error: float) -> int:
@@ -164,6 +205,21 @@ def _row(
     return dict(zip(COLUMNS, cells, strict=True))
 
 
+def _error_row(panel: Panel, rules: Sequence[str]) -> list[str]:
+    groups = group_by_rule(panel.runs)
+    counts = sorted({len(finished(runs)) for runs in groups.values()})
+    seeds = "…".join(str(count) for count in dict.fromkeys([*counts[:1], *counts[-1:]]))
+    errors = [_error_or_status(groups[rule]) if rule in groups else MISSING for rule in rules]
+    return [panel.model, panel.norm, panel.data, seeds, *errors]
+
+
+def _error_or_status(runs: Sequence[Run]) -> str:
+    summary = _summarise_rule(runs)
+    if summary["n"] == 0:
+        return ", ".join(dict.fromkeys(str(run.get("status")) for run in runs))
+    return format_with_error(summary["test_error_mean"], summary["test_error_se"])
+
+
 def _difference(errors: dict[Any, float], baseline: dict[Any, float]) -> str:
     """Print the mean difference to backprop, paired by seed: equal seeds start from equal weights."""
     differences = [errors[seed] - baseline[seed] for seed in errors if seed in baseline]
@@ -191,9 +247,7 @@ def _format_range(values: Sequence[float]) -> str:
 
 
 def _status(runs: Sequence[Run]) -> str:
-    seeds: dict[str, list[str]] = {}
-    for run in unfinished(runs):
-        seeds.setdefault(describe_stop(run), []).append(str(run.get("seed", "?")))
-    if [len(group) for group in seeds.values()] == [len(runs)]:
-        return next(iter(seeds))
-    return "; ".join(f"seed {', '.join(group)} {stop}" for stop, group in seeds.items()) or "finished"
+    stops = seeds_by_stop(runs)
+    if len(stops) == 1 and len(unfinished(runs)) == len(runs):
+        return next(iter(stops))
+    return "; ".join(f"{seeds} {stop}" for stop, seeds in stops.items()) or "finished"

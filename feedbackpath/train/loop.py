@@ -115,6 +115,11 @@ class _Tally:
     unreadable: int = 0
     seconds: float = 0.0
 
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss of the samples that could be read."""
+        return self.loss_sum / max(self.samples - self.unreadable, 1)
+
 
 class Run:
     """A network, its feedback path and its optimizer while they train.
@@ -176,8 +181,7 @@ class Run:
             yield event
             if self.is_stopping or self._is_time_to_save():
                 yield Paused(self.step, self.state(), is_last=self.is_stopping)
-        loss = self.tally.loss_sum / self.tally.samples if self.tally.samples else None
-        yield self._end_epoch(loss, started)
+        yield self._end_epoch(None if self.is_mirroring else self.tally.mean_loss, started)
 
     def load_state(self, state: State) -> None:
         """Go back to where ``state`` was taken."""

@@ -1,0 +1,110 @@
+"""Checkpoints: whole or not there, known when damaged, the newest few and the best."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from feedbackpath.errors import CheckpointError
+from feedbackpath.train.checkpoint import Checkpoints, load_checkpoint, write_json, write_model, write_text
+
+STATE = {"epoch": 1, "model": {"w": torch.arange(1000.0)}, "rng": [[torch.get_rng_state()]]}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a.txt", "\ud800")
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_json_has_null_for_what_is_not_a_number(tmp_path):
+    write_json(tmp_path / "a.json", {"x": [float("nan"), float("inf"), 1.5]})
+    assert "".join((tmp_path / "a.json").read_text().split()) == '{"x":[null,null,1.5]}'
+
+
+def test_the_newest_are_kept_and_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.load_newest() == (None, [])
+    assert checkpoints.load_best() is None
+    for epoch, consumed in ((1, 0), (1, 128), (2, 0), (10, 0)):
+        checkpoints.save(STATE | {"epoch": epoch, "consumed": consumed}, (epoch, consumed))
+        if epoch == 2:
+            checkpoints.save_best(STATE | {"epoch": 1})
+            checkpoints.save_best(STATE | {"epoch": 2})
+    newest, damaged = checkpoints.load_newest()
+    assert (newest["epoch"], damaged) == (10, [])
+    assert [path.name[:10] for path in checkpoints.list_newest_first()] == ["epoch-0010", "epoch-0002"]
+    assert checkpoints.load_best()["epoch"] == 2
+    assert len(list(tmp_path.iterdir())) == 3
+    checkpoints.remove()
+    assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "text"])
+def test_a_damaged_newest_one_falls_back_to_the_one_before(tmp_path, damage):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(STATE | {"epoch": 1}, (1, 0))
+    newest = checkpoints.save(STATE | {"epoch": 2}, (2, 0))
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged = {"truncate": content[:100], "flip": content, "empty": b"", "text": b"not a checkpoint"}
+    newest.write_bytes(damaged[damage])
+    with pytest.raises(CheckpointError, match=rf"{newest.name} is damaged.*delete it"):
+        load_checkpoint(newest)
+    state, named = checkpoints.load_newest()
+    assert (state["epoch"], named) == (1, [newest])
+
+
+def test_checkpoints_hold_no_code(tmp_path):
+    path = Checkpoints(tmp_path).save(STATE, (1, 0))
+    loaded = torch.load(path, weights_only=True)
+    assert torch.equal(loaded["model"]["w"], STATE["model"]["w"])
+
+
+def test_a_full_disk_is_named_and_leaves_the_one_before(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(STATE, (1, 0))
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(CheckpointError, match="No space left on device.*the one before is whole"):
+        checkpoints.save(STATE | {"epoch": 2}, (2, 0))
+    monkeypatch.undo()
+    assert checkpoints.load_newest()[0]["epoch"] == 1
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_write_that_the_system_cuts_short_is_named_and_leaves_the_one_before(tmp_path):
+    # A limit on the size of files stands in for a disk that fills up while torch writes.
+    script = f"""
+import resource, torch
+from pathlib import Path
+from feedbackpath.train.checkpoint import Checkpoints
+checkpoints = Checkpoints(Path({str(tmp_path)!r}))
+checkpoints.save({{"w": torch.zeros(1000)}}, (1, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+checkpoints.save({{"w": torch.zeros(1_000_000)}}, (2, 0))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "the one before is whole" in done.stderr.splitlines()[-1]
+    files = list(tmp_path.iterdir())
+    assert [path.name[:10] for path in files] == ["epoch-0001"]
+    assert load_checkpoint(files[0])["w"].shape == (1000,)
+
+
+def test_a_model_file_holds_tied_and_strided_tensors(tmp_path):
+    from safetensors.torch import load_file
+
+    w = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    write_model(tmp_path / "m.safetensors", {"a": w, "b": w})
+    loaded = load_file(tmp_path / "m.safetensors")
+    assert torch.equal(loaded["a"], w)
+    assert torch.equal(loaded["b"], w)

@@ -1,0 +1,150 @@
+"""train and eval as their users meet them; what all jobs share is in test_compare.py."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from feedbackpath import cli
+from feedbackpath.report import read_results
+
+SMALL = ["--data", "digits", "--model", "mlp", "--samples-per-epoch", "256", "--num-threads", "1"]
+
+
+def run_cli(*arguments) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(argument) for argument in arguments])
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert run_cli("train", *SMALL, "--rule", "kp", "--epochs", 3, "--out", out) == 0
+    return out
+
+
+def test_train_leaves_all_that_it_promises(trained):
+    (run,) = read_results(trained)["runs"]
+    assert (run["rule"], run["status"], len(run["history"])) == ("kp", "finished", 3)
+    best = min(run["history"], key=lambda entry: entry["validation_error"])
+    assert run["best"]["validation_error"] == best["validation_error"]
+    state = load_file(trained / "model.safetensors")
+    assert {"fc1.weight", "fc1.feedback"} <= state.keys()
+    kept = sorted(path.name.rpartition("-")[0] for path in trained.glob("checkpoints/kp-seed0/*"))
+    assert kept == ["best", "epoch-0003-sample-000000000", "epoch-0004-sample-000000000"]
+    assert len((trained / "history.jsonl").read_text().splitlines()) == 3
+    assert list(trained.glob("tensorboard/kp-seed0/events*"))
+    assert (trained / "report.html").exists()
+    assert yaml.safe_load((trained / "config.yaml").read_text())["rule"] == "kp"
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_eval_measures_what_training_did(trained, capsys, which):
+    assert run_cli("eval", trained, "--which", which) == 0
+    printed = capsys.readouterr().out
+    (run,) = read_results(trained)["runs"]
+    entry = run["history"][-1] if which == "last" else run["best"]
+    expected = f"validation error {entry['validation_error']:.2f}%, test error {entry['test_error']:.2f}%"
+    assert expected in printed
+    assert "fc1: matrix angle" in printed
+
+
+def test_a_finished_run_resumes_to_nothing(trained):
+    before = (trained / "history.jsonl").read_text()
+    assert run_cli("train", "--resume", trained) == 0
+    assert (trained / "history.jsonl").read_text() == before
+
+
+def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run_cli("train", *SMALL, "--rule", "fa", "--epochs", 3, "--out", out) == 0
+    whole = load_file(out / "model.safetensors")
+    newest = max(out.glob("checkpoints/*/epoch-*.pt"))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    results = json.loads((out / "results.json").read_text())
+    results["runs"][0]["status"] = "running"  # as a process that was killed leaves it
+    (out / "results.json").write_text(json.dumps(results))
+    assert run_cli("train", "--resume", out) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "is damaged: going on from the one before" in printed
+    for key, value in load_file(out / "model.safetensors").items():
+        assert torch.equal(value, whole[key]), key
+
+
+def test_divergence_says_where_it_began_and_keeps_the_last_good_checkpoint(tmp_path, capsys):
+    out = tmp_path / "run"
+    code = run_cli(
+        "train", *SMALL, "--out", out, "--lr", "1e30", "--momentum", 0, "--no-nesterov",
+        "--schedule", "constant",
+    )  # fmt: skip
+    assert code == 3
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "diverged at step" in printed
+    assert "learning rate" in printed
+    assert "layer 'fc" in printed
+    (run,) = read_results(out)["runs"]
+    assert run["divergence"]["step"] >= 2
+    assert list(out.glob("checkpoints/*/epoch-*.pt"))
+
+
+def test_a_full_disk_is_said_and_costs_no_checkpoint(tmp_path, capsys, monkeypatch):
+    out, saves = tmp_path / "run", []
+    save = torch.save
+
+    def fill_up(state, file):
+        saves.append(1)
+        if len(saves) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", fill_up)
+    assert run_cli("train", *SMALL, "--rule", "fa", "--no-select-best", "--out", out) == 2
+    printed = capsys.readouterr().err
+    assert "No space left on device" in printed
+    assert "--resume" in printed
+    monkeypatch.undo()
+    assert len(list(out.glob("checkpoints/*/*.pt"))) == 2
+    assert run_cli("train", "--resume", out) == 0
+    assert read_results(out)["runs"][0]["status"] == "finished"
+
+
+def test_print_config_shows_every_value_and_runs_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe = ("--recipe", "imagenet-resnet50", "--rule", "wm", "--data", "/data/imagenet")
+    assert run_cli("train", *recipe, "--norm", "before", "--batch-size", "512", "--print-config") == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["data"], shown["data_dir"], shown["norm"]) == ("imagenet", "/data/imagenet", "before")
+    assert (shown["batch_size"], shown["mirror_epochs"], shown["rule"]) == (512, 2, "wm")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--recipe", "glyph-resnet8"], "did you mean 'glyphs-resnet8'"),
+        (["train", "--rul", "kp"], "--rule"),
+        (["train", "--rule", "kq"], "unknown rule 'kq'"),
+        (["train", "--resume", "."], "holds no run"),
+        (["train", "--resume", ".", "--recipe", "glyphs-resnet8"], "leave --recipe"),
+        (["train", "--schedule", "step"], "--schedule: Input should be 'cosine', 'constant' or 'steps'"),
+        (["eval", "."], "holds no run"),
+        (["eval"], "folder"),
+    ],
+)
+def test_bad_input_gives_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert run_cli(*arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert len(printed.err.splitlines()) == 1
+
+
+def test_a_run_resumed_with_other_settings_is_refused(trained, capsys):
+    assert run_cli("train", "--resume", trained, "--lr", "0.5") == 2
+    assert "lr (0.2 there, 0.5 now)" in capsys.readouterr().err
