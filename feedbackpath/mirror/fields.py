@@ -1,5 +1,7 @@
 """A layer's weight as matrices of receptive fields, and the noise maps that drive a convolution."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -82,7 +84,7 @@ def unpadded(layer: _ConvNd) -> ConvGeometry:
 
 def map_side(layer: _ConvNd) -> int:
     """Return how many positions a noise map has along each dimension."""
-    return round(MAP_POSITIONS ** (1 / len(layer.kernel_size)))
+    return round(math.pow(MAP_POSITIONS, 1 / len(layer.kernel_size)))
 
 
 def map_size(layer: _ConvNd) -> list[int]:
