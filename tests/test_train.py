@@ -11,6 +11,7 @@ from feedbackpath.data import UNREADABLE, load_dataset
 from feedbackpath.data.counter import permutation
 from feedbackpath.data.dataset import stream_positions
 from feedbackpath.errors import ConfigError
+from feedbackpath.recipes.imagenet import PAPER_MIRROR
 from feedbackpath.train.build import make_network, make_optimizer
 from feedbackpath.train.config import CompareConfig, RunConfig, merge_config, read_config
 from feedbackpath.train.divergence import LOSS_ITSELF, find_origin
