@@ -11,13 +11,14 @@ if TYPE_CHECKING:
         ConfigError,
         DataError,
         KolenPollackWarning,
+        MirrorWarning,
         RuleError,
         UnconvertedLayerWarning,
         UntieError,
         UserError,
     )
     from feedbackpath.layers import UntiedWeight
-    from feedbackpath.mirror import Mirror
+    from feedbackpath.mirror import Mirror, When
     from feedbackpath.path import FeedbackPath, untie
     from feedbackpath.rules import (
         RULES,
@@ -46,6 +47,7 @@ __all__ = [
     "KolenPollackWarning",
     "Mirror",
     "MirrorKolenPollack",
+    "MirrorWarning",
     "Rule",
     "RuleError",
     "SignSymmetry",
@@ -54,6 +56,7 @@ __all__ = [
     "UntiedWeight",
     "UserError",
     "WeightMirror",
+    "When",
     "draw_feedback",
     "register_rule",
     "untie",

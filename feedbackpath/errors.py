@@ -29,5 +29,9 @@ class UnconvertedLayerWarning(UserWarning):
     """Layers that own weights but have no untied form, so that their backward pass still uses W."""
 
 
+class MirrorWarning(UserWarning):
+    """Feedback weights that mirror mode cannot teach, or not to the precision that was asked for."""
+
+
 class KolenPollackWarning(UserWarning):
     """An optimizer under which Kolen-Pollack feedback weights would not converge to the forward ones."""

@@ -278,12 +278,14 @@ class FeedbackPath:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beyond the model's own state: how far the rules have come."""
-        return {"seed": self.clock.seed, "steps": self.clock.steps, "passes": dict(self.clock.mirror.passes)}
+        mirror = self.clock.mirror.state_dict()
+        return {"seed": self.clock.seed, "steps": self.clock.steps, "mirror": mirror}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the state that ``state_dict`` returned."""
         self.clock.seed = self.clock.mirror.seed = state["seed"]
-        self.clock.steps, self.clock.mirror.passes = state["steps"], dict(state["passes"])
+        self.clock.steps = state["steps"]
+        self.clock.mirror.load_state_dict(state["mirror"])
 
     def retie(self) -> nn.Module:
         """Give back plain torch modules, with the forward weights as they are now; return the model.
@@ -294,6 +296,7 @@ class FeedbackPath:
         self._refuse_retied()
         self._is_retied = True
         self._stop_watching()
+        self.clock.mirror.close()
         for layer in self.layers.values():
             retie_layer(layer)
         for norm in self._norms:

@@ -10,7 +10,9 @@ from torch import nn
 
 import feedbackpath as fp
 from feedbackpath.alignment import angle_deg
-from feedbackpath.mirror import noise
+from feedbackpath.mirror import designs, fields
+from feedbackpath.mirror.estimator import estimate_with_noise
+from feedbackpath.mirror.rates import Signed
 
 ACTIVATIONS = {
     "relu": nn.ReLU(),
@@ -31,30 +33,42 @@ KINDS = [
 ]  # fmt: skip
 
 
+GAUSSIAN = fp.Mirror(noise="gaussian")
+
+
 def untie_alone(layer, activation, **settings):
     path = fp.untie(nn.Sequential(layer, activation), fp.WeightMirror(fp.Mirror(**settings)))
     return path, path.weights[0]
 
 
-def fire(weight, activation, seed=0, num_samples=64, sigma=1.0, block_bias=True):
+def fire(weight, activation, seed=0, num_samples=64, sigma=1.0, **settings):
+    """Return what one pass of Gaussian noise finds."""
+    settings = {"design": designs.DESIGNS["gaussian"], "field": "map", "block_bias": True} | settings
     with torch.no_grad():
-        return noise.fire_gaussian(
-            weight, activation, num_samples=num_samples, sigma=sigma, block_bias=block_bias,
-            generator=torch.Generator().manual_seed(seed),
+        return estimate_with_noise(
+            weight, activation, Signed(), num_samples=num_samples, sigma=sigma,
+            generator=torch.Generator().manual_seed(seed), **settings,
         )  # fmt: skip
 
 
+@pytest.fixture
+def fired(monkeypatch):
+    """Collect the noise that Gaussian designs draw."""
+    drawn, draw = [], designs.DESIGNS["gaussian"].draw
+    recording = designs.Design("gaussian", lambda *args: drawn.append(draw(*args)) or drawn[-1], 3.0)
+    monkeypatch.setitem(designs.DESIGNS, "gaussian", recording)
+    return drawn
+
+
 @pytest.mark.parametrize("problem", KINDS, ids=by_id)
-def test_covariance_matches_loops_over_samples_and_positions(problem, monkeypatch):
+def test_covariance_matches_loops_over_samples_and_positions(problem, fired):
     _, weight = untie_alone(problem.build(), nn.ReLU())
-    fired, draw = [], noise._normal
-    monkeypatch.setattr(noise, "_normal", lambda *args: fired.append(draw(*args)) or fired[-1])
-    found, _ = fire(weight, torch.relu, num_samples=40)
+    found = fire(weight, torch.relu, num_samples=160, design=designs.DESIGNS["gaussian"]).covariance
     w, (drawn,) = weight.weight.detach(), fired
     if w.dim() == 2:
-        expected = reference.linear_covariance(drawn, w, torch.relu)
+        expected = reference.linear_covariance(drawn[0], w, torch.relu)
     else:
-        geometry = noise._unpadded(weight.layer)
+        geometry = fields.unpadded(weight.layer)
         shape = torch.convolution(drawn, w, None, *geometry).shape
         expected = reference.convolution_covariance(drawn, w, torch.relu, geometry, shape)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -66,7 +80,7 @@ def test_covariance_matches_loops_over_samples_and_positions(problem, monkeypatc
 def test_expected_covariance_is_proportional_to_the_weights(problem, name, sigma):
     """Equation 11, each neuron with the mean slope at which noise drives it."""
     _, weight = untie_alone(problem.build(), nn.ReLU())
-    found, _ = fire(weight, ACTIVATIONS[name], num_samples=50_000, sigma=sigma)
+    found = fire(weight, ACTIVATIONS[name], num_samples=50_000, sigma=sigma).covariance
     expected = reference.expected_covariance(weight.weight.detach(), ACTIVATIONS[name], sigma)
     scatter = 1.17 * math.sqrt(weight.fan_in / 50_000)
     assert (found - expected).norm() / expected.norm() < 1.5 * scatter
@@ -75,7 +89,7 @@ def test_expected_covariance_is_proportional_to_the_weights(problem, name, sigma
 @pytest.mark.parametrize("problem", KINDS, ids=by_id)
 def test_expected_covariance_of_every_kind_of_layer_behind_relus(problem):
     _, weight = untie_alone(problem.build(), nn.ReLU())
-    passes = [fire(weight, torch.relu, seed, num_samples=2000)[0] for seed in range(10)]
+    passes = [fire(weight, torch.relu, seed, num_samples=2000).covariance for seed in range(10)]
     expected = 0.5 * weight.weight.detach()
     scatter = 1.17 * math.sqrt(weight.fan_in / 20_000)
     assert (sum(passes) / 10 - expected).norm() / expected.norm() < 1.5 * scatter
@@ -93,7 +107,7 @@ def test_expected_covariance_of_every_kind_of_layer_behind_relus(problem):
 )
 def test_gains_settle_where_each_reading_says(reading, name, gain):
     path, _ = untie_alone(
-        nn.Linear(100, 80), ACTIVATIONS[name], reading=reading, samples=4000, block_bias=True
+        nn.Linear(100, 80), ACTIVATIONS[name], noise="gaussian", reading=reading, samples=4000
     )
     nn.init.constant_(path.model[0].bias, 0.7)
     path.mirror()
@@ -102,26 +116,26 @@ def test_gains_settle_where_each_reading_says(reading, name, gain):
 
 @pytest.mark.parametrize("problem", KINDS, ids=by_id)
 def test_gain_settles_at_one_in_every_kind_of_layer(problem):
-    path, _ = untie_alone(problem.build(), nn.ReLU(), samples=2000)
+    path, _ = untie_alone(problem.build(), nn.ReLU(), noise="gaussian", samples=2000)
     path.mirror()
     assert path.gains()["0"] == pytest.approx(1.0, rel=0.06)
 
 
 def test_gain_is_one_when_biases_are_not_blocked_either():
-    path, _ = untie_alone(nn.Linear(100, 80), nn.ReLU(), samples=4000, block_bias=False)
+    path, _ = untie_alone(nn.Linear(100, 80), nn.ReLU(), noise="gaussian", samples=4000, block_bias=False)
     path.mirror()
     assert path.gains()["0"] == pytest.approx(1.0, rel=0.04)
 
 
 def test_sigma_does_not_change_the_calibrated_gain():
-    path, _ = untie_alone(nn.Linear(100, 80), nn.ReLU(), samples=4000, sigma=3.0)
+    path, _ = untie_alone(nn.Linear(100, 80), nn.ReLU(), noise="gaussian", samples=4000, sigma=3.0)
     path.mirror()
     assert path.gains()["0"] == pytest.approx(1.0, rel=0.04)
 
 
 @pytest.mark.parametrize("angle", [4.0, 8.0, 11.0])
 def test_sampling_noise_leaves_the_angle_that_was_asked_for(angle):
-    path, _ = untie_alone(nn.Linear(300, 200), nn.ReLU(), target_angle_deg=angle)
+    path, _ = untie_alone(nn.Linear(300, 200), nn.ReLU(), noise="gaussian", target_angle_deg=angle)
     path.mirror(steps=40)
     assert path.matrix_angles()["0"] == pytest.approx(angle, rel=0.15)
 
@@ -144,13 +158,15 @@ def test_orthogonal_noise_is_exact_for_attention(problem):
 
 
 def test_gaussian_noise_mirrors_attention_projections():
-    path = fp.untie(ENCODER.build(), fp.WeightMirror(fp.Mirror(target_angle_deg=4)))
+    path = fp.untie(ENCODER.build(), fp.WeightMirror(fp.Mirror(noise="gaussian", target_angle_deg=4)))
     path.mirror()
     assert max(path.matrix_angles().values()) < 6
     assert path.gains() == pytest.approx(dict.fromkeys(path.gains(), 1.0), abs=0.1)
 
 
-@pytest.mark.parametrize("settings", [{"noise": "orthogonal"}, {"noise": "gaussian"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"noise": "gaussian"}, {"noise": "signs-pairs", "field": "receptive"}], ids=str
+)
 @pytest.mark.parametrize("call", [fp.FeedbackPath.step, fp.FeedbackPath.mirror], ids=["step", "mirror"])
 def test_mirror_mode_changes_feedback_and_nothing_else(call, settings):
     model = CONVNET.build()
@@ -175,7 +191,7 @@ def test_mirror_mode_changes_feedback_and_nothing_else(call, settings):
 
 def test_noise_is_a_function_of_seed_and_pass_alone():
     def mirror(seed, *passes):
-        path = fp.untie(MLP.build(), "wm", seed=seed)
+        path = fp.untie(MLP.build(), fp.WeightMirror(GAUSSIAN), seed=seed)
         for steps in passes:
             torch.rand(3)  # whatever else draws random numbers
             state = path.state_dict()
@@ -188,11 +204,9 @@ def test_noise_is_a_function_of_seed_and_pass_alone():
     assert not any(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
 
 
-def test_no_two_layers_and_no_two_passes_fire_the_same_noise(monkeypatch):
-    fired, draw = [], noise._normal
-    monkeypatch.setattr(noise, "_normal", lambda *args: fired.append(draw(*args)) or fired[-1])
+def test_no_two_layers_and_no_two_passes_fire_the_same_noise(fired):
     layers = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU())
-    fp.untie(layers, "wm").mirror(steps=2)
+    fp.untie(layers, fp.WeightMirror(GAUSSIAN)).mirror(steps=2)
     assert len({round(noise.sum().item(), 6) for noise in fired}) == 4
 
 
@@ -205,7 +219,7 @@ def test_a_layer_that_never_answers_is_named_and_keeps_its_feedback(activation, 
     rule = fp.WeightMirror(fp.Mirror(block_bias=block_bias))
     path = fp.untie(model, rule, activations={"0": activation})
     before = model[0].feedback.clone()
-    with pytest.warns(RuntimeWarning, match="no neuron of '0' answers to noise; its feedback weight stays"):
+    with pytest.warns(fp.MirrorWarning, match="5 of 5 neurons of '0' do not answer to noise"):
         path.step()
     assert torch.equal(model[0].feedback, before)
 
@@ -213,13 +227,14 @@ def test_a_layer_that_never_answers_is_named_and_keeps_its_feedback(activation, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"reading": "aloud"}, "reading='aloud' is not one of calibrated, inside, printed"),
-        ({"noise": "white"}, "noise='white' is not one of gaussian, orthogonal"),
+        ({"reading": "aloud"}, "reading='aloud' is not one of calibrated, inside, printed, scaled"),
+        ({"noise": "white"}, "noise='white' is not one of orthogonal, gaussian"),
         ({"sigma": 0.0}, r"sigma must be above 0, not 0\.0"),
         ({"rate": float("nan")}, "rate must be above 0, not nan"),
-        ({"samples": 1}, "samples must be at least 2, not 1"),
+        ({"noise": "signs", "samples": 1}, "samples must be at least 2, not 1"),
         ({"reading": "printed", "decay": 1.5}, r"would replace 1\.5 of B"),
         ({"target_angle_deg": 90.0}, "target_angle_deg"),
+        ({"samples": 100}, "samples are for independent noise"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
@@ -229,19 +244,19 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 
 def test_more_inputs_and_smaller_angles_need_more_samples():
     few, many, fine = (
-        fp.Mirror(target_angle_deg=angle).samples_for(fan_in)
+        fp.Mirror(noise="gaussian", target_angle_deg=angle).samples_for(fan_in)
         for angle, fan_in in ((8.0, 1000), (8.0, 4000), (4.0, 1000))
     )
     assert many == pytest.approx(4 * few, rel=0.01)
     assert fine == pytest.approx(4 * few, rel=0.05)
-    assert fp.Mirror().samples_for(1) == 512
-    assert fp.Mirror(samples=7).samples_for(10_000) == 7
+    assert GAUSSIAN.samples_for(1) == 512
+    assert fp.Mirror(noise="signs", samples=7).samples_for(10_000) == 7
 
 
-def test_walsh_hadamard_rows_are_orthogonal_signs():
-    matrix = noise._walsh_hadamard(torch.arange(64), 64)
+def test_codes_are_orthogonal_signs():
+    matrix = designs.orthogonal_codes(torch.device("cpu"), torch.float32)
     assert torch.equal(matrix.abs(), torch.ones_like(matrix))
-    assert torch.equal(matrix @ matrix.T, 64 * torch.eye(64, dtype=matrix.dtype))
+    assert torch.equal(matrix @ matrix.T, len(matrix) * torch.eye(len(matrix)))
 
 
 @pytest.mark.parametrize("rule", ["mirror-kp", "wm"])

@@ -188,7 +188,9 @@ def test_a_path_says_whether_it_mirrors(rule, mirrors):
 
 def test_every_group_of_layers_gets_a_whole_first_mirroring():
     """Two settings in one path: the second group must forget its random beginning as the first does."""
-    coarse, fine = (fp.WeightMirror(fp.Mirror(target_angle_deg=angle)) for angle in (6.0, 4.0))
+    coarse, fine = (
+        fp.WeightMirror(fp.Mirror(noise="gaussian", target_angle_deg=angle)) for angle in (6.0, 4.0)
+    )
     model = nn.Sequential(nn.Linear(60, 50), nn.ReLU(), nn.Linear(50, 40), nn.ReLU())
     path = fp.untie(model, coarse, overrides={"2": fine})
     path.mirror()

@@ -11,6 +11,7 @@ from feedbackpath.data import UNREADABLE, load_dataset
 from feedbackpath.data.counter import permutation
 from feedbackpath.data.dataset import stream_positions
 from feedbackpath.errors import ConfigError
+from feedbackpath.recipes.imagenet import PAPER_MIRROR
 from feedbackpath.train.build import make_network, make_optimizer
 from feedbackpath.train.config import CompareConfig, RunConfig, merge_config, read_config
 from feedbackpath.train.divergence import LOSS_ITSELF, find_origin
@@ -177,10 +178,15 @@ def test_make_rule_takes_nested_settings_and_names_wrong_ones():
     rule = make_rule("wm", {"mirror": {"reading": "printed"}})
     assert rule == fp.WeightMirror(fp.Mirror(reading="printed"))
     assert make_rule("mirror-kp", {"mirror": {"sigma": 0.5}}).mirror.noise == "orthogonal"
-    with pytest.raises(ConfigError, match="mirror has no setting 'readin'; it has reading"):
+    with pytest.raises(ConfigError, match="mirror has no setting 'readin'; it has noise, "):
         make_rule("wm", {"mirror": {"readin": "printed"}})
     with pytest.raises(ConfigError, match="samples cannot be 'many'"):
         make_rule("wm", {"mirror": {"samples": "many"}})
+    rule = make_rule("wm", {"mirror": {"when": {"layers": "turn", "every": 2}}})
+    assert rule.mirror.when == fp.When("turn", every=2)
+    with pytest.raises(ConfigError, match="mirror.when has no setting 'often'; it has layers, every"):
+        make_rule("wm", {"mirror": {"when": {"often": 2}}})
+    assert make_rule("wm", {"mirror": PAPER_MIRROR}).mirror == fp.Mirror.paper()
     with pytest.raises(ConfigError, match="mirror must map settings to values, not 5"):
         make_rule("wm", {"mirror": 5})
     with pytest.raises(ConfigError, match="fa has no setting 'scale'; it has none"):

@@ -1,6 +1,16 @@
 """Mirror mode: noise goes forward through W, and B learns W from what comes out."""
 
 from feedbackpath.mirror.activations import find_activations
-from feedbackpath.mirror.mode import Mirror, MirrorMode
+from feedbackpath.mirror.designs import DESIGNS, Design, register_design
+from feedbackpath.mirror.mode import MirrorMode
+from feedbackpath.mirror.settings import Mirror, When
 
-__all__ = ["Mirror", "MirrorMode", "find_activations"]
+__all__ = [
+    "DESIGNS",
+    "Design",
+    "Mirror",
+    "MirrorMode",
+    "When",
+    "find_activations",
+    "register_design",
+]

@@ -129,8 +129,7 @@ def _activation_of(user: torch.fx.Node, modules: dict[str, nn.Module]) -> Activa
     if user.op == "call_module":
         module = modules[str(user.target)]
         if isinstance(module, ACTIVATION_MODULES):
-            # Not in place, whatever the module says: mirror mode still needs what came before.
-            return _out_of_place(module.forward) if getattr(module, "inplace", False) else module.forward
+            return out_of_place(module) if getattr(module, "inplace", False) else module.forward
         return _follow(user, modules) if isinstance(module, TRANSPARENT_MODULES) else identity
     if user.op == "call_function":
         target: Any = user.target
@@ -149,8 +148,19 @@ def _activation_of(user: torch.fx.Node, modules: dict[str, nn.Module]) -> Activa
     return identity
 
 
-def _out_of_place(activation: Activation) -> Activation:
-    return lambda x: activation(x.clone())
+def is_channelwise(activation: Activation) -> bool:
+    """Whether an activation has a setting for each channel, so that it needs all of them at once."""
+    probe = torch.zeros(1, 1, 1)
+    try:
+        return activation(probe).shape != probe.shape
+    except RuntimeError:
+        return True
+
+
+def out_of_place(activation: Activation) -> Activation:
+    """Return the activation, made to leave its argument as it was: mirror mode still needs that."""
+    works_in_place = activation in OUT_OF_PLACE or getattr(activation, "inplace", False)
+    return (lambda x: activation(x.clone())) if works_in_place else activation
 
 
 def _with_arguments(function: Callable[..., Tensor], node: torch.fx.Node) -> Activation:

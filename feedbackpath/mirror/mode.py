@@ -1,12 +1,7 @@
 """Mirror mode: a layer's neurons fire noise, and B learns W from the covariance with what comes out.
 
-Akrout et al. 2019, Section 4, equations 5-7 and 21, Algorithm 1, Appendix D.2. For a layer that gets noise x
-and answers y = phi(W x + b)::
-
-    cov = mean of (y - mean y) x^T          E[cov] = sigma^2 E[phi'(W x + b)] W     (equation 11)
-    B  <- decayed B + rate * cov
-
-Subtracting the mean of x as well, as Algorithm 1 does, would change nothing: y is already centred.
+Akrout et al. 2019, Section 4, equations 5-7 and 21, Algorithm 1, Appendix D.2. What noise tells of a weight:
+``feedbackpath.mirror.estimator``. What B makes of it: the readings of ``Mirror``.
 """
 
 import fnmatch
@@ -14,110 +9,24 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from feedbackpath.errors import RuleError
+from feedbackpath.errors import MirrorWarning, RuleError
 from feedbackpath.layers import UntiedWeight
-from feedbackpath.mirror.activations import Activation, find_activations
-from feedbackpath.mirror.noise import fire_gaussian, fire_orthogonal
+from feedbackpath.mirror import fields
+from feedbackpath.mirror.activations import Activation, find_activations, out_of_place
+from feedbackpath.mirror.cost import UseCounter, mirror_work, step_work
+from feedbackpath.mirror.designs import Design
+from feedbackpath.mirror.estimator import Estimate, estimate_with_codes, estimate_with_noise
+from feedbackpath.mirror.rates import RATES
+from feedbackpath.mirror.schedule import Schedule
+from feedbackpath.mirror.settings import Mirror
 
-MIN_SAMPLES = 512
-RELU_SPREAD = 1.17  # how much more a mirror's samples scatter behind a ReLU than behind a linear neuron
-
-
-@dataclass(frozen=True)
-class Mirror:
-    """Settings of mirror mode.
-
-    Args:
-        reading: How covariance and decay enter, with d = ``forgetting``, eta = ``rate``, lambda = ``decay``:
-            ``"calibrated"``: B <- (1 - d) B + d cov / (sigma^2 E[phi']), which is ``"inside"`` with
-            lambda = sigma^2 E[phi'] and eta lambda = d; settles at W, each row times its neuron's mean
-            slope over the layer's: at W itself where all have one mean slope, as behind (leaky) ReLUs;
-            ``"inside"``: B <- B + eta (cov - lambda B), settles at sigma^2 E[phi'] / lambda times W;
-            ``"printed"``: B <- (1 - lambda) B + eta cov, as in Algorithm 1, settles at
-            sigma^2 E[phi'] eta / lambda times W: a tenth of W's size behind a ReLU, with the paper's numbers.
-        forgetting: d, the share of B that a ``"calibrated"`` pass replaces.
-        rate: eta_B of the paper, for the other two readings.
-        decay: lambda_WM of the paper, for the other two readings.
-        sigma: Standard deviation of the noise.
-        samples: Noise samples a pass for each weight; None: as many as ``target_angle_deg`` needs.
-        target_angle_deg: Angle between B and W, in degrees, that sampling noise alone would leave.
-        noise: ``"gaussian"``: independent, the paper's; ``"orthogonal"``: +-sigma codes, each with its
-            negative, whose covariance is exactly sigma^2 I, so that one pass measures a W behind ReLUs
-            exactly (with biases blocked). ``samples`` and ``target_angle_deg`` are not used then, and
-            ``"calibrated"`` replaces the whole of B at each pass.
-        block_bias: Whether neurons close off their biases in mirror mode (equation 12). Without it,
-            neurons with different biases answer with different slopes, and B's rows differ in size.
-
-    With ``"calibrated"``, E[phi'] is the mean slope of the layer's activation under the noise, and the first
-    passes are averaged plainly (d = 1/n for pass n, until that falls to ``forgetting``), so that the
-    random initial B is forgotten at once.
-    """
-
-    reading: Literal["calibrated", "inside", "printed"] = "calibrated"
-    forgetting: float = 0.1
-    rate: float = 0.1
-    decay: float = 0.5
-    sigma: float = 1.0
-    samples: int | None = None
-    target_angle_deg: float = 8.0
-    noise: Literal["gaussian", "orthogonal"] = "gaussian"
-    block_bias: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuse settings that make no sense."""
-        for name, known in (
-            ("reading", ("calibrated", "inside", "printed")),
-            ("noise", ("gaussian", "orthogonal")),
-        ):
-            if getattr(self, name) not in known:
-                raise RuleError(f"Mirror: {name}={getattr(self, name)!r} is not one of {', '.join(known)}")
-        for name in ("forgetting", "rate", "decay", "sigma", "target_angle_deg"):
-            if not getattr(self, name) > 0:
-                raise RuleError(f"Mirror: {name} must be above 0, not {getattr(self, name)}")
-        if not self.target_angle_deg < 90:
-            raise RuleError(f"Mirror: target_angle_deg must be below 90, not {self.target_angle_deg}")
-        if self.share_replaced > 1:
-            raise RuleError(
-                f"Mirror: a pass would replace {self.share_replaced:g} of B; at most 1 makes sense"
-            )
-        if self.samples is not None and self.samples < 2:
-            raise RuleError(f"Mirror: samples must be at least 2, not {self.samples}")
-
-    @property
-    def share_replaced(self) -> float:
-        """The share of B that a pass replaces in this reading."""
-        shares = {"calibrated": self.forgetting, "inside": self.rate * self.decay, "printed": self.decay}
-        return shares[self.reading]
-
-    @property
-    def memory_passes(self) -> int:
-        """Passes of a first mirroring: B then has forgotten its beginning and is as good as it gets."""
-        if self.noise == "orthogonal" and self.reading == "calibrated":
-            return 1
-        if self.reading == "calibrated":
-            return math.ceil(2.0 / self.forgetting) - 1
-        return math.ceil(math.log(1000.0) / self.share_replaced)  # a thousandth of the random B is left
-
-    def samples_for(self, fan_in: int) -> int:
-        """Return noise samples a pass for neurons of ``fan_in`` inputs.
-
-        tan(angle) = 1.17 sqrt(fan_in / N_eff) with N_eff = N (2 - d) / d for a memory that forgets d a pass;
-        but at least 512, for in a layer of few inputs the angle needs less than the gain does.
-
-        Example:
-            >>> Mirror(target_angle_deg=8).samples_for(576)
-            2102
-        """
-        if self.samples is not None:
-            return self.samples
-        effective = fan_in * (RELU_SPREAD / math.tan(math.radians(self.target_angle_deg))) ** 2
-        return max(MIN_SAMPLES, math.ceil(effective * self.share_replaced / (2.0 - self.share_replaced)))
+TURN_VALUES = 2**15  # of a B are looked at to tell how far mirroring has turned it
+LEAST_SLOPE = 1e-4  # a neuron that answers with less than this share of its drive does not answer
 
 
 class MirrorMode:
@@ -130,6 +39,8 @@ class MirrorMode:
 
     Attributes:
         passes: How often each weight has been mirrored, by its name; absent: never.
+        schedules: By the name of a group's first weight, whose turn it is in that group.
+        uses: How often a training step uses each value of a weight; empty until a step has been seen.
     """
 
     def __init__(
@@ -139,7 +50,11 @@ class MirrorMode:
         self.given = dict(activations)
         self.seed = seed
         self.passes: dict[str, int] = {}
+        self.schedules: dict[str, Schedule] = {}
+        self.uses: dict[str, float] = {}
+        self._counter: UseCounter | None = None
         self._activations: dict[str, Activation] = {}
+        self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def run(self, weights: Sequence[UntiedWeight], settings: Mirror, passes: int = 1) -> None:
         """Let each layer fire noise in its turn, ``passes`` times, and let its B learn from it.
@@ -150,7 +65,66 @@ class MirrorMode:
         for _ in range(passes):
             for weight in weights:
                 self._mirror_weight(weight, settings)
-                self.passes[weight.name] = self.passes.get(weight.name, 0) + 1
+
+    def run_due(self, weights: Sequence[UntiedWeight], settings: Mirror, step: int) -> None:
+        """Mirror the weights whose turn it is after a training step: see ``When``.
+
+        Args:
+            weights: All that one rule governs.
+            settings: How to mirror them, and when.
+            step: The step's number, from 1.
+        """
+        self.find_activations(weights)
+        self._stop_counting()
+        schedule = self.schedules.setdefault(weights[0].name, Schedule())
+        when, work = settings.when, [mirror_work(weight, settings) for weight in weights]
+        budget = self._budget(weights, when.cost_share)
+        is_selective = schedule.is_selective(when, work, budget)
+        due = set(schedule.choose([w.name for w in weights], step, when, work, budget))
+        for position, weight in enumerate(weights):
+            # What has never been mirrored cannot wait: its B is still random.
+            if position not in due and weight.name in self.passes:
+                continue
+            before = _sample(weight.feedback) if is_selective else None
+            self._mirror_weight(weight, settings)
+            turned_deg = None if before is None else _angle_deg(before, _sample(weight.feedback))
+            schedule.note(weight.name, step, turned_deg)
+
+    def watch_step(self, weights: Sequence[UntiedWeight]) -> None:
+        """Count how often the first training step uses each weight: a schedule has to know what it costs."""
+        self._counter = UseCounter(weights)
+
+    def close(self) -> None:
+        """Take all hooks off the model."""
+        if self._counter is not None:
+            self._counter.stop()
+
+    def _stop_counting(self) -> None:
+        if self._counter is not None:
+            self._counter.stop()
+            self.uses = self._counter.share() or self.uses
+            self._counter = None
+
+    def _budget(self, weights: Sequence[UntiedWeight], cost_share: float | None) -> float | None:
+        """Return what a step may spend on mirroring; None: no limit, or no step was seen to measure it by."""
+        if cost_share is None or not self.uses:
+            return None
+        return cost_share * sum(step_work(weight, self.uses.get(weight.name, 0.0)) for weight in weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resuming needs, as plain values."""
+        schedules = {name: schedule.state_dict() for name, schedule in self.schedules.items()}
+        return {"passes": dict(self.passes), "uses": dict(self.uses), "schedules": schedules}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to where ``state`` was taken."""
+        self.passes, self.uses = dict(state["passes"]), dict(state["uses"])
+        self.schedules = {name: Schedule() for name in state["schedules"]}
+        for name, schedule in self.schedules.items():
+            schedule.load_state_dict(state["schedules"][name])
+        if self.uses:  # the first step is over, and the next may be of another size
+            self.close()
+            self._counter = None
 
     def find_activations(self, weights: Sequence[UntiedWeight]) -> None:
         """Know the activation that follows each weight's layer, from what was given or by tracing.
@@ -165,7 +139,7 @@ class MirrorMode:
         for name in unknown:
             for pattern, activation in self.given.items():
                 if fnmatch.fnmatchcase(name, pattern):
-                    found[name] = activation
+                    found[name] = out_of_place(activation)
         missing = [repr(name) for name in unknown if name not in found]
         if missing:
             raise RuleError(
@@ -176,29 +150,37 @@ class MirrorMode:
 
     @torch.no_grad()
     def _mirror_weight(self, weight: UntiedWeight, settings: Mirror) -> None:
-        fire = fire_gaussian if settings.noise == "gaussian" else fire_orthogonal
-        covariance, slope = fire(
-            weight,
-            self._activations[weight.name],
-            num_samples=settings.samples_for(weight.fan_in),
-            sigma=settings.sigma,
-            block_bias=settings.block_bias,
-            generator=self._generator(weight),
-        )
-        feedback, rate, decay = weight.feedback, settings.rate, settings.decay
-        if settings.reading == "printed":
-            feedback.mul_(1.0 - decay).add_(covariance, alpha=rate)
-        elif settings.reading == "inside":
-            feedback.mul_(1.0 - rate * decay).add_(covariance, alpha=rate)
-        else:
-            share = self._share(weight, settings)
-            _move_towards_gain_one(weight, covariance, slope * settings.sigma**2, share)
+        found = self._estimate(weight, settings)
+        passes = self.passes.get(weight.name, 0)
+        share = settings.share_replaced
+        if settings.reading == "calibrated":
+            share = max(share, 1.0 / (passes + 1))  # plain averaging until memory is full
+        _learn(weight, found, settings, share, is_first=passes == 0)
+        self.passes[weight.name] = passes + 1
 
-    def _share(self, weight: UntiedWeight, settings: Mirror) -> float:
-        """Return d, the share of B that this pass replaces: plain averaging until memory is full."""
-        if settings.noise == "orthogonal":
-            return 1.0
-        return max(settings.forgetting, 1.0 / (self.passes.get(weight.name, 0) + 1))
+    def _estimate(self, weight: UntiedWeight, settings: Mirror) -> Estimate:
+        activation, design = self._activations[weight.name], settings.design
+        rates = RATES[settings.rates](settings.baseline, not settings.baseline_known)
+        sigma, block_bias = settings.deviation, settings.block_bias
+        if not isinstance(design, Design):
+            return estimate_with_codes(
+                weight, activation, rates, sigma=sigma, block_bias=block_bias, scratch=self._memory(weight)
+            )
+        return estimate_with_noise(
+            weight, activation, rates, design=design, field=settings.field,
+            num_samples=settings.samples_for(weight.fan_in), sigma=sigma, block_bias=block_bias,
+            generator=self._generator(weight),
+        )  # fmt: skip
+
+    def _memory(self, weight: UntiedWeight) -> Tensor:
+        """Return memory for an estimate of W, the same for all weights: allocating it takes a CPU longer."""
+        dtype = torch.promote_types(weight.weight.dtype, torch.float32)
+        known = self._scratch.get((weight.weight.device, dtype))
+        if known is None or known.numel() < weight.weight.numel():
+            known = self._scratch[weight.weight.device, dtype] = weight.weight.new_empty(
+                weight.weight.numel(), dtype=dtype
+            )
+        return known
 
     def _generator(self, weight: UntiedWeight) -> torch.Generator:
         key = f"{self.seed}/{self.passes.get(weight.name, 0)}/{weight.name}/{weight.feedback_name}"
@@ -210,13 +192,49 @@ def generator_of(key: str, weight: UntiedWeight) -> torch.Generator:
     return torch.Generator(weight.feedback.device).manual_seed(zlib.crc32(key.encode()))
 
 
-def _move_towards_gain_one(weight: UntiedWeight, covariance: Tensor, scale: Tensor, share: float) -> None:
-    """B <- (1 - d) B + d cov / scale; a layer whose neurons never answer keeps its B, and is named."""
-    if not scale > 0:
-        warnings.warn(
-            f"mirror mode: no neuron of {weight.name!r} answers to noise; its feedback weight stays as it is",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return
-    weight.feedback.lerp_(covariance / scale, share)
+def _learn(weight: UntiedWeight, found: Estimate, settings: Mirror, share: float, is_first: bool) -> None:
+    """Let B learn from what was found, as the reading says."""
+    feedback, covariance = weight.feedback, found.covariance
+    if settings.reading == "calibrated":
+        _move_to_estimate(weight, found, share, may_be_dead=is_first or not settings.block_bias)
+    elif settings.reading == "scaled":
+        norm = feedback.norm()
+        feedback.add_(covariance, alpha=settings.rate).mul_(norm / feedback.norm())
+    else:
+        feedback.mul_(1.0 - share).add_(covariance, alpha=settings.rate)
+
+
+def _move_to_estimate(weight: UntiedWeight, found: Estimate, share: float, may_be_dead: bool) -> None:
+    """B <- (1 - d) B + d cov / (sigma^2 s); neurons that do not answer keep their feedback weights."""
+    kept = None
+    if may_be_dead:
+        is_dead = found.slopes.abs() < LEAST_SLOPE
+        num_dead = int(is_dead.sum())
+        if num_dead:
+            warnings.warn(
+                f"mirror mode: {num_dead} of {len(is_dead)} neurons of {weight.name!r} do not answer to "
+                "noise; their feedback weights stay as they are (blocked biases or a larger sigma may help)",
+                MirrorWarning,
+                stacklevel=2,
+            )
+            kept = fields.per_neuron(is_dead, weight)
+    estimate = found.at_gain_one()
+    if kept is not None:
+        old = fields.as_matrix(weight.feedback.to(estimate.dtype), weight)
+        fields.as_matrix(estimate, weight).copy_(torch.where(kept, old, fields.as_matrix(estimate, weight)))
+    if share == 1.0:
+        weight.feedback.copy_(estimate)
+    else:
+        weight.feedback.lerp_(estimate.to(weight.feedback.dtype), share)
+
+
+def _sample(feedback: Tensor) -> Tensor:
+    """Copy some of a B: enough to tell how far it turns."""
+    matrix = feedback.detach().flatten(1)
+    return matrix[:: math.ceil(matrix.numel() / TURN_VALUES)].flatten().float().clone()
+
+
+def _angle_deg(one: Tensor, other: Tensor) -> Tensor:
+    """Return the angle between two vectors in degrees, as a tensor: nothing waits for it."""
+    cosine = one @ other / (one.norm() * other.norm())
+    return torch.rad2deg(torch.arccos(cosine.clamp(-1.0, 1.0)))

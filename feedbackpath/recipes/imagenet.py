@@ -26,7 +26,11 @@ Differs from the paper: autograd's BatchNorm gradient is the default.
 from feedbackpath.train.config import RunConfig
 
 EPOCHS, WARMUP_EPOCHS, MILESTONES = 90, 6, (32, 62, 82)
-PAPER_MIRROR = {"reading": "inside", "rate": 0.1, "decay": 0.5, "sigma": 1.0, "samples": 2048}
+# As Mirror.paper(), written out: a recipe is listed without importing torch.
+PAPER_MIRROR = {
+    "noise": "gaussian", "samples": 2048, "sigma": 1.0, "reading": "inside", "rate": 0.1, "decay": 0.5,
+    "block_bias": False, "when": {"layers": "all"},
+}  # fmt: skip
 
 
 def imagenet_resnet18(rule: str = "bp", norm: str = "after") -> RunConfig:

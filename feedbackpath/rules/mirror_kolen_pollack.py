@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from feedbackpath.errors import RuleError
 from feedbackpath.layers import UntiedWeight
-from feedbackpath.mirror.mode import Mirror
+from feedbackpath.mirror import Mirror
 from feedbackpath.rules.base import Clock, FeedbackKind, draw_feedback
 
 
@@ -41,7 +41,7 @@ class MirrorKolenPollack:
 
     name: ClassVar[str] = "mirror-kp"
     feedback_kind: ClassVar[FeedbackKind] = "learned"
-    mirror: Mirror = field(default_factory=lambda: Mirror(noise="orthogonal", sigma=0.01))
+    mirror: Mirror = field(default_factory=Mirror)
 
     def start(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
         """Draw every B at random; see that every layer's activation is known."""

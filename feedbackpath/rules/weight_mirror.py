@@ -2,10 +2,11 @@
 
 Akrout et al. 2019, equations 5-7 and 21, Algorithm 1, Appendix D.2. The mechanism: ``feedbackpath.mirror``.
 
-Differs from the paper: the default reading settles at B = W (the printed one at a fraction of it); the
-number of noise samples follows from each layer's fan-in instead of being the batch size; noise maps have
-a size of their own and no padding; biases are blocked (Section 4.3; the convolutions of the paper's
-networks have none); norms between a layer and its activation are passed over.
+Differs from the paper: orthogonal codes take the place of Gaussian noise, so that one pass measures W
+exactly and replaces B; layers are mirrored as often as a share of the step's work allows, those that have
+gone stalest first; biases are blocked (Section 4.3; the convolutions of the paper's networks have none);
+norms between a layer and its activation are passed over. ``Mirror.paper()`` has the paper's settings; its
+noise maps have a size of their own and no padding.
 """
 
 from collections.abc import Sequence
@@ -13,26 +14,28 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from feedbackpath.layers import UntiedWeight
-from feedbackpath.mirror.mode import Mirror
+from feedbackpath.mirror import Mirror
 from feedbackpath.rules.base import Clock, FeedbackKind, draw_feedback
 
 
 @dataclass(frozen=True)
 class WeightMirror:
-    """Mirror every layer a little after each update.
+    """Mirror after each update: all layers, or the stalest where that costs over 5% of a training step.
 
     Call ``path.mirror()`` before training for the first mirroring (two epochs of it in the paper); without
-    it B comes to agree with W during the first dozens of steps.
+    it the first step does it.
+
+    What a training step costs is read off the first one, from the sizes of the layers' outputs; under
+    ``torch.compile`` it cannot be, and all layers are mirrored after every step.
 
     Args:
-        mirror: Settings of mirror mode. The paper's literal Algorithm 1 is
-            ``WeightMirror(Mirror(reading="printed"))``.
+        mirror: Settings of mirror mode. The paper's are ``WeightMirror(Mirror.paper())``.
 
     Example:
         >>> import feedbackpath as fp
         >>> path = fp.untie(torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.ReLU()), "wm")
         >>> path.mirror()
-        >>> path.matrix_angles()["0"] < 12
+        >>> path.matrix_angles()["0"] < 0.01
         True
     """
 
@@ -44,7 +47,9 @@ class WeightMirror:
         """Draw every B at random; see that every layer's activation is known."""
         draw_feedback(weights, clock)
         clock.mirror.find_activations(weights)
+        if self.mirror.when.layers == "drift":
+            clock.mirror.watch_step(weights)
 
     def step(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
-        """Make one pass of mirror mode through all layers."""
-        clock.mirror.run(weights, self.mirror)
+        """Mirror the layers whose turn it is: by default all, or the stalest that the budget pays for."""
+        clock.mirror.run_due(weights, self.mirror, clock.steps)

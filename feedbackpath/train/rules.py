@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from feedbackpath.errors import ConfigError
 from feedbackpath.mirror import Mirror
@@ -22,9 +22,7 @@ def make_rule(name: str, settings: Mapping[str, Any]) -> Rule:
         if not isinstance(chosen["mirror"], Mapping):
             raise ConfigError(f"{name}: mirror must map settings to values, not {chosen['mirror']!r}")
         defaults = getattr(resolve_rule(name), "mirror", Mirror())
-        _check_names("mirror", Mirror, chosen["mirror"])
-        _check_types(chosen["mirror"])
-        chosen["mirror"] = dataclasses.replace(defaults, **chosen["mirror"])
+        chosen["mirror"] = _change("mirror", defaults, chosen["mirror"])
     _check_names(name, RULES[name], chosen)
     return cast(Rule, cast(Any, RULES[name])(**chosen))
 
@@ -36,11 +34,27 @@ def _check_names(owner: str, kind: type, settings: Mapping[str, Any]) -> None:
             raise ConfigError(f"{owner} has no setting {setting!r}; it has {', '.join(known) or 'none'}")
 
 
-def _check_types(settings: Mapping[str, Any]) -> None:
-    """Refuse a mirror setting of another type than the default's: dataclasses take anything."""
+def _change(owner: str, defaults: Any, settings: Mapping[str, Any]) -> Any:
+    """Return settings with some changed; a mapping changes settings within settings.
+
+    A value of another type than the default's is refused: dataclasses take anything.
+    """
+    _check_names(owner, type(defaults), settings)
+    hints, changed = get_type_hints(type(defaults)), {}
     for setting, value in settings.items():
-        default = getattr(Mirror(), setting)
-        kinds = (int, type(None)) if setting == "samples" else (type(default),)
-        is_whole = float in kinds and type(value) is int
-        if type(value) not in kinds and not is_whole:
-            raise ConfigError(f"mirror: {setting} cannot be {value!r}; the default is {default!r}")
+        default = getattr(defaults, setting)
+        if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
+            changed[setting] = _change(f"{owner}.{setting}", default, value)
+        elif _fits(value, hints[setting]):
+            changed[setting] = value
+        else:
+            raise ConfigError(f"{owner}: {setting} cannot be {value!r}; the default is {default!r}")
+    return dataclasses.replace(defaults, **changed)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type; a whole number will do for a float, a name for a Literal."""
+    if get_origin(hint) is Literal:
+        return isinstance(value, str)
+    kinds = get_args(hint) or (hint,)
+    return type(value) in kinds or (float in kinds and type(value) is int)

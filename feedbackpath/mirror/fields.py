@@ -1,0 +1,96 @@
+"""A layer's weight as matrices of receptive fields, and the noise maps that drive a convolution."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from feedbackpath.layers import UntiedWeight
+from feedbackpath.ops import ConvGeometry
+
+MAP_POSITIONS = 64  # positions in a noise map: 64 along a line, 8 x 8 in a plane, 4 x 4 x 4 in space
+
+
+def as_matrix(tensor: Tensor, weight: UntiedWeight) -> Tensor:
+    """View a tensor laid out as W as ``[groups, neurons, inputs]``, the values of one receptive field each.
+
+    Inputs are in the order of memory, so that no copy is made of a dense tensor, channels last or not. A
+    transposed convolution is seen from one input position: each output position is a neuron of its own.
+    """
+    groups = count_groups(weight)
+    if weight.transposed:
+        return tensor.reshape(groups, tensor.shape[0] // groups, -1).mT
+    if _is_channels_last(tensor):
+        tensor = tensor.movedim(1, -1)
+    return tensor.reshape(groups, tensor.shape[0] // groups, -1)
+
+
+def as_rows(tensor: Tensor, weight: UntiedWeight) -> Tensor:
+    """View a tensor laid out as W as ``[neurons, inputs]``: groups make no difference to a neuron alone.
+
+    A view of a dense tensor, but a copy for transposed convolutions, whose neurons are not in order.
+    """
+    matrix = as_matrix(tensor, weight)
+    return matrix.reshape(-1, matrix.shape[-1])
+
+
+def make_estimate(weight: UntiedWeight, dtype: torch.dtype, scratch: Tensor | None = None) -> Tensor:
+    """Allocate a tensor with W's shape and order of inputs, of which ``as_matrix`` is a view."""
+    w = weight.weight
+    flat = w.new_empty(w.numel(), dtype=dtype) if scratch is None else scratch[: w.numel()]
+    if _is_channels_last(w) and not weight.transposed:
+        return flat.view(w.movedim(1, -1).shape).movedim(-1, 1)
+    return flat.view(w.shape)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return not tensor.is_contiguous() and tensor.movedim(1, -1).is_contiguous()
+
+
+def count_groups(weight: UntiedWeight) -> int:
+    """Return the groups of a convolution; 1 elsewhere."""
+    return weight.layer.groups if isinstance(weight.layer, _ConvNd) else 1
+
+
+def count_channels(weight: UntiedWeight) -> int:
+    """Return the output channels: activations with a setting a channel need them in dimension 1."""
+    first, second = weight.weight.shape[:2]
+    return second * count_groups(weight) if weight.transposed else first
+
+
+def outputs_per_channel(weight: UntiedWeight) -> int:
+    """Return the neurons of ``as_matrix`` that share a channel: the kernel's positions, if transposed."""
+    return weight.fan_out // weight.weight.shape[1] if weight.transposed else 1
+
+
+def per_neuron(values: Tensor, weight: UntiedWeight) -> Tensor:
+    """Spread one value a channel over the neurons of ``as_matrix``: ``[groups, neurons, 1]``."""
+    groups = count_groups(weight)
+    by_group = values.reshape(groups, -1, 1)
+    return by_group.repeat_interleave(outputs_per_channel(weight), 1) if weight.transposed else by_group
+
+
+def own_bias(weight: UntiedWeight) -> Tensor | None:
+    """Return the layer's bias; None for a packed attention projection, whose answer is linear."""
+    return weight.layer.bias if isinstance(weight.layer, nn.Linear | _ConvNd) else None
+
+
+def unpadded(layer: _ConvNd) -> ConvGeometry:
+    """Return the layer's geometry without padding: every weight then meets equally many inputs."""
+    zeros = (0,) * len(layer.kernel_size)
+    return ConvGeometry(layer.stride, zeros, layer.dilation, layer.transposed, zeros, layer.groups)
+
+
+def map_side(layer: _ConvNd) -> int:
+    """Return how many positions a noise map has along each dimension."""
+    return round(math.pow(MAP_POSITIONS, 1 / len(layer.kernel_size)))
+
+
+def map_size(layer: _ConvNd) -> list[int]:
+    """Return the size of an input map that gives ``map_side`` positions a dimension without padding."""
+    side = map_side(layer)
+    if layer.transposed:
+        return [side] * len(layer.kernel_size)
+    sizes = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    return [(side - 1) * stride + dilation * (kernel - 1) + 1 for kernel, stride, dilation in sizes]
