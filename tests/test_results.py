@@ -34,3 +34,12 @@ def test_glyphs_mirror_stays_aligned_from_its_first_mirroring_on():
             for entry in (run["start"], *run["history"]):
                 assert max(entry["matrix_angle_deg"].values()) < 12
                 assert 0.9 < min(entry["gain"].values()) <= max(entry["gain"].values()) < 1.1
+
+
+def test_fashion_mnist_is_at_or_below_the_published_figures():
+    results = load("fashion-mnist-lenet")
+    assert {entry["n"] for entry in results["summary"].values()} == {5}
+    for rule, published in (("bp", 9.2), ("fa", 13.06), ("ss", 9.61)):
+        assert mean_error(results, rule) <= published
+    for rule in ("kp", "wm"):
+        assert mean_error(results, rule) == pytest.approx(mean_error(results, "bp"), abs=0.3)

@@ -48,7 +48,7 @@ class Design:
     is_paired: bool = False
 
     def relative_variance(self, fan_in: int, samples: int, spread: float = 1.0) -> float:
-        """Return E|B - W|^2 / |W|^2 of a pass at gain 1.
+        """Return ``E|B - W|^2 / |W|^2`` of a pass at gain 1.
 
         Args:
             fan_in: n, the inputs of a neuron.

@@ -6,7 +6,7 @@ from feedbackpath.train.config import RunConfig
 def glyphs_resnet8(rule: str = "bp", norm: str = "after") -> RunConfig:
     """The 8-layer ResNet on 200 glyphs, as in ``feedbackpath compare`` (its defaults).
 
-    Expected test error, norm after, 5 seeds: bp 2.8%, fa 98%, ss 4.3%, kp 3.1%, wm 3.4%
+    Expected test error, norm after, 5 seeds: bp 2.8%, fa 98%, ss 4.3%, kp 3.1%, wm 3.0%
     (``benchmarks/glyphs-resnet8``).
 
     Hardware and time: two CPU cores, one to two minutes.
