@@ -44,6 +44,7 @@ class Engine:
             strategy="ddp" if devices * nodes > 1 else "auto",
             precision=cast(Any, config.precision),
         )
+        _join_group_of_torchrun(kind)
         self._fabric.launch()
         self.device = self._fabric.device
         self.dtype = torch.float64 if config.precision == "64-true" else torch.float32
@@ -140,6 +141,29 @@ def _usable_device(name: str) -> tuple[str, int | None]:
     except (RuntimeError, AssertionError) as error:  # torch was built without the device, or lacks it
         raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device.type, device.index
+
+
+def _join_group_of_torchrun(kind: str) -> None:
+    """Meet the other processes that torchrun started, apart from those of an attempt that crashed.
+
+    Its store outlives a restart and still holds the addresses of processes that are gone: whoever reads them
+    before they are written anew waits for the dead. Fabric goes on with the group that is there.
+    """
+    if not torch.distributed.is_torchelastic_launched() or torch.distributed.is_initialized():
+        return
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ["WORLD_SIZE"] == "1":
+        return
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    world_size, port = int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
+    distributed = cast(Any, torch.distributed)  # its stubs leave the stores out
+    store = distributed.TCPStore(os.environ["MASTER_ADDR"], port, world_size, is_master=False)
+    torch.distributed.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        store=distributed.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=world_size,
+    )
 
 
 def _count_processes(config: TrainConfig) -> tuple[int, int]:
