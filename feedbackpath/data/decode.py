@@ -23,6 +23,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:  # Pillow is imported where it is used: other datasets do without
     from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom edge, in pixels, as Pillow has it."""
@@ -71,6 +72,7 @@ def decode(raw: bytes, choose_box: Callable[[int, int], Box] | None = None) -> P
 def decode_with_pillow(raw: bytes, choose_box: Callable[[int, int], Box] | None = None) -> Pixels:
     """Decode an image to RGB by Pillow alone: see `decode`."""
     image = _open(raw)
+    image.decodermaxblock = len(raw)  # all bytes are here: no need to feed them in blocks
     try:
         # Cropped before it becomes an array: what is outside need not be copied.
         part = image.crop(choose_box(*image.size)) if choose_box else image
@@ -160,7 +162,7 @@ def _decode_jpeg(raw: bytes) -> Pixels | None:
     return pixels
 
 
-def _open(raw: bytes) -> "Image":
+def _open(raw: bytes) -> "ImageFile":
     """Read the header of an image."""
     from PIL import Image as pillow
 

@@ -62,7 +62,7 @@ class ImageSplit:
         positions = stream_positions(indices, epoch, self.samples_per_epoch, len(self.numbers))
         numbers = self.numbers[positions].tolist()
         labels = torch.from_numpy(self.images.labels[numbers])
-        views = torch.zeros(len(numbers), 3, self.size, self.size, dtype=torch.uint8)
+        views = torch.empty(len(numbers), 3, self.size, self.size, dtype=torch.uint8)
         draws = (
             uniform(indices, NUM_DRAWS, self.seed, epoch).tolist() if self.augment else [()] * len(numbers)
         )
@@ -75,6 +75,7 @@ class ImageSplit:
             except (UnreadableImageError, OSError) as error:
                 if self.on_bad_image == "error":
                     raise DataError(self._explain(number, error)) from error
+                view.zero_()
                 label.fill_(UNREADABLE)
         return views, labels
 
