@@ -6,6 +6,7 @@ from rich.console import Console
 
 from feedbackpath.jobs import run_job
 from feedbackpath.recipes import make_recipe
+from feedbackpath.recipes.imagenet import PAPER_MIRROR
 from feedbackpath.report import read_results
 from feedbackpath.report.live import LiveView
 
@@ -22,6 +23,8 @@ def folder(tmp_path_factory):
 def test_an_epoch_of_each_cell(folder, tmp_path, rule, norm, model):
     recipe = make_recipe(f"imagenet-{model}", rule=rule, norm=norm)
     small = {"data_dir": folder, "image_size": 64, "batch_size": 16, "num_threads": 1}
+    if rule == "wm":  # as many samples a pass as a minibatch has images, as in the paper
+        small["rule_settings"] = {"wm": {"mirror": PAPER_MIRROR | {"samples": small["batch_size"]}}}
     epochs = recipe.mirror_epochs + 1
     config = type(recipe)(**(recipe.model_dump() | small | {"epochs": epochs}))
     run_job(config, tmp_path / "run", resume=False, command="", view=LiveView(Console(quiet=True)))

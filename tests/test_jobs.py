@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from image_folders import make_class_folders
 from safetensors.torch import load_file
 
 from feedbackpath import cli
@@ -90,6 +91,7 @@ def test_divergence_says_where_it_began_and_keeps_the_last_good_checkpoint(tmp_p
     assert "layer 'fc" in printed
     (run,) = read_results(out)["runs"]
     assert run["divergence"]["step"] >= 2
+    assert f"diverged at step {run['divergence']['step']} (learning rate 1e+30)" in (out / "report.html").read_text()
     assert list(out.glob("checkpoints/*/epoch-*.pt"))
 
 
@@ -148,3 +150,15 @@ def test_bad_input_gives_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys,
 def test_a_run_resumed_with_other_settings_is_refused(trained, capsys):
     assert run_cli("train", "--resume", trained, "--lr", "0.5") == 2
     assert "lr (0.2 there, 0.5 now)" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_where_its_data_has_moved_but_not_with_other_data(tmp_path, capsys):
+    here, there = make_class_folders(tmp_path / "here"), tmp_path / "there"
+    out = tmp_path / "run"
+    small = ("--data", "imagenet", "--model", "lenet", "--image-size", 32, "--batch-size", 8, "--num-threads", 1)
+    assert run_cli("train", *small, "--data-dir", here, "--epochs", 1, "--out", out) == 0
+    here.rename(there)
+    assert run_cli("train", "--resume", out, "--data-dir", there) == 0
+    next(there.glob("train/*/*.JPEG")).unlink()
+    assert run_cli("train", "--resume", out, "--data-dir", there) == 2
+    assert "the data's checksum (" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import torch
 
 from feedbackpath.errors import ConfigError
 from feedbackpath.report import SCHEMA, read_results, summarise, write_report
+from feedbackpath.report.table import describe_divergence
 from feedbackpath.report.tensorboard import TensorBoardLog
 from feedbackpath.train.checkpoint import Checkpoints, write_json, write_json_lines, write_model, write_text
 from feedbackpath.train.config import CompareConfig, RunConfig
@@ -17,8 +18,9 @@ from feedbackpath.train.loop import Diverged, Measured, State
 
 FREE_TO_CHANGE = {  # on --resume; all else decides the numbers
     "rules", "seeds", "num_threads", "num_workers", "device", "devices", "num_nodes",
-    "checkpoint_steps", "keep_checkpoints",
+    "checkpoint_steps", "keep_checkpoints", "data_dir",
 }  # fmt: skip
+FREE_TO_MOVE = {"source"}  # among the data's facts: a checksum says whether it is the same data
 ENDED = ("finished", "diverged")
 
 
@@ -138,10 +140,7 @@ class ResultsBook:
             "learning_rate": event.learning_rate,
             "origin": event.origin,
         }
-        return (
-            f"{run['rule']} seed {run['seed']} diverged at step {event.step} (epoch {event.epoch}, learning "
-            f"rate {event.learning_rate:.3g}): not finite first: {event.origin}"
-        )
+        return f"{run['rule']} seed {run['seed']} {describe_divergence(run)}"
 
     def end(self, run: dict[str, Any], status: str) -> None:
         """Enter how a run ended; one that finished needs no checkpoint any more, if only results count."""
@@ -205,8 +204,12 @@ def _refuse_other_settings(
         for name in new
         if name not in FREE_TO_CHANGE and new[name] != there[name]
     ]
-    if old["data"] != json.loads(json.dumps({"name": config.data, **facts})):
-        differing.append("data (the files or rendered classes are not the same)")
+    data = json.loads(json.dumps({"name": config.data, **facts}))
+    differing += [
+        f"the data's {name} ({old['data'].get(name)!r} there, {data.get(name)!r} now)"
+        for name in dict.fromkeys([*old["data"], *data])
+        if name not in FREE_TO_MOVE and old["data"].get(name) != data.get(name)
+    ]
     if differing:
         raise ConfigError(f"{out} was run with other settings: {', '.join(differing)}; choose another --out")
 

@@ -13,7 +13,7 @@ from feedbackpath.report.charts import draw_layers, draw_learning_curves
 from feedbackpath.report.curves import group_by_rule
 from feedbackpath.report.panels import Panel, list_differences
 from feedbackpath.report.style import legend_label, style_of
-from feedbackpath.report.table import COLUMNS, error_rows, seeds_by_stop, summary_rows
+from feedbackpath.report.table import COLUMNS, describe_divergence, error_rows, seeds_by_stop, summary_rows
 
 
 def render_page(panels: Sequence[Panel]) -> str:
@@ -61,6 +61,11 @@ def list_notes(panel: Panel) -> list[str]:
             f"{rule}, {seeds}: {stop}; left out of the averaged errors."
             for stop, seeds in seeds_by_stop(group).items()
         ]
+    notes += [
+        f"{run['rule']}, seed {run.get('seed')}: {describe_divergence(run)}."
+        for run in runs
+        if "divergence" in run
+    ]
     if runs and len({run.get("seed") for run in runs}) == 1:
         notes.append("One seed: there are no standard errors, and small differences may be chance.")
     return notes + list_differences(panel)

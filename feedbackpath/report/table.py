@@ -153,6 +153,21 @@ def describe_stop(run: Run) -> str:
     return str(run.get("status", "unknown")) + (f" (epoch {epoch})" if epoch is not None else "")
 
 
+def describe_divergence(run: Run) -> str:
+    """Say where a run diverged.
+
+    Example:
+        >>> where = {"step": 7, "learning_rate": 0.1, "origin": "the output of layer 'fc'"}
+        >>> describe_divergence({"divergence": where})
+        "diverged at step 7 (learning rate 0.1); not finite first: the output of layer 'fc'"
+    """
+    where = run["divergence"]
+    return (
+        f"diverged at step {where['step']} (learning rate {where['learning_rate']:.3g}); "
+        f"not finite first: {where['origin']}"
+    )
+
+
 def _to_markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in (heading, ["---"] * len(heading), *rows)]
     return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
