@@ -11,7 +11,8 @@ from PIL import Image
 from feedbackpath.data import decode as decoding
 from feedbackpath.data.counter import uniform
 from feedbackpath.data.crops import NUM_DRAWS, centre_view, normalise, random_box, random_view
-from feedbackpath.data.decode import UnreadableImageError, decode, image_format
+from feedbackpath.data.decode import JPEG_MAGIC, UnreadableImageError, decode, image_format
+from feedbackpath.data.jpeg import shorten
 
 PHOTOGRAPH = cut_photograph(3, (300, 220))
 RAW = encode(PHOTOGRAPH)
@@ -148,6 +149,41 @@ def test_what_is_no_whole_image_is_refused(decoder, raw, message, is_truncated):
     with pytest.raises(UnreadableImageError, match=message) as caught:
         decode(raw)
     assert caught.value.is_truncated == is_truncated
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True},
+        {"restart_marker_rows": 1}, {"optimize": True}, {"comment": b"\xff\xc0" * 9},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_part_is_the_same_as_when_all_is_decoded(decoder, mode, options):
+    raw = encode(PHOTOGRAPH.convert(mode), **options)
+    whole = decode(raw)
+    for top, bottom in [(0, 1), (3, 100), (0, 220), *((5, bottom) for bottom in range(150, 184))]:
+        part = decode(raw, lambda width, height, rows=(top, bottom): (7, rows[0], width, rows[1]))
+        assert np.array_equal(part, whole[top:bottom, 7:]), (top, bottom)
+
+
+def test_a_shortened_file_decodes_fewer_rows_and_others_stay_as_they_are():
+    assert Image.open(io.BytesIO(shorten(RAW, 40))).size == (300, 48)
+    for raw in (
+        RAW[:-2000],
+        RAW[:100],
+        encode(PHOTOGRAPH, progressive=True),
+        b"\xff\xd8\xff\xc0",
+        JPEG_MAGIC,
+    ):
+        assert shorten(raw, 40) is raw
+    assert shorten(RAW, 220) is RAW
+
+
+def test_a_truncated_file_is_refused_where_its_part_is_whole(decoder):
+    with pytest.raises(UnreadableImageError, match="truncated"):
+        decode(RAW[:-2000], lambda width, height: (0, 0, 16, 16))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF"])

@@ -91,7 +91,10 @@ def test_divergence_says_where_it_began_and_keeps_the_last_good_checkpoint(tmp_p
     assert "layer 'fc" in printed
     (run,) = read_results(out)["runs"]
     assert run["divergence"]["step"] >= 2
-    assert f"diverged at step {run['divergence']['step']} (learning rate 1e+30)" in (out / "report.html").read_text()
+    assert (
+        f"diverged at step {run['divergence']['step']} (learning rate 1e+30)"
+        in (out / "report.html").read_text()
+    )
     assert list(out.glob("checkpoints/*/epoch-*.pt"))
 
 
@@ -155,7 +158,18 @@ def test_a_run_resumed_with_other_settings_is_refused(trained, capsys):
 def test_a_run_goes_on_where_its_data_has_moved_but_not_with_other_data(tmp_path, capsys):
     here, there = make_class_folders(tmp_path / "here"), tmp_path / "there"
     out = tmp_path / "run"
-    small = ("--data", "imagenet", "--model", "lenet", "--image-size", 32, "--batch-size", 8, "--num-threads", 1)
+    small = (
+        "--data",
+        "imagenet",
+        "--model",
+        "lenet",
+        "--image-size",
+        32,
+        "--batch-size",
+        8,
+        "--num-threads",
+        1,
+    )
     assert run_cli("train", *small, "--data-dir", here, "--epochs", 1, "--out", out) == 0
     here.rename(there)
     assert run_cli("train", "--resume", out, "--data-dir", there) == 0

@@ -1,8 +1,8 @@
 """Encoded images to RGB bytes at the size asked for: by simplejpeg where installed, by Pillow otherwise.
 
-Both decode a JPEG whole and with the same library, libjpeg-turbo, and resize with PyTorch's antialiased
-bilinear filter, on bytes: the same pixels to within one grey level of Pillow's own `crop` and `resize`.
-Nothing is decoded at reduced scale, which was slower and changed pixels.
+Both decode a JPEG with the same library, libjpeg-turbo, down to the lower edge of the part that is wanted,
+and resize with PyTorch's antialiased bilinear filter, on bytes: the same pixels to within one grey level of
+Pillow's own `crop` and `resize`. Nothing is decoded at reduced scale, which was slower and changed pixels.
 
 As is usual for ImageNet, EXIF orientation is ignored. Grey, palette, CMYK and 16-bit images become RGB; an
 alpha channel is dropped.
@@ -20,6 +20,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from feedbackpath.data.jpeg import shorten
 
 if TYPE_CHECKING:  # Pillow is imported where it is used: other datasets do without
     from PIL.Image import Image
@@ -58,25 +60,22 @@ def decode(raw: bytes, choose_box: Callable[[int, int], Box] | None = None) -> P
         uint8 `[H, W, 3]`, perhaps a view of more.
 
     Raises:
-        UnreadableImageError: It cannot be decoded, or not to its end.
+        UnreadableImageError: It cannot be decoded, or does not go on to its end.
     """
-    pixels = _decode_jpeg(raw) if raw.startswith(JPEG_MAGIC) and find_simplejpeg() else None
-    if pixels is None:
-        return decode_with_pillow(raw, choose_box)
-    if choose_box is None:
-        return pixels
-    left, top, right, bottom = choose_box(pixels.shape[1], pixels.shape[0])
-    return pixels[top:bottom, left:right]
+    pixels = _decode_jpeg(raw, choose_box) if raw.startswith(JPEG_MAGIC) and find_simplejpeg() else None
+    return decode_with_pillow(raw, choose_box) if pixels is None else pixels
 
 
 def decode_with_pillow(raw: bytes, choose_box: Callable[[int, int], Box] | None = None) -> Pixels:
     """Decode an image to RGB by Pillow alone: see `decode`."""
     image = _open(raw)
+    box = choose_box(*image.size) if choose_box else None
+    if box and image.format == "JPEG":
+        image = _open(shorten(raw, box[3]))
     image.decodermaxblock = len(raw)  # all bytes are here: no need to feed them in blocks
     try:
         # Cropped before it becomes an array: what is outside need not be copied.
-        part = image.crop(choose_box(*image.size)) if choose_box else image
-        return np.array(_to_rgb(part))
+        return np.array(_to_rgb(image.crop(box) if box else image))
     except Exception as error:
         raise UnreadableImageError(f"it cannot be decoded: {error}", is_truncated=True) from error
 
@@ -149,17 +148,21 @@ def find_simplejpeg() -> ModuleType | None:
     return module
 
 
-def _decode_jpeg(raw: bytes) -> Pixels | None:
+def _decode_jpeg(raw: bytes, choose_box: Callable[[int, int], Box] | None) -> Pixels | None:
     """Decode by simplejpeg; none if it refuses, and Pillow shall say whether the file is sound."""
     simplejpeg = find_simplejpeg()
     assert simplejpeg is not None
     try:
-        if simplejpeg.decode_jpeg_header(raw)[2] not in JPEG_COLOURS:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(raw)
+        if colours not in JPEG_COLOURS:
             return None
-        pixels: Pixels = simplejpeg.decode_jpeg(raw, "RGB")
+        left, top, right, bottom = choose_box(width, height) if choose_box else (0, 0, width, height)
+        part = shorten(raw, bottom)
+        # What follows the last row of a shortened file is no fault of it.
+        pixels: Pixels = simplejpeg.decode_jpeg(part, "RGB", strict=part is raw)
     except ValueError:
         return None
-    return pixels
+    return pixels[top:bottom, left:right]
 
 
 def _open(raw: bytes) -> "ImageFile":
