@@ -10,6 +10,7 @@ delta = dL/dy arriving from above (equation numbers of Akrout et al. 2019)::
 W is never saved for the backward pass: there is nothing to transport it from. B has W's layout.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -50,7 +51,7 @@ def linear(x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None = No
         tensor([[6., 6.]])
     """
     x, weight, bias = _cast_for_autocast(x, weight, bias)
-    return _apply(_Linear, x, weight, feedback, bias)
+    return _apply(_Linear, _TransformableLinear, x, weight, feedback, bias)
 
 
 def convolution(
@@ -76,11 +77,17 @@ def convolution(
         tensor([[[1., 2., 1.]]])
     """
     x, weight, bias = _cast_for_autocast(x, weight, bias)
-    return _apply(_Convolution, x, weight, feedback, bias, *geometry)
+    return _apply(_Convolution, _TransformableConvolution, x, weight, feedback, bias, *geometry)
 
 
-def _apply(function: Any, *inputs: Any) -> Tensor:
-    return cast(Tensor, function.apply(*inputs))
+def _apply(function: Any, transformable: Any, *inputs: Any) -> Tensor:
+    """Call an autograd function, in the form that torch.func takes where one of its transforms is active.
+
+    That form has a ``setup_context``, for which PyTorch binds the arguments of each call by their names: that
+    takes longer than all the rest of the call.
+    """
+    is_transformed = torch._C._are_functorch_transforms_active()
+    return cast(Tensor, (transformable if is_transformed else function).apply(*inputs))
 
 
 def _cast_for_autocast(
@@ -109,16 +116,10 @@ def _give_to_both(
 
 
 class _Linear(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, feedback, _ = inputs
+    def forward(ctx: Any, x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, feedback)
+        return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *deltas: Tensor) -> Gradients:
@@ -135,39 +136,33 @@ class _Linear(torch.autograd.Function):
         return grad_x, *_give_to_both(ctx, grad_weight, feedback.dtype), grad_bias
 
 
-class _Convolution(torch.autograd.Function):
+class _TransformableLinear(_Linear):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        feedback: Tensor,
-        bias: Tensor | None,
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-        dilation: tuple[int, ...],
-        transposed: bool,
-        output_padding: tuple[int, ...],
-        groups: int,
-    ) -> Tensor:
-        return torch.convolution(
-            x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
-        )
+    def forward(x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        return F.linear(x, weight, bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, feedback, bias, *geometry = inputs
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, feedback, _ = inputs
         ctx.save_for_backward(x, feedback)
-        ctx.geometry = ConvGeometry(*geometry)
-        ctx.bias_sizes = None if bias is None else bias.shape
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, *geometry: Any
+    ) -> Tensor:
+        _keep_for_convolution(ctx, x, feedback, bias, geometry)
+        return torch.convolution(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, *deltas: Tensor) -> Gradients:
         (delta,) = deltas
         x, feedback = ctx.saved_tensors
         # One call, as in plain backprop, with B where W would be: a weight's gradient takes only its shape.
-        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
             delta,
             x,
             feedback.to(delta.dtype),
@@ -181,3 +176,26 @@ class _Convolution(torch.autograd.Function):
         )
         no_gradients = (None,) * len(ctx.geometry)
         return grad_x, *_give_to_both(ctx, grad_weight, feedback.dtype), grad_bias, *no_gradients
+
+
+class _TransformableConvolution(_Convolution):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, *geometry: Any
+    ) -> Tensor:
+        return torch.convolution(x, weight, bias, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, feedback, bias, *geometry = inputs
+        _keep_for_convolution(ctx, x, feedback, bias, geometry)
+
+
+def _keep_for_convolution(
+    ctx: Any, x: Tensor, feedback: Tensor, bias: Tensor | None, geometry: Sequence[Any]
+) -> None:
+    ctx.save_for_backward(x, feedback)
+    ctx.geometry = geometry
+    ctx.bias_sizes = None if bias is None else bias.shape
