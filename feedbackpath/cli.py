@@ -33,6 +33,10 @@ app.command(
     "feedbackpath.commands:report",
     help="Write the figures and report.html of a run anew, or lay several runs side by side.",
 )
+app.command(
+    "feedbackpath.bench_command:bench",
+    help="Measure what each rule costs beside plain PyTorch: time, memory and start-up.",
+)
 app.command("feedbackpath.commands:rules", help="List the rules.")
 
 data_app = App(name="data", help="Look after the images that imagenet is read from.")

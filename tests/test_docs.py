@@ -14,6 +14,7 @@ import yaml
 
 import feedbackpath as fp
 from feedbackpath import cli, commands
+from feedbackpath.bench_command import bench
 from feedbackpath.recipes import RECIPES
 from feedbackpath.report import markdown_table, read_results
 from feedbackpath.train.config import CompareConfig, RunConfig, TrainConfig
@@ -162,6 +163,10 @@ def make_report_table():
     return make_place_table(commands.report)
 
 
+def make_bench_table():
+    return make_place_table(bench)
+
+
 def make_setting_table():
     return "".join(
         f"| `{name}` | {field.description} |\n"
@@ -179,6 +184,7 @@ def make_setting_table():
         make_eval_table,
         make_recipe_table,
         make_report_table,
+        make_bench_table,
         make_setting_table,
     ],
 )

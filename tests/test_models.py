@@ -155,7 +155,7 @@ def test_the_seed_decides_the_initial_weights(name):
     ("name", "arguments", "message"),
     [
         ("resnet9", {}, "'resnet9' is unknown; did you mean resnet"),
-        ("transformer", {}, "'transformer' is unknown; There are: mlp, lenet"),
+        ("perceiver", {}, "'perceiver' is unknown; There are: mlp, lenet"),
         ("lenet", {"sample_shape": (1, 8, 8)}, "lenet: images of 8x8 are too small, it needs at least 16x16"),
         ("mlp", {"sample_shape": (28, 28)}, "sample_shape must be"),
         ("mlp", {"sample_shape": (0, 28, 28)}, "sample_shape must be"),

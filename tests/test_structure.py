@@ -25,12 +25,14 @@ LEVELS = {
     "alignment": 4,
     "path": 5,
     "feedbackpath": 6,  # the package itself, which offers all of the above
+    "bench": 7,
     "train": 7,
     "recipes": 8,
     "report": 8,
     "jobs": 9,
     "commands": 10,
     "data_commands": 10,
+    "bench_command": 10,
     "cli": 11,
     "__main__": 12,
 }

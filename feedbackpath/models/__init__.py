@@ -11,8 +11,9 @@ from feedbackpath.models.lenet import LeNet
 from feedbackpath.models.mlp import MLP
 from feedbackpath.models.resnet import BasicBlock, Bottleneck, Norm, ResNet
 from feedbackpath.models.resnet_cifar import CifarResNet
+from feedbackpath.models.transformer import RowTransformer
 
-__all__ = ["MLP", "MODELS", "CifarResNet", "LeNet", "Norm", "ResNet", "build_model"]
+__all__ = ["MLP", "MODELS", "CifarResNet", "LeNet", "Norm", "ResNet", "RowTransformer", "build_model"]
 
 Builder = Callable[[tuple[int, int, int], int, Norm], nn.Module]
 """Makes a model from the shape ``(C, H, W)`` of a sample, the number of classes and BatchNorm's place."""
@@ -27,7 +28,7 @@ def build_model(
         name: A key of `MODELS`.
         sample_shape: Shape of one sample, ``(C, H, W)``.
         num_classes: Number of outputs.
-        norm: BatchNorm "after" or "before" the ReLU; no matter in ``mlp`` and ``lenet``, which have none.
+        norm: BatchNorm "after" or "before" the ReLU; no matter in models that have none.
 
     Returns:
         The network, mapping ``[N, C, H, W]`` to ``[N, num_classes]``.
@@ -61,6 +62,10 @@ def _lenet(sample_shape: tuple[int, int, int], num_classes: int, norm: Norm) -> 
     return LeNet(sample_shape, num_classes)
 
 
+def _transformer(sample_shape: tuple[int, int, int], num_classes: int, norm: Norm) -> nn.Module:
+    return RowTransformer(sample_shape, num_classes)
+
+
 def _cifar_resnet(blocks_per_stage: int) -> Builder:
     return lambda sample_shape, num_classes, norm: CifarResNet(
         blocks_per_stage, in_channels=sample_shape[0], num_classes=num_classes, norm=norm
@@ -76,6 +81,7 @@ def _resnet(block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, int, 
 MODELS: dict[str, Builder] = {
     "mlp": _mlp,
     "lenet": _lenet,
+    "transformer": _transformer,
     "resnet8": _cifar_resnet(1),
     "resnet20": _cifar_resnet(3),
     "resnet56": _cifar_resnet(9),

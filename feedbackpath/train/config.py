@@ -29,7 +29,9 @@ class TrainConfig(BaseModel):
         None, description="an unreadable training image stops the run (error), or is counted (imagenet)"
     )
     num_workers: int = Field(0, ge=0, description="processes that read the data of each device")
-    model: str = Field("resnet8", description="mlp, lenet, resnet8, resnet20, resnet56, resnet18 or resnet50")
+    model: str = Field(
+        "resnet8", description="mlp, lenet, transformer, resnet8, resnet20, resnet56, resnet18 or resnet50"
+    )
     norm: Literal["after", "before"] = Field("after", description="BatchNorm after the ReLU, or before it")
     batchnorm_feedback: Literal["autograd", "sigma"] = Field(
         "autograd", description="what BatchNorm sends back: the whole gradient, or delta times gamma / sigma"

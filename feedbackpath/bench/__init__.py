@@ -1,0 +1,5 @@
+"""What a rule costs beside plain PyTorch: time, memory, and the measurements themselves."""
+
+from feedbackpath.bench.bench import BenchSettings, run_bench
+
+__all__ = ["BenchSettings", "run_bench"]

@@ -1,0 +1,141 @@
+"""What is timed: a whole training step of a network on one minibatch, plain or untied."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from feedbackpath.errors import ConfigError
+from feedbackpath.models import MODELS, build_model
+from feedbackpath.path import FeedbackPath, untie
+from feedbackpath.rules import Rule
+
+PLAIN = "plain"
+"""Name of the network that was never untied: what all ratios are to."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A network and its minibatch.
+
+    Attributes:
+        model: A key of `MODELS`.
+        sample_shape: ``(C, H, W)``.
+        num_classes: Number of outputs.
+        batch_size: Samples a step on a CPU.
+        cuda_batch_size: Samples a step on a GPU.
+    """
+
+    model: str
+    sample_shape: tuple[int, int, int]
+    num_classes: int
+    batch_size: int
+    cuda_batch_size: int = 256
+
+
+SMALL_IMAGE, IMAGENET_IMAGE = (1, 28, 28), (3, 224, 224)
+WORKLOADS = {
+    workload.model: workload
+    for workload in (
+        Workload("mlp", SMALL_IMAGE, 10, 256),
+        Workload("lenet", SMALL_IMAGE, 10, 128),
+        Workload("transformer", SMALL_IMAGE, 10, 128),
+        Workload("resnet8", (1, 24, 24), 200, 128),
+        Workload("resnet20", (3, 32, 32), 10, 128),
+        Workload("resnet56", (3, 32, 32), 10, 128),
+        Workload("resnet18", IMAGENET_IMAGE, 1000, 16),
+        Workload("resnet50", IMAGENET_IMAGE, 1000, 8),
+    )
+}
+
+
+def find_workload(model: str) -> Workload:
+    """Return the workload of a model.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if model not in WORKLOADS:
+        raise ConfigError(f"no model {model!r}; there are {', '.join(MODELS)}")
+    return WORKLOADS[model]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a step computes.
+
+    Attributes:
+        device: torch device.
+        is_bf16: Whether the forward pass runs under autocast to bfloat16.
+        is_channels_last: Memory format of images and convolutions.
+        is_compiled: Whether the network runs under ``torch.compile``, with no graph break allowed.
+    """
+
+    device: str = "cpu"
+    is_bf16: bool = False
+    is_channels_last: bool = True
+    is_compiled: bool = False
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The memory format of images."""
+        return torch.channels_last if self.is_channels_last else torch.contiguous_format
+
+
+class TrainingStep:
+    """One network, its optimizer and its minibatch; calling it does one step of SGD with momentum.
+
+    Args:
+        workload: The network and the size of the minibatch.
+        rule: The rule that it is untied by; None: it stays a plain PyTorch model.
+        batch_size: Samples a step.
+        arithmetic: How it computes.
+    """
+
+    def __init__(
+        self, workload: Workload, rule: str | Rule | None, batch_size: int, arithmetic: Arithmetic
+    ) -> None:
+        torch.manual_seed(0)
+        model = build_model(
+            workload.model, sample_shape=workload.sample_shape, num_classes=workload.num_classes
+        )
+        self.model: nn.Module = model.to(arithmetic.device)
+        if arithmetic.is_channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.path: FeedbackPath | None = None if rule is None else untie(self.model, rule)
+        self.optimizer = torch.optim.SGD(
+            [p for p in self.model.parameters() if p.requires_grad],
+            lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4,
+        )  # fmt: skip
+        self._forward: Callable[[Tensor], Tensor] = (
+            torch.compile(self.model, fullgraph=True) if arithmetic.is_compiled else self.model
+        )
+        self.arithmetic = arithmetic
+        shape = (batch_size, *workload.sample_shape)
+        self.x = torch.randn(shape).to(arithmetic.device, memory_format=arithmetic.memory_format)
+        self.y = torch.randint(workload.num_classes, (batch_size,)).to(arithmetic.device)
+
+    def loss(self) -> Tensor:
+        """Run the network forward."""
+        device = torch.device(self.arithmetic.device).type
+        with torch.autocast(device, torch.bfloat16, enabled=self.arithmetic.is_bf16):
+            return F.cross_entropy(self._forward(self.x), self.y)
+
+    def __call__(self) -> None:
+        """Do a step."""
+        self.optimizer.zero_grad()
+        self.loss().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        if self.path is not None:
+            self.path.step()
+
+
+def make_steps(
+    workload: Workload, rules: Mapping[str, str | Rule], batch_size: int, arithmetic: Arithmetic
+) -> dict[str, TrainingStep]:
+    """Return a step of the plain network, and one for each rule."""
+    every: dict[str, Any] = {PLAIN: None, **rules}
+    return {name: TrainingStep(workload, rule, batch_size, arithmetic) for name, rule in every.items()}

@@ -1,0 +1,62 @@
+"""The command ``bench``."""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from feedbackpath.errors import ConfigError
+
+
+def bench(
+    *,
+    models: Annotated[str, Parameter(help="networks, by commas")] = (
+        "mlp,lenet,transformer,resnet8,resnet18,resnet50"
+    ),
+    rules: Annotated[str, Parameter(help="rules, by commas")] = "bp,fa,ss,kp,mirror-kp,wm",
+    rounds: Annotated[int, Parameter(help="timed steps of each network")] = 30,
+    batch_size: Annotated[
+        int | None, Parameter(help="samples a step (each network's own unless given)")
+    ] = None,
+    device: Annotated[str, Parameter(help="torch device")] = "cpu",
+    bf16: Annotated[bool, Parameter(help="autocast to bfloat16", negative="")] = False,
+    channels_last: Annotated[bool, Parameter(help="memory format of images and convolutions")] = True,
+    compile: Annotated[
+        bool, Parameter(help="run under torch.compile, no graph break allowed", negative="")
+    ] = False,
+    num_threads: Annotated[int, Parameter(help="CPU threads of torch")] = 1,
+    out: Annotated[Path, Parameter(help="file for the figures")] = Path("runs/bench.json"),
+) -> int:
+    """Measure what each rule costs beside plain PyTorch: time, memory and start-up.
+
+    Exit codes: 0 done, 2 bad input.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else its profiler writes lines between ours
+    import torch
+
+    from feedbackpath.bench import BenchSettings, run_bench
+    from feedbackpath.bench.workloads import Arithmetic
+
+    if num_threads < 1:
+        raise ConfigError(f"--num-threads is {num_threads}; it must be at least 1")
+    torch.set_num_threads(num_threads)
+    settings = BenchSettings(
+        tuple(models.split(",")),
+        tuple(rules.split(",")),
+        rounds,
+        batch_size,
+        Arithmetic(device, bf16, channels_last, compile),
+    )
+    console = Console()
+    console.print("a training step's time over plain PyTorch's, medians:")
+    found = run_bench(settings, lambda line: console.print(line, highlight=False))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["feedbackpath", *sys.argv[1:]])
+    out.write_text(json.dumps({"command": command, **found}, indent=2) + "\n")
+    console.print(f"quartiles, memory, angles and start-up are in {out}")
+    return 0

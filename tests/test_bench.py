@@ -1,0 +1,136 @@
+"""The benchmark itself: what it measures, and that its figures mean what they say."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from feedbackpath import cli
+from feedbackpath.bench import BenchSettings, run_bench
+from feedbackpath.bench.bench import describe
+from feedbackpath.bench.measure import bytes_of_feedback, peak_bytes, time_in_turns, untie_milliseconds
+from feedbackpath.bench.workloads import PLAIN, WORKLOADS, Arithmetic, TrainingStep, find_workload
+from feedbackpath.errors import ConfigError
+from feedbackpath.models import MODELS
+
+
+def run_cli(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(argument) for argument in arguments])
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def found():
+    lines = []
+    settings = BenchSettings(models=("mlp", "lenet"), rules=("bp", "fa", "kp", "wm"), rounds=2, batch_size=8)
+    results = run_bench(settings, lines.append)
+    assert lines == [describe(name, network) for name, network in results["networks"].items()]
+    return json.loads(json.dumps(results))
+
+
+def test_every_rule_is_measured_beside_plain_pytorch(found):
+    for network in found["networks"].values():
+        assert set(network["step"]) == set(network["feedback_bytes"]) == {"bp", "fa", "kp", "wm"}
+        assert all(0 < row["q1"] <= row["median"] <= row["q3"] for row in network["step"].values())
+        assert network["delta_angles"]["median"] > 0
+        assert network["untie_ms"] > 0
+    assert found["start_up"]["help_s"] > 0
+
+
+def test_memory_is_that_of_plain_pytorch_and_of_the_feedback_weights(found):
+    for network in found["networks"].values():
+        memory, feedback = network["memory_bytes"], network["feedback_bytes"]
+        assert memory["bp"] == memory[PLAIN]
+        assert feedback["bp"] == 0
+        assert memory["fa"] - memory[PLAIN] == pytest.approx(feedback["fa"], rel=0.05)
+        # Its B, its momentum and its gradient.
+        assert memory["kp"] - memory[PLAIN] <= 3.05 * feedback["kp"]
+
+
+def test_a_rule_does_what_it_says(found):
+    for network in found["networks"].values():
+        angles = network["largest_angle_deg"]
+        assert angles["bp"] == 0
+        assert angles["fa"] > 60
+        assert angles["wm"] < 30  # so small a minibatch leaves it little to mirror with
+
+
+def test_calls_take_turns():
+    order = []
+    seconds = time_in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=4)
+    assert "".join(order) == "abbaabba"
+    assert {len(times) for times in seconds.values()} == {4}
+
+
+def test_waiting_is_not_work():
+    seconds = time_in_turns({"sleep": lambda: time.sleep(0.05)}, rounds=2)
+    assert max(seconds["sleep"]) < 0.04
+
+
+def test_peak_memory_counts_what_is_in_use_at_once():
+    def one_after_the_other():
+        for _ in range(3):
+            torch.empty(2**20, dtype=torch.uint8)
+
+    def together():
+        return [torch.empty(2**20, dtype=torch.uint8) for _ in range(3)]
+
+    assert peak_bytes(one_after_the_other, "cpu") == pytest.approx(2**20, rel=0.01)
+    assert peak_bytes(together, "cpu") == pytest.approx(3 * 2**20, rel=0.01)
+
+
+def test_every_workload_is_a_network_that_trains():
+    assert set(WORKLOADS) == set(MODELS)
+    for model in ("mlp", "transformer", "resnet8"):
+        step = TrainingStep(find_workload(model), "kp", 4, Arithmetic(is_bf16=True))
+        before = step.loss().item()
+        for _ in range(20):
+            step()
+        assert step.loss().item() < before
+
+
+def test_untying_leaves_the_model_plain():
+    step = TrainingStep(find_workload("mlp"), None, 4, Arithmetic())
+    times = untie_milliseconds(step.model, "fa", repetitions=2)
+    assert times["untie_ms"] > 0
+    assert "feedback" not in " ".join(step.model.state_dict())
+
+
+def test_bytes_of_shared_feedback_count_once():
+    step = TrainingStep(find_workload("mlp"), "fa", 4, Arithmetic())
+    expected = sum(4 * weight.weight.numel() for weight in step.path.weights)
+    assert bytes_of_feedback(step.path) == expected
+
+
+def test_the_command_writes_its_figures(tmp_path, capsys):
+    out = tmp_path / "new" / "bench.json"
+    small = ("--models", "mlp", "--rules", "fa", "--rounds", 2, "--batch-size", 4)
+    assert run_cli("bench", *small, "--out", out) == 0
+    assert "mlp, batch 4: fa" in capsys.readouterr().out
+    assert json.loads(out.read_text())["networks"]["mlp"]["batch_size"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--models", "resnet9"), "no model 'resnet9'"),
+        (("--rules", "kq"), "unknown rule 'kq'"),
+        (("--rounds", 1), "rounds is 1"),
+        (("--num-threads", 0), "--num-threads is 0"),
+        (("--device", "cuda"), "no GPU"),
+    ],
+)
+def test_bad_input_gives_one_line_and_exit_code_2(capsys, arguments, message):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert run_cli("bench", *arguments) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert len(printed.splitlines()) == 1
+
+
+def test_settings_are_checked_before_anything_runs():
+    with pytest.raises(ConfigError, match="no model"):
+        BenchSettings(models=("mlp", "vgg"))
