@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from feedbackpath.auditing import AuditError, Report, audit
     from feedbackpath.errors import (
         ConfigError,
         DataError,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     )
     from feedbackpath.layers import UntiedWeight
     from feedbackpath.mirror import Mirror, When
+    from feedbackpath.passage import forward_passage
     from feedbackpath.path import FeedbackPath, untie
     from feedbackpath.rules import (
         RULES,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "RULES",
+    "AuditError",
     "Backprop",
     "Clock",
     "ConfigError",
@@ -48,6 +51,7 @@ __all__ = [
     "Mirror",
     "MirrorKolenPollack",
     "MirrorWarning",
+    "Report",
     "Rule",
     "RuleError",
     "SignSymmetry",
@@ -57,11 +61,13 @@ __all__ = [
     "UserError",
     "WeightMirror",
     "When",
+    "audit",
     "draw_feedback",
+    "forward_passage",
     "register_rule",
     "untie",
 ]
-_HOMES = ("errors", "layers", "mirror", "path", "rules")
+_HOMES = ("errors", "layers", "mirror", "passage", "path", "rules", "auditing")
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LEVELS = {
     "errors": 0,
     "ops": 1,
+    "passage": 1,
     "layers": 2,
     "batchnorm": 2,
     "replicas": 3,
@@ -24,6 +25,7 @@ LEVELS = {
     "rules": 3,
     "alignment": 4,
     "path": 5,
+    "auditing": 6,
     "feedbackpath": 6,  # the package itself, which offers all of the above
     "bench": 7,
     "train": 7,

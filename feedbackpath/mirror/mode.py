@@ -24,6 +24,7 @@ from feedbackpath.mirror.estimator import Estimate, estimate_with_codes, estimat
 from feedbackpath.mirror.rates import RATES
 from feedbackpath.mirror.schedule import Schedule
 from feedbackpath.mirror.settings import Mirror
+from feedbackpath.passage import forward_passage
 
 TURN_VALUES = 2**15  # of a B are looked at to tell how far mirroring has turned it
 LEAST_SLOPE = 1e-4  # a neuron that answers with less than this share of its drive does not answer
@@ -53,6 +54,7 @@ class MirrorMode:
         self.schedules: dict[str, Schedule] = {}
         self.uses: dict[str, float] = {}
         self._counter: UseCounter | None = None
+        self._watched: list[UntiedWeight] = []
         self._activations: dict[str, Activation] = {}
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -92,6 +94,7 @@ class MirrorMode:
 
     def watch_step(self, weights: Sequence[UntiedWeight]) -> None:
         """Count how often the first training step uses each weight: a schedule has to know what it costs."""
+        self._watched = list(weights)
         self._counter = UseCounter(weights)
 
     def close(self) -> None:
@@ -122,9 +125,9 @@ class MirrorMode:
         self.schedules = {name: Schedule() for name in state["schedules"]}
         for name, schedule in self.schedules.items():
             schedule.load_state_dict(state["schedules"][name])
-        if self.uses:  # the first step is over, and the next may be of another size
-            self.close()
-            self._counter = None
+        self.close()
+        # Once the first step is over, the next may be of another size.
+        self._counter = UseCounter(self._watched) if self._watched and not self.uses else None
 
     def find_activations(self, weights: Sequence[UntiedWeight]) -> None:
         """Know the activation that follows each weight's layer, from what was given or by tracing.
@@ -159,6 +162,10 @@ class MirrorMode:
         self.passes[weight.name] = passes + 1
 
     def _estimate(self, weight: UntiedWeight, settings: Mirror) -> Estimate:
+        with forward_passage(weight.weight):
+            return self._fire(weight, settings)
+
+    def _fire(self, weight: UntiedWeight, settings: Mirror) -> Estimate:
         activation, design = self._activations[weight.name], settings.design
         rates = RATES[settings.rates](settings.baseline, not settings.baseline_known)
         sigma, block_bias = settings.deviation, settings.block_bias

@@ -1,0 +1,99 @@
+"""Locality: whose signals the update of a feedback weight takes.
+
+One neuron of each layer is disturbed, and nothing else: the delta that arrives at its output, or, in mirror
+mode, its synapses; all other activities and deltas are held. Only the B of its own synapses may then differ.
+A factor that all others share tells of a scalar common to the layer, or to the network: a clipped norm.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from feedbackpath.auditing.replay import Record, Replay
+from feedbackpath.auditing.subject import Subject
+
+STRENGTH = 1.5  # of a disturbed neuron's signal
+TOLERANCE = 1e-4
+OWN = "own pre- and postsynaptic signals"
+UNMOVED = "none in this step"
+
+
+class Disturbed(Replay):
+    """A replay in which neuron 0 of every layer sends another delta, and is another one in mirror mode."""
+
+    def __init__(self, subject: Subject, reference: Record) -> None:
+        super().__init__(subject, reference, "none")
+
+    def _see_delta(self, layer: str, delta: Tensor) -> Tensor | None:
+        held = super()._see_delta(layer, delta)
+        disturbed = (delta if held is None else held).clone()
+        axis = _channel_axis(self._layer_of(layer), disturbed)
+        disturbed.select(axis, 0).mul_(STRENGTH)
+        return disturbed
+
+    def enter_passage(self, weights: tuple[Tensor, ...]) -> None:
+        """Disturb the synapses of one neuron while noise passes."""
+        super().enter_passage(weights)
+        self._scale(weights, STRENGTH)
+
+    def leave_passage(self, weights: tuple[Tensor, ...]) -> None:
+        """Make them what they were."""
+        self._scale(weights, 1.0 / STRENGTH)
+        super().leave_passage(weights)
+
+    def _layer_of(self, name: str) -> Any:
+        return next(weight.layer for weight in self.subject.path.weights if weight.name == name)
+
+    @torch.no_grad()
+    def _scale(self, weights: tuple[Tensor, ...], factor: float) -> None:
+        names = {id(weight.weight): weight for weight in self.subject.path.weights}
+        for weight in weights:
+            if id(weight) in names:
+                _rows_of_first_neuron(weight, names[id(weight)].transposed).mul_(factor)
+
+
+def describe_locality(
+    subject: Subject, before: Mapping[str, Tensor], reference: Record, step: Callable[[], object]
+) -> dict[str, str]:
+    """Return, by layer, what its B's update takes.
+
+    Args:
+        subject: Whose step it is; in the state from before the step.
+        before: Each B before the step.
+        reference: What the step left.
+        step: The step.
+    """
+    after = Disturbed(subject, reference).run(step).feedback
+    transposed = {weight.name: weight.transposed for weight in subject.path.weights}
+    found = {}
+    for name, old in before.items():
+        plain, disturbed = reference.feedback[name] - old, after[name] - old
+        others = torch.ones_like(plain, dtype=torch.bool)
+        _rows_of_first_neuron(others, transposed[name]).fill_(False)
+        found[name] = _compare(plain, disturbed, others)
+    return found
+
+
+def _compare(plain: Tensor, disturbed: Tensor, others: Tensor) -> str:
+    """Say what an update took, from how it differs where nothing of the synapse's own was disturbed."""
+    if not bool((plain != 0).any()):
+        return UNMOVED
+    mine, theirs = plain[others].double(), disturbed[others].double()
+    if mine.numel() == 0 or bool((mine - theirs).norm() <= TOLERANCE * mine.norm()):
+        return OWN
+    factor = (mine @ theirs) / (mine @ mine)
+    if bool((theirs - factor * mine).norm() <= 100 * TOLERANCE * theirs.norm()):
+        return f"{OWN}, and a scalar common to all (a norm, say)"
+    return "NOT LOCAL: signals of other neurons too"
+
+
+def _rows_of_first_neuron(weight: Tensor, transposed: bool) -> Tensor:
+    """Return the part of W, or of what is laid out as W, that belongs to output neuron 0."""
+    return weight[:, 0] if transposed else weight[0]
+
+
+def _channel_axis(layer: Any, output: Tensor) -> int:
+    kernel = getattr(layer, "kernel_size", None)
+    return output.dim() - 1 - len(kernel) if kernel is not None else output.dim() - 1

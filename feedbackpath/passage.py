@@ -1,0 +1,49 @@
+"""Signals that pass forward through a weight outside a model's own forward pass: mirror noise, say.
+
+Whoever watches a step for weight transport has to know them from a copy of the weight: noise that goes in at
+one end of a synapse and is received at the other carries what the synapse does to it, as data do.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Listener(Protocol):
+    """Is told when a passage begins and ends."""
+
+    def enter_passage(self, weights: tuple[Tensor, ...]) -> None:
+        """Signals begin to pass through ``weights``."""
+
+    def leave_passage(self, weights: tuple[Tensor, ...]) -> None:
+        """They have passed."""
+
+
+LISTENERS: list[Listener] = []
+
+
+@contextmanager
+def forward_passage(*weights: Tensor) -> Iterator[None]:
+    """Say that what happens meanwhile sends signals forward through ``weights``.
+
+    A rule of one's own that mirrors puts this round the products of its noise and W; ``audit`` then knows
+    these answers for activity. Without anyone watching it does nothing.
+
+    Args:
+        weights: The forward weights that signals pass.
+
+    Example:
+        >>> import torch
+        >>> weight, noise = torch.ones(2, 3), torch.randn(5, 3)
+        >>> with forward_passage(weight):
+        ...     answer = torch.relu(noise @ weight.T)
+    """
+    for listener in LISTENERS:
+        listener.enter_passage(weights)
+    try:
+        yield
+    finally:
+        for listener in LISTENERS:
+            listener.leave_passage(weights)
