@@ -15,7 +15,8 @@ from feedbackpath.auditing.replay import Record, Replay
 from feedbackpath.auditing.subject import Subject
 
 STRENGTH = 1.5  # of a disturbed neuron's signal
-TOLERANCE = 1e-4
+ROUNDING = 8  # units in the last place of B
+UNEXPLAINED = 0.05  # of a difference, at most, where a common factor of gradient or decay makes it
 OWN = "own pre- and postsynaptic signals"
 UNMOVED = "none in this step"
 
@@ -72,19 +73,25 @@ def describe_locality(
         plain, disturbed = reference.feedback[name] - old, after[name] - old
         others = torch.ones_like(plain, dtype=torch.bool)
         _rows_of_first_neuron(others, transposed[name]).fill_(False)
-        found[name] = _compare(plain, disturbed, others)
+        rounding = ROUNDING * torch.finfo(old.dtype).eps * float(reference.feedback[name].norm())
+        found[name] = _compare(plain, disturbed, old, others, rounding)
     return found
 
 
-def _compare(plain: Tensor, disturbed: Tensor, others: Tensor) -> str:
+def _compare(plain: Tensor, disturbed: Tensor, old: Tensor, others: Tensor, rounding: float) -> str:
     """Say what an update took, from how it differs where nothing of the synapse's own was disturbed."""
     if not bool((plain != 0).any()):
         return UNMOVED
     mine, theirs = plain[others].double(), disturbed[others].double()
-    if mine.numel() == 0 or bool((mine - theirs).norm() <= TOLERANCE * mine.norm()):
+    difference = theirs - mine
+    if bool(difference.norm() <= rounding):
         return OWN
-    factor = (mine @ theirs) / (mine @ mine)
-    if bool((theirs - factor * mine).norm() <= 100 * TOLERANCE * theirs.norm()):
+    # A factor on all gradients scales the update, but not the part of it that is decay, which is B's own.
+    causes = torch.stack([mine, old[others].double()], 1)
+    explained = (
+        causes.cpu() @ torch.linalg.lstsq(causes.cpu(), difference[:, None].cpu(), driver="gelsd").solution
+    )
+    if bool((difference.cpu() - explained[:, 0]).norm() <= UNEXPLAINED * difference.norm()):
         return f"{OWN}, and a scalar common to all (a norm, say)"
     return "NOT LOCAL: signals of other neurons too"
 

@@ -67,7 +67,11 @@ class Replay:
         try:
             with (
                 deltas_seen(self.subject.path, self._see_output),
-                forward_passes_seen(lambda module: self._enter(module.parameters()), lambda _: self._leave()),
+                forward_passes_seen(
+                    self.subject.model,
+                    lambda module: self._enter(module.parameters()),
+                    lambda _: self._leave(),
+                ),
             ):
                 step()
         finally:

@@ -36,7 +36,8 @@ class Finding:
         """Return one line."""
         made_of = "signs of W (1 bit a weight)" if self.what == "sign" else "W"
         if self.method == "replay":
-            return f"{self.layer}: its {self.sink} changes with W, by a way that no operator shows [replay]"
+            whose = "the delta that arrives" if self.sink == "delta" else "the new B"
+            return f"{self.layer}: {whose} changes with W, by a way that no operator shows [replay]"
         return (
             f"{self.layer}: {made_of} in a {self.sink}, {self.values} values, by {self.operation} at "
             f"{self.where} [{self.method}]"

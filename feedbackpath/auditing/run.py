@@ -81,11 +81,21 @@ def audit(step_fn: Step, path: FeedbackPath, *, steps: int = 2, stateful: Sequen
         )
     notes = [] if repeats else ["the step is not repeatable, so that replay says nothing"]
     notes += ["compiled code was run eagerly"] if _is_compiled(path.model, step_fn) else []
-    seen = {(finding.layer, finding.sink) for finding in findings}
-    findings += [finding for finding in replayed if repeats and (finding.layer, finding.sink) not in seen]
+    findings += _only_replayed(findings, replayed)
     return Report(
         tuple(findings), declared_kinds(subject, watch.declared), crossings, locality, tuple(notes), steps
     )
+
+
+def _only_replayed(findings: list[Finding], replayed: list[Finding]) -> list[Finding]:
+    """Return what only replay saw. It knows where a delta arrives, not which layer's W is in it."""
+    layers = {finding.layer for finding in findings if finding.sink == "feedback weight"}
+    has_deltas = any(finding.sink == "delta" for finding in findings)
+    return [
+        finding
+        for finding in replayed
+        if not (has_deltas if finding.sink == "delta" else finding.layer in layers)
+    ]
 
 
 def _find_aliases(subject: Subject) -> list[Finding]:
@@ -128,7 +138,7 @@ def _watch_steps(subject: Subject, step: Step, steps: int) -> tuple[Watch, dict[
         with ExitStack() as stack:
             stack.enter_context(subject.finding_optimizers())
             stack.enter_context(deltas_seen(subject.path, see_output))
-            stack.enter_context(forward_passes_seen(watch.enter_forward, watch.leave_forward))
+            stack.enter_context(forward_passes_seen(subject.model, watch.enter_forward, watch.leave_forward))
             stack.enter_context(watch)
             for number in range(steps):  # noqa: B007 (read by the hooks)
                 step()

@@ -127,14 +127,13 @@ def deltas_seen(path: FeedbackPath, see: Any) -> Iterator[None]:
 
 
 @contextmanager
-def forward_passes_seen(enter: Any, leave: Any) -> Iterator[None]:
-    """Call ``enter(module)`` and ``leave(module)`` round the forward pass of every module."""
-    hooks = [
-        nn.modules.module.register_module_forward_pre_hook(lambda module, args: enter(module)),
-        nn.modules.module.register_module_forward_hook(
-            lambda module, args, output: leave(module), always_call=True
-        ),
-    ]
+def forward_passes_seen(model: nn.Module, enter: Any, leave: Any) -> Iterator[None]:
+    """Call ``enter(module)`` and ``leave(module)`` round the forward pass of every module of a model."""
+    hooks = []
+    for module in model.modules():
+        hooks.append(module.register_forward_pre_hook(lambda module, args: enter(module)))
+        end = module.register_forward_hook(lambda module, args, output: leave(module), always_call=True)
+        hooks.append(end)
     try:
         yield
     finally:

@@ -69,7 +69,8 @@ class AboutBaseline:
 class PushPull:
     """Pairs of cells: one fires the positive part of a signal, the other the negative part.
 
-    The pair of an answering unit are phi(z + b) and phi(-z + b); their difference is odd in z.
+    The pair of an answering unit are phi(z + b) and phi(-z + b), 0 where that is less: a cell fires or is
+    silent. Their difference is odd in z.
     """
 
     def send(self, noise: Tensor) -> Tensor:
@@ -77,10 +78,9 @@ class PushPull:
         return transmit(noise.relu()) - transmit((-noise).relu())
 
     def answer(self, drive: Tensor, bias: Tensor | float, activation: Activation) -> Tensor:
-        """Return phi(z + b) - phi(-z + b)."""
-        return transmit(activation(drive + bias), _NOT_A_RATE) - transmit(
-            activation(bias - drive), _NOT_A_RATE
-        )
+        """Return max(phi(z + b), 0) - max(phi(-z + b), 0)."""
+        push, pull = (activation(signal + bias).clamp_min(0.0) for signal in (drive, -drive))
+        return transmit(push) - transmit(pull)
 
 
 RATES: dict[str, Callable[[float, bool], Rates]] = {
