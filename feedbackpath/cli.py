@@ -34,6 +34,10 @@ app.command(
     help="Write the figures and report.html of a run anew, or lay several runs side by side.",
 )
 app.command(
+    "feedbackpath.audit_command:audit",
+    help="Say whether a training step transports weights: verdict, findings, and what crosses.",
+)
+app.command(
     "feedbackpath.bench_command:bench",
     help="Measure what each rule costs beside plain PyTorch: time, memory and start-up.",
 )

@@ -303,7 +303,7 @@ def test_updates_take_the_signals_of_their_own_neurons(rule, said):
 
 
 def test_a_clipped_norm_is_a_scalar_common_to_all():
-    locality = Task("kp", clip=1e-3, optimizer=OPTIMIZERS["sgd"]).audit().locality
+    locality = Task("kp", clip=0.1, optimizer=OPTIMIZERS["sgd"]).audit().locality
     assert all("a scalar common to all" in said for said in locality.values())
 
 

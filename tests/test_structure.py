@@ -34,6 +34,7 @@ LEVELS = {
     "jobs": 9,
     "commands": 10,
     "data_commands": 10,
+    "audit_command": 10,
     "bench_command": 10,
     "cli": 11,
     "__main__": 12,

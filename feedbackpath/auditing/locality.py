@@ -87,11 +87,9 @@ def _compare(plain: Tensor, disturbed: Tensor, old: Tensor, others: Tensor, roun
     if bool(difference.norm() <= rounding):
         return OWN
     # A factor on all gradients scales the update, but not the part of it that is decay, which is B's own.
-    causes = torch.stack([mine, old[others].double()], 1)
-    explained = (
-        causes.cpu() @ torch.linalg.lstsq(causes.cpu(), difference[:, None].cpu(), driver="gelsd").solution
-    )
-    if bool((difference.cpu() - explained[:, 0]).norm() <= UNEXPLAINED * difference.norm()):
+    causes, difference = torch.stack([mine, old[others].double()], 1).cpu(), difference.cpu()
+    explained = causes @ torch.linalg.lstsq(causes, difference[:, None], driver="gelsd").solution[:, 0]
+    if bool((difference - explained).norm() <= UNEXPLAINED * difference.norm()):
         return f"{OWN}, and a scalar common to all (a norm, say)"
     return "NOT LOCAL: signals of other neurons too"
 
