@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 import feedbackpath as fp
-from feedbackpath import cli, commands
+from feedbackpath import audit_command, cli, commands
 from feedbackpath.bench_command import bench
+from feedbackpath.jobs.audit import table_of_rules
 from feedbackpath.recipes import RECIPES
 from feedbackpath.report import markdown_table, read_results
 from feedbackpath.train.config import CompareConfig, RunConfig, TrainConfig
@@ -163,6 +164,10 @@ def make_report_table():
     return make_place_table(commands.report)
 
 
+def make_audit_table():
+    return make_place_table(audit_command.audit)
+
+
 def make_bench_table():
     return make_place_table(bench)
 
@@ -184,6 +189,7 @@ def make_setting_table():
         make_eval_table,
         make_recipe_table,
         make_report_table,
+        make_audit_table,
         make_bench_table,
         make_setting_table,
     ],
@@ -201,6 +207,7 @@ def test_exit_codes_are_those_of_the_program():
         commands.DONE,
         cli.BAD_INPUT,
         commands.DIVERGED,
+        audit_command.TRANSPORTS,
         *interrupted,
     ]
 
@@ -208,6 +215,10 @@ def test_exit_codes_are_those_of_the_program():
 def test_commands_are_those_of_the_program():
     listed = re.findall(r"^feedbackpath (\w+) .*  ", read("docs/cli.md"), re.MULTILINE)
     assert list(dict.fromkeys(listed)) == [name for name in cli.app if not name.startswith("-")]
+
+
+def test_the_readmes_verdicts_are_those_of_audits():
+    assert f"<!-- audit:begin -->\n{table_of_rules()}<!-- audit:end -->" in read("README.md")
 
 
 def test_every_rule_is_in_the_table_of_rules():

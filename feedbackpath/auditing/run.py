@@ -79,6 +79,11 @@ def audit(step_fn: Step, path: FeedbackPath, *, steps: int = 2, stateful: Sequen
             "audit: the step does something else when it is done again, so that replaying it proves nothing: "
             "let step_fn use one fixed minibatch, and name schedulers, scalers and averages in stateful="
         )
+    locality |= {
+        finding.layer: "signs of W" if finding.what == "sign" else "W"
+        for finding in findings
+        if finding.sink == "feedback weight"
+    }
     notes = [] if repeats else ["the step is not repeatable, so that replay says nothing"]
     notes += ["compiled code was run eagerly"] if _is_compiled(path.model, step_fn) else []
     findings += _only_replayed(findings, replayed)
