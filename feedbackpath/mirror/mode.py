@@ -56,7 +56,6 @@ class MirrorMode:
         self._counter: UseCounter | None = None
         self._watched: list[UntiedWeight] = []
         self._activations: dict[str, Activation] = {}
-        self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def run(self, weights: Sequence[UntiedWeight], settings: Mirror, passes: int = 1) -> None:
         """Let each layer fire noise in its turn, ``passes`` times, and let its B learn from it.
@@ -158,7 +157,7 @@ class MirrorMode:
         share = settings.share_replaced
         if settings.reading == "calibrated":
             share = max(share, 1.0 / (passes + 1))  # plain averaging until memory is full
-        _learn(weight, found, settings, share, is_first=passes == 0)
+        _learn(weight, found, settings, share, may_be_dead=self._may_be_dead(weight, settings))
         self.passes[weight.name] = passes + 1
 
     def _estimate(self, weight: UntiedWeight, settings: Mirror) -> Estimate:
@@ -170,8 +169,9 @@ class MirrorMode:
         rates = RATES[settings.rates](settings.baseline, not settings.baseline_known)
         sigma, block_bias = settings.deviation, settings.block_bias
         if not isinstance(design, Design):
+            place = None if self._may_be_dead(weight, settings) else _own_memory(weight, settings)
             return estimate_with_codes(
-                weight, activation, rates, sigma=sigma, block_bias=block_bias, scratch=self._memory(weight)
+                weight, activation, rates, sigma=sigma, block_bias=block_bias, scratch=place
             )
         return estimate_with_noise(
             weight, activation, rates, design=design, field=settings.field,
@@ -179,15 +179,9 @@ class MirrorMode:
             generator=self._generator(weight),
         )  # fmt: skip
 
-    def _memory(self, weight: UntiedWeight) -> Tensor:
-        """Return memory for an estimate of W, the same for all weights: allocating it takes a CPU longer."""
-        dtype = torch.promote_types(weight.weight.dtype, torch.float32)
-        known = self._scratch.get((weight.weight.device, dtype))
-        if known is None or known.numel() < weight.weight.numel():
-            known = self._scratch[weight.weight.device, dtype] = weight.weight.new_empty(
-                weight.weight.numel(), dtype=dtype
-            )
-        return known
+    def _may_be_dead(self, weight: UntiedWeight, settings: Mirror) -> bool:
+        """Whether neurons may be silent: with blocked biases, one that has answered once always does."""
+        return weight.name not in self.passes or not settings.block_bias
 
     def _generator(self, weight: UntiedWeight) -> torch.Generator:
         key = f"{self.seed}/{self.passes.get(weight.name, 0)}/{weight.name}/{weight.feedback_name}"
@@ -199,11 +193,21 @@ def generator_of(key: str, weight: UntiedWeight) -> torch.Generator:
     return torch.Generator(weight.feedback.device).manual_seed(zlib.crc32(key.encode()))
 
 
-def _learn(weight: UntiedWeight, found: Estimate, settings: Mirror, share: float, is_first: bool) -> None:
+def _own_memory(weight: UntiedWeight, settings: Mirror) -> Tensor | None:
+    """Return B's own memory for the estimate that replaces it, where it can hold one; else None."""
+    feedback = weight.feedback.detach()
+    is_alike = feedback.stride() == weight.weight.stride() and feedback.dtype in (
+        torch.float32,
+        torch.float64,
+    )
+    return feedback.as_strided((feedback.numel(),), (1,)) if settings.is_exact and is_alike else None
+
+
+def _learn(weight: UntiedWeight, found: Estimate, settings: Mirror, share: float, may_be_dead: bool) -> None:
     """Let B learn from what was found, as the reading says."""
     feedback, covariance = weight.feedback, found.covariance
     if settings.reading == "calibrated":
-        _move_to_estimate(weight, found, share, may_be_dead=is_first or not settings.block_bias)
+        _move_to_estimate(weight, found, share, may_be_dead)
     elif settings.reading == "scaled":
         norm = feedback.norm()
         feedback.add_(covariance, alpha=settings.rate).mul_(norm / feedback.norm())
@@ -230,7 +234,8 @@ def _move_to_estimate(weight: UntiedWeight, found: Estimate, share: float, may_b
         old = fields.as_matrix(weight.feedback.to(estimate.dtype), weight)
         fields.as_matrix(estimate, weight).copy_(torch.where(kept, old, fields.as_matrix(estimate, weight)))
     if share == 1.0:
-        weight.feedback.copy_(estimate)
+        if estimate.data_ptr() != weight.feedback.data_ptr():
+            weight.feedback.copy_(estimate)
     else:
         weight.feedback.lerp_(estimate.to(weight.feedback.dtype), share)
 
