@@ -31,6 +31,8 @@ MIRRORS = {
     "scaled": fp.Mirror(noise="gaussian", reading="scaled"),
     "baseline": fp.Mirror(noise="uniform", rates="baseline", baseline=4.0),
     "push-pull": fp.Mirror(rates="push-pull"),
+    "receptive": fp.Mirror(noise="gaussian", field="receptive"),
+    "trigger": fp.Mirror(when=fp.When(trigger_deg=0.5)),
     "turn": fp.Mirror(when=fp.When("turn")),
     "alternate": fp.Mirror(when=fp.When("alternate")),
     "every-second-step": fp.Mirror(when=fp.When("all", every=2)),
@@ -315,6 +317,18 @@ def test_an_update_by_other_neurons_signals_is_flagged():
     report = Task("kp", after_update=mix_rows).audit()
     assert report.transport_free
     assert all(said.startswith("NOT LOCAL") for said in report.locality.values())
+
+
+def test_what_a_mirror_sends_is_counted():
+    crossings = (
+        Task(fp.WeightMirror(fp.Mirror(noise="signs", samples=600, when=fp.When("all")))).audit().crossings
+    )
+    assert {name: crossing.answers for name, crossing in crossings.items()} == {
+        "0": 600 * 8,
+        "2": 600 * 8,
+        "4": 600 * 3,
+    }
+    assert "1800 answers to noise" in str(crossings["4"])
 
 
 def test_the_report_reads_line_by_line():

@@ -49,12 +49,19 @@ class Crossing:
     """What a layer's two paths exchange in one step, in values.
 
     Attributes:
-        activities: Outputs of the layer, mirror noise and answers not counted.
+        activities: Outputs of the layer.
         deltas: Errors that arrive at its output.
+        answers: Answers of the layer to a mirror's noise; a code and its negative count once.
     """
 
     activities: int
     deltas: int
+    answers: int = 0
+
+    def __str__(self) -> str:
+        """Return a phrase."""
+        mirrored = f", {self.answers} answers to noise" if self.answers else ""
+        return f"{self.activities} activities, {self.deltas} deltas{mirrored} a step"
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,5 @@ class Report:
         lines += [f"  note: {note}" for note in self.notes]
         for layer, crossing in self.crossings.items():
             local = f"; B's update: {self.locality[layer]}" if layer in self.locality else ""
-            lines.append(
-                f"  {layer}: {crossing.activities} activities, {crossing.deltas} deltas a step{local}"
-            )
+            lines.append(f"  {layer}: {crossing}{local}")
         return "\n".join(lines)

@@ -151,7 +151,10 @@ def _watch_steps(subject: Subject, step: Step, steps: int) -> tuple[Watch, dict[
     finally:
         hook.remove()
         LISTENERS.remove(watch)
-    crossings = {name: Crossing(activities[name], count) for name, count in deltas.items()}
+    crossings = {
+        name: Crossing(activities[name], count, watch.answers.get(name, 0) // steps)
+        for name, count in deltas.items()
+    }
     return watch, crossings
 
 

@@ -27,6 +27,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         findings: Where something made of weight reached a B, or a delta.
         declared: Scalars of forward parameters that the backward pass took, by parameter.
+        answers: Answers to noise in mirror mode, by layer.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -35,7 +36,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.findings: dict[tuple[str, str, str, str], Finding] = {}
         self.declared: dict[str, int] = {}
         self.ledger = Ledger()
+        self.answers: dict[str, int] = {}
         self._depth = 0
+        self._passing: tuple[str, ...] = ()
         for name, weight in subject.forward_weights.items():
             self.ledger.fix(weight, Made("weight", (name,)))
         for name, parameter in subject.declared.items():
@@ -52,7 +55,16 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """They do so no longer."""
         self._depth -= 1
 
-    enter_passage, leave_passage = enter_forward, leave_forward
+    def enter_passage(self, weights: tuple[Tensor, ...]) -> None:
+        """Noise goes forward through weights from here on."""
+        self.enter_forward()
+        made = [self.ledger.fixed(weight) for weight in weights]
+        self._passing = tuple(name for part in made if part is not None for name in part.sources)
+
+    def leave_passage(self, weights: tuple[Tensor, ...]) -> None:
+        """It does so no longer."""
+        self.leave_forward()
+        self._passing = ()
 
     def label_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Note that what an optimizer remembers of W may hold W: decay goes into its momentum."""
@@ -90,6 +102,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         has_weight = any(made.kind == "weight" for made in parts)
         where = _call_site() if has_weight else ""
         made = join(parts, is_forward=self._depth > 0, operation=f"aten.{name}", where=where)
+        if self._passing and has_weight and made.kind == "activity":
+            for layer in self._passing:
+                self.answers[layer] = self.answers.get(layer, 0) + sum(result.numel() for result in results)
         if name in SIGNS or name == "copysign":
             made = self._signs(name, made, inputs, where)
         if torch._C._current_graph_task_id() != -1 and ACTIVITY in parts and self._depth == 0:
