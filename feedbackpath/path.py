@@ -45,7 +45,8 @@ def untie(
 
     Args:
         model: Any model with Linear, Conv, ConvTranspose or MultiheadAttention layers.
-        rule: A rule or its name: ``"bp"``, ``"fa"``, ``"ss"``, ``"kp"``, ``"wm"``, ``"mirror-kp"``.
+        rule: A rule or its name: ``"bp"``, ``"fa"``, ``"ss"``, ``"kp"``, ``"wm"``, ``"mirror-kp"``,
+            ``"mirror-fa"``.
         overrides: Glob patterns of layer paths to rules, such as ``{"fc": "bp"}``; the last match counts.
         strict: Refuse a model with layers whose weights cannot be untied, instead of warning.
         activations: Glob patterns of layer paths to the activation that follows (mirror mode needs it);

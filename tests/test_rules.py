@@ -157,6 +157,42 @@ def test_mirror_kp_mirrors_at_the_first_step_if_nobody_has():
     assert max(path.matrix_angles().values()) < 1e-6
 
 
+def test_mirroring_once_then_feedback_alignment_keeps_the_first_weights():
+    model = MLP.build()
+    path = fp.untie(model, "mirror-fa")
+    path.mirror()
+    first = [w.detach().clone() for _, w, _ in path.pairs()]
+    for _ in train(model, path, torch.optim.SGD(model.parameters(), lr=0.5), 5):
+        pass
+    for (_, w, b), began in zip(path.pairs(), first, strict=True):
+        torch.testing.assert_close(b.detach(), began, rtol=1e-6, atol=1e-6)
+        assert not torch.allclose(w, began, rtol=1e-3)
+
+
+def test_mirror_fa_mirrors_at_the_first_step_if_nobody_has_and_at_no_other():
+    model = MLP.build()
+    path = fp.untie(model, "mirror-fa")
+    for _ in train(model, path, torch.optim.SGD(model.parameters(), lr=0.5), 3):
+        pass
+    assert set(path.clock.mirror.passes.values()) == {1}
+
+
+def test_mirroring_under_kolen_pollack_now_and_then_corrects_drift():
+    path = fp.untie(MLP.build(), fp.MirrorKolenPollack(every=3))
+    path.mirror()
+    angles = []
+    for _ in range(3):
+        with torch.no_grad():
+            for _, w, _ in path.pairs():
+                w.add_(torch.randn_like(w), alpha=0.1)
+        path.step()
+        angles.append(max(path.matrix_angles().values()))
+    assert min(angles[:2]) > 1
+    assert angles[2] < 1e-5
+    with pytest.raises(fp.RuleError, match="every must be at least 1"):
+        fp.MirrorKolenPollack(every=0)
+
+
 def test_mirror_kp_mirrors_beside_a_rule_that_mirrors_at_every_step():
     """Each rule counts its own passes."""
     path = fp.untie(MLP.build(), "wm", overrides={"4": "mirror-kp"})

@@ -29,6 +29,7 @@ MARKERS = {
     "D": "diamond",
     "v": "triangle-down",
     "P": "cross",
+    "X": "x",
 }
 
 _STYLES = {
@@ -37,9 +38,10 @@ _STYLES = {
     "ss": RuleStyle("sign-symmetry", "#CC79A7", "-.", "^"),
     "wm": RuleStyle("weight mirror", "#009E73", "--", "D"),
     "kp": RuleStyle("Kolen–Pollack", "#0072B2", "-", "v"),
+    "mirror-fa": RuleStyle("mirror, then feedback alignment", "#D55E00", ":", "X"),
     "mirror-kp": RuleStyle("mirror, then Kolen–Pollack", "#56B4E9", "--", "P"),
 }
-_OTHER_COLOURS = ("#D55E00", "#882255", "#999933", "#44AA99", "#666666")
+_OTHER_COLOURS = ("#332288", "#882255", "#999933", "#44AA99", "#666666")
 
 
 def style_of(rule: str) -> RuleStyle:

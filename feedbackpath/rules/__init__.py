@@ -7,13 +7,22 @@ from feedbackpath.rules.backprop import Backprop
 from feedbackpath.rules.base import Clock, FeedbackKind, Rule, draw_feedback
 from feedbackpath.rules.feedback_alignment import FeedbackAlignment
 from feedbackpath.rules.kolen_pollack import KolenPollack
+from feedbackpath.rules.mirror_feedback_alignment import MirrorFeedbackAlignment
 from feedbackpath.rules.mirror_kolen_pollack import MirrorKolenPollack
 from feedbackpath.rules.sign_symmetry import SignSymmetry
 from feedbackpath.rules.weight_mirror import WeightMirror
 
 RULES: dict[str, type[Rule]] = {
     rule.name: rule
-    for rule in (Backprop, FeedbackAlignment, SignSymmetry, KolenPollack, WeightMirror, MirrorKolenPollack)
+    for rule in (
+        Backprop,
+        FeedbackAlignment,
+        SignSymmetry,
+        KolenPollack,
+        WeightMirror,
+        MirrorKolenPollack,
+        MirrorFeedbackAlignment,
+    )
 }
 
 __all__ = [
@@ -23,6 +32,7 @@ __all__ = [
     "FeedbackAlignment",
     "FeedbackKind",
     "KolenPollack",
+    "MirrorFeedbackAlignment",
     "MirrorKolenPollack",
     "Rule",
     "SignSymmetry",

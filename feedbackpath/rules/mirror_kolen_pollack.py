@@ -25,6 +25,8 @@ class MirrorKolenPollack:
     Args:
         mirror: Settings of the one mirroring; by default orthogonal codes: exact behind ReLUs, and so
             weak that any smooth activation is linear to them.
+        every: Steps from one mirroring to the next, to correct drift (an optimizer that treats W and B
+            differently, rounding, noise on the feedback side); None: mirror once.
 
     Example:
         >>> import feedbackpath as fp
@@ -36,12 +38,15 @@ class MirrorKolenPollack:
 
     def __post_init__(self) -> None:
         """Refuse readings that settle elsewhere than at W: Kolen-Pollack would keep what they leave."""
+        if self.every is not None and self.every < 1:
+            raise RuleError(f"mirror-kp: every must be at least 1, not {self.every}")
         if self.mirror.reading != "calibrated":
             raise RuleError(f"mirror-kp needs the 'calibrated' reading, not {self.mirror.reading!r}")
 
     name: ClassVar[str] = "mirror-kp"
     feedback_kind: ClassVar[FeedbackKind] = "learned"
     mirror: Mirror = field(default_factory=Mirror)
+    every: int | None = None
 
     def start(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
         """Draw every B at random; see that every layer's activation is known."""
@@ -49,7 +54,8 @@ class MirrorKolenPollack:
         clock.mirror.find_activations(weights)
 
     def step(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
-        """Mirror what has never been mirrored; from then on the optimizer does it all."""
-        fresh = [weight for weight in weights if weight.name not in clock.mirror.passes]
+        """Mirror what has never been mirrored, and all when it is time; the optimizer does the rest."""
+        is_time = self.every is not None and clock.steps % self.every == 0
+        fresh = [weight for weight in weights if is_time or weight.name not in clock.mirror.passes]
         if fresh:
             clock.mirror.run(fresh, self.mirror, self.mirror.memory_passes)
