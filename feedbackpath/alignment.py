@@ -65,11 +65,7 @@ def delta_angles(
     Raises:
         UntieError: ``compute_loss`` did not run the untied model.
     """
-    with (
-        _buffers_restored(model),
-        _random_numbers_restored(weights),
-        torch.compiler.set_stance("force_eager"),
-    ):
+    with left_as_it_was(weights, model):
         with _outputs_tapped(weights) as outputs, torch.enable_grad():
             loss = compute_loss()
         if not outputs:
@@ -137,6 +133,17 @@ def _forward_values_in_feedback(weights: Sequence[UntiedWeight]) -> Iterator[Non
     finally:
         for feedback, values in kept.values():
             feedback.data.copy_(values)
+
+
+@contextmanager
+def left_as_it_was(weights: Sequence[UntiedWeight], model: nn.Module) -> Iterator[None]:
+    """Let a model run, eagerly, and take back what that changes: running statistics and random numbers."""
+    with (
+        _buffers_restored(model),
+        _random_numbers_restored(weights),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        yield
 
 
 @contextmanager

@@ -41,6 +41,10 @@ app.command(
     "feedbackpath.bench_command:bench",
     help="Measure what each rule costs beside plain PyTorch: time, memory and start-up.",
 )
+app.command(
+    "feedbackpath.mirror_command:mirror",
+    help="Print a plan of mirror mode: samples, predicted angle, FLOPs and share of a step, by layer.",
+)
 app.command("feedbackpath.commands:rules", help="List the rules.")
 
 data_app = App(name="data", help="Look after the images that imagenet is read from.")

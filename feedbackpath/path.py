@@ -12,7 +12,9 @@ from feedbackpath import alignment
 from feedbackpath.batchnorm import SigmaBatchNorm
 from feedbackpath.errors import KolenPollackWarning, RuleError, UnconvertedLayerWarning, UntieError
 from feedbackpath.layers import FeedbackLayer, UntiedWeight
-from feedbackpath.mirror import Mirror, MirrorMode
+from feedbackpath.mirror import LayerPlan, Mirror, MirrorMode
+from feedbackpath.mirror.cost import UseCounter
+from feedbackpath.mirror.plan import make_plan
 from feedbackpath.replicas import SharedReduction
 from feedbackpath.rules import Clock, Rule, resolve_rule
 from feedbackpath.rules.kolen_pollack import check_optimizer
@@ -207,14 +209,49 @@ class FeedbackPath:
             UntieError: There is nothing to mirror: every B is W itself or computed from it.
         """
         self._refuse_retied()
+        for group, how in self._to_mirror(settings):
+            self.clock.mirror.run(group, how, how.memory_passes if steps is None else steps)
+
+    def plan(
+        self, compute_loss: Callable[[], Tensor], settings: Mirror | None = None, *, scale: float = 1.0
+    ) -> list[LayerPlan]:
+        """Say what mirror mode will do with each layer: samples, angle, FLOPs, and how often.
+
+        Args:
+            compute_loss: Runs the model forward on a minibatch of training; tells how much a step computes.
+            settings: How to mirror; None: as the layer's rule does, or by default settings.
+            scale: How many times as many samples a training step has.
+
+        Raises:
+            UntieError: There is nothing to mirror.
+            RuleError: The activations of some layers cannot be found.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 10))
+            >>> path = untie(model, "kp")
+            >>> plan = path.plan(lambda: model(torch.randn(64, 100)).sum(), Mirror(noise="gaussian"))
+            >>> [(layer.name, layer.samples) for layer in plan]
+            [('0', 512), ('2', 512)]
+        """
+        plans = []
+        counter = UseCounter(self.weights)
+        with alignment.left_as_it_was(self.weights, self.model), torch.enable_grad():
+            compute_loss()
+        counter.stop()
+        uses = {name: scale * count for name, count in counter.share().items()}
+        for weights, how in self._to_mirror(settings):
+            self.clock.mirror.find_activations(weights)
+            plans += make_plan(weights, how, self.clock.mirror.activations, uses)
+        return plans
+
+    def _to_mirror(self, settings: Mirror | None) -> list[tuple[list[UntiedWeight], Mirror]]:
+        """Return groups of weights, and how to mirror them."""
         groups = [group for group in self._groups if group[0].feedback_kind in ("own", "learned")]
         if not groups:
             raise UntieError("nothing to mirror: every B is W itself (bp) or computed from it (ss)")
         if settings is None and self.mirrors:
             groups = [group for group in groups if _mirror_settings(group[0])]
-        for rule, group in groups:
-            how = settings or _mirror_settings(rule) or Mirror()
-            self.clock.mirror.run(group, how, how.memory_passes if steps is None else steps)
+        return [(group, settings or _mirror_settings(rule) or Mirror()) for rule, group in groups]
 
     @property
     def mirrors(self) -> bool:

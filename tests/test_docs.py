@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import feedbackpath as fp
-from feedbackpath import audit_command, cli, commands
+from feedbackpath import audit_command, cli, commands, mirror_command
 from feedbackpath.bench_command import bench
 from feedbackpath.jobs.audit import table_of_rules
 from feedbackpath.recipes import RECIPES
@@ -168,6 +168,10 @@ def make_audit_table():
     return make_place_table(audit_command.audit)
 
 
+def make_mirror_table():
+    return make_place_table(mirror_command.mirror)
+
+
 def make_bench_table():
     return make_place_table(bench)
 
@@ -190,6 +194,7 @@ def make_setting_table():
         make_recipe_table,
         make_report_table,
         make_audit_table,
+        make_mirror_table,
         make_bench_table,
         make_setting_table,
     ],

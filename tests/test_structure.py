@@ -35,6 +35,7 @@ LEVELS = {
     "commands": 10,
     "data_commands": 10,
     "audit_command": 10,
+    "mirror_command": 10,
     "bench_command": 10,
     "cli": 11,
     "__main__": 12,

@@ -3,11 +3,13 @@
 from feedbackpath.mirror.activations import find_activations
 from feedbackpath.mirror.designs import DESIGNS, Design, register_design
 from feedbackpath.mirror.mode import MirrorMode
+from feedbackpath.mirror.plan import LayerPlan
 from feedbackpath.mirror.settings import Mirror, When
 
 __all__ = [
     "DESIGNS",
     "Design",
+    "LayerPlan",
     "Mirror",
     "MirrorMode",
     "When",

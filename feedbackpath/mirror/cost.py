@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from feedbackpath.layers import UntiedWeight
 from feedbackpath.mirror.designs import CODE_LENGTH, OrthogonalCodes
+from feedbackpath.mirror.fields import inputs_in_mirror_mode
 from feedbackpath.mirror.settings import Mirror
 
 PRODUCTS_FORWARD, PRODUCTS_STEP = 1, 3  # of a training step: forward, to the inputs, to the weights
@@ -56,7 +57,7 @@ def mirror_flops(weight: UntiedWeight, settings: Mirror) -> float:
     Codes of a group of inputs meet that group's weights alone; the others are silent.
     """
     is_coded = isinstance(settings.design, OrthogonalCodes)
-    samples = CODE_LENGTH if is_coded else settings.samples_for(weight.fan_in)
+    samples = CODE_LENGTH if is_coded else settings.samples_for(inputs_in_mirror_mode(weight, settings.field))
     return 2.0 * forward_flops(weight, samples)
 
 

@@ -53,6 +53,19 @@ def count_groups(weight: UntiedWeight) -> int:
     return weight.layer.groups if isinstance(weight.layer, _ConvNd) else 1
 
 
+def inputs_in_mirror_mode(weight: UntiedWeight, field: str) -> int:
+    """Return how many inputs drive a neuron at once when noise is fired.
+
+    A transposed convolution's output position is reached by one input position alone where one receptive
+    field is driven, and by the kernel's size over the stride's where whole maps are.
+    """
+    if not weight.transposed:
+        return weight.fan_in
+    one_position = weight.weight.shape[0] // count_groups(weight)
+    stride = weight.layer.stride if field == "map" and isinstance(weight.layer, _ConvNd) else ()
+    return max(one_position, weight.fan_in // math.prod(stride)) if stride else one_position
+
+
 def count_channels(weight: UntiedWeight) -> int:
     """Return the output channels: activations with a setting a channel need them in dimension 1."""
     first, second = weight.weight.shape[:2]

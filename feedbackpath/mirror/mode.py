@@ -128,6 +128,11 @@ class MirrorMode:
         # Once the first step is over, the next may be of another size.
         self._counter = UseCounter(self._watched) if self._watched and not self.uses else None
 
+    @property
+    def activations(self) -> dict[str, Activation]:
+        """What is known so far of the activations that follow layers, by the weight's name."""
+        return dict(self._activations)
+
     def find_activations(self, weights: Sequence[UntiedWeight]) -> None:
         """Know the activation that follows each weight's layer, from what was given or by tracing.
 
@@ -173,9 +178,10 @@ class MirrorMode:
             return estimate_with_codes(
                 weight, activation, rates, sigma=sigma, block_bias=block_bias, scratch=place
             )
+        inputs = fields.inputs_in_mirror_mode(weight, settings.field)
         return estimate_with_noise(
             weight, activation, rates, design=design, field=settings.field,
-            num_samples=settings.samples_for(weight.fan_in), sigma=sigma, block_bias=block_bias,
+            num_samples=settings.samples_for(inputs), sigma=sigma, block_bias=block_bias,
             generator=self._generator(weight),
         )  # fmt: skip
 

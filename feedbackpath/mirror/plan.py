@@ -1,0 +1,84 @@
+"""A plan of mirror mode: what each layer will fire, how near its B will come, and what that costs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from feedbackpath.layers import UntiedWeight
+from feedbackpath.mirror import fields
+from feedbackpath.mirror.activations import Activation, is_channelwise
+from feedbackpath.mirror.cost import mirror_flops, mirror_work, step_flops, step_work
+from feedbackpath.mirror.designs import RELU_SPREAD, spread_of
+from feedbackpath.mirror.settings import Mirror
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What mirror mode will do with one layer.
+
+    Attributes:
+        name: The layer's path.
+        inputs: n, the inputs that drive one of its neurons in mirror mode.
+        samples: N, samples of noise a pass.
+        angle_deg: Angle that noise leaves between B and W when B's memory is full; 0 with codes, whose only
+            error is how far W has moved since.
+        flops: Of a pass, as Appendix B counts: two for each product that is added up.
+        share: Those FLOPs over a training step's of the whole network.
+        steps_between: Training steps from one mirroring to the next, on average, that the schedule pays for.
+    """
+
+    name: str
+    inputs: int
+    samples: int
+    angle_deg: float
+    flops: float
+    share: float
+    steps_between: float
+
+
+def make_plan(
+    weights: Sequence[UntiedWeight],
+    settings: Mirror,
+    activations: Mapping[str, Activation],
+    uses: Mapping[str, float],
+) -> list[LayerPlan]:
+    """Plan mirror mode from the layers' sizes and activations; no value of W is looked at.
+
+    Args:
+        weights: The weights to mirror.
+        settings: How to mirror.
+        activations: What follows each layer, by its name.
+        uses: How often a training step uses each value of a weight, by name.
+    """
+    step = sum(step_flops(weight, uses.get(weight.name, 0.0)) for weight in weights)
+    between = _steps_between(weights, settings, uses)
+    return [_plan_layer(weight, settings, activations[weight.name], step, between) for weight in weights]
+
+
+def _plan_layer(
+    weight: UntiedWeight, settings: Mirror, activation: Activation, step: float, between: float
+) -> LayerPlan:
+    inputs = fields.inputs_in_mirror_mode(weight, settings.field)
+    spread = RELU_SPREAD if is_channelwise(activation) else spread_of(activation, settings.deviation)
+    flops = mirror_flops(weight, settings)
+    return LayerPlan(
+        weight.name,
+        inputs,
+        settings.samples_for(inputs),
+        settings.expected_angle_deg(inputs, spread),
+        flops,
+        flops / step if step else float("nan"),
+        between,
+    )
+
+
+def _steps_between(weights: Sequence[UntiedWeight], settings: Mirror, uses: Mapping[str, float]) -> float:
+    """Return how long a layer waits for its turn, on average."""
+    when = settings.when
+    if when.layers == "turn":
+        return float(when.every * len(weights))
+    if when.layers == "alternate":
+        return 2.0 * when.every
+    if when.layers == "all" or when.cost_share is None:
+        return float(when.every)
+    budget = when.cost_share * sum(step_work(weight, uses.get(weight.name, 0.0)) for weight in weights)
+    return max(float(when.every), sum(mirror_work(weight, settings) for weight in weights) / budget)

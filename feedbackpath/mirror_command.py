@@ -1,0 +1,52 @@
+"""The command ``mirror``."""
+
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+
+def mirror(
+    *,
+    model: Annotated[str, Parameter(help="network")] = "resnet8",
+    plan: Annotated[
+        bool, Parameter(help="print what mirror mode will do with each layer", negative="")
+    ] = False,
+    noise: Annotated[str, Parameter(help="noise design")] = "orthogonal",
+    target_angle_deg: Annotated[
+        float | None, Parameter(help="angle that independent noise may leave, in degrees (8 unless given)")
+    ] = None,
+    batch_size: Annotated[int | None, Parameter(help="samples of a training step")] = None,
+) -> int:
+    """Print a plan of mirror mode: per layer samples, predicted angle, FLOPs and share of a step.
+
+    Exit codes: 0 done, 2 bad input.
+    """
+    from rich.table import Table
+
+    from feedbackpath.errors import ConfigError
+    from feedbackpath.jobs.mirror import plan_of_model
+    from feedbackpath.mirror import Mirror
+
+    if not plan:
+        raise ConfigError("mirror: say what to do: --plan prints what mirror mode will do with each layer")
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"--batch-size is {batch_size}; it must be at least 1")
+    settings = Mirror(noise=noise, target_angle_deg=target_angle_deg)
+    layers, size = plan_of_model(model, settings, batch_size)
+    table = Table("layer", "inputs", "samples", "angle", "FLOPs", "of a step", "every")
+    for layer in layers:
+        table.add_row(
+            layer.name, str(layer.inputs), str(layer.samples), f"{layer.angle_deg:.2g}°",
+            f"{layer.flops:.2g}", f"{100 * layer.share:.2g}%", f"{layer.steps_between:.1f}",
+        )  # fmt: skip
+    console = Console()
+    console.print(f"{model}, batch {size}, {noise} noise")
+    console.print(table)
+    total = sum(layer.share for layer in layers)
+    every = layers[0].steps_between
+    console.print(
+        f"all layers once: {100 * total:.2g}% of a training step's FLOPs (Appendix B's count); "
+        f"each is mirrored every {every:.1f} steps on average; angles are what noise leaves, W at rest"
+    )
+    return 0

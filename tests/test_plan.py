@@ -1,0 +1,116 @@
+"""A plan of mirror mode foretells what mirroring gives."""
+
+import pytest
+import torch
+from torch import nn
+
+import feedbackpath as fp
+from feedbackpath import cli
+from feedbackpath.mirror.designs import DESIGNS
+
+INDEPENDENT = [name for name in DESIGNS if name != "orthogonal"]
+
+
+def make_dense():
+    return nn.Sequential(nn.Linear(200, 300), nn.ReLU(), nn.Linear(300, 100), nn.Tanh(), nn.Linear(100, 20))
+
+
+def make_convolutional():
+    return nn.Sequential(
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, groups=2), nn.ReLU(),
+        nn.ConvTranspose2d(64, 32, 4, stride=2), nn.ReLU(),
+    )  # fmt: skip
+
+
+def plan_and_measure(make, **settings):
+    torch.manual_seed(0)
+    mirror = fp.Mirror(**settings)
+    model = make()
+    path = fp.untie(model, fp.WeightMirror(mirror))
+    x = torch.randn(4, 200) if make is make_dense else torch.randn(4, 16, 12, 12)
+    plan = {layer.name: layer for layer in path.plan(lambda: model(x).sum())}
+    path.mirror()
+    return plan, path
+
+
+@pytest.mark.parametrize("field", ["map", "receptive"])
+@pytest.mark.parametrize("make", [make_dense, make_convolutional])
+@pytest.mark.parametrize("noise", INDEPENDENT)
+def test_predicted_angles_are_measured_within_15_percent(noise, make, field):
+    plan, path = plan_and_measure(make, noise=noise, field=field, target_angle_deg=6)
+    for name, angle in path.matrix_angles().items():
+        assert angle == pytest.approx(plan[name].angle_deg, rel=0.15), name
+
+
+def test_codes_leave_nothing_to_chance():
+    plan, path = plan_and_measure(make_convolutional)
+    assert {layer.angle_deg for layer in plan.values()} == {0.0}
+    assert max(path.matrix_angles().values()) < 0.05
+
+
+def test_flops_are_appendix_bs():
+    plan, _ = plan_and_measure(make_dense, noise="gaussian", samples=1000)
+    # Two products, noise through W and the covariance, of 1000 samples, each of two FLOPs a weight.
+    assert plan["0"].flops == 2 * 2 * 1000 * 200 * 300
+    step = 3 * 2 * 4 * (200 * 300 + 300 * 100 + 100 * 20)
+    assert plan["0"].share == pytest.approx(plan["0"].flops / step)
+
+
+@pytest.mark.parametrize(
+    ("when", "expected"),
+    [
+        (fp.When("all"), 1.0),
+        (fp.When("all", every=5), 5.0),
+        (fp.When("turn"), 3.0),
+        (fp.When("alternate"), 2.0),
+        (fp.When(cost_share=None), 1.0),
+    ],
+)
+def test_how_often_follows_from_the_schedule(when, expected):
+    plan, _ = plan_and_measure(make_dense, when=when)
+    assert {layer.steps_between for layer in plan.values()} == {expected}
+
+
+def test_a_smaller_budget_mirrors_less_often():
+    often, rarely = (
+        plan_and_measure(make_dense, when=fp.When(cost_share=share))[0]["0"].steps_between
+        for share in (0.05, 0.01)
+    )
+    assert rarely == pytest.approx(5 * often)
+
+
+def test_planning_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 2))
+    path = fp.untie(model, "wm")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    path.plan(lambda: model(torch.randn(4, 6)).sum())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_the_command_prints_a_row_a_layer(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["mirror", "--plan", "--model", "lenet", "--noise", "gaussian"])
+    assert not stop.value.code
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("conv1", "conv2", "fc1", "fc2", "of a training step's FLOPs"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mirror"], "--plan"),
+        (["mirror", "--plan", "--model", "vgg"], "no model 'vgg'"),
+        (["mirror", "--plan", "--noise", "pink"], "noise='pink'"),
+        (["mirror", "--plan", "--batch-size", "0"], "--batch-size is 0"),
+    ],
+)
+def test_bad_input_gives_one_line_and_exit_code_2(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert len(printed.splitlines()) == 1
