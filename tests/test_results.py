@@ -43,3 +43,12 @@ def test_fashion_mnist_is_at_or_below_the_published_figures():
         assert mean_error(results, rule) <= published
     for rule in ("kp", "wm"):
         assert mean_error(results, rule) == pytest.approx(mean_error(results, "bp"), abs=0.3)
+
+
+def test_the_notes_have_the_ratios_that_were_measured():
+    notes = (BENCHMARKS / "NOTES.md").read_text(encoding="utf-8")
+    found = json.loads((BENCHMARKS / "step-cost" / "cpu.json").read_text())
+    for name, network in found["networks"].items():
+        ratios = [network["step"][rule] for rule in ("fa", "ss", "kp", "mirror-kp", "wm")]
+        cells = " | ".join(f"{r['median']:.3f} ({r['q1']:.2f}–{r['q3']:.2f})" for r in ratios)
+        assert f"| {name}, {network['batch_size']} | {cells} |" in notes
