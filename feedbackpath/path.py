@@ -196,7 +196,14 @@ class FeedbackPath:
         for rule, group in self._groups:
             rule.step(group, self.clock)
 
-    def mirror(self, steps: int | None = None, settings: Mirror | None = None) -> None:
+    def mirror(
+        self,
+        steps: int | None = None,
+        settings: Mirror | None = None,
+        *,
+        until_angle_deg: float | None = None,
+        most_steps: int = 1000,
+    ) -> None:
         """Go into mirror mode by hand: before training, in a pause, at any time.
 
         Where some layers' rule mirrors by itself, only those are mirrored, unless ``settings`` are given.
@@ -204,11 +211,27 @@ class FeedbackPath:
         Args:
             steps: Passes through all layers; None: as many as a first mirroring takes.
             settings: How to mirror; None: as the layer's rule does, or by default settings.
+            until_angle_deg: Begin anew, and go on with each layer until its B is so near to W, in degrees,
+                judged by how much passes differ among themselves; instead of ``steps``.
+            most_steps: Passes after which to give up on that, with a warning that names the layers.
 
         Raises:
             UntieError: There is nothing to mirror: every B is W itself or computed from it.
+            RuleError: Both ``steps`` and ``until_angle_deg`` are given, or the angle makes no sense.
+
+        Warns:
+            MirrorWarning: Neurons do not answer, or a layer is too wide to get to ``until_angle_deg``.
         """
         self._refuse_retied()
+        if until_angle_deg is not None:
+            if steps is not None or not 0 < until_angle_deg < 90:
+                raise RuleError(
+                    f"mirror: give steps or until_angle_deg, between 0 and 90 degrees; not {steps} and "
+                    f"{until_angle_deg}"
+                )
+            for group, how in self._to_mirror(settings):
+                self.clock.mirror.run_until(group, how, until_angle_deg, most_steps)
+            return
         for group, how in self._to_mirror(settings):
             self.clock.mirror.run(group, how, how.memory_passes if steps is None else steps)
 

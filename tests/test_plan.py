@@ -114,3 +114,41 @@ def test_bad_input_gives_one_line_and_exit_code_2(capsys, arguments, message):
     printed = capsys.readouterr().err
     assert message in printed
     assert len(printed.splitlines()) == 1
+
+
+@pytest.mark.parametrize("noise", INDEPENDENT)
+@pytest.mark.parametrize("make", [make_dense, make_convolutional])
+def test_mirroring_until_an_angle_stops_where_it_is_reached(make, noise):
+    torch.manual_seed(0)
+    settings = fp.Mirror(noise=noise, samples=256, block_bias=True)
+    path = fp.untie(make(), fp.WeightMirror(settings))
+    path.mirror(until_angle_deg=5)
+    assert all(3.5 < angle < 6 or path.clock.mirror.passes[name] == 2 and angle < 6
+               for name, angle in path.matrix_angles().items()), path.matrix_angles()  # fmt: skip
+    assert len(set(path.clock.mirror.passes.values())) > 1  # each layer takes as many as it needs
+
+
+def test_codes_are_there_at_once():
+    path = fp.untie(make_dense(), "kp")
+    path.mirror(until_angle_deg=0.1)
+    assert set(path.clock.mirror.passes.values()) == {1}
+    assert max(path.matrix_angles().values()) < 0.1
+
+
+def test_a_layer_too_wide_for_the_budget_is_named_with_the_samples_that_it_would_take():
+    path = fp.untie(make_dense(), fp.WeightMirror(fp.Mirror(noise="gaussian", samples=32)))
+    with pytest.warns(fp.MirrorWarning, match=r"'0' \(.* degrees, would take \d+ samples\)"):
+        path.mirror(until_angle_deg=2, most_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 3, "until_angle_deg": 5}, "give steps or until_angle_deg"),
+        ({"until_angle_deg": 90}, "between 0 and 90"),
+        ({"until_angle_deg": 5, "settings": fp.Mirror.paper()}, "'calibrated' reading"),
+    ],
+)
+def test_targets_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(fp.RuleError, match=message):
+        fp.untie(make_dense(), "wm").mirror(**options)

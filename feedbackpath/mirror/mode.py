@@ -67,6 +67,73 @@ class MirrorMode:
             for weight in weights:
                 self._mirror_weight(weight, settings)
 
+    def run_until(
+        self, weights: Sequence[UntiedWeight], settings: Mirror, angle_deg: float, most_passes: int
+    ) -> None:
+        """Mirror each layer, all passes averaged alike, until its B is within an angle of its W.
+
+        The angle is judged by how much passes differ among themselves; W is never looked at. After n of
+        them B moves by ``|dB|^2 = v / (n (n - 1))`` with v a pass's variance, and v / n is left in B::
+
+            tan^2(angle) = (n - 1) |dB|^2 / (|B|^2 - (n - 1) |dB|^2)
+
+        Args:
+            weights: The weights to mirror, from the beginning.
+            settings: How, in the calibrated reading.
+            angle_deg: When to stop, in degrees.
+            most_passes: When to give up.
+
+        Raises:
+            RuleError: Another reading settles elsewhere than at W.
+
+        Warns:
+            MirrorWarning: Names the layers that did not get there, and the samples that they would take.
+        """
+        if settings.reading != "calibrated":
+            raise RuleError(
+                f"mirror: until_angle_deg needs the 'calibrated' reading, not {settings.reading!r}"
+            )
+        self.find_activations(weights)
+        short = {
+            weight: reached
+            for weight in weights
+            if (reached := self._average_until(weight, settings, angle_deg, most_passes)) > angle_deg
+        }
+        if short:
+            named = ", ".join(
+                f"{weight.name!r} ({reached:.1f} degrees, would take "
+                f"{settings.design.samples_for(weight.fan_in, angle_deg)} samples)"
+                for weight, reached in short.items()
+            )
+            warnings.warn(
+                f"mirror mode: {most_passes} passes leave more than {angle_deg:g} degrees in {named}; allow "
+                "more passes or more samples, or use orthogonal codes",
+                MirrorWarning,
+                stacklevel=3,
+            )
+
+    @torch.no_grad()
+    def _average_until(
+        self, weight: UntiedWeight, settings: Mirror, angle_deg: float, most_passes: int
+    ) -> float:
+        """Average passes until they agree well enough; return the angle that is left, as they tell."""
+        self.passes.pop(weight.name, None)
+        reached = 90.0
+        for number in range(1, most_passes + 1):
+            before = weight.feedback.detach().clone()
+            found = self._estimate(weight, settings)
+            _learn(weight, found, settings, 1.0 / number, may_be_dead=self._may_be_dead(weight, settings))
+            self.passes[weight.name] = number
+            if settings.is_exact:
+                return 0.0
+            noise = (number - 1) * float((weight.feedback - before).square().sum())
+            signal = float(weight.feedback.square().sum()) - noise
+            if number > 1 and signal > 0:
+                reached = math.degrees(math.atan(math.sqrt(noise / signal)))
+            if reached <= angle_deg:
+                break
+        return reached
+
     def run_due(self, weights: Sequence[UntiedWeight], settings: Mirror, step: int) -> None:
         """Mirror the weights whose turn it is after a training step: see ``When``.
 
