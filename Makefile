@@ -8,7 +8,7 @@ DEVELOP := $(VENV)/.develop
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test check format docs clean
+.PHONY: help compare test check bench format docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ check: $(DEVELOP) test  ## all that CI runs: format, lint, types, tests with doc
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) docs
+
+bench: $(CORE)  ## what each rule costs beside plain PyTorch, into runs/bench.json
+	$(BIN)/feedbackpath bench
 
 format: $(DEVELOP)  ## put the code in order
 	$(BIN)/ruff format .
