@@ -78,6 +78,24 @@ def test_parameter_counts_are_the_published_ones(name, channels, num_classes, ex
     assert count_parameters(model) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "depth", "channels"), [("resnet14", 14, 64), ("resnet110", 110, 64), ("resnet8x4", 8, 256)]
+)
+def test_small_resnets_come_in_any_depth_and_width(name, depth, channels):
+    model = build_model(name, sample_shape=(3, 32, 32), num_classes=10)
+    assert sum(isinstance(layer, nn.Conv2d | nn.Linear) for layer in model.modules()) == depth
+    assert model.fc.in_features == channels
+
+
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
+def test_hidden_layers_come_in_any_width(name):
+    plain, wide = (
+        max(p.shape[0] for p in build_model(n, sample_shape=(1, 28, 28), num_classes=10).parameters())
+        for n in (name, f"{name}x2")
+    )
+    assert wide == 2 * plain
+
+
 @pytest.mark.parametrize("norm", ["after", "before"])
 @pytest.mark.parametrize(
     ("name", "depths", "convs_per_block", "downsample_first"),
@@ -155,6 +173,11 @@ def test_the_seed_decides_the_initial_weights(name):
     ("name", "arguments", "message"),
     [
         ("resnet9", {}, "'resnet9' is unknown; did you mean resnet"),
+        ("resnet12", {}, "'resnet12' is unknown"),
+        ("resnet2", {}, "'resnet2' is unknown"),
+        ("resnet50x2", {}, "'resnet50x2' is unknown"),
+        ("lenetx2", {}, "'lenetx2' is unknown"),
+        ("mlp3", {}, "'mlp3' is unknown"),
         ("perceiver", {}, "'perceiver' is unknown; There are: mlp, lenet"),
         ("lenet", {"sample_shape": (1, 8, 8)}, "lenet: images of 8x8 are too small, it needs at least 16x16"),
         ("mlp", {"sample_shape": (28, 28)}, "sample_shape must be"),

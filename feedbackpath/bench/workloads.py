@@ -1,7 +1,7 @@
 """What is timed: a whole training step of a network on one minibatch, plain or untied."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from feedbackpath.errors import ConfigError
-from feedbackpath.models import MODELS, build_model
+from feedbackpath.models import MODELS, build_model, find_builder
 from feedbackpath.path import FeedbackPath, untie
 from feedbackpath.rules import Rule
 
@@ -53,14 +53,22 @@ WORKLOADS = {
 
 
 def find_workload(model: str) -> Workload:
-    """Return the workload of a model.
+    """Return the workload of a model; networks of other depths and widths take that of their family.
 
     Raises:
         ConfigError: There is none.
+
+    Example:
+        >>> find_workload("resnet8x4").sample_shape, find_workload("resnet32").sample_shape
+        ((1, 24, 24), (3, 32, 32))
     """
-    if model not in WORKLOADS:
-        raise ConfigError(f"no model {model!r}; there are {', '.join(MODELS)}")
-    return WORKLOADS[model]
+    if model in WORKLOADS:
+        return WORKLOADS[model]
+    try:
+        find_builder(model)
+    except ValueError as error:
+        raise ConfigError(f"no model {model!r}; there are {', '.join(MODELS)}") from error
+    return replace(WORKLOADS.get(model.partition("x")[0], WORKLOADS["resnet20"]), model=model)
 
 
 @dataclass(frozen=True)

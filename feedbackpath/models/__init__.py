@@ -1,5 +1,6 @@
 """Plain networks with no learning rule inside, and the table of their names."""
 
+import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from math import prod
@@ -25,7 +26,8 @@ def build_model(
     """Build the network called ``name`` with fresh weights from PyTorch's random generator.
 
     Args:
-        name: A key of `MODELS`.
+        name: A key of `MODELS`; or ``resnetD`` for any depth D = 6n + 2 of the networks for small images;
+            ``xK`` behind it, or behind ``mlp`` or ``transformer``, makes hidden layers K times as wide.
         sample_shape: Shape of one sample, ``(C, H, W)``.
         num_classes: Number of outputs.
         norm: BatchNorm "after" or "before" the ReLU; no matter in models that have none.
@@ -40,35 +42,60 @@ def build_model(
         >>> model = build_model("resnet8", sample_shape=(1, 28, 28), num_classes=10)
         >>> model.layer3[0].conv1
         Conv2d(32, 64, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), bias=False)
+        >>> build_model("resnet14x2", sample_shape=(1, 28, 28), num_classes=10).layer3[0].conv1
+        Conv2d(64, 128, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), bias=False)
     """
-    if name not in MODELS:
-        close = get_close_matches(name, MODELS, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"model {name!r} is unknown; {hint}There are: {', '.join(MODELS)}")
+    builder = find_builder(name)
     if len(sample_shape) != 3 or min(sample_shape) < 1:
         raise ValueError(f"model {name}: sample_shape must be (channels, height, width), got {sample_shape}")
     if num_classes < 1:
         raise ValueError(f"model {name}: num_classes must be at least 1, got {num_classes}")
     if norm not in get_args(Norm):
         raise ValueError(f"model {name}: norm must be 'after' or 'before' the ReLU, got {norm!r}")
-    return MODELS[name](sample_shape, num_classes, norm)
+    return builder(sample_shape, num_classes, norm)
 
 
-def _mlp(sample_shape: tuple[int, int, int], num_classes: int, norm: Norm) -> nn.Module:
-    return MLP((prod(sample_shape), 512, 512, num_classes))
+def find_builder(name: str) -> Builder:
+    """Return what builds the network called ``name``, of the table or of another depth or width.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    sized = re.fullmatch(r"(mlp|transformer|resnet([1-9]\d*))(?:x([1-9]\d*))?", name)
+    depth, width = (int(size or 1) for size in sized.group(2, 3)) if sized else (1, 1)
+    if sized and sized[1] in SIZED:
+        return SIZED[sized[1]](width)
+    if depth % 6 == 2 and depth not in (2, 50):  # resnet50 is ImageNet's, and resnet50x2 would not be
+        return _cifar_resnet((depth - 2) // 6, width)
+    close = get_close_matches(name, MODELS, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ValueError(
+        f"model {name!r} is unknown; {hint}There are: {', '.join(MODELS)}; resnetD of any depth D = 6n + 2; "
+        "and K times as wide, as in resnet20x4, mlpx2, transformerx2"
+    )
+
+
+def _mlp(width: int = 1) -> Builder:
+    return lambda sample_shape, num_classes, norm: MLP(
+        (prod(sample_shape), 512 * width, 512 * width, num_classes)
+    )
 
 
 def _lenet(sample_shape: tuple[int, int, int], num_classes: int, norm: Norm) -> nn.Module:
     return LeNet(sample_shape, num_classes)
 
 
-def _transformer(sample_shape: tuple[int, int, int], num_classes: int, norm: Norm) -> nn.Module:
-    return RowTransformer(sample_shape, num_classes)
+def _transformer(width: int = 1) -> Builder:
+    return lambda sample_shape, num_classes, norm: RowTransformer(
+        sample_shape, num_classes, width=128 * width, num_heads=4 * width
+    )
 
 
-def _cifar_resnet(blocks_per_stage: int) -> Builder:
+def _cifar_resnet(blocks_per_stage: int, width: int = 1) -> Builder:
     return lambda sample_shape, num_classes, norm: CifarResNet(
-        blocks_per_stage, in_channels=sample_shape[0], num_classes=num_classes, norm=norm
+        blocks_per_stage, in_channels=sample_shape[0], num_classes=num_classes, norm=norm, width=width
     )
 
 
@@ -78,10 +105,11 @@ def _resnet(block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, int, 
     )
 
 
+SIZED: dict[str, Callable[[int], Builder]] = {"mlp": _mlp, "transformer": _transformer}
 MODELS: dict[str, Builder] = {
-    "mlp": _mlp,
+    "mlp": _mlp(),
     "lenet": _lenet,
-    "transformer": _transformer,
+    "transformer": _transformer(),
     "resnet8": _cifar_resnet(1),
     "resnet20": _cifar_resnet(3),
     "resnet56": _cifar_resnet(9),

@@ -29,13 +29,14 @@ class SubsampleAndPad(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A 3x3 stem, three stages of blocks with 16, 32 and 64 channels, mean pooling and ``fc``.
+    """A 3x3 stem, stages of blocks with 16, 32 and 64 channels times ``width``, mean pooling and ``fc``.
 
     Args:
         blocks_per_stage: The n of a depth of 6n+2.
         in_channels: Channels of the images.
         num_classes: Number of outputs.
         norm: Whether BatchNorm comes after or before the ReLU.
+        width: How many times as many channels.
 
     Example:
         >>> import torch
@@ -46,15 +47,18 @@ class CifarResNet(nn.Module):
         torch.Size([2, 10])
     """
 
-    def __init__(self, blocks_per_stage: int, *, in_channels: int, num_classes: int, norm: Norm) -> None:
+    def __init__(
+        self, blocks_per_stage: int, *, in_channels: int, num_classes: int, norm: Norm, width: int = 1
+    ) -> None:
         super().__init__()
         self.norm = norm
-        self.conv1 = nn.Conv2d(in_channels, 16, kernel_size=3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(16, 16, blocks_per_stage, norm)
-        self.layer2 = _stage(16, 32, blocks_per_stage, norm)
-        self.layer3 = _stage(32, 64, blocks_per_stage, norm)
-        self.fc = nn.Linear(64, num_classes)
+        first, second, third = 16 * width, 32 * width, 64 * width
+        self.conv1 = nn.Conv2d(in_channels, first, kernel_size=3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.layer1 = _stage(first, first, blocks_per_stage, norm)
+        self.layer2 = _stage(first, second, blocks_per_stage, norm)
+        self.layer3 = _stage(second, third, blocks_per_stage, norm)
+        self.fc = nn.Linear(third, num_classes)
         initialise_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
