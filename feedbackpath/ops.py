@@ -10,7 +10,8 @@ delta = dL/dy arriving from above (equation numbers of Akrout et al. 2019)::
 W is never saved for the backward pass: there is nothing to transport it from. B has W's layout.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 Gradients = tuple[Tensor | None, ...]
+_weights_learn = True
 
 
 class ConvGeometry(NamedTuple):
@@ -80,6 +82,25 @@ def convolution(
     return _apply(_Convolution, _TransformableConvolution, x, weight, feedback, bias, *geometry)
 
 
+@contextmanager
+def errors_alone() -> Iterator[None]:
+    """Let backward passes send errors back and work out no weight's gradient.
+
+    Autograd does not tell a function written in Python that nobody asks for one.
+    """
+    global _weights_learn
+    before, _weights_learn = _weights_learn, False
+    try:
+        yield
+    finally:
+        _weights_learn = before
+
+
+def _asks_for_product(ctx: Any) -> bool:
+    """Whether W or B wants the outer product."""
+    return _weights_learn and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
+
+
 def _apply(function: Any, transformable: Any, *inputs: Any) -> Tensor:
     """Call an autograd function, in the form that torch.func takes where one of its transforms is active.
 
@@ -111,8 +132,23 @@ def _give_to_both(
     if grad_weight is None:
         return None, None
     to_weight = grad_weight if ctx.needs_input_grad[1] else None
-    to_feedback = grad_weight.to(feedback_dtype) if ctx.needs_input_grad[2] else None
+    to_feedback = share(grad_weight.to(feedback_dtype)) if ctx.needs_input_grad[2] else None
     return to_weight, to_feedback
+
+
+def share(gradient: Tensor) -> Tensor:
+    """Return a tensor of the same values whose memory is the other's, until one of the two is written to.
+
+    Autograd would copy a tensor that goes to two parameters. So would whoever clips or unscales gradients in
+    place; an update only reads them. Where a tensor cannot be shared so, it is returned as it is.
+    """
+    is_plain = type(gradient) is Tensor and gradient.device.type in ("cpu", "cuda")
+    if not is_plain or torch.compiler.is_compiling():
+        return gradient
+    try:
+        return torch._lazy_clone(gradient)
+    except RuntimeError:  # memory of an allocator that PyTorch cannot share
+        return gradient
 
 
 class _Linear(torch.autograd.Function):
@@ -129,7 +165,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = delta @ feedback.to(delta.dtype)
         flat_delta = delta.reshape(-1, delta.shape[-1])
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        if _asks_for_product(ctx):
             grad_weight = flat_delta.T @ x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[3]:
             grad_bias = flat_delta.sum(0)
@@ -170,7 +206,7 @@ class _Convolution(torch.autograd.Function):
             *ctx.geometry,
             (
                 ctx.needs_input_grad[0],
-                ctx.needs_input_grad[1] or ctx.needs_input_grad[2],
+                _asks_for_product(ctx),
                 ctx.needs_input_grad[3],
             ),
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from feedbackpath import ops
 from feedbackpath.layers import UntiedWeight
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DistributedDataParallel asks its module for
@@ -49,7 +50,11 @@ def _watch(weight: UntiedWeight) -> RemovableHandle:
     @torch.no_grad()
     def hand_over() -> None:
         gradient, own = weight.weight.grad, weight.feedback.grad
-        if gradient is not None and own is not None:
+        if gradient is None or own is None:
+            return
+        if gradient.untyped_storage().nbytes() == gradient.nbytes:
+            weight.feedback.grad = ops.share(gradient)
+        else:  # a part of what is sent at once: all of that would be kept
             own.copy_(gradient)
 
     def hand_over_later(_: Tensor) -> None:
