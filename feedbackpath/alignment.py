@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from feedbackpath import ops
 from feedbackpath.errors import UntieError
 from feedbackpath.layers import UntiedWeight
 
@@ -74,9 +75,10 @@ def delta_angles(
                 "reentrant checkpointing): run its own model"
             )
         tapped = [edge for edges in outputs.values() for edge in edges]
-        through_feedback = torch.autograd.grad(loss, tapped, retain_graph=True, allow_unused=True)
-        with _forward_values_in_feedback(weights):
-            through_weights = torch.autograd.grad(loss, tapped, allow_unused=True)
+        with ops.errors_alone():
+            through_feedback = torch.autograd.grad(loss, tapped, retain_graph=True, allow_unused=True)
+            with _forward_values_in_feedback(weights):
+                through_weights = torch.autograd.grad(loss, tapped, allow_unused=True)
     return _compare(outputs, through_feedback, through_weights)
 
 
