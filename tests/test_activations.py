@@ -8,6 +8,7 @@ from torch import nn
 
 import feedbackpath as fp
 from feedbackpath.mirror import find_activations
+from feedbackpath.mirror.activations import odd_slope
 
 PROBE = torch.linspace(-3, 3, 13)
 
@@ -167,3 +168,38 @@ def test_functions_that_work_in_place_and_functions_that_cannot_be_told():
     found = find_activations(Net(), ["one", "two"])
     assert found["one"](torch.tensor(-1.0)) == 0
     assert "two" not in found
+
+
+@pytest.mark.parametrize(
+    ("activation", "slope"),
+    [
+        (torch.relu, 0.5),
+        (nn.ReLU(inplace=True), 0.5),
+        (F.gelu, 0.5),
+        (nn.GELU("tanh"), 0.5),
+        (nn.SiLU().forward, 0.5),
+        (nn.LeakyReLU(0.5), 0.75),
+        (nn.Identity(), 1.0),
+        (torch.tanh, None),
+        (nn.ReLU6(), None),  # linear near 0 alone
+        (nn.ELU(), None),
+        (nn.PReLU(), None),  # learns
+        (lambda x: torch.relu(x), None),  # nobody knows what else it does, some day
+    ],
+)
+def test_the_answer_to_a_code_and_its_negative_is_known_for_some(activation, slope):
+    assert odd_slope(activation) == (slope and pytest.approx(slope))
+
+
+def test_slopes_of_activations_that_are_found_are_known():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.three = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            return self.three(F.relu(F.leaky_relu(self.one(x), 0.5), inplace=True)) + F.relu_(self.two(x))
+
+    found = find_activations(Model(), ["one", "two", "three"])
+    slopes = {name: odd_slope(activation) for name, activation in found.items()}
+    assert slopes == {"one": pytest.approx(0.75), "two": 0.5, "three": 1.0}

@@ -11,8 +11,9 @@ from torch import nn
 import feedbackpath as fp
 from feedbackpath.alignment import angle_deg
 from feedbackpath.mirror import designs, fields
-from feedbackpath.mirror.estimator import estimate_with_noise
-from feedbackpath.mirror.rates import Signed
+from feedbackpath.mirror.activations import odd_slope
+from feedbackpath.mirror.estimator import estimate_with_codes, estimate_with_noise
+from feedbackpath.mirror.rates import RATES, Signed
 
 ACTIVATIONS = {
     "relu": nn.ReLU(),
@@ -147,6 +148,38 @@ def test_orthogonal_noise_is_exact_behind_relus(problem):
         path.mirror()
         assert angle_deg(weight.feedback, weight.weight) < limit
         assert path.gains()["0"] == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("at_gain_one", [False, True])
+@pytest.mark.parametrize("name", ["relu", "leaky", "gelu", "identity"])
+@pytest.mark.parametrize("problem", KINDS, ids=by_id)
+def test_answers_that_are_known_need_not_be_worked_out(problem, name, at_gain_one):
+    _, weight = untie_alone(problem.build(), nn.ReLU())
+    activation = ACTIVATIONS[name]
+    known, worked_out = (
+        estimate_with_codes(
+            weight, activation, Signed(), sigma=0.5, block_bias=True, slope=slope, at_gain_one=at_gain_one
+        )
+        for slope in (odd_slope(activation), None)
+    )
+    torch.testing.assert_close(known.slopes, worked_out.slopes, rtol=1e-12, atol=0)
+    if not at_gain_one:
+        torch.testing.assert_close(known.covariance, worked_out.covariance, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(known.at_gain_one(), worked_out.at_gain_one(), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("settings", [{"block_bias": False}, {"rates": "push-pull"}], ids=str)
+def test_answers_are_worked_out_where_biases_or_rates_change_them(settings):
+    layer = nn.Linear(30, 20)
+    nn.init.constant_(layer.bias, 0.003)
+    path, weight = untie_alone(layer, nn.LeakyReLU(0.3), **settings)
+    path.mirror()
+    with torch.no_grad():
+        found = estimate_with_codes(
+            weight, nn.LeakyReLU(0.3), RATES[settings.get("rates", "signed")](1.0, False), sigma=0.01,
+            block_bias=settings.get("block_bias", True),
+        ).at_gain_one()  # fmt: skip
+    torch.testing.assert_close(weight.feedback.detach(), found)
 
 
 @pytest.mark.parametrize("problem", ATTENTIONS, ids=by_id)

@@ -1,5 +1,7 @@
 """Which activation follows a layer: mirror noise goes through W and then through it (equation 1)."""
 
+import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -157,17 +159,43 @@ def is_channelwise(activation: Activation) -> bool:
         return True
 
 
+def odd_slope(activation: Activation) -> float | None:
+    """Return s where ``phi(z) - phi(-z) = 2 s z`` for every z: 1/2 of a ReLU, GELU or SiLU.
+
+    None where that does not hold, or is not known to hold for ever: the activation is not one of torch's, or
+    it learns.
+
+    Example:
+        >>> odd_slope(torch.relu), odd_slope(nn.LeakyReLU(0.5)), odd_slope(torch.tanh)
+        (0.5, 0.75, None)
+    """
+    origin = inspect.unwrap(activation)
+    module = getattr(origin, "__self__", origin)
+    if isinstance(module, nn.Module):
+        is_known = type(module) in (*ACTIVATION_MODULES, nn.Identity) and not any(module.parameters())
+    else:
+        is_known = origin is identity or origin in ACTIVATION_FUNCTIONS or origin in OUT_OF_PLACE
+    if not is_known:
+        return None
+    z = torch.logspace(-8, 8, 161, dtype=torch.float64)
+    slopes = (activation(z.clone()) - activation(-z)) / (2.0 * z)
+    return slopes[0].item() if torch.allclose(slopes, slopes[0], rtol=1e-7, atol=0.0) else None
+
+
 def out_of_place(activation: Activation) -> Activation:
     """Return the activation, made to leave its argument as it was: mirror mode still needs that."""
-    works_in_place = activation in OUT_OF_PLACE or getattr(activation, "inplace", False)
-    return (lambda x: activation(x.clone())) if works_in_place else activation
+    if activation not in OUT_OF_PLACE and not getattr(activation, "inplace", False):
+        return activation
+    return functools.wraps(activation)(lambda x: activation(x.clone()))
 
 
 def _with_arguments(function: Callable[..., Tensor], node: torch.fx.Node) -> Activation:
     """Bind the settings that the model calls a functional activation with (a slope, say)."""
     settings = {key: value for key, value in node.kwargs.items() if key not in ("input", "inplace")}
     positional = node.args[1:]
-    return (lambda x: function(x, *positional, **settings)) if settings or positional else function
+    if not settings and not positional:
+        return function
+    return functools.wraps(function)(lambda x: function(x, *positional, **settings))
 
 
 def _is_same(one: Activation | None, other: Activation | None) -> bool:

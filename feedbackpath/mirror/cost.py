@@ -28,17 +28,20 @@ class Machine:
 
     Attributes:
         per_value: For a value of W that is mirrored by codes: reading, writing and small products.
+        per_answer: Beyond that, where answers to codes have to be worked out (no ``odd_slope``).
         per_layer: For the calls of mirroring a layer.
         per_layer_step: For the calls of training a layer.
     """
 
     per_value: float
+    per_answer: float
     per_layer: float
     per_layer_step: float
 
 
-# Measured on a core that trains at 73 GFLOP/s: mirroring takes 5 ns a value and 140 us a layer there.
-MACHINES = {"cpu": Machine(400.0, 1e7, 2.5e7), "cuda": Machine(1000.0, 3e9, 9e9)}
+# CPU: measured on a core that trains at 73 GFLOP/s, where mirroring takes 2 ns a value, 3 more with answers
+# worked out, and 140 us a layer. CUDA: not measured, an estimate.
+MACHINES = {"cpu": Machine(150.0, 250.0, 1e7, 2.5e7), "cuda": Machine(400.0, 600.0, 3e9, 9e9)}
 
 
 def forward_flops(weight: UntiedWeight, uses: float) -> float:
@@ -61,11 +64,18 @@ def mirror_flops(weight: UntiedWeight, settings: Mirror) -> float:
     return 2.0 * forward_flops(weight, samples)
 
 
-def mirror_work(weight: UntiedWeight, settings: Mirror) -> float:
-    """Return what one mirroring costs on the weight's device."""
+def mirror_work(weight: UntiedWeight, settings: Mirror, slope: float | None) -> float:
+    """Return what one mirroring costs on the weight's device.
+
+    Args:
+        weight: The weight to mirror.
+        settings: How.
+        slope: The ``odd_slope`` of the activation that follows.
+    """
     machine = _machine(weight)
     if isinstance(settings.design, OrthogonalCodes):
-        return machine.per_value * weight.weight.numel() + machine.per_layer
+        answers = machine.per_answer if slope is None else 0.0
+        return (machine.per_value + answers) * weight.weight.numel() + machine.per_layer
     return mirror_flops(weight, settings) + machine.per_layer
 
 

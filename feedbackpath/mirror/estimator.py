@@ -22,7 +22,7 @@ from feedbackpath.layers import UntiedWeight
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation, is_channelwise
 from feedbackpath.mirror.designs import CODE_LENGTH, Design, orthogonal_codes
-from feedbackpath.mirror.rates import Rates
+from feedbackpath.mirror.rates import Rates, Signed
 
 CHUNK_VALUES = 2**15  # answers that a CPU works on at once: they stay in its cache
 _Receive = Callable[[Tensor, slice], Tensor]
@@ -38,6 +38,7 @@ class Estimate:
         drive_answer: Sum of z (y - mean y) for each output channel.
         drive_power: Sum of z^2 for each output channel, over the same samples.
         variance: sigma^2.
+        is_at_gain_one: Whether cov has been divided by sigma^2 s.
     """
 
     weight: UntiedWeight
@@ -45,6 +46,7 @@ class Estimate:
     drive_answer: Tensor
     drive_power: Tensor
     variance: float
+    is_at_gain_one: bool = False
 
     @property
     def slopes(self) -> Tensor:
@@ -53,8 +55,10 @@ class Estimate:
 
     def at_gain_one(self) -> Tensor:
         """Turn the covariance, in place, into the W that it tells of: cov / (sigma^2 s), laid out as W."""
-        scale = fields.per_neuron(self.slopes * self.variance, self.weight)
-        fields.as_matrix(self.covariance, self.weight).div_(scale)
+        if not self.is_at_gain_one:
+            scale = fields.per_neuron(self.slopes * self.variance, self.weight)
+            fields.as_matrix(self.covariance, self.weight).div_(scale)
+            self.is_at_gain_one = True
         return self.covariance
 
 
@@ -65,6 +69,8 @@ def estimate_with_codes(
     *,
     sigma: float,
     block_bias: bool,
+    slope: float | None = None,
+    at_gain_one: bool = False,
     scratch: Tensor | None = None,
 ) -> Estimate:
     """Fire orthogonal codes, one group of inputs after the other: see ``OrthogonalCodes``.
@@ -78,41 +84,91 @@ def estimate_with_codes(
         rates: How noise and answers travel.
         sigma: The codes' strength.
         block_bias: Whether the layer's bias is left out meanwhile (equation 12).
+        slope: s where the activation is known to answer a code and its negative with phi(z) - phi(-z) = 2 s z
+            (``odd_slope``): the answer is computed so, which is a ReLU's to the last bit.
+        at_gain_one: Whether to return the covariance at gain one where that costs nothing more.
         scratch: Memory for the covariance, at least as large as W; made anew where not given.
     """
     dtype = torch.promote_types(weight.weight.dtype, torch.float32)
     codes = rates.send(sigma * orthogonal_codes(weight.weight.device, dtype))
-    decode = codes.mT / (2.0 * CODE_LENGTH)
     covariance = fields.make_estimate(weight, dtype, scratch)
     source = fields.as_rows(weight.weight.detach(), weight)
     target = (
         torch.empty_like(source, dtype=dtype) if weight.transposed else fields.as_rows(covariance, weight)
     )
-    receive = _receiver(weight, activation, rates, block_bias, dtype)
-    sums = []
-    for rows in _row_chunks(source, weight, activation):
-        part = source[rows]
-        padded = F.pad(part, (0, -part.shape[1] % CODE_LENGTH)) if part.shape[1] % CODE_LENGTH else part
-        drive = padded.reshape(-1, CODE_LENGTH).to(dtype) @ codes
-        by_channel = drive.view(1, len(part) // fields.outputs_per_channel(weight), -1)
-        answer = receive(by_channel, rows) - receive(-by_channel, rows)
-        sums.append((torch.linalg.vecdot(answer, by_channel), torch.linalg.vecdot(by_channel, by_channel)))
-        found = (answer.view_as(drive) @ decode).view_as(padded)
-        target[rows] = found[:, : part.shape[1]]
+    size = _rows_at_once(source, weight, activation)
+    has_bias = not block_bias and fields.own_bias(weight) is not None
+    if slope is None or has_bias or not isinstance(rates, Signed):
+        receive = _receiver(weight, activation, rates, block_bias, dtype)
+        per_channel = fields.outputs_per_channel(weight)
+        sums = _fire_codes(source, target, codes, receive, per_channel, size)
+        at_gain_one = False
+    else:
+        unit = sigma**2 * slope if at_gain_one else 1.0
+        _fire_codes_at_slope(source, target, codes, slope / unit, size)
+        power = source.new_ones(fields.count_channels(weight), dtype=dtype)
+        sums = slope * power, power
     if weight.transposed:
         matrix = fields.as_matrix(covariance, weight)
         matrix.copy_(target.view(matrix.shape))
+    return Estimate(weight, covariance, *sums, sigma**2, at_gain_one)
+
+
+def _fire_codes(
+    source: Tensor, target: Tensor, codes: Tensor, receive: _Receive, rows_per_channel: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """Write covariances of answers with codes into ``target``; return sums of z (y - mean y) and of z^2.
+
+    Args:
+        source: W as ``[neurons, inputs]``.
+        target: Where cov goes, in the same form.
+        codes: ``[CODE_LENGTH, CODE_LENGTH]`` as they arrive.
+        receive: What channels answer to a drive.
+        rows_per_channel: Neurons that share a channel.
+        size: Neurons to work on at once.
+    """
+    decode = codes.mT / (2.0 * CODE_LENGTH)  # a mean over each code and its negative
+    sums = []
+    for number, (part, place) in enumerate(
+        zip(torch.split(source, size), torch.split(target, size), strict=True)
+    ):
+        rows = slice(number * size, number * size + len(part))
+        drive = _in_groups(part).to(codes.dtype) @ codes
+        z = drive.view(1, len(part) // rows_per_channel, -1)
+        answer = receive(z, rows) - receive(-z, rows)
+        sums.append((torch.linalg.vecdot(answer, z), torch.linalg.vecdot(z, z)))
+        _decode(answer.view_as(drive), decode, place)
     drive_answer, drive_power = (torch.cat(parts, 1)[0] for parts in zip(*sums, strict=True))
-    return Estimate(weight, covariance, drive_answer / 2.0, drive_power, sigma**2)
+    return drive_answer / 2.0, drive_power
 
 
-def _row_chunks(rows: Tensor, weight: UntiedWeight, activation: Activation) -> list[slice]:
-    """Split neurons into chunks; not those whose activation, or place in W, asks for all of them."""
+def _fire_codes_at_slope(source: Tensor, target: Tensor, codes: Tensor, slope: float, size: int) -> None:
+    """Do as ``_fire_codes`` where the answer to a code, less that to its negative, is 2 s z."""
+    decode = codes.mT * (slope / CODE_LENGTH)
+    for part, place in zip(torch.split(source, size), torch.split(target, size), strict=True):
+        _decode(_in_groups(part).to(codes.dtype) @ codes, decode, place)
+
+
+def _in_groups(rows: Tensor) -> Tensor:
+    """View ``[neurons, inputs]`` as ``[neurons * groups, CODE_LENGTH]``; zeros fill up the last group."""
+    missing = -rows.shape[1] % CODE_LENGTH
+    return (F.pad(rows, (0, missing)) if missing else rows).reshape(-1, CODE_LENGTH)
+
+
+def _decode(answer: Tensor, decode: Tensor, place: Tensor) -> None:
+    """Write the covariance of answers with their codes into ``place``, ``[neurons, inputs]``."""
+    if place.shape[1] % CODE_LENGTH == 0 and place.is_contiguous():
+        torch.mm(answer, decode, out=place.view(-1, CODE_LENGTH))
+    else:
+        place.copy_((answer @ decode).view(len(place), -1)[:, : place.shape[1]])
+
+
+def _rows_at_once(rows: Tensor, weight: UntiedWeight, activation: Activation) -> int:
+    """Return how many neurons to work on at once: all where their activation, or place in W, asks for it."""
     is_small = rows.device.type != "cpu" or rows.numel() <= CHUNK_VALUES
     if is_small or weight.transposed or is_channelwise(activation):
-        return [_ALL]
-    size = max(1, CHUNK_VALUES // rows.shape[1])
-    return [slice(first, first + size) for first in range(0, len(rows), size)]
+        return len(rows)
+    return max(1, CHUNK_VALUES // rows.shape[1])
 
 
 def estimate_with_noise(

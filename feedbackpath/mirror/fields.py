@@ -22,7 +22,7 @@ def as_matrix(tensor: Tensor, weight: UntiedWeight) -> Tensor:
     if weight.transposed:
         return tensor.reshape(groups, tensor.shape[0] // groups, -1).mT
     if _is_channels_last(tensor):
-        tensor = tensor.movedim(1, -1)
+        tensor = _with_channels_last(tensor)
     return tensor.reshape(groups, tensor.shape[0] // groups, -1)
 
 
@@ -40,12 +40,16 @@ def make_estimate(weight: UntiedWeight, dtype: torch.dtype, scratch: Tensor | No
     w = weight.weight
     flat = w.new_empty(w.numel(), dtype=dtype) if scratch is None else scratch[: w.numel()]
     if _is_channels_last(w) and not weight.transposed:
-        return flat.view(w.movedim(1, -1).shape).movedim(-1, 1)
+        return torch.as_strided(flat, w.shape, w.stride())
     return flat.view(w.shape)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    return not tensor.is_contiguous() and tensor.movedim(1, -1).is_contiguous()
+    return not tensor.is_contiguous() and _with_channels_last(tensor).is_contiguous()
+
+
+def _with_channels_last(tensor: Tensor) -> Tensor:
+    return tensor.permute(0, *range(2, tensor.dim()), 1)
 
 
 def count_groups(weight: UntiedWeight) -> int:

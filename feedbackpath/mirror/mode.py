@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from feedbackpath.errors import MirrorWarning, RuleError
 from feedbackpath.layers import UntiedWeight
 from feedbackpath.mirror import fields
-from feedbackpath.mirror.activations import Activation, find_activations, out_of_place
+from feedbackpath.mirror.activations import Activation, find_activations, odd_slope, out_of_place
 from feedbackpath.mirror.cost import UseCounter, mirror_work, step_work
 from feedbackpath.mirror.designs import Design
 from feedbackpath.mirror.estimator import Estimate, estimate_with_codes, estimate_with_noise
@@ -56,6 +56,7 @@ class MirrorMode:
         self._counter: UseCounter | None = None
         self._watched: list[UntiedWeight] = []
         self._activations: dict[str, Activation] = {}
+        self._odd_slopes: dict[str, float | None] = {}
 
     def run(self, weights: Sequence[UntiedWeight], settings: Mirror, passes: int = 1) -> None:
         """Let each layer fire noise in its turn, ``passes`` times, and let its B learn from it.
@@ -145,7 +146,8 @@ class MirrorMode:
         self.find_activations(weights)
         self._stop_counting()
         schedule = self.schedules.setdefault(weights[0].name, Schedule())
-        when, work = settings.when, [mirror_work(weight, settings) for weight in weights]
+        when = settings.when
+        work = [mirror_work(weight, settings, self._odd_slopes[weight.name]) for weight in weights]
         budget = self._budget(weights, when.cost_share)
         is_selective = schedule.is_selective(when, work, budget)
         due = set(schedule.choose([w.name for w in weights], step, when, work, budget))
@@ -221,6 +223,7 @@ class MirrorMode:
                 "as in untie(model, 'wm', activations={'encoder.*': torch.relu, 'head': torch.nn.Identity()})"
             )
         self._activations |= found
+        self._odd_slopes |= {name: odd_slope(activation) for name, activation in found.items()}
 
     @torch.no_grad()
     def _mirror_weight(self, weight: UntiedWeight, settings: Mirror) -> None:
@@ -243,8 +246,10 @@ class MirrorMode:
         if not isinstance(design, Design):
             place = None if self._may_be_dead(weight, settings) else _own_memory(weight, settings)
             return estimate_with_codes(
-                weight, activation, rates, sigma=sigma, block_bias=block_bias, scratch=place
-            )
+                weight, activation, rates, sigma=sigma, block_bias=block_bias,
+                slope=self._odd_slopes[weight.name], at_gain_one=settings.reading == "calibrated",
+                scratch=place,
+            )  # fmt: skip
         inputs = fields.inputs_in_mirror_mode(weight, settings.field)
         return estimate_with_noise(
             weight, activation, rates, design=design, field=settings.field,

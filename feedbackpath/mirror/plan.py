@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from feedbackpath.layers import UntiedWeight
 from feedbackpath.mirror import fields
-from feedbackpath.mirror.activations import Activation, is_channelwise
+from feedbackpath.mirror.activations import Activation, is_channelwise, odd_slope
 from feedbackpath.mirror.cost import mirror_flops, mirror_work, step_flops, step_work
 from feedbackpath.mirror.designs import RELU_SPREAD, spread_of
 from feedbackpath.mirror.settings import Mirror
@@ -50,7 +50,8 @@ def make_plan(
         uses: How often a training step uses each value of a weight, by name.
     """
     step = sum(step_flops(weight, uses.get(weight.name, 0.0)) for weight in weights)
-    between = _steps_between(weights, settings, uses)
+    slopes = {weight.name: odd_slope(activations[weight.name]) for weight in weights}
+    between = _steps_between(weights, settings, slopes, uses)
     return [_plan_layer(weight, settings, activations[weight.name], step, between) for weight in weights]
 
 
@@ -71,7 +72,12 @@ def _plan_layer(
     )
 
 
-def _steps_between(weights: Sequence[UntiedWeight], settings: Mirror, uses: Mapping[str, float]) -> float:
+def _steps_between(
+    weights: Sequence[UntiedWeight],
+    settings: Mirror,
+    slopes: Mapping[str, float | None],
+    uses: Mapping[str, float],
+) -> float:
     """Return how long a layer waits for its turn, on average."""
     when = settings.when
     if when.layers == "turn":
@@ -81,4 +87,5 @@ def _steps_between(weights: Sequence[UntiedWeight], settings: Mirror, uses: Mapp
     if when.layers == "all" or when.cost_share is None:
         return float(when.every)
     budget = when.cost_share * sum(step_work(weight, uses.get(weight.name, 0.0)) for weight in weights)
-    return max(float(when.every), sum(mirror_work(weight, settings) for weight in weights) / budget)
+    work = sum(mirror_work(weight, settings, slopes[weight.name]) for weight in weights)
+    return max(float(when.every), work / budget)
