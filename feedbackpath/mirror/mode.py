@@ -26,7 +26,10 @@ from feedbackpath.mirror.schedule import Schedule
 from feedbackpath.mirror.settings import Mirror
 from feedbackpath.passage import forward_passage
 
-TURN_VALUES = 2**15  # of a B are looked at to tell how far mirroring has turned it
+TURN_VALUES = 2**12  # of a B are looked at to tell how far mirroring has turned it
+TURN_EVERY = (
+    4  # mirrorings of a layer, that is looked at: to look costs a small layer as much as to mirror it
+)
 LEAST_SLOPE = 1e-4  # a neuron that answers with less than this share of its drive does not answer
 
 
@@ -53,6 +56,7 @@ class MirrorMode:
         self.passes: dict[str, int] = {}
         self.schedules: dict[str, Schedule] = {}
         self.uses: dict[str, float] = {}
+        self._costs: dict[str, tuple[list[float], float | None]] = {}
         self._counter: UseCounter | None = None
         self._watched: list[UntiedWeight] = []
         self._activations: dict[str, Activation] = {}
@@ -146,19 +150,29 @@ class MirrorMode:
         self.find_activations(weights)
         self._stop_counting()
         schedule = self.schedules.setdefault(weights[0].name, Schedule())
-        when = settings.when
-        work = [mirror_work(weight, settings, self._odd_slopes[weight.name]) for weight in weights]
-        budget = self._budget(weights, when.cost_share)
-        is_selective = schedule.is_selective(when, work, budget)
-        due = set(schedule.choose([w.name for w in weights], step, when, work, budget))
+        work, budget = self._costs_of(weights, settings)
+        is_selective = schedule.is_selective(settings.when, work, budget)
+        names = [weight.name for weight in weights]
+        due = set(schedule.choose(names, step, settings.when, work, budget))
         for position, weight in enumerate(weights):
             # What has never been mirrored cannot wait: its B is still random.
-            if position not in due and weight.name in self.passes:
+            passes = self.passes.get(weight.name, 0)
+            if position not in due and passes:
                 continue
-            before = _sample(weight.feedback) if is_selective else None
+            before = _sample(weight.feedback) if is_selective and passes % TURN_EVERY <= 1 else None
             self._mirror_weight(weight, settings)
-            turned_deg = None if before is None else _angle_deg(before, _sample(weight.feedback))
-            schedule.note(weight.name, step, turned_deg)
+            turn = None if before is None else _turn(before, _sample(weight.feedback))
+            schedule.note(weight.name, step, turn)
+
+    def _costs_of(
+        self, weights: Sequence[UntiedWeight], settings: Mirror
+    ) -> tuple[list[float], float | None]:
+        """Return what mirroring each weight costs, and what a step may spend on it; None: no limit."""
+        key = weights[0].name
+        if key not in self._costs:
+            work = [mirror_work(weight, settings, self._odd_slopes[weight.name]) for weight in weights]
+            self._costs[key] = work, self._budget(weights, settings.when.cost_share)
+        return self._costs[key]
 
     def watch_step(self, weights: Sequence[UntiedWeight]) -> None:
         """Count how often the first training step uses each weight: a schedule has to know what it costs."""
@@ -175,6 +189,7 @@ class MirrorMode:
             self._counter.stop()
             self.uses = self._counter.share() or self.uses
             self._counter = None
+            self._costs.clear()
 
     def _budget(self, weights: Sequence[UntiedWeight], cost_share: float | None) -> float | None:
         """Return what a step may spend on mirroring; None: no limit, or no step was seen to measure it by."""
@@ -190,6 +205,7 @@ class MirrorMode:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to where ``state`` was taken."""
         self.passes, self.uses = dict(state["passes"]), dict(state["uses"])
+        self._costs.clear()
         self.schedules = {name: Schedule() for name in state["schedules"]}
         for name, schedule in self.schedules.items():
             schedule.load_state_dict(state["schedules"][name])
@@ -324,7 +340,6 @@ def _sample(feedback: Tensor) -> Tensor:
     return matrix[:: math.ceil(matrix.numel() / TURN_VALUES)].flatten().float().clone()
 
 
-def _angle_deg(one: Tensor, other: Tensor) -> Tensor:
-    """Return the angle between two vectors in degrees, as a tensor: nothing waits for it."""
-    cosine = one @ other / (one.norm() * other.norm())
-    return torch.rad2deg(torch.arccos(cosine.clamp(-1.0, 1.0)))
+def _turn(before: Tensor, after: Tensor) -> Tensor:
+    """Return how far a vector has moved, in its own lengths, as a tensor: nothing waits for it."""
+    return torch.linalg.vector_norm(after - before) / torch.linalg.vector_norm(after)

@@ -5,6 +5,7 @@ the angle by which B turns when a layer is mirrored again; that angle over the s
 pace, and pace times the steps since is how stale its B must be by now. W is never compared with B.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,23 +87,24 @@ class Schedule:
         ages = [step - self.last.get(name, 0) for name in names]
         return [max(pace, least) * age for pace, age in zip(paces, ages, strict=True)]
 
-    def note(self, name: str, step: int, turned_deg: Tensor | None) -> None:
-        """Note that a layer was mirrored, and the angle by which its B turned, where that was measured."""
-        if turned_deg is not None and step > self.last.get(name, 0):
-            self._unread.append((name, step - self.last.get(name, 0), turned_deg))
+    def note(self, name: str, step: int, turn: Tensor | None) -> None:
+        """Note that a layer was mirrored; and how far its B moved, in its own lengths, where seen."""
+        if turn is not None and step > self.last.get(name, 0):
+            self._unread.append((name, step - self.last.get(name, 0), turn))
         self.last[name] = step
 
     def _read(self) -> None:
-        is_waiting = any(isinstance(turned, Tensor) and turned.is_cuda for _, _, turned in self._unread)
+        is_waiting = any(isinstance(turn, Tensor) and turn.is_cuda for _, _, turn in self._unread)
         if is_waiting and len(self._unread) < READ_TOGETHER:
             return
-        for name, age, turned_deg in self._unread:
-            self.pace[name] = float(turned_deg) / age
+        for name, age, turn in self._unread:
+            # The chord of a turn, in lengths: a B that is as new as random has turned by 90 degrees.
+            self.pace[name] = math.degrees(2.0 * math.asin(min(float(turn) / 2.0, 1.0))) / age
         self._unread.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values that ``load_state_dict`` takes up."""
-        unread = [(name, age, float(turned_deg)) for name, age, turned_deg in self._unread]
+        unread = [(name, age, float(turn)) for name, age, turn in self._unread]
         return {"last": dict(self.last), "pace": dict(self.pace), "credit": self.credit, "unread": unread}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ class When:
 
     layers: Literal["drift", "all", "turn", "alternate"] = "drift"
     every: int = 1
-    cost_share: float | None = 0.05
+    cost_share: float | None = 0.03
     trigger_deg: float = 0.0
 
     def __post_init__(self) -> None:
