@@ -235,6 +235,8 @@ def test_a_layer_that_never_answers_is_named_and_keeps_its_feedback(activation, 
         ({"reading": "printed", "decay": 1.5}, r"would replace 1\.5 of B"),
         ({"target_angle_deg": 90.0}, "target_angle_deg"),
         ({"samples": 100}, "samples are for independent noise"),
+        ({"across_devices": "averaged"}, "across_devices='averaged' is for independent noise"),
+        ({"across_devices": "mean"}, "across_devices='mean' is not one of same, averaged"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):

@@ -20,6 +20,7 @@ from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation, find_activations, out_of_place
 from feedbackpath.mirror.cost import UseCounter, mirror_work, step_work
 from feedbackpath.mirror.designs import Design
+from feedbackpath.mirror.devices import average_over_devices, count_devices, own_rank
 from feedbackpath.mirror.estimator import Estimate, estimate_with_codes, estimate_with_noise
 from feedbackpath.mirror.rates import RATES
 from feedbackpath.mirror.schedule import Schedule
@@ -102,7 +103,7 @@ class MirrorMode:
         if short:
             named = ", ".join(
                 f"{weight.name!r} ({reached:.1f} degrees, would take "
-                f"{settings.design.samples_for(weight.fan_in, angle_deg)} samples)"
+                f"{_count_samples(weight, settings, angle_deg)} samples)"
                 for weight, reached in short.items()
             )
             warnings.warn(
@@ -234,7 +235,10 @@ class MirrorMode:
 
     def _estimate(self, weight: UntiedWeight, settings: Mirror) -> Estimate:
         with forward_passage(weight.weight):
-            return self._fire(weight, settings)
+            found = self._fire(weight, settings)
+        if count_devices(settings) > 1:
+            average_over_devices(found)
+        return found
 
     def _fire(self, weight: UntiedWeight, settings: Mirror) -> Estimate:
         activation, design = self._activations[weight.name], settings.design
@@ -248,22 +252,27 @@ class MirrorMode:
         inputs = fields.inputs_in_mirror_mode(weight, settings.field)
         return estimate_with_noise(
             weight, activation, rates, design=design, field=settings.field,
-            num_samples=settings.samples_for(inputs), sigma=sigma, block_bias=block_bias,
-            generator=self._generator(weight),
+            num_samples=settings.samples_for(inputs, count_devices(settings)), sigma=sigma,
+            block_bias=block_bias, generator=self._generator(weight, own_rank(settings)),
         )  # fmt: skip
 
     def _may_be_dead(self, weight: UntiedWeight, settings: Mirror) -> bool:
         """Whether neurons may be silent: with blocked biases, one that has answered once always does."""
         return weight.name not in self.passes or not settings.block_bias
 
-    def _generator(self, weight: UntiedWeight) -> torch.Generator:
+    def _generator(self, weight: UntiedWeight, rank: int) -> torch.Generator:
         key = f"{self.seed}/{self.passes.get(weight.name, 0)}/{weight.name}/{weight.feedback_name}"
-        return generator_of(key, weight)
+        return generator_of(f"{key}/{rank}" if rank else key, weight)
 
 
 def generator_of(key: str, weight: UntiedWeight) -> torch.Generator:
     """Return random numbers that depend on a key alone, on a weight's device, apart from the global ones."""
     return torch.Generator(weight.feedback.device).manual_seed(zlib.crc32(key.encode()))
+
+
+def _count_samples(weight: UntiedWeight, settings: Mirror, angle_deg: float) -> int:
+    """Return how many samples, in all, bring a weight's B to an angle."""
+    return settings.design.samples_for(fields.inputs_in_mirror_mode(weight, settings.field), angle_deg)
 
 
 def _own_memory(weight: UntiedWeight, settings: Mirror) -> Tensor | None:
