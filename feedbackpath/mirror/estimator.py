@@ -25,6 +25,7 @@ from feedbackpath.mirror.designs import CODE_LENGTH, Design, orthogonal_codes
 from feedbackpath.mirror.rates import Rates
 
 CHUNK_VALUES = 2**15  # answers that a CPU works on at once: they stay in its cache
+LEAST_SLOPE = 1e-4  # a neuron that answers with less than this share of its drive does not answer
 _Receive = Callable[[Tensor, slice], Tensor]
 _ALL = slice(None)
 
@@ -38,6 +39,7 @@ class Estimate:
         drive_answer: Sum of z (y - mean y) for each output channel.
         drive_power: Sum of z^2 for each output channel, over the same samples.
         variance: sigma^2.
+        num_samples: Drives of each connection that these are taken over; a sample and its negative are one.
     """
 
     weight: UntiedWeight
@@ -45,11 +47,17 @@ class Estimate:
     drive_answer: Tensor
     drive_power: Tensor
     variance: float
+    num_samples: int
 
     @property
     def slopes(self) -> Tensor:
         """The mean slope of each output channel; 1 for a neuron without a drive, which tells nothing."""
         return torch.where(self.drive_power > 0, self.drive_answer / self.drive_power, 1.0)
+
+    @property
+    def is_dead(self) -> Tensor:
+        """Which output channels do not answer."""
+        return self.slopes.abs() < LEAST_SLOPE
 
     def at_gain_one(self) -> Tensor:
         """Turn the covariance, in place, into the W that it tells of: cov / (sigma^2 s), laid out as W."""
@@ -103,7 +111,7 @@ def estimate_with_codes(
         matrix = fields.as_matrix(covariance, weight)
         matrix.copy_(target.view(matrix.shape))
     drive_answer, drive_power = (torch.cat(parts, 1)[0] for parts in zip(*sums, strict=True))
-    return Estimate(weight, covariance, drive_answer / 2.0, drive_power, sigma**2)
+    return Estimate(weight, covariance, drive_answer / 2.0, drive_power, sigma**2, CODE_LENGTH)
 
 
 def _row_chunks(rows: Tensor, weight: UntiedWeight, activation: Activation) -> list[slice]:
@@ -185,7 +193,7 @@ def _estimate_from_receptive_fields(firing: _Firing, receive: _Receive, num_samp
         answer, divisor = receive(by_channel, _ALL), num_draws - 1
         answer = answer - answer.mean(0)
     target.copy_(answer.view(drive.shape).permute(1, 2, 0) @ noise / divisor)
-    return _sum_up(firing, covariance, by_channel, answer)
+    return _sum_up(firing, covariance, by_channel, answer, num_draws)
 
 
 def _estimate_from_maps(firing: _Firing, receive: _Receive, num_samples: int) -> Estimate:
@@ -209,12 +217,12 @@ def _estimate_from_maps(firing: _Firing, receive: _Receive, num_samples: int) ->
         own = answer.mean(2, keepdim=True)
         answer = answer - (own.sum(0) - own) / (num_maps - 1)
     found = _conv_covariance(layer, w, noise, answer.view(drive.shape)) / (num_maps * positions)
-    return _sum_up(firing, found, by_channel, answer)
+    return _sum_up(firing, found, by_channel, answer, num_maps * positions)
 
 
-def _sum_up(firing: _Firing, covariance: Tensor, drive: Tensor, answer: Tensor) -> Estimate:
+def _sum_up(firing: _Firing, covariance: Tensor, drive: Tensor, answer: Tensor, num_samples: int) -> Estimate:
     drive_answer, drive_power = ((drive * other).sum((0, 2)) for other in (answer, drive))
-    return Estimate(firing.weight, covariance, drive_answer, drive_power, firing.sigma**2)
+    return Estimate(firing.weight, covariance, drive_answer, drive_power, firing.sigma**2, num_samples)
 
 
 def _conv_covariance(layer: _ConvNd, like: Tensor, noise: Tensor, answer: Tensor) -> Tensor:

@@ -22,13 +22,13 @@ from feedbackpath.mirror.cost import UseCounter, mirror_work, step_work
 from feedbackpath.mirror.designs import Design
 from feedbackpath.mirror.devices import average_over_devices, count_devices, own_rank
 from feedbackpath.mirror.estimator import Estimate, estimate_with_codes, estimate_with_noise
+from feedbackpath.mirror.gain import has_strange_gain
 from feedbackpath.mirror.rates import RATES
 from feedbackpath.mirror.schedule import Schedule
 from feedbackpath.mirror.settings import Mirror
 from feedbackpath.passage import forward_passage
 
 TURN_VALUES = 2**15  # of a B are looked at to tell how far mirroring has turned it
-LEAST_SLOPE = 1e-4  # a neuron that answers with less than this share of its drive does not answer
 
 
 class MirrorMode:
@@ -57,6 +57,7 @@ class MirrorMode:
         self._counter: UseCounter | None = None
         self._watched: list[UntiedWeight] = []
         self._activations: dict[str, Activation] = {}
+        self._strange_gains: set[str] = set()
 
     def run(self, weights: Sequence[UntiedWeight], settings: Mirror, passes: int = 1) -> None:
         """Let each layer fire noise in its turn, ``passes`` times, and let its B learn from it.
@@ -227,11 +228,20 @@ class MirrorMode:
     def _mirror_weight(self, weight: UntiedWeight, settings: Mirror) -> None:
         found = self._estimate(weight, settings)
         passes = self.passes.get(weight.name, 0)
+        if (passes + 1) % settings.memory_passes == 0:
+            self._check_gain(found, settings)
         share = settings.share_replaced
         if settings.reading == "calibrated":
             share = max(share, 1.0 / (passes + 1))  # plain averaging until memory is full
         _learn(weight, found, settings, share, may_be_dead=self._may_be_dead(weight, settings))
         self.passes[weight.name] = passes + 1
+
+    def _check_gain(self, found: Estimate, settings: Mirror) -> None:
+        """Warn once of a layer whose B has settled far from W's size; 'calibrated' settles at it."""
+        name = found.weight.name
+        is_in_doubt = settings.reading != "calibrated" and name not in self._strange_gains
+        if is_in_doubt and has_strange_gain(found, settings):
+            self._strange_gains.add(name)
 
     def _estimate(self, weight: UntiedWeight, settings: Mirror) -> Estimate:
         with forward_passage(weight.weight):
@@ -301,7 +311,7 @@ def _move_to_estimate(weight: UntiedWeight, found: Estimate, share: float, may_b
     """B <- (1 - d) B + d cov / (sigma^2 s); neurons that do not answer keep their feedback weights."""
     kept = None
     if may_be_dead:
-        is_dead = found.slopes.abs() < LEAST_SLOPE
+        is_dead = found.is_dead
         num_dead = int(is_dead.sum())
         if num_dead:
             warnings.warn(
