@@ -89,14 +89,14 @@ def estimate_with_codes(
         scratch: Memory for the covariance, at least as large as W; made anew where not given.
     """
     dtype = torch.promote_types(weight.weight.dtype, torch.float32)
-    codes = rates.send(sigma * orthogonal_codes(weight.weight.device, dtype))
+    codes = rates.send(sigma * orthogonal_codes(weight.weight.device, dtype), in_pairs=True)
     decode = codes.mT / (2.0 * CODE_LENGTH)
     covariance = fields.make_estimate(weight, dtype, scratch)
     source = fields.as_rows(weight.weight.detach(), weight)
     target = (
         torch.empty_like(source, dtype=dtype) if weight.transposed else fields.as_rows(covariance, weight)
     )
-    receive = _receiver(weight, activation, rates, block_bias, dtype)
+    receive = _receiver(weight, activation, rates, block_bias, dtype, in_pairs=True)
     sums = []
     for rows in _row_chunks(source, weight, activation):
         part = source[rows]
@@ -151,7 +151,7 @@ def estimate_with_noise(
         generator: Random numbers.
     """
     dtype = torch.promote_types(weight.weight.dtype, torch.float32)
-    receive = _receiver(weight, activation, rates, block_bias, dtype)
+    receive = _receiver(weight, activation, rates, block_bias, dtype, design.is_paired)
     firing = _Firing(weight, design, rates, sigma, generator, dtype)
     if field == "map" and isinstance(weight.layer, _ConvNd):
         return _estimate_from_maps(firing, receive, num_samples)
@@ -172,7 +172,8 @@ class _Firing:
     def draw(self, *shape: int) -> Tensor:
         """Return noise as it arrives."""
         out = self.weight.weight.new_empty(shape, dtype=self.dtype)
-        return self.rates.send(self.design.draw(out, self.generator).mul_(self.sigma))
+        noise = self.design.draw(out, self.generator).mul_(self.sigma)
+        return self.rates.send(noise, self.design.is_paired)
 
     def draws_for(self, num_samples: int) -> int:
         """Return how many draws give so many samples: half of them are negatives in a design of pairs."""
@@ -234,9 +235,16 @@ def _conv_covariance(layer: _ConvNd, like: Tensor, noise: Tensor, answer: Tensor
 
 
 def _receiver(
-    weight: UntiedWeight, activation: Activation, rates: Rates, block_bias: bool, dtype: torch.dtype
+    weight: UntiedWeight,
+    activation: Activation,
+    rates: Rates,
+    block_bias: bool,
+    dtype: torch.dtype,
+    in_pairs: bool,
 ) -> _Receive:
     """Return what some of a layer's channels answer to a drive ``[N, channels, ...]``."""
     bias = None if block_bias else fields.own_bias(weight)
     at_rest = None if bias is None else bias.detach().to(dtype)[:, None]
-    return lambda drive, rows: rates.answer(drive, 0.0 if at_rest is None else at_rest[rows], activation)
+    return lambda drive, rows: rates.answer(
+        drive, 0.0 if at_rest is None else at_rest[rows], activation, in_pairs
+    )
