@@ -100,12 +100,22 @@ def test_the_command_prints_a_row_a_layer(capsys):
     assert all(name in printed for name in ("conv1", "conv2", "fc1", "fc2", "of a training step's FLOPs"))
 
 
+def test_the_command_plans_within_a_share_of_the_cost(capsys):
+    waits = []
+    for share in ("0.01", "0.0025"):
+        with pytest.raises(SystemExit):
+            cli.main(["mirror", "--plan", "--model", "lenet", "--cost-share", share])
+        waits.append(float(re.search(r"every ([\d.]+) steps", capsys.readouterr().out).group(1)))
+    assert waits[1] == pytest.approx(4 * waits[0], rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["mirror"], "--plan"),
         (["mirror", "--plan", "--model", "vgg"], "no model 'vgg'"),
         (["mirror", "--plan", "--noise", "pink"], "noise='pink'"),
+        (["mirror", "--plan", "--cost-share", "0"], "cost_share must be above 0, not 0"),
         (["mirror", "--plan", "--batch-size", "0"], "--batch-size is 0"),
     ],
 )
