@@ -16,6 +16,9 @@ def mirror(
     target_angle_deg: Annotated[
         float | None, Parameter(help="angle that independent noise may leave, in degrees (8 unless given)")
     ] = None,
+    cost_share: Annotated[
+        float | None, Parameter(help="share of a step's work that mirroring may take (0.05 unless given)")
+    ] = None,
     batch_size: Annotated[int | None, Parameter(help="samples of a training step")] = None,
 ) -> int:
     """Print a plan of mirror mode: per layer samples, predicted angle, FLOPs and share of a step.
@@ -26,13 +29,14 @@ def mirror(
 
     from feedbackpath.errors import ConfigError
     from feedbackpath.jobs.mirror import plan_of_model
-    from feedbackpath.mirror import Mirror
+    from feedbackpath.mirror import Mirror, When
 
     if not plan:
         raise ConfigError("mirror: say what to do: --plan prints what mirror mode will do with each layer")
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"--batch-size is {batch_size}; it must be at least 1")
-    settings = Mirror(noise=noise, target_angle_deg=target_angle_deg)
+    when = When() if cost_share is None else When(cost_share=cost_share)
+    settings = Mirror(noise=noise, target_angle_deg=target_angle_deg, when=when)
     layers, size = plan_of_model(model, settings, batch_size)
     table = Table("layer", "inputs", "samples", "angle", "FLOPs", "of a step", "every")
     for layer in layers:

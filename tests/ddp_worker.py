@@ -1,11 +1,14 @@
 """What each of two processes runs, and what one process runs instead; see ``test_distributed.py``."""
 
+import dataclasses
+
 import torch
 from torch import nn
 
 import feedbackpath as fp
 
 STEPS, BATCH = 4, 8
+AVERAGED = fp.Mirror(noise="gaussian", samples=64, across_devices="averaged")
 
 
 def train(rule, rank=0, world_size=1):
@@ -29,11 +32,12 @@ def train(rule, rank=0, world_size=1):
 
 
 def run_audits(rank, world_size, folder):
-    """Audit a step of DistributedDataParallel by two rules, and leave the verdicts in ``folder``."""
+    """Audit a step of DistributedDataParallel by each of some rules, and leave the verdicts in ``folder``."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
     try:
-        verdicts = {rule: audit_step(rule, rank) for rule in ("kp", "wm", "bp")}
+        rules = {rule: rule for rule in ("kp", "wm", "bp")} | {"averaged": fp.WeightMirror(AVERAGED)}
+        verdicts = {name: audit_step(rule, rank) for name, rule in rules.items()}
         torch.save(verdicts, f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
@@ -65,3 +69,77 @@ def run_all_rules(rank, world_size, folder):
         torch.save({rule: train(rule, rank, world_size) for rule in fp.RULES}, f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
+
+
+MIRRORS = {
+    "same": fp.Mirror(noise="gaussian", samples=256),
+    "averaged": fp.Mirror(noise="gaussian", samples=256, across_devices="averaged"),
+    "receptive-pairs": fp.Mirror(
+        noise="signs-pairs", field="receptive", samples=256, across_devices="averaged"
+    ),
+    "target": fp.Mirror(noise="gaussian", target_angle_deg=5, across_devices="averaged"),
+    "until": fp.Mirror(noise="uniform", samples=256, across_devices="averaged"),
+}
+
+
+def run_mirrors(rank, world_size, folder):
+    """Mirror at rest with each of ``MIRRORS``, and while training; leave what came out in ``folder``."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
+    try:
+        found = {name: mirror_at_rest(name, settings, rank) for name, settings in MIRRORS.items()}
+        found["schedule"] = train_on_a_budget(rank)
+        torch.save(found, f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def mirror_at_rest(name, settings, rank=0):
+    """Return what mirroring gives, in one go and resumed on the way, and what was planned."""
+    whole, resumed = make_net_at_rest(settings), make_net_at_rest(settings)
+    plan = whole.plan(lambda: whole.model(torch.randn(2, 8, 6, 6)).sum())
+    torch.rand(rank + 1)  # the processes' global random numbers part ways
+    if name == "until":
+        whole.mirror(until_angle_deg=4)
+    else:
+        whole.mirror()
+        resumed.mirror(steps=3)
+        half = make_net_at_rest(settings)
+        half.model.load_state_dict(resumed.model.state_dict())
+        half.load_state_dict(resumed.state_dict())
+        half.mirror(steps=settings.memory_passes - 3)
+        resumed = half
+    return {
+        "feedback": [b.detach().clone() for _, _, b in whole.pairs()],
+        "resumed": [b.detach().clone() for _, _, b in resumed.pairs()],
+        "angles": whole.matrix_angles(),
+        "passes": whole.state_dict()["mirror"]["passes"],
+        "planned_deg": {layer.name: layer.angle_deg for layer in plan},
+        "samples": {layer.name: layer.samples for layer in plan},
+        "flops": {layer.name: layer.flops for layer in plan},
+    }
+
+
+def make_net_at_rest(settings):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(8, 40, 3), nn.ReLU(), nn.Flatten(), nn.Linear(640, 60), nn.ReLU(), nn.Linear(60, 300)
+    )
+    return fp.untie(model, fp.WeightMirror(settings))
+
+
+def train_on_a_budget(rank):
+    """Train with noise of each rank's own and time for some layers a step; return B and the path's state."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(60, 90), nn.ReLU(), nn.Linear(90, 70), nn.ReLU(), nn.Linear(70, 3))
+    path = fp.untie(model, fp.WeightMirror(dataclasses.replace(AVERAGED, when=fp.When(cost_share=0.2))))
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(20):
+        optimizer.zero_grad()
+        x = torch.randn(BATCH, 60, generator=generator)
+        nn.functional.cross_entropy(parallel(x), torch.arange(BATCH) % 3).backward()
+        optimizer.step()
+        path.step()
+    return {"feedback": [b.detach().clone() for _, _, b in path.pairs()], "state": path.state_dict()}

@@ -1,5 +1,7 @@
 """A plan of mirror mode foretells what mirroring gives."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -98,12 +100,22 @@ def test_the_command_prints_a_row_a_layer(capsys):
     assert all(name in printed for name in ("conv1", "conv2", "fc1", "fc2", "of a training step's FLOPs"))
 
 
+def test_the_command_plans_within_a_share_of_the_cost(capsys):
+    waits = []
+    for share in ("0.01", "0.0025"):
+        with pytest.raises(SystemExit):
+            cli.main(["mirror", "--plan", "--model", "lenet", "--cost-share", share])
+        waits.append(float(re.search(r"every ([\d.]+) steps", capsys.readouterr().out).group(1)))
+    assert waits[1] == pytest.approx(4 * waits[0], rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["mirror"], "--plan"),
         (["mirror", "--plan", "--model", "vgg"], "no model 'vgg'"),
         (["mirror", "--plan", "--noise", "pink"], "noise='pink'"),
+        (["mirror", "--plan", "--cost-share", "0"], "cost_share must be above 0, not 0"),
         (["mirror", "--plan", "--batch-size", "0"], "--batch-size is 0"),
     ],
 )
@@ -128,6 +140,10 @@ def test_mirroring_until_an_angle_stops_where_it_is_reached(make, noise):
     assert len(set(path.clock.mirror.passes.values())) > 1  # each layer takes as many as it needs
 
 
+def is_behind_relu(path, name):
+    return path.clock.mirror.activations[name](torch.tensor(-1.0)) == 0
+
+
 def test_codes_are_there_at_once():
     path = fp.untie(make_dense(), "kp")
     path.mirror(until_angle_deg=0.1)
@@ -135,10 +151,22 @@ def test_codes_are_there_at_once():
     assert max(path.matrix_angles().values()) < 0.1
 
 
-def test_a_layer_too_wide_for_the_budget_is_named_with_the_samples_that_it_would_take():
-    path = fp.untie(make_dense(), fp.WeightMirror(fp.Mirror(noise="gaussian", samples=32)))
-    with pytest.warns(fp.MirrorWarning, match=r"'0' \(.* degrees, would take \d+ samples\)"):
-        path.mirror(until_angle_deg=2, most_steps=3)
+@pytest.mark.parametrize("network", ["dense", "convolutional"])
+def test_a_layer_too_wide_for_the_budget_is_named_with_the_samples_that_it_would_take(network):
+    make = {"dense": make_dense, "convolutional": make_convolutional}[network]
+    torch.manual_seed(0)
+    path = fp.untie(make(), fp.WeightMirror(fp.Mirror(noise="gaussian", field="receptive", samples=32)))
+    with pytest.warns(fp.MirrorWarning, match="3 passes leave more than 4 degrees") as said:
+        path.mirror(until_angle_deg=4, most_steps=3)
+    advised = re.findall(r"'(\d)' \([\d.]+ degrees, would take (\d+) samples\)", str(said[0].message))
+    assert [name for name, _ in advised] == [weight.name for weight in path.weights]
+    path.clock.mirror.passes.clear()  # a first pass replaces the whole of B
+    for weight, (name, samples) in zip(path.weights, advised, strict=True):
+        settings = fp.Mirror(noise="gaussian", field="receptive", samples=int(samples))
+        path.clock.mirror.run([weight], settings)
+        # So many give the angle behind ReLUs, and a smaller one elsewhere.
+        angle = path.matrix_angles()[name]
+        assert angle == pytest.approx(4, rel=0.1) if is_behind_relu(path, name) else 3 < angle < 4
 
 
 @pytest.mark.parametrize(

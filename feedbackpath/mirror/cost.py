@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from feedbackpath.layers import UntiedWeight
 from feedbackpath.mirror.designs import CODE_LENGTH, OrthogonalCodes
+from feedbackpath.mirror.devices import count_devices
 from feedbackpath.mirror.fields import inputs_in_mirror_mode
 from feedbackpath.mirror.settings import Mirror
 
@@ -57,11 +58,13 @@ def step_flops(weight: UntiedWeight, uses: float) -> float:
 def mirror_flops(weight: UntiedWeight, settings: Mirror) -> float:
     """Return the FLOPs of one mirroring: noise forward through W, and its covariance with the answer.
 
-    Codes of a group of inputs meet that group's weights alone; the others are silent.
+    Codes of a group of inputs meet that group's weights alone; the others are silent. Noise that devices
+    fire each for itself counts on all of them, as a training step does; noise that is the same on all, once.
     """
-    is_coded = isinstance(settings.design, OrthogonalCodes)
-    samples = CODE_LENGTH if is_coded else settings.samples_for(inputs_in_mirror_mode(weight, settings.field))
-    return 2.0 * forward_flops(weight, samples)
+    if isinstance(settings.design, OrthogonalCodes):
+        return 2.0 * forward_flops(weight, CODE_LENGTH)
+    inputs = inputs_in_mirror_mode(weight, settings.field)
+    return 2.0 * forward_flops(weight, settings.total_samples_for(inputs, count_devices(settings)))
 
 
 def mirror_work(weight: UntiedWeight, settings: Mirror, slope: float | None) -> float:

@@ -25,6 +25,7 @@ from feedbackpath.mirror.designs import CODE_LENGTH, Design, orthogonal_codes
 from feedbackpath.mirror.rates import Rates, Signed
 
 CHUNK_VALUES = 2**15  # answers that a CPU works on at once: they stay in its cache
+LEAST_SLOPE = 1e-4  # a neuron that answers with less than this share of its drive does not answer
 _Receive = Callable[[Tensor, slice], Tensor]
 _ALL = slice(None)
 
@@ -38,6 +39,7 @@ class Estimate:
         drive_answer: Sum of z (y - mean y) for each output channel.
         drive_power: Sum of z^2 for each output channel, over the same samples.
         variance: sigma^2.
+        num_samples: Drives of each connection that these are taken over; a sample and its negative are one.
         is_at_gain_one: Whether cov has been divided by sigma^2 s.
     """
 
@@ -46,12 +48,18 @@ class Estimate:
     drive_answer: Tensor
     drive_power: Tensor
     variance: float
+    num_samples: int
     is_at_gain_one: bool = False
 
     @property
     def slopes(self) -> Tensor:
         """The mean slope of each output channel; 1 for a neuron without a drive, which tells nothing."""
         return torch.where(self.drive_power > 0, self.drive_answer / self.drive_power, 1.0)
+
+    @property
+    def is_dead(self) -> Tensor:
+        """Which output channels do not answer."""
+        return self.slopes.abs() < LEAST_SLOPE
 
     def at_gain_one(self) -> Tensor:
         """Turn the covariance, in place, into the W that it tells of: cov / (sigma^2 s), laid out as W."""
@@ -85,12 +93,12 @@ def estimate_with_codes(
         sigma: The codes' strength.
         block_bias: Whether the layer's bias is left out meanwhile (equation 12).
         slope: s where the activation is known to answer a code and its negative with phi(z) - phi(-z) = 2 s z
-            (``odd_slope``): the answer is computed so, which is a ReLU's to the last bit.
-        at_gain_one: Whether to return the covariance at gain one where that costs nothing more.
+            (``odd_slope``): to the last bit, if it is a ReLU. At gain one nothing else is needed then.
+        at_gain_one: Whether the covariance will be asked for at gain one.
         scratch: Memory for the covariance, at least as large as W; made anew where not given.
     """
     dtype = torch.promote_types(weight.weight.dtype, torch.float32)
-    codes = rates.send(sigma * orthogonal_codes(weight.weight.device, dtype))
+    codes = rates.send(sigma * orthogonal_codes(weight.weight.device, dtype), in_pairs=True)
     covariance = fields.make_estimate(weight, dtype, scratch)
     source = fields.as_rows(weight.weight.detach(), weight)
     target = (
@@ -98,20 +106,19 @@ def estimate_with_codes(
     )
     size = _rows_at_once(source, weight, activation)
     has_bias = not block_bias and fields.own_bias(weight) is not None
-    if slope is None or has_bias or not isinstance(rates, Signed):
-        receive = _receiver(weight, activation, rates, block_bias, dtype)
+    if at_gain_one and slope is not None and isinstance(rates, Signed) and not has_bias:
+        _fire_codes_at_gain_one(source, target, codes, sigma, size)
+        power = source.new_ones(fields.count_channels(weight), dtype=dtype)
+        sums = slope * power, power
+    else:
+        receive = _receiver(weight, activation, rates, block_bias, dtype, in_pairs=True)
         per_channel = fields.outputs_per_channel(weight)
         sums = _fire_codes(source, target, codes, receive, per_channel, size)
         at_gain_one = False
-    else:
-        unit = sigma**2 * slope if at_gain_one else 1.0
-        _fire_codes_at_slope(source, target, codes, slope / unit, size)
-        power = source.new_ones(fields.count_channels(weight), dtype=dtype)
-        sums = slope * power, power
     if weight.transposed:
         matrix = fields.as_matrix(covariance, weight)
         matrix.copy_(target.view(matrix.shape))
-    return Estimate(weight, covariance, *sums, sigma**2, at_gain_one)
+    return Estimate(weight, covariance, *sums, sigma**2, CODE_LENGTH, at_gain_one)
 
 
 def _fire_codes(
@@ -142,9 +149,9 @@ def _fire_codes(
     return drive_answer / 2.0, drive_power
 
 
-def _fire_codes_at_slope(source: Tensor, target: Tensor, codes: Tensor, slope: float, size: int) -> None:
-    """Do as ``_fire_codes`` where the answer to a code, less that to its negative, is 2 s z."""
-    decode = codes.mT * (slope / CODE_LENGTH)
+def _fire_codes_at_gain_one(source: Tensor, target: Tensor, codes: Tensor, sigma: float, size: int) -> None:
+    """Write cov / (sigma^2 s) into ``target``, where answers to a code and its negative differ by 2 s z."""
+    decode = codes.mT / (CODE_LENGTH * sigma**2)
     for part, place in zip(torch.split(source, size), torch.split(target, size), strict=True):
         _decode(_in_groups(part).to(codes.dtype) @ codes, decode, place)
 
@@ -199,7 +206,7 @@ def estimate_with_noise(
         generator: Random numbers.
     """
     dtype = torch.promote_types(weight.weight.dtype, torch.float32)
-    receive = _receiver(weight, activation, rates, block_bias, dtype)
+    receive = _receiver(weight, activation, rates, block_bias, dtype, design.is_paired)
     firing = _Firing(weight, design, rates, sigma, generator, dtype)
     if field == "map" and isinstance(weight.layer, _ConvNd):
         return _estimate_from_maps(firing, receive, num_samples)
@@ -220,7 +227,8 @@ class _Firing:
     def draw(self, *shape: int) -> Tensor:
         """Return noise as it arrives."""
         out = self.weight.weight.new_empty(shape, dtype=self.dtype)
-        return self.rates.send(self.design.draw(out, self.generator).mul_(self.sigma))
+        noise = self.design.draw(out, self.generator).mul_(self.sigma)
+        return self.rates.send(noise, self.design.is_paired)
 
     def draws_for(self, num_samples: int) -> int:
         """Return how many draws give so many samples: half of them are negatives in a design of pairs."""
@@ -241,7 +249,7 @@ def _estimate_from_receptive_fields(firing: _Firing, receive: _Receive, num_samp
         answer, divisor = receive(by_channel, _ALL), num_draws - 1
         answer = answer - answer.mean(0)
     target.copy_(answer.view(drive.shape).permute(1, 2, 0) @ noise / divisor)
-    return _sum_up(firing, covariance, by_channel, answer)
+    return _sum_up(firing, covariance, by_channel, answer, num_draws)
 
 
 def _estimate_from_maps(firing: _Firing, receive: _Receive, num_samples: int) -> Estimate:
@@ -265,12 +273,12 @@ def _estimate_from_maps(firing: _Firing, receive: _Receive, num_samples: int) ->
         own = answer.mean(2, keepdim=True)
         answer = answer - (own.sum(0) - own) / (num_maps - 1)
     found = _conv_covariance(layer, w, noise, answer.view(drive.shape)) / (num_maps * positions)
-    return _sum_up(firing, found, by_channel, answer)
+    return _sum_up(firing, found, by_channel, answer, num_maps * positions)
 
 
-def _sum_up(firing: _Firing, covariance: Tensor, drive: Tensor, answer: Tensor) -> Estimate:
+def _sum_up(firing: _Firing, covariance: Tensor, drive: Tensor, answer: Tensor, num_samples: int) -> Estimate:
     drive_answer, drive_power = ((drive * other).sum((0, 2)) for other in (answer, drive))
-    return Estimate(firing.weight, covariance, drive_answer, drive_power, firing.sigma**2)
+    return Estimate(firing.weight, covariance, drive_answer, drive_power, firing.sigma**2, num_samples)
 
 
 def _conv_covariance(layer: _ConvNd, like: Tensor, noise: Tensor, answer: Tensor) -> Tensor:
@@ -282,9 +290,16 @@ def _conv_covariance(layer: _ConvNd, like: Tensor, noise: Tensor, answer: Tensor
 
 
 def _receiver(
-    weight: UntiedWeight, activation: Activation, rates: Rates, block_bias: bool, dtype: torch.dtype
+    weight: UntiedWeight,
+    activation: Activation,
+    rates: Rates,
+    block_bias: bool,
+    dtype: torch.dtype,
+    in_pairs: bool,
 ) -> _Receive:
     """Return what some of a layer's channels answer to a drive ``[N, channels, ...]``."""
     bias = None if block_bias else fields.own_bias(weight)
     at_rest = None if bias is None else bias.detach().to(dtype)[:, None]
-    return lambda drive, rows: rates.answer(drive, 0.0 if at_rest is None else at_rest[rows], activation)
+    return lambda drive, rows: rates.answer(
+        drive, 0.0 if at_rest is None else at_rest[rows], activation, in_pairs
+    )

@@ -20,17 +20,16 @@ from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation, find_activations, odd_slope, out_of_place
 from feedbackpath.mirror.cost import UseCounter, mirror_work, step_work
 from feedbackpath.mirror.designs import Design
+from feedbackpath.mirror.devices import average_over_devices, count_devices, own_rank
 from feedbackpath.mirror.estimator import Estimate, estimate_with_codes, estimate_with_noise
+from feedbackpath.mirror.gain import has_strange_gain
 from feedbackpath.mirror.rates import RATES
 from feedbackpath.mirror.schedule import Schedule
 from feedbackpath.mirror.settings import Mirror
 from feedbackpath.passage import forward_passage
 
 TURN_VALUES = 2**12  # of a B are looked at to tell how far mirroring has turned it
-TURN_EVERY = (
-    4  # mirrorings of a layer, that is looked at: to look costs a small layer as much as to mirror it
-)
-LEAST_SLOPE = 1e-4  # a neuron that answers with less than this share of its drive does not answer
+TURN_EVERY = 4  # so many mirrorings of a layer: to look costs a small layer as much as to mirror it
 
 
 class MirrorMode:
@@ -61,6 +60,7 @@ class MirrorMode:
         self._watched: list[UntiedWeight] = []
         self._activations: dict[str, Activation] = {}
         self._odd_slopes: dict[str, float | None] = {}
+        self._strange_gains: set[str] = set()
 
     def run(self, weights: Sequence[UntiedWeight], settings: Mirror, passes: int = 1) -> None:
         """Let each layer fire noise in its turn, ``passes`` times, and let its B learn from it.
@@ -107,7 +107,7 @@ class MirrorMode:
         if short:
             named = ", ".join(
                 f"{weight.name!r} ({reached:.1f} degrees, would take "
-                f"{settings.design.samples_for(weight.fan_in, angle_deg)} samples)"
+                f"{_count_samples(weight, settings, angle_deg)} samples)"
                 for weight, reached in short.items()
             )
             warnings.warn(
@@ -245,15 +245,27 @@ class MirrorMode:
     def _mirror_weight(self, weight: UntiedWeight, settings: Mirror) -> None:
         found = self._estimate(weight, settings)
         passes = self.passes.get(weight.name, 0)
+        if (passes + 1) % settings.memory_passes == 0:
+            self._check_gain(found, settings)
         share = settings.share_replaced
         if settings.reading == "calibrated":
             share = max(share, 1.0 / (passes + 1))  # plain averaging until memory is full
         _learn(weight, found, settings, share, may_be_dead=self._may_be_dead(weight, settings))
         self.passes[weight.name] = passes + 1
 
+    def _check_gain(self, found: Estimate, settings: Mirror) -> None:
+        """Warn once of a layer whose B has settled far from W's size; 'calibrated' settles at it."""
+        name = found.weight.name
+        is_in_doubt = settings.reading != "calibrated" and name not in self._strange_gains
+        if is_in_doubt and has_strange_gain(found, settings):
+            self._strange_gains.add(name)
+
     def _estimate(self, weight: UntiedWeight, settings: Mirror) -> Estimate:
         with forward_passage(weight.weight):
-            return self._fire(weight, settings)
+            found = self._fire(weight, settings)
+        if count_devices(settings) > 1:
+            average_over_devices(found)
+        return found
 
     def _fire(self, weight: UntiedWeight, settings: Mirror) -> Estimate:
         activation, design = self._activations[weight.name], settings.design
@@ -269,22 +281,27 @@ class MirrorMode:
         inputs = fields.inputs_in_mirror_mode(weight, settings.field)
         return estimate_with_noise(
             weight, activation, rates, design=design, field=settings.field,
-            num_samples=settings.samples_for(inputs), sigma=sigma, block_bias=block_bias,
-            generator=self._generator(weight),
+            num_samples=settings.samples_for(inputs, count_devices(settings)), sigma=sigma,
+            block_bias=block_bias, generator=self._generator(weight, own_rank(settings)),
         )  # fmt: skip
 
     def _may_be_dead(self, weight: UntiedWeight, settings: Mirror) -> bool:
         """Whether neurons may be silent: with blocked biases, one that has answered once always does."""
         return weight.name not in self.passes or not settings.block_bias
 
-    def _generator(self, weight: UntiedWeight) -> torch.Generator:
+    def _generator(self, weight: UntiedWeight, rank: int) -> torch.Generator:
         key = f"{self.seed}/{self.passes.get(weight.name, 0)}/{weight.name}/{weight.feedback_name}"
-        return generator_of(key, weight)
+        return generator_of(f"{key}/{rank}" if rank else key, weight)
 
 
 def generator_of(key: str, weight: UntiedWeight) -> torch.Generator:
     """Return random numbers that depend on a key alone, on a weight's device, apart from the global ones."""
     return torch.Generator(weight.feedback.device).manual_seed(zlib.crc32(key.encode()))
+
+
+def _count_samples(weight: UntiedWeight, settings: Mirror, angle_deg: float) -> int:
+    """Return how many samples, in all, bring a weight's B to an angle."""
+    return settings.design.samples_for(fields.inputs_in_mirror_mode(weight, settings.field), angle_deg)
 
 
 def _own_memory(weight: UntiedWeight, settings: Mirror) -> Tensor | None:
@@ -313,7 +330,7 @@ def _move_to_estimate(weight: UntiedWeight, found: Estimate, share: float, may_b
     """B <- (1 - d) B + d cov / (sigma^2 s); neurons that do not answer keep their feedback weights."""
     kept = None
     if may_be_dead:
-        is_dead = found.slopes.abs() < LEAST_SLOPE
+        is_dead = found.is_dead
         num_dead = int(is_dead.sum())
         if num_dead:
             warnings.warn(
@@ -342,4 +359,5 @@ def _sample(feedback: Tensor) -> Tensor:
 
 def _turn(before: Tensor, after: Tensor) -> Tensor:
     """Return how far a vector has moved, in its own lengths, as a tensor: nothing waits for it."""
-    return torch.linalg.vector_norm(after - before) / torch.linalg.vector_norm(after)
+    turn: Tensor = (after - before).norm() / after.norm()
+    return turn

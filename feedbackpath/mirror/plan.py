@@ -8,6 +8,7 @@ from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation, is_channelwise, odd_slope
 from feedbackpath.mirror.cost import mirror_flops, mirror_work, step_flops, step_work
 from feedbackpath.mirror.designs import RELU_SPREAD, spread_of
+from feedbackpath.mirror.devices import count_devices
 from feedbackpath.mirror.settings import Mirror
 
 
@@ -18,7 +19,7 @@ class LayerPlan:
     Attributes:
         name: The layer's path.
         inputs: n, the inputs that drive one of its neurons in mirror mode.
-        samples: N, samples of noise a pass.
+        samples: N, samples of noise a pass, on each device.
         angle_deg: Angle that noise leaves between B and W when B's memory is full; 0 with codes, whose only
             error is how far W has moved since.
         flops: Of a pass, as Appendix B counts: two for each product that is added up.
@@ -60,12 +61,12 @@ def _plan_layer(
 ) -> LayerPlan:
     inputs = fields.inputs_in_mirror_mode(weight, settings.field)
     spread = RELU_SPREAD if is_channelwise(activation) else spread_of(activation, settings.deviation)
-    flops = mirror_flops(weight, settings)
+    flops, devices = mirror_flops(weight, settings), count_devices(settings)
     return LayerPlan(
         weight.name,
         inputs,
-        settings.samples_for(inputs),
-        settings.expected_angle_deg(inputs, spread),
+        settings.samples_for(inputs, devices),
+        settings.expected_angle_deg(inputs, spread, devices),
         flops,
         flops / step if step else float("nan"),
         between,

@@ -17,12 +17,17 @@ from feedbackpath.mirror.activations import Activation
 
 
 class Rates(Protocol):
-    """How one layer's noise is sent to the next, and how the next one answers."""
+    """How one layer's noise is sent to the next, and how the next one answers.
 
-    def send(self, noise: Tensor) -> Tensor:
+    ``in_pairs``: each sample is followed by its negative, and the answer to that is taken off the first.
+    """
+
+    def send(self, noise: Tensor, in_pairs: bool = False) -> Tensor:
         """Return what arrives of the noise: the noise itself, less what rounding takes."""
 
-    def answer(self, drive: Tensor, bias: Tensor | float, activation: Activation) -> Tensor:
+    def answer(
+        self, drive: Tensor, bias: Tensor | float, activation: Activation, in_pairs: bool = False
+    ) -> Tensor:
         """Return what the next layer's neurons answer to a drive, in signed numbers."""
 
 
@@ -30,11 +35,13 @@ class Rates(Protocol):
 class Signed:
     """Signed numbers, as in the paper's experiments."""
 
-    def send(self, noise: Tensor) -> Tensor:
+    def send(self, noise: Tensor, in_pairs: bool = False) -> Tensor:
         """Return the noise."""
         return noise
 
-    def answer(self, drive: Tensor, bias: Tensor | float, activation: Activation) -> Tensor:
+    def answer(
+        self, drive: Tensor, bias: Tensor | float, activation: Activation, in_pairs: bool = False
+    ) -> Tensor:
         """Return phi(z + b)."""
         return activation(drive + bias) if isinstance(bias, Tensor) else activation(drive)
 
@@ -54,15 +61,26 @@ class AboutBaseline:
     beta: float = 1.0
     is_estimated: bool = False
 
-    def send(self, noise: Tensor) -> Tensor:
+    def send(self, noise: Tensor, in_pairs: bool = False) -> Tensor:
         """Return (beta + x) - beta, having sent beta + x."""
-        rates = transmit(noise + self.beta, "noise reaches below -baseline: raise the baseline, lower sigma")
-        return rates - (rates.mean() if self.is_estimated else self.beta)
+        if in_pairs:
+            transmit(self.beta - noise, _TOO_STRONG)
+        return self._without_baseline(transmit(noise + self.beta, _TOO_STRONG), in_pairs)
 
-    def answer(self, drive: Tensor, bias: Tensor | float, activation: Activation) -> Tensor:
+    def answer(
+        self, drive: Tensor, bias: Tensor | float, activation: Activation, in_pairs: bool = False
+    ) -> Tensor:
         """Return phi(z + b-) - beta; the layer's own bias is replaced by b-."""
         rates = transmit(activation(drive + _resting_bias(activation, self.beta, drive)), _NOT_A_RATE)
-        return rates - (rates.mean() if self.is_estimated else self.beta)
+        return self._without_baseline(rates, in_pairs)
+
+    def _without_baseline(self, rates: Tensor, in_pairs: bool) -> Tensor:
+        """Return rates less their baseline.
+
+        In pairs an estimate leaves nothing to chance: noise and its negative have the mean beta, and of two
+        answers whatever was taken off both cancels.
+        """
+        return rates - (rates.mean() if self.is_estimated and not in_pairs else self.beta)
 
 
 @dataclass(frozen=True)
@@ -73,11 +91,13 @@ class PushPull:
     silent. Their difference is odd in z.
     """
 
-    def send(self, noise: Tensor) -> Tensor:
+    def send(self, noise: Tensor, in_pairs: bool = False) -> Tensor:
         """Return x, sent as max(x, 0) and max(-x, 0)."""
         return transmit(noise.relu()) - transmit((-noise).relu())
 
-    def answer(self, drive: Tensor, bias: Tensor | float, activation: Activation) -> Tensor:
+    def answer(
+        self, drive: Tensor, bias: Tensor | float, activation: Activation, in_pairs: bool = False
+    ) -> Tensor:
         """Return max(phi(z + b), 0) - max(phi(-z + b), 0)."""
         push, pull = (activation(signal + bias).clamp_min(0.0) for signal in (drive, -drive))
         return transmit(push) - transmit(pull)
@@ -88,6 +108,7 @@ RATES: dict[str, Callable[[float, bool], Rates]] = {
     "baseline": AboutBaseline,
     "push-pull": lambda beta, is_estimated: PushPull(),
 }
+_TOO_STRONG = "noise reaches below -baseline: raise the baseline, lower sigma"
 _NOT_A_RATE = "the activation answers below zero, which no firing rate can: use rates='signed' there"
 
 

@@ -74,6 +74,11 @@ class Mirror:
             by cells in ``"push-pull"`` (Appendix C.2).
         baseline: beta, for rates about a baseline.
         baseline_known: Whether neurons know beta; else they take the mean of the rates that they see.
+        across_devices: Where a job has D devices: ``"same"``, all fire the same noise, and nothing is sent;
+            ``"averaged"``, each fires its own, and what they find is averaged by one all-reduce a layer, so
+            that B learns from D times the samples. ``samples`` are then each device's, and the angle falls
+            with the root of D; ``target_angle_deg`` is what all reach together, each with a share of the
+            samples. B is the same on all, bit for bit, either way.
         when: When a rule mirrors which layers.
     """
 
@@ -90,6 +95,7 @@ class Mirror:
     rates: Literal["signed", "baseline", "push-pull"] = "signed"
     baseline: float = 1.0
     baseline_known: bool = True
+    across_devices: Literal["same", "averaged"] = "same"
     when: When = dataclasses.field(default_factory=When)
 
     def __post_init__(self) -> None:
@@ -110,6 +116,11 @@ class Mirror:
         if self.samples is not None and isinstance(self.design, OrthogonalCodes):
             raise RuleError(
                 f"Mirror: samples are for independent noise; {self.noise!r} takes as many as there are inputs"
+            )
+        if self.across_devices == "averaged" and isinstance(self.design, OrthogonalCodes):
+            raise RuleError(
+                f"Mirror: across_devices='averaged' is for independent noise; {self.noise!r} codes are exact "
+                "on one device, so leave it at 'same'"
             )
         if self.samples is not None and self.samples < 2:
             raise RuleError(f"Mirror: samples must be at least 2, not {self.samples}")
@@ -167,28 +178,36 @@ class Mirror:
             return math.ceil(2.0 / self.forgetting) - 1
         return math.ceil(math.log(1000.0) / self.share_replaced)  # a thousandth of the random B is left
 
-    def samples_for(self, fan_in: int, spread: float = RELU_SPREAD) -> int:
-        """Return noise samples a pass for neurons of ``fan_in`` inputs.
+    def samples_for(self, fan_in: int, devices: int = 1) -> int:
+        """Return the samples a pass that each device fires at neurons of ``fan_in`` inputs behind ReLUs.
 
         tan^2(angle) = spread * fan_in / N_eff with N_eff = N (2 - d) / d for a memory that forgets d a pass;
-        but at least 512, for in a layer of few inputs the angle needs less than the gain does.
+        but at least 512, for in a layer of few inputs the angle needs less than the gain does. N is shared
+        among the devices whose noise is averaged.
 
         Example:
             >>> Mirror(noise="gaussian", target_angle_deg=8).samples_for(576)
             2097
+            >>> Mirror(noise="gaussian", across_devices="averaged").samples_for(576, devices=4)
+            525
         """
         angle = self.target_angle_deg or DEFAULT_ANGLE_DEG
         if isinstance(self.design, OrthogonalCodes):
             return self.design.samples_for(fan_in, angle)
         if self.samples is not None:
             return self.samples
-        effective = self.design.samples_for(fan_in, angle, spread)
-        return max(MIN_SAMPLES, math.ceil(effective * self.share_replaced / (2.0 - self.share_replaced)))
+        effective = self.design.samples_for(fan_in, angle)
+        needed = max(MIN_SAMPLES, effective * self.share_replaced / (2.0 - self.share_replaced))
+        return max(2, math.ceil(needed / devices))
 
-    def expected_angle_deg(self, fan_in: int, spread: float = RELU_SPREAD) -> float:
+    def total_samples_for(self, fan_in: int, devices: int = 1) -> int:
+        """Return the samples a pass that B learns from: those of all devices whose noise is averaged."""
+        return devices * self.samples_for(fan_in, devices)
+
+    def expected_angle_deg(self, fan_in: int, spread: float = RELU_SPREAD, devices: int = 1) -> float:
         """Return the angle, in degrees, that sampling noise leaves when B's memory is full."""
         share = self.share_replaced
-        effective = self.samples_for(fan_in, spread) * (2.0 - share) / share
+        effective = self.total_samples_for(fan_in, devices) * (2.0 - share) / share
         return self.design.expected_angle_deg(fan_in, math.ceil(effective), spread)
 
 

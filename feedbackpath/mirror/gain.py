@@ -1,0 +1,77 @@
+"""How large B is beside W, told from the mirror's own signals, and a warning where that is far from 1.
+
+Angles do not show it, yet each layer scales the errors that it sends back by its gain ``<B, W> / <W, W>``.
+A pass of mirror mode tells both products without a look at W: its noise is independent of the B that earlier
+passes left, and a neuron's drive z = W x has the variance sigma^2 |w|^2::
+
+    <B, W>  ~  sum of <b, cov> / (sigma^2 s)  over neurons        <W, W>  ~  sum of mean z^2 / sigma^2
+"""
+
+import math
+import warnings
+
+from feedbackpath.errors import MirrorWarning
+from feedbackpath.mirror import fields
+from feedbackpath.mirror.designs import RELU_SPREAD
+from feedbackpath.mirror.devices import count_devices
+from feedbackpath.mirror.estimator import Estimate
+from feedbackpath.mirror.settings import Mirror
+
+LOWEST_GAIN, HIGHEST_GAIN = 0.5, 2.0
+TOLERANCE = 0.1  # beyond them: the paper's settings come to exactly 2 in linear layers
+STANDARD_ERRORS = 2.0  # of one pass, on top: small layers scatter, though less, for B remembers many passes
+
+
+def estimate_gain(found: Estimate) -> float:
+    """Return the gain of the B that earlier passes left; not a number where no neuron answers.
+
+    Args:
+        found: What the present pass found, from which B has not learnt yet. Neurons that do not answer tell
+            nothing and are left out.
+    """
+    weight, answers = found.weight, ~found.is_dead
+    feedback, covariance = (
+        fields.as_matrix(x, weight) for x in (weight.feedback.detach().to(found.covariance), found.covariance)
+    )
+    products = (feedback * covariance).sum(2, keepdim=True) / fields.per_neuron(found.slopes, weight)
+    product = products[fields.per_neuron(answers, weight)].sum()
+    square = found.drive_power[answers].sum() / found.num_samples
+    return float(product / square)  # both still hold sigma^2
+
+
+def has_strange_gain(found: Estimate, settings: Mirror) -> bool:
+    """Warn, and say so, where the gain of a B lies outside [0.5, 2] by more than chance explains.
+
+    Warns:
+        MirrorWarning: Names the layer, its gain, and settings that would bring it to 1.
+    """
+    gain = estimate_gain(found)
+    margin = 1.0 + TOLERANCE + STANDARD_ERRORS * _scatter(found, settings)
+    if not (gain < LOWEST_GAIN / margin or gain > HIGHEST_GAIN * margin):
+        return False
+    warnings.warn(
+        f"mirror mode: the gain of {found.weight.name!r} is {gain:.2g}, outside [{LOWEST_GAIN:g}, "
+        f"{HIGHEST_GAIN:g}], and scales the errors that it sends back; use the 'calibrated' reading, which "
+        f"settles at 1, or {_remedy(gain, settings)}",
+        MirrorWarning,
+        stacklevel=2,
+    )
+    return True
+
+
+def _scatter(found: Estimate, settings: Mirror) -> float:
+    """Return the gain's relative standard error: the part along W of what a pass leaves to chance."""
+    inputs = fields.inputs_in_mirror_mode(found.weight, settings.field)
+    samples = settings.total_samples_for(inputs, count_devices(settings))
+    variance = settings.design.relative_variance(inputs, samples, RELU_SPREAD)
+    return math.sqrt(variance / found.weight.weight.numel())
+
+
+def _remedy(gain: float, settings: Mirror) -> str:
+    """Return what would bring the gain to 1 in the reading as it is."""
+    if settings.reading == "printed":
+        now = settings.rate / settings.decay
+        return f"eta/lambda = {now / gain:.2g} instead of {now:.2g} (rate, decay)"
+    if settings.reading == "inside":
+        return f"lambda = {settings.decay * gain:.2g} instead of {settings.decay:.2g} (decay)"
+    return f"a B that begins {1.0 / gain:.2g} times as large: 'scaled' keeps its norm"
