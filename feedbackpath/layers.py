@@ -64,9 +64,10 @@ class FeedbackLinear(FeedbackLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ weight.T + bias``, shape ``[..., out_features]``."""
-        if self.feedback is None:
+        feedback = self.feedback
+        if feedback is None:
             return self._tapped("feedback", super().forward(input))
-        output = ops.linear(input, self.weight, self.feedback, self.bias)
+        output = ops.linear(input, self.weight, feedback, self.bias)
         return self._tapped("feedback", output)
 
 

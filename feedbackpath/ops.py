@@ -10,7 +10,7 @@ delta = dL/dy arriving from above (equation numbers of Akrout et al. 2019)::
 W is never saved for the backward pass: there is nothing to transport it from. B has W's layout.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -79,7 +79,7 @@ def convolution(
         tensor([[[1., 2., 1.]]])
     """
     x, weight, bias = _cast_for_autocast(x, weight, bias)
-    return _apply(_Convolution, _TransformableConvolution, x, weight, feedback, bias, *geometry)
+    return _apply(_Convolution, _TransformableConvolution, x, weight, feedback, bias, geometry)
 
 
 @contextmanager
@@ -118,6 +118,8 @@ def _cast_for_autocast(
 
     B is not cast here but in the backward pass, so that no low-precision copy of it is kept meanwhile.
     """
+    if not torch._C._is_any_autocast_enabled():
+        return x, weight, bias
     device = x.device.type
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x, weight, bias
@@ -131,9 +133,18 @@ def _give_to_both(
     """Hand the one outer product to W and to B, each only if it asks for it."""
     if grad_weight is None:
         return None, None
-    to_weight = grad_weight if ctx.needs_input_grad[1] else None
-    to_feedback = share(grad_weight.to(feedback_dtype)) if ctx.needs_input_grad[2] else None
-    return to_weight, to_feedback
+    _, asks_weight, asks_feedback, *_ = ctx.needs_input_grad
+    to_feedback = share(_cast(grad_weight, feedback_dtype)) if asks_feedback else None
+    return grad_weight if asks_weight else None, to_feedback
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _flatten(signals: Tensor) -> Tensor:
+    """View ``[..., features]`` as ``[N, features]``."""
+    return signals if signals.dim() == 2 else signals.reshape(-1, signals.shape[-1])
 
 
 def share(gradient: Tensor) -> Tensor:
@@ -161,13 +172,14 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *deltas: Tensor) -> Gradients:
         (delta,) = deltas
         x, feedback = ctx.saved_tensors
+        asks_x, _, _, asks_bias = ctx.needs_input_grad
+        flat_delta = _flatten(delta)
         grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = delta @ feedback.to(delta.dtype)
-        flat_delta = delta.reshape(-1, delta.shape[-1])
+        if asks_x:
+            grad_x = flat_delta.mm(_cast(feedback, delta.dtype)).view(x.shape)
         if _asks_for_product(ctx):
-            grad_weight = flat_delta.T @ x.reshape(-1, x.shape[-1])
-        if ctx.needs_input_grad[3]:
+            grad_weight = flat_delta.t().mm(_flatten(x))
+        if asks_bias:
             grad_bias = flat_delta.sum(0)
         return grad_x, *_give_to_both(ctx, grad_weight, feedback.dtype), grad_bias
 
@@ -188,7 +200,7 @@ class _TransformableLinear(_Linear):
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, *geometry: Any
+        ctx: Any, x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, geometry: ConvGeometry
     ) -> Tensor:
         _keep_for_convolution(ctx, x, feedback, bias, geometry)
         return torch.convolution(x, weight, bias, *geometry)
@@ -201,7 +213,7 @@ class _Convolution(torch.autograd.Function):
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
             delta,
             x,
-            feedback.to(delta.dtype),
+            _cast(feedback, delta.dtype),
             ctx.bias_sizes,
             *ctx.geometry,
             (
@@ -210,8 +222,7 @@ class _Convolution(torch.autograd.Function):
                 ctx.needs_input_grad[3],
             ),
         )
-        no_gradients = (None,) * len(ctx.geometry)
-        return grad_x, *_give_to_both(ctx, grad_weight, feedback.dtype), grad_bias, *no_gradients
+        return grad_x, *_give_to_both(ctx, grad_weight, feedback.dtype), grad_bias, None
 
 
 class _TransformableConvolution(_Convolution):
@@ -219,18 +230,18 @@ class _TransformableConvolution(_Convolution):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, *geometry: Any
+        x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, geometry: ConvGeometry
     ) -> Tensor:
         return torch.convolution(x, weight, bias, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, feedback, bias, *geometry = inputs
+        x, _, feedback, bias, geometry = inputs
         _keep_for_convolution(ctx, x, feedback, bias, geometry)
 
 
 def _keep_for_convolution(
-    ctx: Any, x: Tensor, feedback: Tensor, bias: Tensor | None, geometry: Sequence[Any]
+    ctx: Any, x: Tensor, feedback: Tensor, bias: Tensor | None, geometry: ConvGeometry
 ) -> None:
     ctx.save_for_backward(x, feedback)
     ctx.geometry = geometry
