@@ -40,9 +40,9 @@ class Machine:
     per_layer_step: float
 
 
-# CPU: measured on a core that trains at 90 GFLOP/s, where mirroring between two steps takes 2.7 ns a value, 4
+# CPU: measured on a core that trains at 90 GFLOP/s, where mirroring between two steps takes 2.2 ns a value, 4
 # more with answers worked out, and 200 us a layer. CUDA: not measured, an estimate.
-MACHINES = {"cpu": Machine(250.0, 350.0, 2e7, 2.5e7), "cuda": Machine(400.0, 600.0, 3e9, 9e9)}
+MACHINES = {"cpu": Machine(200.0, 350.0, 1.8e7, 2.5e7), "cuda": Machine(400.0, 600.0, 3e9, 9e9)}
 
 
 def forward_flops(weight: UntiedWeight, uses: float) -> float:
