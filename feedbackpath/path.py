@@ -240,8 +240,8 @@ class FeedbackPath:
         self,
         run: Callable[[], object],
         steps: int = 1,
+        settings: Mirror | None = None,
         *,
-        forgetting: float = 0.1,
         decorrelate: bool = False,
     ) -> None:
         """Drive the whole model with one noisy input, and let every B learn at once (Appendix C.4).
@@ -256,8 +256,8 @@ class FeedbackPath:
         Args:
             run: Runs the model forward on a minibatch of noise.
             steps: Forward passes, from which B learns together.
-            forgetting: d, the share of B that a call replaces once first calls have been averaged plainly
-                (d = 1/n for call n, until that falls to ``forgetting``).
+            settings: What B makes of it: ``reading``, ``forgetting``, ``rate`` and ``decay``; the noise is
+                ``run``'s own. None: as in ``Mirror()``, a tenth forgotten a call.
             decorrelate: Multiply by the inverse of C, so that B goes to W where drives are Gaussian. No
                 synapse can do that by itself: it takes all inputs of a neuron together.
 
@@ -274,16 +274,16 @@ class FeedbackPath:
             >>> path.mirror_from_input(lambda: model(torch.randn(20_000, 30)))
             >>> {name: angle < 10 for name, angle in path.matrix_angles().items()}
             {'0': True, '3': False}
-            >>> path.mirror_from_input(lambda: model(torch.randn(20_000, 30)), forgetting=1, decorrelate=True)
+            >>> path = untie(path.retie(), "fa")
+            >>> path.mirror_from_input(lambda: model(torch.randn(20_000, 30)), decorrelate=True)
             >>> {name: angle < 10 for name, angle in path.matrix_angles().items()}
             {'0': True, '3': True}
         """
         self._refuse_retied()
-        weights = [weight for group, _ in self._to_mirror(Mirror()) for weight in group]
+        how = settings or Mirror()
+        weights = [weight for group, _ in self._to_mirror(how) for weight in group]
         with alignment.left_as_it_was(self.weights, self.model):
-            mirror_from_input(
-                self.clock.mirror, weights, run, steps=steps, forgetting=forgetting, decorrelate=decorrelate
-            )
+            mirror_from_input(self.clock.mirror, weights, run, how, steps=steps, decorrelate=decorrelate)
 
     def plan(
         self, compute_loss: Callable[[], Tensor], settings: Mirror | None = None, *, scale: float = 1.0

@@ -11,6 +11,7 @@ from feedbackpath.alignment import angle_deg
 from feedbackpath.mirror.one_input import look
 from feedbackpath.ops import ConvGeometry
 
+REPLACE = fp.Mirror(forgetting=1)
 LINEAR = {"*": nn.Identity()}
 CONVOLUTIONS = [p for p in PLAIN_LAYERS if "Conv" in p.id and "unbatched" not in p.id]
 FORWARD_CONVOLUTIONS = [p for p in CONVOLUTIONS if "Transpose" not in p.id]
@@ -36,7 +37,7 @@ def test_one_layer_driven_by_white_noise_is_mirrored_as_ever(name):
     path = fp.untie(model, "fa")
     for samples in (500, 4000):
         draw = noise(samples, 40)
-        path.mirror_from_input(lambda draw=draw: model(draw()), forgetting=1, decorrelate=name != "plain")
+        path.mirror_from_input(lambda draw=draw: model(draw()), settings=REPLACE, decorrelate=name != "plain")
         expected = torch.tensor(1.17 * (40 / samples) ** 0.5).rad2deg().item()
         assert path.matrix_angles()["0"] < 1.3 * expected
     assert path.gains()["0"] == pytest.approx(1.0, rel=0.02)
@@ -47,7 +48,7 @@ def test_feedback_goes_to_the_weights_times_the_covariance_of_the_inputs():
     model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 6)).double()
     path = fp.untie(model, "fa")
     draw = noise(5000, 8)
-    path.mirror_from_input(lambda: model(draw()), steps=40, forgetting=1)
+    path.mirror_from_input(lambda: model(draw()), steps=40, settings=REPLACE)
     w1, w2 = (layer.weight.detach() for layer in model)
     covariance = w1 @ w1.T
     expected = w2 @ covariance / covariance.diagonal().mean()
@@ -58,7 +59,7 @@ def test_feedback_goes_to_the_weights_times_the_covariance_of_the_inputs():
 def test_decorrelated_feedback_of_linear_networks_is_the_weights():
     model = nn.Sequential(nn.Linear(12, 10), nn.BatchNorm1d(10), nn.Linear(10, 8), nn.Linear(8, 6)).double()
     path = fp.untie(model, "fa")
-    path.mirror_from_input(lambda: model(torch.randn(50, 12).double()), forgetting=1, decorrelate=True)
+    path.mirror_from_input(lambda: model(torch.randn(50, 12).double()), settings=REPLACE, decorrelate=True)
     assert max(path.matrix_angles().values()) < 1
     assert path.gains() == pytest.approx(dict.fromkeys(path.gains(), 1.0), rel=0.01)
 
@@ -106,7 +107,7 @@ def test_decorrelated_convolutions_with_linear_answers_are_exact(problem):
     path = fp.untie(model, "fa", activations=LINEAR)
     shape = (100, *problem.shapes[0][1:])
     path.mirror_from_input(
-        lambda: problem.call(model, torch.randn(shape).double()), forgetting=1, decorrelate=True
+        lambda: problem.call(model, torch.randn(shape).double()), settings=REPLACE, decorrelate=True
     )
     assert path.matrix_angles()[""] < 0.1  # what the ridge leaves
 
@@ -117,7 +118,7 @@ def test_projections_of_attention_are_mirrored_each_from_its_own_input(problem):
     path = fp.untie(model, "fa", activations=LINEAR)
     path.mirror_from_input(
         lambda: problem.call(model, *(torch.randn(shape).double() for shape in problem.shapes)),
-        steps=20, forgetting=1, decorrelate=True,
+        steps=20, settings=REPLACE, decorrelate=True,
     )  # fmt: skip
     assert max(path.matrix_angles().values()) < 0.1  # what the ridge leaves
 
@@ -185,9 +186,22 @@ def test_first_calls_are_averaged_and_later_ones_forget():
         with torch.random.fork_rng():
             (seen,) = look(path.clock.mirror, path.weights, lambda: model(draw()), steps=1, with_inputs=False)
         found.append(seen.correlate().at_gain_one())
-        path.mirror_from_input(lambda: model(draw()), forgetting=0.4)
+        path.mirror_from_input(lambda: model(draw()), settings=fp.Mirror(forgetting=0.4))
         share = max(0.4, 1 / (call + 1))
         torch.testing.assert_close(model.feedback, (1 - share) * before + share * found[-1])
+
+
+@pytest.mark.parametrize("decorrelate", [False, True])
+def test_scaled_feedback_turns_towards_the_weights_and_keeps_its_norm(decorrelate):
+    model = nn.Linear(12, 10)
+    path = fp.untie(model, "fa")
+    norm = model.feedback.norm().item()
+    for _ in range(80):
+        path.mirror_from_input(
+            lambda: model(torch.randn(500, 12)), settings=fp.Mirror(reading="scaled"), decorrelate=decorrelate
+        )
+    assert path.matrix_angles()[""] < 5
+    assert model.feedback.norm().item() == pytest.approx(norm)
 
 
 def test_a_layer_that_is_used_twice_learns_from_both_uses():
@@ -238,8 +252,6 @@ def test_what_cannot_be_mirrored_so_is_refused_by_name():
             path.mirror_from_input(run, decorrelate=decorrelate)
         assert all(torch.equal(b, old) for (_, _, b), old in zip(path.pairs(), before, strict=True))
         assert all(layer.signal_tap is None for layer in path.layers.values())
-    with pytest.raises(fp.RuleError, match="forgetting must be above 0"):
-        path.mirror_from_input(lambda: model(torch.randn(9, 6)), forgetting=0)
     with pytest.raises(fp.RuleError, match="steps must be at least 1, not 0"):
         path.mirror_from_input(lambda: model(torch.randn(9, 6)), steps=0)
     transposed = nn.ConvTranspose1d(2, 3, 3)

@@ -9,6 +9,7 @@ forward as it is; each layer takes its own input x, drive z and answer y = phi(z
     B     = S^-1 cov C^-1    -> W           decorrelated, a regression: needs the inverse of C
 """
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,9 +38,9 @@ def mirror_from_input(
     mode: MirrorMode,
     weights: Sequence[UntiedWeight],
     run: Callable[[], object],
+    settings: Mirror,
     *,
     steps: int,
-    forgetting: float,
     decorrelate: bool,
 ) -> None:
     """Run the model on noise and let every B learn from it, once, from all ``steps`` forward passes together.
@@ -50,14 +51,14 @@ def mirror_from_input(
         mode: Mirror mode of the model's path.
         weights: The weights whose B learns; a weight in several layers is mirrored in the one named here.
         run: Runs the model forward on a minibatch of noise.
+        settings: What B makes of it: reading, forgetting, rate and decay; the rest is not used.
         steps: Forward passes.
-        forgetting: The share of B that is replaced, once first calls have been averaged plainly.
         decorrelate: Whether the covariance is multiplied by the inverse of the inputs' covariance.
 
     Raises:
         RuleError: Some layers were not reached, saw one sample, or cannot be decorrelated.
     """
-    settings = Mirror(noise="gaussian", forgetting=forgetting, block_bias=False)  # the biases as they are
+    settings = dataclasses.replace(settings, noise="gaussian", block_bias=False)  # biases stay as they are
     if steps < 1:
         raise RuleError(f"mirror_from_input: steps must be at least 1, not {steps}")
     if decorrelate:
