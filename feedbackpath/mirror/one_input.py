@@ -10,6 +10,7 @@ forward as it is; each layer takes its own input x, drive z and answer y = phi(z
 """
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -229,9 +230,7 @@ def _measure_convolution(seen: Seen, x: Tensor, z: Tensor) -> _Moments:
     if x.dim() == len(layer.kernel_size) + 1:
         x, z = x[None], z[None]
     x, y, z = (_about_mean(signal, weight) for signal in (x, seen.activation(z), z))
-    num_samples, freedom = len(x), len(x) - 1.0
-    num_inputs = x[0].numel()
-    input_power = x.square().sum()
+    num_samples, freedom, num_inputs, input_power = len(x), len(x) - 1.0, x[0].numel(), x.square().sum()
     x, geometry = _walk(layer, x, z)
     shape = weight.weight.shape
     ones = x.new_ones(1, 1, *x.shape[2:]), x.new_ones(1, 1, *z.shape[2:])
@@ -286,7 +285,7 @@ def _field_products(x: Tensor, geometry: ConvGeometry, kernel: Sequence[int]) ->
         x = x.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
     x = x.reshape(len(x), geometry.groups, -1, *x.shape[2:])  # [N, groups, C, positions..., kernel...]
     x = x.movedim(1, 0).movedim(2, 2 + dims)  # [groups, N, positions..., C, kernel...]
-    num_inputs = x.shape[2 + dims] * x[0, 0].flatten(0, dims - 1)[0, 0].numel()
+    num_inputs = x.shape[2 + dims] * math.prod(kernel)
     total = x.new_zeros(geometry.groups, num_inputs, num_inputs)
     at_once = max(1, UNFOLDED_VALUES * x.shape[1] // x.numel())
     for part in torch.split(x, at_once, 1):
