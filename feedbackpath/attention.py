@@ -94,8 +94,8 @@ class FeedbackMultiheadAttention(FeedbackLayer, nn.MultiheadAttention):
         feedback = cast(Tensor | None, getattr(self, name))
         bias = None if self.in_proj_bias is None else self.in_proj_bias[bias_rows]
         if feedback is None:
-            return self._tapped(name, F.linear(x, weight, bias))
-        return self._tapped(name, ops.linear(x, weight, feedback[rows], bias))
+            return self._tapped(name, x, F.linear(x, weight, bias), rows)
+        return self._tapped(name, x, ops.linear(x, weight, feedback[rows], bias), rows)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project to q, k, v ``[L, N, E]``, in one product where inputs are the same tensor."""

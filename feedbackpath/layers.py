@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from feedbackpath import ops
 
 DeltaTap = Callable[[str, Tensor], None]
+SignalTap = Callable[[str, Tensor, Tensor, slice], None]
 
 
 class FeedbackLayer(nn.Module):
@@ -23,18 +24,23 @@ class FeedbackLayer(nn.Module):
     Attributes:
         plain_type: The torch class that the layer had and gets back.
         delta_tap: While delta angles are measured, called with (feedback name, layer output).
+        signal_tap: While one noisy input drives the model, called with (feedback name, input, output, the
+            rows of the weight that they belong to).
     """
 
     plain_type: ClassVar[type[nn.Module]]
     delta_tap: DeltaTap | None = None
+    signal_tap: SignalTap | None = None
 
     def untied_names(self) -> dict[str, str]:
         """Return the name of each weight that goes forward with the name of its feedback weight."""
         return {"weight": "feedback"}
 
-    def _tapped(self, feedback_name: str, output: Tensor) -> Tensor:
+    def _tapped(self, feedback_name: str, x: Tensor, output: Tensor, rows: slice = slice(None)) -> Tensor:
         if self.delta_tap is not None:
             self.delta_tap(feedback_name, output)
+        if self.signal_tap is not None:
+            self.signal_tap(feedback_name, x, output, rows)
         return output
 
     def _load_from_state_dict(
@@ -66,9 +72,9 @@ class FeedbackLinear(FeedbackLayer, nn.Linear):
         """Return ``input @ weight.T + bias``, shape ``[..., out_features]``."""
         feedback = self.feedback
         if feedback is None:
-            return self._tapped("feedback", super().forward(input))
+            return self._tapped("feedback", input, super().forward(input))
         output = ops.linear(input, self.weight, feedback, self.bias)
-        return self._tapped("feedback", output)
+        return self._tapped("feedback", input, output)
 
 
 class _FeedbackConv(FeedbackLayer, nn.modules.conv._ConvNd):
@@ -97,10 +103,10 @@ class _ForwardConv(_FeedbackConv):
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution ``[N, C_out, ...]`` of ``input`` ``[N, C_in, ...]``."""
         if self.feedback is None:
-            return self._tapped("feedback", super().forward(input))
+            return self._tapped("feedback", input, super().forward(input))
         x, padding = self._pad(input)
         output = self._untied(x, self.feedback, padding, (0,) * len(padding))
-        return self._tapped("feedback", output)
+        return self._tapped("feedback", input, output)
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Do the padding that a convolution cannot do by itself; return what is left for it to do."""
@@ -139,7 +145,7 @@ class _TransposedConv(_FeedbackConv, nn.modules.conv._ConvTransposeNd):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the transposed convolution ``[N, C_out, ...]`` of ``input`` ``[N, C_in, ...]``."""
         if self.feedback is None:
-            return self._tapped("feedback", super().forward(input, output_size))
+            return self._tapped("feedback", input, super().forward(input, output_size))
         padding = cast(tuple[int, ...], self.padding)
         output_padding = self._output_padding(
             input,
@@ -150,7 +156,7 @@ class _TransposedConv(_FeedbackConv, nn.modules.conv._ConvTransposeNd):
             len(self.kernel_size),
             list(self.dilation),
         )
-        return self._tapped("feedback", self._untied(input, self.feedback, padding, output_padding))
+        return self._tapped("feedback", input, self._untied(input, self.feedback, padding, output_padding))
 
 
 class FeedbackConvTranspose1d(_TransposedConv, nn.ConvTranspose1d):

@@ -14,6 +14,7 @@ from feedbackpath.errors import KolenPollackWarning, RuleError, UnconvertedLayer
 from feedbackpath.layers import FeedbackLayer, UntiedWeight
 from feedbackpath.mirror import LayerPlan, Mirror, MirrorMode
 from feedbackpath.mirror.cost import UseCounter
+from feedbackpath.mirror.one_input import mirror_from_input
 from feedbackpath.mirror.plan import make_plan
 from feedbackpath.replicas import SharedReduction
 from feedbackpath.rules import Clock, Rule, resolve_rule
@@ -234,6 +235,55 @@ class FeedbackPath:
             return
         for group, how in self._to_mirror(settings):
             self.clock.mirror.run(group, how, how.memory_passes if steps is None else steps)
+
+    def mirror_from_input(
+        self,
+        run: Callable[[], object],
+        steps: int = 1,
+        settings: Mirror | None = None,
+        *,
+        decorrelate: bool = False,
+    ) -> None:
+        """Drive the whole model with one noisy input, and let every B learn at once (Appendix C.4).
+
+        B goes to ``W C / v``, with C the covariance of the inputs that the layer itself sees and v their mean
+        variance: to W in the first layer alone. Whether that will do: docs/one-input.md.
+
+        BatchNorm uses the statistics of the noise. Forward weights, gradients, running statistics and the
+        global random numbers stay as they were; what ``run`` draws from these depends on the path's seed, and
+        on how often it has mirrored, alone.
+
+        Args:
+            run: Runs the model forward on a minibatch of noise.
+            steps: Forward passes, from which B learns together.
+            settings: What B makes of it: ``reading``, ``forgetting``, ``rate`` and ``decay``; the noise is
+                ``run``'s own. None: as in ``Mirror()``, a tenth forgotten a call.
+            decorrelate: Multiply by the inverse of C, so that B goes to W where drives are Gaussian. No
+                synapse can do that by itself: it takes all inputs of a neuron together.
+
+        Raises:
+            UntieError: There is nothing to mirror.
+            RuleError: ``run`` leaves layers out, or some of them cannot be mirrored so.
+
+        Warns:
+            MirrorWarning: Neurons do not answer.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.BatchNorm1d(20), nn.Linear(20, 10))
+            >>> path = untie(model, "fa")
+            >>> path.mirror_from_input(lambda: model(torch.randn(20_000, 30)))
+            >>> {name: angle < 10 for name, angle in path.matrix_angles().items()}
+            {'0': True, '3': False}
+            >>> path = untie(path.retie(), "fa")
+            >>> path.mirror_from_input(lambda: model(torch.randn(20_000, 30)), decorrelate=True)
+            >>> {name: angle < 10 for name, angle in path.matrix_angles().items()}
+            {'0': True, '3': True}
+        """
+        self._refuse_retied()
+        how = settings or Mirror()
+        weights = [weight for group, _ in self._to_mirror(how) for weight in group]
+        with alignment.left_as_it_was(self.weights, self.model):
+            mirror_from_input(self.clock.mirror, weights, run, how, steps=steps, decorrelate=decorrelate)
 
     def plan(
         self, compute_loss: Callable[[], Tensor], settings: Mirror | None = None, *, scale: float = 1.0

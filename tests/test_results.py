@@ -1,5 +1,6 @@
 """What the kept result files show is what the project claims of its rules."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -52,3 +53,34 @@ def test_the_notes_have_the_ratios_that_were_measured():
         ratios = [network["step"][rule] for rule in ("fa", "ss", "kp", "mirror-kp", "wm")]
         cells = " | ".join(f"{r['median']:.3f} ({r['q1']:.2f}–{r['q3']:.2f})" for r in ratios)
         assert f"| {name}, {network['batch_size']} | {cells} |" in notes
+
+
+def load_one_input():
+    spec = importlib.util.spec_from_file_location("figures", BENCHMARKS / "one_input_figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    return figures, json.loads((BENCHMARKS / "one-input" / "angles.json").read_text())
+
+
+def test_the_page_on_one_noisy_input_has_the_angles_that_were_measured():
+    figures, results = load_one_input()
+    page = (BENCHMARKS.parent / "docs" / "one-input.md").read_text(encoding="utf-8")
+    assert figures.make_table(results["measured"]) in page
+
+
+def test_one_noisy_input_leaves_the_angle_of_weights_times_covariance():
+    """B = W C / v predicts each layer's angle from its inputs alone."""
+    _, results = load_one_input()
+    found = [f for f in results["measured"] if f["method"] == "one-input" and f["network"] != "mlp"]
+    for run in found:
+        for name, angle in run["matrix_angle_deg"].items():
+            assert angle == pytest.approx(run["inputs"][name]["predicted_angle_deg"], abs=5)
+        assert max(run["matrix_angle_deg"].values()) > 60
+
+
+def test_one_noisy_input_trains_only_decorrelated():
+    summary = load("one-input")["summary"]
+    errors = {rule: entry["test_error_mean"] for rule, entry in summary.items()}
+    assert max(errors["bp"], errors["wm"], errors["gaussian-mirror"]) < errors["one-input-decorrelate"]
+    assert errors["one-input-decorrelate"] < errors["one-input-scaled"]
+    assert summary["one-input"]["n"] == 0

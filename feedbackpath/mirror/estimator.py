@@ -23,6 +23,7 @@ from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation, is_channelwise
 from feedbackpath.mirror.designs import CODE_LENGTH, Design, orthogonal_codes
 from feedbackpath.mirror.rates import Rates, Signed
+from feedbackpath.ops import ConvGeometry
 
 CHUNK_VALUES = 2**15  # answers that a CPU works on at once: they stay in its cache
 LEAST_SLOPE = 1e-4  # a neuron that answers with less than this share of its drive does not answer
@@ -38,7 +39,7 @@ class Estimate:
         covariance: cov, laid out as W, in W's precision or float32 if that is finer.
         drive_answer: Sum of z (y - mean y) for each output channel.
         drive_power: Sum of z^2 for each output channel, over the same samples.
-        variance: sigma^2.
+        variance: sigma^2, one for all or one for each output channel.
         num_samples: Drives of each connection that these are taken over; a sample and its negative are one.
         is_at_gain_one: Whether cov has been divided by sigma^2 s.
     """
@@ -47,7 +48,7 @@ class Estimate:
     covariance: Tensor
     drive_answer: Tensor
     drive_power: Tensor
-    variance: float
+    variance: float | Tensor
     num_samples: int
     is_at_gain_one: bool = False
 
@@ -272,7 +273,8 @@ def _estimate_from_maps(firing: _Firing, receive: _Receive, num_samples: int) ->
         answer = receive(by_channel, _ALL)
         own = answer.mean(2, keepdim=True)
         answer = answer - (own.sum(0) - own) / (num_maps - 1)
-    found = _conv_covariance(layer, w, noise, answer.view(drive.shape)) / (num_maps * positions)
+    products = conv_products(fields.unpadded(layer), w, noise, answer.view(drive.shape))
+    found = products / (num_maps * positions)
     return _sum_up(firing, found, by_channel, answer, num_maps * positions)
 
 
@@ -281,10 +283,17 @@ def _sum_up(firing: _Firing, covariance: Tensor, drive: Tensor, answer: Tensor, 
     return Estimate(firing.weight, covariance, drive_answer, drive_power, firing.sigma**2, num_samples)
 
 
-def _conv_covariance(layer: _ConvNd, like: Tensor, noise: Tensor, answer: Tensor) -> Tensor:
-    """Sum answer x noise over samples and positions: exactly a convolution's weight gradient."""
+def conv_products(geometry: ConvGeometry, like: Tensor, x: Tensor, answer: Tensor) -> Tensor:
+    """Sum answer times input over samples and positions: exactly a convolution's weight gradient.
+
+    Args:
+        geometry: How the convolution walks over its input.
+        like: A tensor of W's shape; its values make no difference.
+        x: Input ``[N, C_in, ...]``.
+        answer: Answers ``[N, C_out, ...]``.
+    """
     gradients: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
-        answer, noise, like, None, *fields.unpadded(layer), (False, True, False)
+        answer, x, like, None, *geometry, (False, True, False)
     )
     return gradients[1]
 

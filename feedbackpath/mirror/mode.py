@@ -244,12 +244,16 @@ class MirrorMode:
     @torch.no_grad()
     def _mirror_weight(self, weight: UntiedWeight, settings: Mirror) -> None:
         found = self._estimate(weight, settings)
-        passes = self.passes.get(weight.name, 0)
-        if (passes + 1) % settings.memory_passes == 0:
+        if (self.passes.get(weight.name, 0) + 1) % settings.memory_passes == 0:
             self._check_gain(found, settings)
+        self.learn(weight, found, settings)
+
+    def learn(self, weight: UntiedWeight, found: Estimate, settings: Mirror) -> None:
+        """Let one B learn from what a pass found; plain averaging until its memory is full."""
+        passes = self.passes.get(weight.name, 0)
         share = settings.share_replaced
         if settings.reading == "calibrated":
-            share = max(share, 1.0 / (passes + 1))  # plain averaging until memory is full
+            share = max(share, 1.0 / (passes + 1))
         _learn(weight, found, settings, share, may_be_dead=self._may_be_dead(weight, settings))
         self.passes[weight.name] = passes + 1
 
