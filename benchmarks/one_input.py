@@ -42,7 +42,7 @@ WORK = Path("runs") / "one-input"
 
 NOISE_BATCH = 96
 SEEDS = (0, 1, 2)
-TRAINING = {"epochs": 4, "samples_per_epoch": 2048, "batch_size": 64, "seeds": 2, "num_threads": 1}
+TRAINING = {"epochs": 4, "samples_per_epoch": 2048, "batch_size": 64, "seeds": 3, "num_threads": 1}
 BACKPROP_STEPS, BACKPROP_BATCH, BACKPROP_LR = 100, 32, 0.1
 NETWORKS = {  # network, norm: forward passes of noise
     ("resnet8", "after"): (1, 4),
