@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from feedbackpath import ops
 from feedbackpath.errors import UntieError
-from feedbackpath.layers import UntiedWeight
+from feedbackpath.layers import FeedbackLayer, Tap, UntiedWeight, tapped
 
 
 def angle_deg(one: Tensor, other: Tensor) -> float:
@@ -106,21 +106,16 @@ def _outputs_tapped(weights: Sequence[UntiedWeight]) -> Iterator[dict[str, list[
     outputs: dict[str, list[GradientEdge]] = {}
     names = {(id(weight.layer), weight.feedback_name): weight.name for weight in weights}
 
-    def tap_of(layer: nn.Module) -> Callable[[str, Tensor], None]:
-        def tap(feedback_name: str, output: Tensor) -> None:
+    def tap_of(layer: FeedbackLayer) -> Tap:
+        def tap(feedback_name: str, _: Tensor, output: Tensor, rows: slice) -> None:
             if output.requires_grad:
                 edge = get_gradient_edge(output)
                 outputs.setdefault(names[id(layer), feedback_name], []).append(edge)
 
         return tap
 
-    try:
-        for weight in weights:
-            weight.layer.delta_tap = tap_of(weight.layer)
+    with tapped({weight.layer: tap_of(weight.layer) for weight in weights}):
         yield outputs
-    finally:
-        for weight in weights:
-            weight.layer.delta_tap = None
 
 
 @contextmanager

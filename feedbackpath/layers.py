@@ -5,7 +5,8 @@ sharing and identity stay. ``feedback`` is None where the rule is backprop: B is
 layer runs PyTorch's own code.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -14,8 +15,7 @@ from torch import Tensor, nn
 
 from feedbackpath import ops
 
-DeltaTap = Callable[[str, Tensor], None]
-SignalTap = Callable[[str, Tensor, Tensor, slice], None]
+Tap = Callable[[str, Tensor, Tensor, slice], None]
 
 
 class FeedbackLayer(nn.Module):
@@ -23,24 +23,20 @@ class FeedbackLayer(nn.Module):
 
     Attributes:
         plain_type: The torch class that the layer had and gets back.
-        delta_tap: While delta angles are measured, called with (feedback name, layer output).
-        signal_tap: While one noisy input drives the model, called with (feedback name, input, output, the
-            rows of the weight that they belong to).
+        tap: While signals are measured, called with (feedback name, input, output, the rows of the weight
+            that they belong to).
     """
 
     plain_type: ClassVar[type[nn.Module]]
-    delta_tap: DeltaTap | None = None
-    signal_tap: SignalTap | None = None
+    tap: Tap | None = None
 
     def untied_names(self) -> dict[str, str]:
         """Return the name of each weight that goes forward with the name of its feedback weight."""
         return {"weight": "feedback"}
 
     def _tapped(self, feedback_name: str, x: Tensor, output: Tensor, rows: slice = slice(None)) -> Tensor:
-        if self.delta_tap is not None:
-            self.delta_tap(feedback_name, output)
-        if self.signal_tap is not None:
-            self.signal_tap(feedback_name, x, output, rows)
+        if self.tap is not None:
+            self.tap(feedback_name, x, output, rows)
         return output
 
     def _load_from_state_dict(
@@ -60,6 +56,19 @@ class FeedbackLayer(nn.Module):
         for name in self.untied_names().values():
             if prefix + name in missing_keys:
                 missing_keys.remove(prefix + name)
+
+
+@contextmanager
+def tapped(taps: Mapping[FeedbackLayer, Tap]) -> Iterator[None]:
+    """Let layers show their signals to taps for a while, and then to those that they had before."""
+    before = {layer: layer.tap for layer in taps}
+    try:
+        for layer, tap in taps.items():
+            layer.tap = tap
+        yield
+    finally:
+        for layer, tap_before in before.items():
+            layer.tap = tap_before
 
 
 class FeedbackLinear(FeedbackLayer, nn.Linear):

@@ -52,7 +52,8 @@ def linear(x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None = No
         >>> x.grad
         tensor([[6., 6.]])
     """
-    x, weight, bias = _cast_for_autocast(x, weight, bias)
+    if torch._C._is_any_autocast_enabled():
+        x, weight, bias = _cast_for_autocast(x, weight, bias)
     return _apply(_Linear, _TransformableLinear, x, weight, feedback, bias)
 
 
@@ -78,7 +79,8 @@ def convolution(
         >>> x.grad
         tensor([[[1., 2., 1.]]])
     """
-    x, weight, bias = _cast_for_autocast(x, weight, bias)
+    if torch._C._is_any_autocast_enabled():
+        x, weight, bias = _cast_for_autocast(x, weight, bias)
     return _apply(_Convolution, _TransformableConvolution, x, weight, feedback, bias, geometry)
 
 
@@ -118,8 +120,6 @@ def _cast_for_autocast(
 
     B is not cast here but in the backward pass, so that no low-precision copy of it is kept meanwhile.
     """
-    if not torch._C._is_any_autocast_enabled():
-        return x, weight, bias
     device = x.device.type
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x, weight, bias

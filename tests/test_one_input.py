@@ -144,7 +144,7 @@ def test_it_changes_feedback_and_nothing_else(training, decorrelate):
         assert parameter.grad is None if gradient is None else torch.equal(parameter.grad, gradient)
     assert not any(torch.equal(b, old) for (_, _, b), old in zip(path.pairs(), feedbacks, strict=True))
     assert [module.training for module in model.modules()] == modes
-    assert all(layer.signal_tap is None for layer in path.layers.values())
+    assert all(layer.tap is None for layer in path.layers.values())
 
 
 def test_batchnorm_uses_the_statistics_of_the_noise_in_evaluation_too():
@@ -251,7 +251,7 @@ def test_what_cannot_be_mirrored_so_is_refused_by_name():
         with pytest.raises(fp.RuleError, match=message):
             path.mirror_from_input(run, decorrelate=decorrelate)
         assert all(torch.equal(b, old) for (_, _, b), old in zip(path.pairs(), before, strict=True))
-        assert all(layer.signal_tap is None for layer in path.layers.values())
+        assert all(layer.tap is None for layer in path.layers.values())
     with pytest.raises(fp.RuleError, match="steps must be at least 1, not 0"):
         path.mirror_from_input(lambda: model(torch.randn(9, 6)), steps=0)
     transposed = nn.ConvTranspose1d(2, 3, 3)

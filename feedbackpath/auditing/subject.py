@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from feedbackpath.layers import FeedbackLayer, Tap, tapped
 from feedbackpath.path import FeedbackPath
 
 State = dict[str, Any]
@@ -112,18 +113,12 @@ class Subject:
 def deltas_seen(path: FeedbackPath, see: Any) -> Iterator[None]:
     """Call ``see(layer, output)`` with the output of every untied weight while the model runs forward."""
     names = {(id(weight.layer), weight.feedback_name): weight.name for weight in path.weights}
-    layers = {id(weight.layer): weight.layer for weight in path.weights}
 
-    def tap_of(layer_id: int) -> Any:
-        return lambda feedback_name, output: see(names[layer_id, feedback_name], output)
+    def tap_of(layer: FeedbackLayer) -> Tap:
+        return lambda feedback_name, _, output, rows: see(names[id(layer), feedback_name], output)
 
-    try:
-        for layer_id, layer in layers.items():
-            layer.delta_tap = tap_of(layer_id)
+    with tapped({weight.layer: tap_of(weight.layer) for weight in path.weights}):
         yield
-    finally:
-        for layer in layers.values():
-            layer.delta_tap = None
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from feedbackpath.errors import RuleError
-from feedbackpath.layers import UntiedWeight
+from feedbackpath.layers import FeedbackLayer, Tap, UntiedWeight, tapped
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation
 from feedbackpath.mirror.estimator import Estimate, conv_products
@@ -314,21 +314,15 @@ def _spread_over_fields(pairs: Tensor, covariance: Tensor) -> Tensor:
 def _signals_tapped(seen: Sequence[Seen]) -> Iterator[None]:
     """Let layers show their signals while a model runs."""
     by_place = {(id(one.weight.layer), one.weight.feedback_name): one for one in seen}
-    layers = {id(one.weight.layer): one.weight.layer for one in seen}
 
-    def tap_of(key: int) -> Callable[[str, Tensor, Tensor, slice], None]:
+    def tap_of(layer: FeedbackLayer) -> Tap:
         def tap(feedback_name: str, x: Tensor, output: Tensor, rows: slice) -> None:
-            by_place[key, feedback_name].add(x, output, rows)
+            by_place[id(layer), feedback_name].add(x, output, rows)
 
         return tap
 
-    try:
-        for key, layer in layers.items():
-            layer.signal_tap = tap_of(key)
+    with tapped({one.weight.layer: tap_of(one.weight.layer) for one in seen}):
         yield
-    finally:
-        for layer in layers.values():
-            layer.signal_tap = None
 
 
 @contextmanager
