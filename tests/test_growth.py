@@ -83,7 +83,8 @@ def test_unknown_axes_and_too_few_rounds_are_refused(capsys):
 
 def test_the_command_writes_ratios_and_figure(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(AXES, "batch", SMALL["batch"])
-    monkeypatch.setattr(growth, "_STACKS", dict.fromkeys(growth._STACKS, growth._STACKS["dense"]))
+    tiny = growth._Stack("stack", (4, 1, 1), 4, batch_size=1, num_layers=2)
+    monkeypatch.setattr(growth, "_STACKS", dict.fromkeys(growth._STACKS, tiny))
     out = tmp_path / "growth.json"
     assert run_cli("bench", "--grow", "batch", "--rules", "fa", "--rounds", LEAST_ROUNDS, "--out", out) == 0
     assert "batch 2 (mlp, batch 2): fa" in capsys.readouterr().out

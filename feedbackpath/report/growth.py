@@ -17,6 +17,7 @@ from feedbackpath.report.style import legend_label
 GOALS = {1.02: "goal 1.02", 1.05: "goal 1.05 (wm)"}
 GOAL_DASHES: dict[float, Literal["--", ":"]] = {1.02: "--", 1.05: ":"}
 COLUMNS = 3
+CLOSE = 0.16  # of an axis: labels nearer than that touch
 SPREAD = 0.06  # of the distance between sizes: rules stand side by side, so that their bars can be told
 
 
@@ -58,12 +59,19 @@ def _draw_panel(axes: Axes, axis: Mapping[str, Any], rules: list[str]) -> None:
         shift = step ** (SPREAD * (position - (len(rules) - 1) / 2))
         _draw_rule(axes, rule, sizes * shift, [cell["step"][rule] for cell in cells])
     axes.set_xscale("log")
-    axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+    axes.set_xticks(sizes, _tick_labels(sizes))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(axis["label"])
+    axes.set_xlabel(axis["label"].replace(", ", "\n"))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.98), max(high, 1.08))
+
+
+def _tick_labels(sizes: Any) -> list[str]:
+    """Return a label a size, empty where it would run into the next one's."""
+    nearest = CLOSE * np.log(sizes[-1] / sizes[0])
+    gaps = [*np.diff(np.log(sizes)), np.inf]
+    return [f"{size:g}" if gap > nearest else "" for size, gap in zip(sizes, gaps, strict=True)]
 
 
 def _draw_rule(axes: Axes, rule: str, places: Any, ratios: list[dict[str, float]]) -> None:
