@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from feedbackpath.report import read_results
-from feedbackpath.report.figures import _RC, PAGE_WIDTH, render_figures
+from feedbackpath.report.figures import FIGURE_STYLE, PAGE_WIDTH, render_figures
 from feedbackpath.report.panels import make_panel
 from feedbackpath.report.style import style_of
 
@@ -137,7 +137,7 @@ def describe_layers(found: list[Found], quantity: str) -> str:
 def main() -> None:
     """Write the figures and print the table."""
     measured = json.loads((RESULTS / "angles.json").read_text())["measured"]
-    with rc_context(_RC):
+    with rc_context(FIGURE_STYLE):
         draw_angles(measured).savefig(FIGURES / "one-input-angles.png", dpi=300)
     panel = make_panel([("one-input", read_results(RESULTS))])
     (FIGURES / "one-input-learning_curves.png").write_bytes(render_figures([panel])["learning_curves.png"])

@@ -9,6 +9,7 @@ import torch
 from feedbackpath import cli
 from feedbackpath.bench import BenchSettings, run_bench
 from feedbackpath.bench.bench import describe
+from feedbackpath.bench.counts import count_collective_bytes, count_graph_breaks, count_movement
 from feedbackpath.bench.measure import bytes_of_feedback, peak_bytes, time_in_turns, untie_milliseconds
 from feedbackpath.bench.workloads import PLAIN, WORKLOADS, Arithmetic, TrainingStep, find_workload
 from feedbackpath.errors import ConfigError
@@ -55,6 +56,67 @@ def test_a_rule_does_what_it_says(found):
         assert angles["bp"] == 0
         assert angles["fa"] > 60
         assert angles["wm"] < 30  # so small a minibatch leaves it little to mirror with
+
+
+def test_no_rule_breaks_graphs_or_adds_to_traffic(found):
+    for network in found["networks"].values():
+        assert network["graph_breaks"] == dict.fromkeys((PLAIN, "bp", "fa", "kp", "wm"), 0)
+        assert network["traffic"] == dict.fromkeys(("bp", "fa", "kp", "wm"), 1.0)
+        assert network["collective_bytes"]["kp"]["allreduce_"] > 0
+
+
+class BreaksForward(torch.nn.Module):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return x
+
+
+class _BreaksOffGoingBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, delta):
+        torch._dynamo.graph_break()
+        return delta
+
+
+class BreaksBackward(torch.nn.Module):
+    def forward(self, x):
+        return _BreaksOffGoingBack.apply(x)
+
+
+@pytest.mark.parametrize("kind", [BreaksForward, BreaksBackward])
+def test_graph_breaks_are_counted(kind):
+    step = TrainingStep(find_workload("mlp"), "fa", 2, Arithmetic())
+    whole = step.model
+    step.model = torch.nn.Sequential(whole, kind())
+    assert count_graph_breaks(step) >= 1
+    assert step.forward is whole  # as it was before
+
+
+def test_what_a_rule_sends_is_counted():
+    step = TrainingStep(find_workload("mlp"), "fa", 2, Arithmetic())
+    silent = count_collective_bytes(step)
+    (first, *_), own_step = step.path.weights, step.path.step
+
+    def send_and_step():
+        torch.distributed.all_reduce(first.feedback.detach())
+        own_step()
+
+    step.path.step = send_and_step
+    sent = count_collective_bytes(step)
+    assert sent["allreduce_"] == silent["allreduce_"] + 4 * first.feedback.numel()
+    assert not torch.distributed.is_initialized()
+
+
+def test_movement_is_what_operators_read_and_write():
+    x, y = torch.ones(10), torch.ones(10)
+    assert count_movement(lambda: torch.add(x, y)) == (1, 120)
+    assert count_movement(lambda: x.add_(y)) == (1, 120)
+    assert count_movement(lambda: torch.add(x, y, out=x)) == (1, 120)
+    assert count_movement(lambda: torch.empty(10).view(2, 5)) == (0, 0)
 
 
 def test_calls_take_turns():

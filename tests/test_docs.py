@@ -1,6 +1,7 @@
 """What the documents say runs: every Python snippet, command line, config file and make target in them."""
 
 import inspect
+import json
 import re
 import shlex
 import signal
@@ -18,6 +19,7 @@ from feedbackpath.bench_command import bench
 from feedbackpath.jobs.audit import table_of_rules
 from feedbackpath.recipes import RECIPES
 from feedbackpath.report import markdown_table, read_results
+from feedbackpath.report.cost import tables_of_cost
 from feedbackpath.train.config import CompareConfig, RunConfig, TrainConfig
 from feedbackpath.train.rules import make_rule
 
@@ -246,6 +248,14 @@ def test_tables_of_results_are_those_of_the_result_files(name):
     assert table in read("docs/results.md")
     if name == "glyphs-resnet8":
         assert table in read("README.md")
+
+
+def test_tables_of_cost_are_those_of_the_result_file_and_of_the_model():
+    page, growth = read("docs/cost.md"), json.loads(read("benchmarks/step-cost/growth.json"))
+    assert growth["command"] in " ".join(page.replace("\\\n", " ").split())
+    for name, table in tables_of_cost(growth).items():
+        marked = f"<!-- {name}:begin -->\n{table}<!-- {name}:end -->"
+        assert marked in page, "write them anew: python benchmarks/cost_page.py"
 
 
 @pytest.mark.parametrize("name", RESULTS)

@@ -3,12 +3,13 @@
 import gc
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from feedbackpath.bench.counts import count_collective_bytes, count_graph_breaks
 from feedbackpath.bench.measure import (
     Call,
     bytes_of_feedback,
@@ -21,11 +22,11 @@ from feedbackpath.bench.measure import (
 )
 from feedbackpath.bench.workloads import PLAIN, Arithmetic, TrainingStep, Workload, find_workload, make_steps
 from feedbackpath.errors import ConfigError
-from feedbackpath.models import build_model
 from feedbackpath.rules import RULES, resolve_rule
 
 WARM_UP = 3
 MEMORY_STEPS = 2
+COUNTING_BATCH = 2  # samples where only calls and bytes are counted: BatchNorm needs two
 MOST_STARTS = 7  # of fresh interpreters
 
 
@@ -55,9 +56,7 @@ class BenchSettings:
             resolve_rule(rule)
         if self.rounds < 2:
             raise ConfigError(f"rounds is {self.rounds}; quartiles need at least 2")
-        device = torch.device(self.arithmetic.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device is cuda, but PyTorch finds no GPU here; choose cpu")
+        self.arithmetic.check_device()
 
 
 def run_bench(settings: BenchSettings, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -68,8 +67,9 @@ def run_bench(settings: BenchSettings, tell: Callable[[str], None] = lambda line
         tell: Called with a line of text when a network has been measured.
 
     Returns:
-        ``machine``, ``settings``, ``start_up`` and ``networks``: by name, ``step`` times, ``memory`` and
-        ``angles`` by rule, each figure of time as a ratio to plain PyTorch in the same rounds.
+        ``machine``, ``settings``, ``start_up`` and ``networks``: by name, ``step`` times, memory, angles,
+        graph breaks and bytes between devices by rule, each figure of time as a ratio to plain PyTorch in
+        the same rounds, and ``traffic`` as a ratio to its bytes.
     """
     keep_freed_memory()
     networks = {}
@@ -77,7 +77,7 @@ def run_bench(settings: BenchSettings, tell: Callable[[str], None] = lambda line
         networks[name] = measure_network(find_workload(name), settings)
         tell(describe(name, networks[name]))
     return {
-        "machine": _machine(settings.arithmetic),
+        "machine": describe_machine(settings.arithmetic),
         "settings": asdict(settings),
         "start_up": start_up_seconds(min(settings.rounds, MOST_STARTS)),
         "networks": networks,
@@ -107,14 +107,36 @@ def measure_network(workload: Workload, settings: BenchSettings) -> dict[str, An
     del steps, paths
     gc.collect()
     found["memory_bytes"] = dict(_measure_memory(workload, settings, batch_size))
-    model = build_model(workload.model, sample_shape=workload.sample_shape, num_classes=workload.num_classes)
-    return found | untie_milliseconds(model.to(arithmetic.device), "fa")
+    found |= count_without_clock(workload, settings)
+    return found | untie_milliseconds(workload.build().to(arithmetic.device), "fa")
+
+
+def count_without_clock(workload: Workload, settings: BenchSettings) -> dict[str, Any]:
+    """Count graph breaks and bytes between devices of the plain network and under every rule.
+
+    Returns:
+        ``graph_breaks`` under ``torch.compile``, ``collective_bytes`` of a step by operation, and
+        ``traffic``, all of these bytes over the plain network's.
+    """
+    arithmetic = replace(settings.arithmetic, is_compiled=False)
+    breaks, collective = {}, {}
+    for name, rule in {PLAIN: None, **{rule: rule for rule in settings.rules}}.items():
+        step = TrainingStep(workload, rule, COUNTING_BATCH, arithmetic)
+        breaks[name], collective[name] = count_graph_breaks(step), count_collective_bytes(step)
+    sent = {name: sum(by_operation.values()) for name, by_operation in collective.items()}
+    traffic = {rule: round(sent[rule] / sent[PLAIN], 4) for rule in settings.rules}
+    return {"graph_breaks": breaks, "collective_bytes": collective, "traffic": traffic}
 
 
 def describe(name: str, found: dict[str, Any]) -> str:
-    """Return the times of a network as a line."""
+    """Return the times of a network as a line, and what was counted as another."""
     ratios = ", ".join(f"{rule} {ratio['median']:.3f}" for rule, ratio in found["step"].items())
-    return f"{name}, batch {found['batch_size']}: {ratios}"
+    breaks = ", ".join(f"{rule} {found['graph_breaks'][rule]}" for rule in found["step"])
+    traffic = ", ".join(f"{rule} {ratio:.2f}" for rule, ratio in found["traffic"].items())
+    return (
+        f"{name}, batch {found['batch_size']}: {ratios}\n"
+        f"  graph breaks: {breaks}; bytes between devices over plain PyTorch's: {traffic}"
+    )
 
 
 def _time_delta_angles(steps: dict[str, TrainingStep], settings: BenchSettings) -> dict[str, float]:
@@ -141,7 +163,8 @@ def _measure_memory(
         yield name, peak_bytes(partial(build_and_train, rule), settings.arithmetic.device)
 
 
-def _machine(arithmetic: Arithmetic) -> dict[str, Any]:
+def describe_machine(arithmetic: Arithmetic) -> dict[str, Any]:
+    """Return what times depend on: the device, its instructions, threads and PyTorch's version."""
     is_cuda = torch.device(arithmetic.device).type == "cuda"
     return {
         "device": torch.cuda.get_device_name(arithmetic.device) if is_cuda else platform.machine(),

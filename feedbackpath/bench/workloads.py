@@ -35,6 +35,10 @@ class Workload:
     batch_size: int
     cuda_batch_size: int = 256
 
+    def build(self) -> nn.Module:
+        """Return the network with fresh weights."""
+        return build_model(self.model, sample_shape=self.sample_shape, num_classes=self.num_classes)
+
 
 SMALL_IMAGE, IMAGENET_IMAGE = (1, 28, 28), (3, 224, 224)
 WORKLOADS = {
@@ -87,6 +91,15 @@ class Arithmetic:
     is_channels_last: bool = True
     is_compiled: bool = False
 
+    def check_device(self) -> None:
+        """Refuse a device that is not there.
+
+        Raises:
+            ConfigError: It is a GPU, and PyTorch finds none.
+        """
+        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device is cuda, but PyTorch finds no GPU here; choose cpu")
+
     @property
     def memory_format(self) -> torch.memory_format:
         """The memory format of images."""
@@ -101,16 +114,16 @@ class TrainingStep:
         rule: The rule that it is untied by; None: it stays a plain PyTorch model.
         batch_size: Samples a step.
         arithmetic: How it computes.
+
+    Attributes:
+        forward: What the minibatch is sent through: the model, or what wraps it.
     """
 
     def __init__(
         self, workload: Workload, rule: str | Rule | None, batch_size: int, arithmetic: Arithmetic
     ) -> None:
         torch.manual_seed(0)
-        model = build_model(
-            workload.model, sample_shape=workload.sample_shape, num_classes=workload.num_classes
-        )
-        self.model: nn.Module = model.to(arithmetic.device)
+        self.model: nn.Module = workload.build().to(arithmetic.device)
         if arithmetic.is_channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.path: FeedbackPath | None = None if rule is None else untie(self.model, rule)
@@ -118,7 +131,7 @@ class TrainingStep:
             [p for p in self.model.parameters() if p.requires_grad],
             lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4,
         )  # fmt: skip
-        self._forward: Callable[[Tensor], Tensor] = (
+        self.forward: Callable[[Tensor], Tensor] = (
             torch.compile(self.model, fullgraph=True) if arithmetic.is_compiled else self.model
         )
         self.arithmetic = arithmetic
@@ -130,7 +143,7 @@ class TrainingStep:
         """Run the network forward."""
         device = torch.device(self.arithmetic.device).type
         with torch.autocast(device, torch.bfloat16, enabled=self.arithmetic.is_bf16):
-            return F.cross_entropy(self._forward(self.x), self.y)
+            return F.cross_entropy(self.forward(self.x), self.y)
 
     def __call__(self) -> None:
         """Do a step."""

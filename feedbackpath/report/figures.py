@@ -37,7 +37,7 @@ LAYER_COLOURS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.
 ERROR_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 ANGLE_TICKS = (0, 1, 5, 15, 30, 60, 90, 180)
 
-_RC: dict[Any, Any] = {
+FIGURE_STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.labelsize": 8,
     "axes.titlesize": 8,
@@ -68,13 +68,13 @@ def render_figures(panels: Sequence[Panel]) -> dict[str, bytes]:
         File name (``learning_curves.png``, …) to the file's bytes: PNG of 300 dots per inch, and PDF. Of
         several panels each has its own alignment and gains, such as ``gains-resnet8-glyphs-after.png``.
     """
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(FIGURE_STYLE):
         drawn = {"learning_curves": learning_curves(panels)}
         for panel in panels:
             suffix = f"-{panel.file_name}" if len(panels) > 1 else ""
             drawn |= {f"alignment{suffix}": alignment(panel), f"gains{suffix}": gains(panel)}
         figures = {name: figure for name, figure in drawn.items() if figure is not None}
-        return {f"{name}.{kind}": _render(figure, kind) for name, figure in figures.items() for kind in KINDS}
+        return {f"{name}.{kind}": render(figure, kind) for name, figure in figures.items() for kind in KINDS}
 
 
 def learning_curves(panels: Sequence[Panel]) -> Figure | None:
@@ -151,7 +151,7 @@ def _draw_errors(axes: Axes, panel: Panel) -> None:
 
 def _draw_rule_key(figure: Figure, rules: Sequence[str], *, columns: int) -> None:
     figure.legend(
-        handles=[Line2D([], [], label=legend_label(rule), **_line_looks(rule)) for rule in rules],
+        handles=[Line2D([], [], label=legend_label(rule), **line_looks(rule)) for rule in rules],
         loc="outside upper left",
         ncols=columns,
         frameon=False,
@@ -163,13 +163,14 @@ def _draw_rule_key(figure: Figure, rules: Sequence[str], *, columns: int) -> Non
 def _draw_mean(axes: Axes, rule: str, curve: Curve) -> None:
     if not curve.epochs:
         return
-    axes.plot(curve.epochs, curve.means, markevery=ceil(len(curve.epochs) / 8), **_line_looks(rule))
+    axes.plot(curve.epochs, curve.means, markevery=ceil(len(curve.epochs) / 8), **line_looks(rule))
     means, errors = np.array(curve.means), np.array([error or 0.0 for error in curve.errors])
     colour = style_of(rule).colour
     axes.fill_between(curve.epochs, means - errors, means + errors, color=colour, alpha=0.2, linewidth=0)
 
 
-def _line_looks(rule: str) -> dict[str, Any]:
+def line_looks(rule: str) -> dict[str, Any]:
+    """Return a rule's colour, dash and marker in matplotlib's words."""
     style = style_of(rule)
     return {"color": style.colour, "linestyle": style.dash, "marker": style.marker}
 
@@ -248,7 +249,8 @@ def _mark_gain_of_one(axes_row: Sequence[Axes], largest: float) -> None:
         axes.axhline(1, color="#555555", linestyle="--", linewidth=0.7, zorder=1)
 
 
-def _render(figure: Figure, kind: str) -> bytes:
+def render(figure: Figure, kind: str) -> bytes:
+    """Return the bytes of a figure's file, of a kind in ``KINDS``."""
     buffer = BytesIO()
     metadata = {"CreationDate": None} if kind == "pdf" else None  # equal results give equal files
     figure.savefig(buffer, format=kind, dpi=300, metadata=metadata)

@@ -1,0 +1,53 @@
+"""The sizes of a model's layers, read off the model: what the cost model goes by."""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from feedbackpath.bench.cost_model import LayerSize
+from feedbackpath.bench.workloads import Arithmetic, TrainingStep, Workload
+from feedbackpath.layers import UntiedWeight
+from feedbackpath.mirror.cost import UseCounter
+
+EXAMPLES = 2  # BatchNorm needs two
+
+
+def measure_layers(workload: Workload) -> list[LayerSize]:
+    """Return the sizes of all layers that ``untie`` converts, by sending a few examples forward.
+
+    Example:
+        >>> from feedbackpath.bench.workloads import find_workload
+        >>> measure_layers(find_workload("mlp"))[0]
+        LayerSize(inputs=784, outputs=512, uses=1.0, kernel=1, sends_back=False, is_conv=False)
+    """
+    step = TrainingStep(workload, "fa", EXAMPLES, Arithmetic())
+    assert step.path is not None
+    weights = step.path.weights
+    counter, sends_back = UseCounter(weights), dict[str, bool]()
+    hooks = [
+        weight.layer.register_forward_pre_hook(partial(_note, sends_back, weight.name)) for weight in weights
+    ]
+    step.loss()
+    counter.stop()
+    for hook in hooks:
+        hook.remove()
+    return [_size(weight, counter.uses[weight.name], sends_back[weight.name]) for weight in weights]
+
+
+def count_parameters(workload: Workload) -> int:
+    """Return the values of a network's parameters."""
+    return sum(parameter.numel() for parameter in workload.build().parameters())
+
+
+def _note(sends_back: dict[str, bool], name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    sends_back[name] = inputs[0].requires_grad
+
+
+def _size(weight: UntiedWeight, uses: float, sends_back: bool) -> LayerSize:
+    layer: Any = weight.layer
+    is_conv = isinstance(layer, nn.modules.conv._ConvNd)
+    kernel = layer.weight[0, 0].numel() if is_conv else 1
+    return LayerSize(
+        weight.fan_in, weight.weight.numel() // weight.fan_in, uses / EXAMPLES, kernel, sends_back, is_conv
+    )

@@ -1,0 +1,208 @@
+"""The cost model on paper is what PyTorch's counters find on real steps."""
+
+import gc
+from functools import partial
+
+import pytest
+import torch
+
+import feedbackpath as fp
+from feedbackpath.bench.cost_model import (
+    CODE_BYTES,
+    CODE_CALLS,
+    COST_SHARE,
+    GAUSSIAN,
+    NOISE_CALLS,
+    OPTIMIZER_BYTES,
+    PAPER_SAMPLES,
+    Calibration,
+    LayerSize,
+    Storage,
+    added_bytes,
+    added_flops,
+    appendix_b_flops,
+    calls,
+    mirrored_share,
+    moved_bytes,
+    predict_ratio,
+    reduced_bytes,
+    step_flops,
+    total_values,
+    unshared_bytes,
+)
+from feedbackpath.bench.counts import count_collective_bytes, count_flops, count_movement
+from feedbackpath.bench.extrapolation import (
+    add_every_rule,
+    attention_flops,
+    resnet50_on_32_devices,
+    transformer_of_7_billion,
+)
+from feedbackpath.bench.measure import peak_bytes
+from feedbackpath.bench.sizes import count_parameters, measure_layers
+from feedbackpath.bench.workloads import Arithmetic, TrainingStep, find_workload
+from feedbackpath.mirror import Mirror, When
+
+MODELS = ["mlp", "lenet", "transformer", "resnet8"]
+BATCH = 4
+MIRRORS = {"wm": Mirror(when=When("all")), GAUSSIAN: Mirror.paper()}
+
+
+def make_step(model, rule, batch_size=BATCH):
+    return TrainingStep(find_workload(model), rule, batch_size, Arithmetic())
+
+
+@pytest.fixture(scope="module")
+def layers():
+    return {model: measure_layers(find_workload(model)) for model in MODELS}
+
+
+@pytest.mark.parametrize("rule", [None, "fa", "kp"])
+@pytest.mark.parametrize("model", MODELS)
+def test_products_of_a_step_are_those_that_pytorch_counts(model, rule, layers):
+    step = make_step(model, rule)
+    assert count_flops(step) == step_flops(layers[model], BATCH)
+    forward = sum(2 * layer.values * layer.uses * BATCH for layer in layers[model])
+    assert count_flops(step.loss) == forward
+
+
+@pytest.mark.parametrize("rule", MIRRORS)
+@pytest.mark.parametrize("model", MODELS)
+def test_products_of_a_mirror_are_those_that_pytorch_counts(model, rule, layers):
+    step = make_step(model, fp.WeightMirror(MIRRORS[rule]))
+    step()
+    assert count_flops(step.path.step) == added_flops(rule, layers[model])
+
+
+@pytest.mark.parametrize("rule", ["bp", "fa", "ss", "kp", "wm"])
+@pytest.mark.parametrize("model", ["mlp", "resnet8"])
+def test_memory_is_what_a_step_takes_beyond_plain_pytorchs(model, rule, layers):
+    def train(rule):
+        step = make_step(model, rule)
+        step()
+        step()
+
+    peaks = {}
+    for name in (None, rule):
+        gc.collect()
+        peaks[name] = peak_bytes(partial(train, name), "cpu")
+    beyond = peaks[rule] - peaks[None]
+    assert beyond == pytest.approx(added_bytes(rule, layers[model], Storage()), rel=0.02, abs=64)
+
+
+@pytest.mark.parametrize("rule", ["bp", "kp", "wm"])
+def test_reduced_bytes_are_those_that_a_device_sends(rule, layers):
+    num_parameters, storage = count_parameters(find_workload("resnet8")), Storage()
+    step = make_step("resnet8", rule)
+    assert count_collective_bytes(step)["allreduce_"] == reduced_bytes(num_parameters, storage)
+
+
+def test_reducing_bs_product_for_itself_would_send_as_much_again(layers):
+    step, storage = make_step("resnet8", "kp"), Storage()
+    step.model._ddp_params_and_buffers_to_ignore = []
+    shared = reduced_bytes(count_parameters(find_workload("resnet8")), storage)
+    assert count_collective_bytes(step)["allreduce_"] == shared + unshared_bytes(
+        "kp", layers["resnet8"], storage
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("sgd", partial(torch.optim.SGD, momentum=0.9, nesterov=True)), ("adamw", torch.optim.AdamW)],
+)
+def test_an_optimizer_moves_the_bytes_of_the_model(name, make):
+    step = make_step("mlp", "kp")
+    parameters = [p for p in step.model.parameters() if p.requires_grad]
+    optimizer = make(parameters, lr=0.01, weight_decay=1e-4)
+    step.loss().backward()
+    optimizer.step()
+    expected = OPTIMIZER_BYTES[name] * sum(p.numel() for p in parameters)
+    assert count_movement(optimizer.step).num_bytes == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_signs_move_the_bytes_of_the_model(model, layers):
+    step = make_step(model, "ss")
+    step()
+    expected = (calls("ss", layers[model]), moved_bytes("ss", layers[model], "sgd"))
+    assert count_movement(step.path.step) == expected
+
+
+@pytest.mark.parametrize("model", ["transformer", "resnet8"])
+@pytest.mark.parametrize(("rule", "num_calls"), [("wm", CODE_CALLS), (GAUSSIAN, NOISE_CALLS)])
+def test_mirrors_move_about_the_bytes_of_the_model(rule, num_calls, model, layers):
+    step = make_step(model, fp.WeightMirror(MIRRORS[rule]))
+    step()
+    step()
+    moved = count_movement(step.path.step)
+    assert 0.8 < moved.num_bytes / moved_bytes(rule, layers[model], "sgd") < 1.1
+    assert 0.7 < moved.num_calls / (num_calls * len(layers[model])) < 1.02
+
+
+def test_codes_move_the_same_for_each_value_of_a_wide_layer():
+    step = make_step("mlpx2", fp.WeightMirror(MIRRORS["wm"]))
+    step()
+    step()
+    values = total_values(measure_layers(find_workload("mlpx2")))
+    assert count_movement(step.path.step).num_bytes == pytest.approx(CODE_BYTES * values, rel=0.02)
+
+
+@pytest.mark.parametrize("batch_size", [8, 512])
+def test_the_mirrors_share_is_that_of_its_schedule(batch_size, layers):
+    step = make_step("resnet8", "wm", batch_size)
+    steps_between = step.path.plan(step.loss)[0].steps_between
+    assert mirrored_share(layers["resnet8"], batch_size) == pytest.approx(1 / steps_between)
+
+
+def test_the_appendix_counts_an_update_for_each_example_and_two_products_more_for_noise():
+    layers = [LayerSize(5, 3, uses=7.0), LayerSize(3, 2)]
+    by_hand = 10 * (7 * (3 + 4 * 15) + (2 + 4 * 6))
+    assert appendix_b_flops("kp", layers, examples=10, samples=1) == by_hand
+    assert appendix_b_flops("wm", layers, examples=1, samples=10) == 10 * (3 + 6 * 15 + 2 + 6 * 6)
+
+
+def test_predictions_add_up_weights_and_values():
+    rates = {"fa": (1.0, 0.0), "kp": (2.0, 0.5), "wm": (3.0, 0.0)}
+    zero = dict.fromkeys(rates, (0.0, 0.0))
+    layers = [LayerSize(2, 3), LayerSize(18, 4, kernel=9, is_conv=True)]
+    assert predict_ratio("kp", layers, 8, 10.0, Calibration(zero, zero)) == 1.0
+    assert predict_ratio("fa", layers, 8, 10.0, Calibration(rates, zero)) == pytest.approx(1.1)
+    assert predict_ratio("kp", layers, 8, 10.0, Calibration(rates, rates)) == pytest.approx(1 + 43 / 10)
+    share = mirrored_share(layers, 8)
+    assert predict_ratio("wm", layers, 8, 10.0, Calibration(rates, zero)) == pytest.approx(1.1 + 0.2 * share)
+
+
+def test_resnet_50_is_the_one_of_the_paper():
+    training = resnet50_on_32_devices()
+    assert training.num_parameters == 25_557_032
+    assert training.examples / training.devices == 64
+    added = add_every_rule(training)
+    assert added["kp"].unshared_traffic == pytest.approx(1.0, abs=0.003)
+    assert added["wm"].flops < 0.01 < added[GAUSSIAN].flops
+    assert added["kp"].memory == 2 * added["fa"].memory
+    assert all(rule.traffic == 0 for rule in added.values())
+
+
+def test_the_transformer_has_7_billion_parameters():
+    training = transformer_of_7_billion()
+    assert training.num_parameters == 6_738_415_616
+    added = add_every_rule(training)
+    assert all(rule.seconds < 0.01 for rule in added.values())
+    # Of AdamW's 16 bytes a parameter B takes 4 of its own, and 8 of moments if it learns as W does.
+    assert added["fa"].memory < 4 / 16
+    assert added["kp"].memory == pytest.approx(3 * added["fa"].memory)
+
+
+def test_attention_takes_the_products_of_the_model():
+    blocks, width, sequence = 1, 8, 6
+    q, k, v = (torch.randn(sequence, width, requires_grad=True) for _ in range(3))
+
+    def attend():
+        ((q @ k.T).softmax(-1) @ v).sum().backward()
+
+    causal = count_flops(attend) / 2
+    assert causal == sequence * attention_flops(blocks, width, sequence)
+
+
+def test_the_mirrors_settings_are_those_of_the_library():
+    assert Mirror.paper().samples == PAPER_SAMPLES
+    assert When().cost_share == COST_SHARE

@@ -1,0 +1,92 @@
+"""How ratios grow: what is measured at which sizes, and the figure of it."""
+
+import json
+
+import pytest
+from test_bench import run_cli
+
+from feedbackpath.bench import GrowthSettings, growth, run_growth
+from feedbackpath.bench.growth import AXES, LEAST_ROUNDS, Axis, Cell
+from feedbackpath.bench.workloads import find_workload
+from feedbackpath.errors import ConfigError
+from feedbackpath.report.cost import predict_cell, table_of_calibration, table_of_growth, table_of_model
+from feedbackpath.report.growth import GOALS, draw_growth, render_growth
+
+RULES = ("fa", "kp", "wm")
+SMALL = {"batch": Axis("batch", tuple(Cell(size, find_workload("mlp"), size) for size in (2, 4)))}
+
+
+@pytest.fixture(scope="module")
+def found():
+    settings = GrowthSettings(("batch",), RULES, rounds=LEAST_ROUNDS, calibration_rounds=2)
+    lines = []
+    found = run_growth(settings, lines.append, SMALL)
+    assert [line.partition(":")[0] for line in lines] == ["batch 2 (mlp, batch 2)", "batch 4 (mlp, batch 4)"]
+    return json.loads(json.dumps(found))
+
+
+def test_every_size_has_ratios_of_every_rule(found):
+    cells = found["growth"]["batch"]["cells"]
+    assert [cell["size"] for cell in cells] == [2, 4]
+    for cell in cells:
+        assert cell["rounds"] == LEAST_ROUNDS
+        assert cell["plain_seconds"] > 0
+        assert all(0 < ratio["q1"] <= ratio["median"] <= ratio["q3"] for ratio in cell["step"].values())
+    assert set(found["calibration"]["ns_per_value"]) == set(RULES)
+
+
+def test_sizes_that_take_long_have_few_rounds(monkeypatch):
+    monkeypatch.setattr(growth, "CELL_SECONDS", 0.0)
+    settings = GrowthSettings(("batch",), ("fa",), rounds=50)
+    assert growth.measure_cell(SMALL["batch"].cells[0], settings)["rounds"] == LEAST_ROUNDS
+
+
+def test_axes_grow():
+    for axis in AXES.values():
+        sizes = [cell.size for cell in axis.cells]
+        assert sizes == sorted(set(sizes))
+        assert len(sizes) >= 3
+
+
+def test_calibration_layers_differ_in_number_or_size_alone():
+    dense, convolution, values = (growth._STACKS[name].build() for name in ("dense", "convolution", "values"))
+    kinds = [
+        [type(m).__name__ for m in stack if any(True for _ in m.parameters())]
+        for stack in (dense, convolution)
+    ]
+    assert kinds == [["Linear"] * 16, ["Conv2d"] * 16]
+    assert max(p.numel() for p in values.parameters()) == growth.LARGE**2
+
+
+def test_the_figure_shows_every_rule_and_the_goals(found):
+    figure = draw_growth(found)
+    panel, key = figure.axes
+    assert len(panel.containers) == len(RULES)
+    assert panel.get_xlabel() == "batch"
+    assert len(key.get_legend().get_texts()) == len(RULES) + len(GOALS)
+    assert render_growth(found).startswith(b"\x89PNG")
+
+
+def test_tables_have_a_row_a_size(found):
+    assert table_of_growth(found).count("(mlp, batch ") == 2
+    assert table_of_calibration(found).count("µs") == 2
+    predicted = predict_cell(found, found["growth"]["batch"]["cells"][0])
+    assert f"{predicted['kp']:.3f} (" in table_of_model(found)
+
+
+def test_unknown_axes_and_too_few_rounds_are_refused(capsys):
+    with pytest.raises(ConfigError, match="rounds is 2"):
+        GrowthSettings(("depth",), RULES, rounds=2)
+    assert run_cli("bench", "--grow", "height") == 2
+    assert "no axis 'height'" in capsys.readouterr().err
+
+
+def test_the_command_writes_ratios_and_figure(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(AXES, "batch", SMALL["batch"])
+    tiny = growth._Stack("stack", (4, 1, 1), 4, batch_size=1, num_layers=2)
+    monkeypatch.setattr(growth, "_STACKS", dict.fromkeys(growth._STACKS, tiny))
+    out = tmp_path / "growth.json"
+    assert run_cli("bench", "--grow", "batch", "--rules", "fa", "--rounds", LEAST_ROUNDS, "--out", out) == 0
+    assert "batch 2 (mlp, batch 2): fa" in capsys.readouterr().out
+    assert json.loads(out.read_text())["growth"]["batch"]["label"] == "batch"
+    assert out.with_suffix(".png").exists()
