@@ -37,7 +37,7 @@ LAYER_COLOURS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.
 ERROR_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 ANGLE_TICKS = (0, 1, 5, 15, 30, 60, 90, 180)
 
-_RC: dict[Any, Any] = {
+RC: dict[Any, Any] = {
     "font.size": 8,
     "axes.labelsize": 8,
     "axes.titlesize": 8,
@@ -68,13 +68,13 @@ def render_figures(panels: Sequence[Panel]) -> dict[str, bytes]:
         File name (``learning_curves.png``, …) to the file's bytes: PNG of 300 dots per inch, and PDF. Of
         several panels each has its own alignment and gains, such as ``gains-resnet8-glyphs-after.png``.
     """
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(RC):
         drawn = {"learning_curves": learning_curves(panels)}
         for panel in panels:
             suffix = f"-{panel.file_name}" if len(panels) > 1 else ""
             drawn |= {f"alignment{suffix}": alignment(panel), f"gains{suffix}": gains(panel)}
         figures = {name: figure for name, figure in drawn.items() if figure is not None}
-        return {f"{name}.{kind}": _render(figure, kind) for name, figure in figures.items() for kind in KINDS}
+        return {f"{name}.{kind}": render(figure, kind) for name, figure in figures.items() for kind in KINDS}
 
 
 def learning_curves(panels: Sequence[Panel]) -> Figure | None:
@@ -109,7 +109,7 @@ def alignment(panel: Panel) -> Figure | None:
     Angles have a square-root axis, so that 1° and 90° can both be read and 0° is on it.
     """
     rows = {"matrix_angle_deg": "matrix angle (°)", "delta_angle_deg": "δ angle (°)"}
-    return _draw_layers(panel, rows, _scale_angles)
+    return _draw_layers(panel, rows, scale_angles)
 
 
 def gains(panel: Panel) -> Figure | None:
@@ -232,7 +232,7 @@ def _draw_layer_key(figure: Figure, grid: Any) -> None:
     key.set_label("layer", labelpad=-16)
 
 
-def _scale_angles(axes_row: Sequence[Axes], largest: float) -> None:
+def scale_angles(axes_row: Sequence[Axes], largest: float) -> None:
     """Give the panels of a row the same square-root axis."""
     top, ticks = angle_axis(largest)
     for axes in axes_row:
@@ -248,9 +248,10 @@ def _mark_gain_of_one(axes_row: Sequence[Axes], largest: float) -> None:
         axes.axhline(1, color="#555555", linestyle="--", linewidth=0.7, zorder=1)
 
 
-def _render(figure: Figure, kind: str) -> bytes:
+def render(figure: Figure, kind: str) -> bytes:
+    """Return a figure as a file of a kind; equal results give equal files."""
     buffer = BytesIO()
-    metadata = {"CreationDate": None} if kind == "pdf" else None  # equal results give equal files
+    metadata = {"CreationDate": None} if kind == "pdf" else None
     figure.savefig(buffer, format=kind, dpi=300, metadata=metadata)
     figure.set_layout_engine("none")  # laid out now: a second time would cost as much as drawing
     return buffer.getvalue()
