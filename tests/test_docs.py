@@ -18,6 +18,7 @@ from feedbackpath.bench_command import bench
 from feedbackpath.jobs.audit import table_of_rules
 from feedbackpath.recipes import RECIPES
 from feedbackpath.report import markdown_table, read_results
+from feedbackpath.report.study import markdown_study_table, read_study
 from feedbackpath.train.config import CompareConfig, RunConfig, TrainConfig
 from feedbackpath.train.rules import make_rule
 
@@ -246,6 +247,10 @@ def test_tables_of_results_are_those_of_the_result_files(name):
     assert table in read("docs/results.md")
     if name == "glyphs-resnet8":
         assert table in read("README.md")
+
+
+def test_the_table_of_the_mirrors_study_is_that_of_its_file():
+    assert markdown_study_table(read_study(ROOT / "benchmarks" / "mirror-study")) in read("docs/mirror.md")
 
 
 @pytest.mark.parametrize("name", RESULTS)

@@ -72,7 +72,7 @@ def test_a_study_from_the_command_line(tmp_path, capsys):
     assert counts == {"designs": 4 * len(DESIGNS) * 2, "grid": 0, "depth": 3, "width": 3, "batch": 6}
     output = capsys.readouterr().out
     assert f"1/{sum(counts.values())} orthogonal, dense, 256 inputs, ReLU" in output
-    assert "wm, paper's noise, inside" in output
+    assert "wm, paper inside" in output
     for name in ("designs", "depth", "width", "batch"):
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
@@ -93,7 +93,7 @@ def test_the_grid_has_both_readings_and_what_stands_beside(tmp_path):
         assert gains[setting] == pytest.approx(gain, rel=0.25), setting
     assert gains["printed", 1.0] / gains["printed", 0.1] == pytest.approx(10, rel=0.25)
     assert [row[3] for row in study_rows(study)] == [
-        "bp", "wm", "wm, paper's noise, inside", "wm, paper's noise, printed",
+        "bp", "wm", "wm, paper inside", "wm, paper printed",
     ]  # fmt: skip
     assert markdown_study_table(study).count("\n") == 2 + 4
     assert {path.name for path in write_study_figures(study, tmp_path)} == {"grid.png", "grid.pdf"}

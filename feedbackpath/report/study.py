@@ -20,9 +20,9 @@ STUDY_SCHEMA = 1
 """Version of the layout of ``study.json``."""
 
 PAPERS_NUMBERS = (0.1, 0.5)  # eta and lambda, Appendix D.2
-LABELS = {"bp": "bp", "default": "wm", "paper": "wm, paper's noise"}
+LABELS = {"bp": "bp", "default": "wm", "paper": "wm, paper"}
 STUDY_COLUMNS = (
-    "part", "network", "batch", "rule", "n", "angle, max", "δ angle, first layer", "gain", "test error",
+    "part", "network", "batch", "rule", "n", "angle, max", "δ angle, first", "gain", "test error",
 )  # fmt: skip
 """Columns of the table. Angles are the largest after any epoch of training: over layers, and, of δ, of the
 first layer, which errors reach last. Gains, of all layers, and errors are the last epoch's."""
@@ -84,7 +84,7 @@ class Group:
         if self.name != "paper":
             return LABELS[self.name]
         numbers = "" if self.is_as_printed else f", η {self.mirror['rate']:g}, λ {self.mirror['decay']:g}"
-        return f"{LABELS['paper']}, {self.mirror['reading']}{numbers}"
+        return f"{LABELS['paper']} {self.mirror['reading']}{numbers}"
 
     def last(self, name: str) -> list[float]:
         """Return a quantity after the last epoch, of each seed."""
@@ -135,7 +135,7 @@ def rich_study_table(study: dict[str, Any]) -> Table:
     """Build the table for a terminal."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in STUDY_COLUMNS:
-        table.add_column(column)
+        table.add_column(column, no_wrap=column in ("network", "rule"))
     for row in study_rows(study):
         table.add_row(*row)
     return table

@@ -124,33 +124,43 @@ def draw_sweep(study: dict[str, Any], part: str) -> Figure | None:
         return None
     label, read_size = SWEEPS[part]
     sizes = sorted({read_size(group) for group in groups})
-    figure = Figure(figsize=(PAGE_WIDTH, 2.0), layout="constrained")
-    row = figure.subplots(1, 4)
     by_name: dict[str, list[Group]] = {}
     for group in groups:
         by_name.setdefault(group.name, []).append(group)
+    figure = Figure(figsize=(PAGE_WIDTH, 2.0), layout="constrained")
+    row = figure.subplots(1, 4)
     for shift, (name, own) in enumerate(by_name.items()):
-        places = [sizes.index(read_size(group)) for group in own]
-        if name != "bp":
-            _draw_bars(row[0], name, places, [g.worst("matrix_angle_deg_max") for g in own])
-            _draw_bars(row[1], name, places, [g.worst("delta_angle_deg_deepest") for g in own])
-            _draw_gains(row[2], name, [place + 0.16 * (shift - 1.5) for place in places], own)
-        _draw_bars(row[3], name, places, [g.last("test_error") for g in own])
+        _draw_rule(row, name, own, [sizes.index(read_size(group)) for group in own], 0.16 * (shift - 1.5))
+    _scale_sweep(row, groups)
     titles = ("worst matrix angle (°)", "δ angle, first layer (°)", "gain, all layers", "test error (%)")
     for axes, title in zip(row, titles, strict=True):
         axes.set_title(title)
         axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
         axes.set_xlim(-0.35, len(sizes) - 0.65)
-    angles = [value for g in groups for n in ANGLES for value in g.worst(n)]
-    for axes in row[:2]:
-        scale_angles([axes], max(angles))
-    row[2].set_ylim(0, max(1.25, row[2].get_ylim()[1]))
-    row[2].axhline(1, color="#555555", linestyle="--", linewidth=0.7, zorder=1)
-    _scale_errors(row[3], [value for g in groups for value in g.last("test_error")])
     figure.supxlabel(label, fontsize=8)
     handles = [Line2D([], [], label=KEY[name], **_rule_looks(name)) for name in by_name]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, handlelength=2.6)
     return figure
+
+
+def _draw_rule(
+    row: Sequence[Axes], name: str, groups: Sequence[Group], places: Sequence[int], aside: float
+) -> None:
+    """Draw one rule into the panels of a sweep; backprop has neither angles nor gains to speak of."""
+    if name != "bp":
+        for axes, angle in zip(row, ANGLES, strict=False):
+            _draw_bars(axes, name, places, [group.worst(angle) for group in groups])
+        _draw_gains(row[2], name, [place + aside for place in places], groups)
+    _draw_bars(row[3], name, places, [group.last("test_error") for group in groups])
+
+
+def _scale_sweep(row: Sequence[Axes], groups: Sequence[Group]) -> None:
+    largest = max(value for group in groups for angle in ANGLES for value in group.worst(angle))
+    for axes in row[:2]:
+        scale_angles([axes], largest)
+    row[2].set_ylim(0, max(1.25, row[2].get_ylim()[1]))
+    row[2].axhline(1, color="#555555", linestyle="--", linewidth=0.7, zorder=1)
+    _scale_errors(row[3], [value for group in groups for value in group.last("test_error")])
 
 
 @dataclass(frozen=True)
@@ -161,13 +171,15 @@ class _Quantity:
         label: Its title.
         value: Reads it from a group of trainings.
         text: Prints it.
-        norm: Its scale of colours, from values.
+        colours: Name of its colour map.
+        norm: Its scale of colours.
     """
 
     label: str
     value: Callable[[Group], float]
     text: Callable[[float], str]
-    norm: Callable[[Sequence[float]], Normalize]
+    colours: str
+    norm: Normalize
 
 
 def _plain(value: float) -> str:
@@ -180,19 +192,18 @@ def _angle_text(degrees: float) -> str:
 
 MAPS = (
     _Quantity(
-        "worst matrix angle", lambda g: fmean(g.worst("matrix_angle_deg_max")), _angle_text,
-        lambda values: Normalize(0, 90),
+        "worst matrix angle", lambda group: fmean(group.worst("matrix_angle_deg_max")), _angle_text,
+        "viridis_r", Normalize(0, 90),
     ),
     _Quantity(
-        "gain, median layer", lambda g: fmean(g.last("gain_median")), _plain,
-        lambda values: LogNorm(1 / 64, 64),
+        "gain, median layer", lambda group: fmean(group.last("gain_median")), _plain,
+        "PuOr_r", LogNorm(1 / 64, 64),
     ),
     _Quantity(
-        "test error", lambda g: fmean(g.last("test_error")), lambda value: f"{value:.1f}%",
-        lambda values: LogNorm(1, 100),
+        "test error", lambda group: fmean(group.last("test_error")), lambda value: f"{value:.1f}%",
+        "viridis_r", LogNorm(1, 100),
     ),
 )  # fmt: skip
-MAP_COLOURS = ("viridis_r", "PuOr_r", "viridis_r")
 BESIDE = {"bp": "bp", "default": "wm"}
 ANGLES = ("matrix_angle_deg_max", "delta_angle_deg_deepest")
 
@@ -207,10 +218,7 @@ def _draw_map(axes: Axes, groups: Sequence[Group], quantity: _Quantity) -> None:
         if group.is_as_printed:
             corner = (place[1] - 0.5, place[0] - 0.5)
             axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#D55E00", linewidth=2, zorder=3))
-    colours = MAP_COLOURS[MAPS.index(quantity)]
-    axes.imshow(
-        values, cmap=colours, norm=quantity.norm(values.flatten().tolist()), aspect="auto", origin="lower"
-    )
+    axes.imshow(values, cmap=quantity.colours, norm=quantity.norm, aspect="auto", origin="lower")
     axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
     axes.set_yticks(range(len(decays)), [f"{decay:g}" for decay in decays])
     axes.grid(visible=False)
@@ -221,13 +229,12 @@ def _draw_map(axes: Axes, groups: Sequence[Group], quantity: _Quantity) -> None:
 def _write(axes: Axes, place: tuple[int, int], group: Group, quantity: _Quantity) -> None:
     """Write a value into its cell, in black or white, whichever can be read on its colour."""
     value = quantity.value(group)
-    text = quantity.text(value)
-    colours = matplotlib.colormaps[MAP_COLOURS[MAPS.index(quantity)]]
-    red, green, blue, _ = colours(float(quantity.norm([value])(value)))
+    red, green, blue, _ = matplotlib.colormaps[quantity.colours](float(quantity.norm(value)))
     is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
     axes.text(
-        place[1], place[0], text, ha="center", va="center", fontsize=7, color="white" if is_dark else "black"
-    )
+        place[1], place[0], "diverged" if group.has_diverged else quantity.text(value),
+        ha="center", va="center", fontsize=7, color="white" if is_dark else "black",
+    )  # fmt: skip
 
 
 def _draw_design(axes: Axes, cell: dict[str, Any]) -> None:
