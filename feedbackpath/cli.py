@@ -43,7 +43,7 @@ app.command(
 )
 app.command(
     "feedbackpath.mirror_command:mirror",
-    help="Print a plan of mirror mode: samples, predicted angle, FLOPs and share of a step, by layer.",
+    help="Print a plan of mirror mode, or study it: angles, gains and errors over designs and settings.",
 )
 app.command("feedbackpath.commands:rules", help="List the rules.")
 

@@ -20,6 +20,7 @@ from feedbackpath.jobs.audit import table_of_rules
 from feedbackpath.recipes import RECIPES
 from feedbackpath.report import markdown_table, read_results
 from feedbackpath.report.cost import tables_of_cost
+from feedbackpath.report.study import markdown_study_table, read_study
 from feedbackpath.train.config import CompareConfig, RunConfig, TrainConfig
 from feedbackpath.train.rules import make_rule
 
@@ -256,6 +257,10 @@ def test_tables_of_cost_are_those_of_the_result_file_and_of_the_model():
     for name, table in tables_of_cost(growth).items():
         marked = f"<!-- {name}:begin -->\n{table}<!-- {name}:end -->"
         assert marked in page, "write them anew: python benchmarks/cost_page.py"
+
+
+def test_the_table_of_the_mirrors_study_is_that_of_its_file():
+    assert markdown_study_table(read_study(ROOT / "benchmarks" / "mirror-study")) in read("docs/mirror.md")
 
 
 @pytest.mark.parametrize("name", RESULTS)

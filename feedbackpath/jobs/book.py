@@ -13,7 +13,7 @@ from feedbackpath.report import SCHEMA, read_results, summarise, write_report
 from feedbackpath.report.table import describe_divergence
 from feedbackpath.report.tensorboard import TensorBoardLog
 from feedbackpath.train.checkpoint import Checkpoints, write_json, write_json_lines, write_model, write_text
-from feedbackpath.train.config import CompareConfig, RunConfig
+from feedbackpath.train.config import CompareConfig, RunConfig, TrainConfig
 from feedbackpath.train.loop import Diverged, Measured, State
 
 FREE_TO_CHANGE = {  # on --resume; all else decides the numbers
@@ -66,8 +66,8 @@ class ResultsBook:
         self.results: dict[str, Any] = {
             "schema": SCHEMA,
             "command": command,
-            "versions": _versions(),
-            "device": _describe_device(config),
+            "versions": describe_versions(),
+            "device": describe_device(config),
             "data": {"name": config.data, **facts},
             "model": config.model,
             "config": config.model_dump(mode="json"),
@@ -214,12 +214,14 @@ def _refuse_other_settings(
         raise ConfigError(f"{out} was run with other settings: {', '.join(differing)}; choose another --out")
 
 
-def _versions() -> dict[str, str]:
+def describe_versions() -> dict[str, str]:
+    """Return the versions that numbers may depend on."""
     packages = ("feedbackpath", "torch", "numpy", "matplotlib", "pillow")
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 
-def _describe_device(config: CompareConfig | RunConfig) -> str:
+def describe_device(config: TrainConfig) -> str:
+    """Return the name of the device that a config is run on."""
     if torch.device(config.device).type == "cuda":
         return torch.cuda.get_device_name(config.device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

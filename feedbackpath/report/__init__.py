@@ -25,6 +25,7 @@ __all__ = [
     "markdown_error_table",
     "markdown_table",
     "read_results",
+    "replace_file",
     "rich_error_table",
     "rich_table",
     "summarise",
@@ -111,7 +112,7 @@ def write_side_by_side(folders: Sequence[Path], out: Path) -> list[Panel]:
         )
     panels = lay_side_by_side([(str(folder), read_results(folder)) for folder in folders])
     _write(panels, out, figures=True)
-    _replace(out / "table.md", markdown_error_table(panels).encode())
+    replace_file(out / "table.md", markdown_error_table(panels).encode())
     return panels
 
 
@@ -123,11 +124,12 @@ def _write(panels: Sequence[Panel], folder: Path, *, figures: bool) -> list[Path
     files = {folder / "figures" / name: content for name, content in drawn.items()}
     files[folder / "report.html"] = render_page(panels).encode()
     for path, content in files.items():
-        _replace(path, content)
+        replace_file(path, content)
     return list(files)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file in one step, so that a reader never meets half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)

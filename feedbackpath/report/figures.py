@@ -109,7 +109,7 @@ def alignment(panel: Panel) -> Figure | None:
     Angles have a square-root axis, so that 1° and 90° can both be read and 0° is on it.
     """
     rows = {"matrix_angle_deg": "matrix angle (°)", "delta_angle_deg": "δ angle (°)"}
-    return _draw_layers(panel, rows, _scale_angles)
+    return _draw_layers(panel, rows, scale_angles)
 
 
 def gains(panel: Panel) -> Figure | None:
@@ -233,7 +233,7 @@ def _draw_layer_key(figure: Figure, grid: Any) -> None:
     key.set_label("layer", labelpad=-16)
 
 
-def _scale_angles(axes_row: Sequence[Axes], largest: float) -> None:
+def scale_angles(axes_row: Sequence[Axes], largest: float) -> None:
     """Give the panels of a row the same square-root axis."""
     top, ticks = angle_axis(largest)
     for axes in axes_row:
@@ -250,9 +250,9 @@ def _mark_gain_of_one(axes_row: Sequence[Axes], largest: float) -> None:
 
 
 def render(figure: Figure, kind: str) -> bytes:
-    """Return the bytes of a figure's file, of a kind in ``KINDS``."""
+    """Return a figure as a file of a kind; equal results give equal files."""
     buffer = BytesIO()
-    metadata = {"CreationDate": None} if kind == "pdf" else None  # equal results give equal files
+    metadata = {"CreationDate": None} if kind == "pdf" else None
     figure.savefig(buffer, format=kind, dpi=300, metadata=metadata)
     figure.set_layout_engine("none")  # laid out now: a second time would cost as much as drawing
     return buffer.getvalue()

@@ -137,13 +137,13 @@ def rich_table(results: dict[str, Any]) -> Table:
 
 def markdown_table(results: dict[str, Any], columns: Sequence[str] = COLUMNS) -> str:
     """Return the table, or some columns of it, in Markdown."""
-    return _to_markdown(columns, [[row[column] for column in columns] for row in summary_rows(results)])
+    return to_markdown(columns, [[row[column] for column in columns] for row in summary_rows(results)])
 
 
 def markdown_error_table(panels: Sequence[Panel]) -> str:
     """Return the paper's table in Markdown."""
     heading, *rows = error_rows(panels)
-    return _to_markdown(heading, rows)
+    return to_markdown(heading, rows)
 
 
 def describe_stop(run: Run) -> str:
@@ -168,7 +168,8 @@ def describe_divergence(run: Run) -> str:
     )
 
 
-def _to_markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def to_markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in (heading, ["---"] * len(heading), *rows)]
     return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
 
@@ -210,9 +211,9 @@ def _row(
         f"{summary['n']}/{len(runs)}",
         format_with_error(summary["test_error_mean"], summary["test_error_se"]),
         MISSING if rule == "bp" else _difference(_final_errors(runs), baseline),
-        _format_angle(sum(last_layers) / len(last_layers) if last_layers else None),
-        _format_angle(max(_all_last_values(done, "matrix_angle_deg"), default=None)),
-        _format_angle(max(_all_last_values(done, "delta_angle_deg"), default=None)),
+        format_angle(sum(last_layers) / len(last_layers) if last_layers else None),
+        format_angle(max(_all_last_values(done, "matrix_angle_deg"), default=None)),
+        format_angle(max(_all_last_values(done, "delta_angle_deg"), default=None)),
         _format_range(_all_last_values(done, "gain")),
         f"{sum(seconds) / len(seconds):.1f}" if seconds else MISSING,
         _status(runs),
@@ -251,7 +252,8 @@ def _all_last_values(runs: Sequence[Run], quantity: str) -> list[float]:
     return [value for run in runs for value in _last_values(run, quantity)]
 
 
-def _format_angle(degrees: float | None) -> str:
+def format_angle(degrees: float | None) -> str:
+    """Print an angle: tenths of a degree, or the power of ten of one that is smaller."""
     if degrees is None:
         return MISSING
     return f"{degrees:.0e}°" if 0 < degrees < 0.05 else f"{degrees:.1f}°"
