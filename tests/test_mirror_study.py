@@ -63,7 +63,7 @@ def test_a_study_from_the_command_line(tmp_path, capsys):
     assert run_cli("--study", *FLAGS, "--parts", "designs,depth,width,batch", "--out", tmp_path) == 0
     study = json.loads((tmp_path / "study.json").read_text())
     assert study["schema"] == 1
-    assert study["command"].startswith("feedbackpath ")
+    assert study["command"].startswith("feedbackpath")
     assert {"feedbackpath", "torch", "python"} <= study["versions"].keys()
     assert study["settings"] == asdict(StudySettings(("designs", "depth", "width", "batch"), **TINY)) | {
         "parts": ["designs", "depth", "width", "batch"]
