@@ -151,14 +151,15 @@ class MirrorMode:
         self._stop_counting()
         schedule = self.schedules.setdefault(weights[0].name, Schedule())
         work, budget = self._costs_of(weights, settings)
-        is_selective = schedule.is_selective(settings.when, work, budget)
         names = [weight.name for weight in weights]
         due = set(schedule.choose(names, step, settings.when, work, budget))
-        for position, weight in enumerate(weights):
-            # What has never been mirrored cannot wait: its B is still random.
-            passes = self.passes.get(weight.name, 0)
-            if position not in due and passes:
-                continue
+        # What has never been mirrored cannot wait: its B is still random.
+        due.update(position for position, name in enumerate(names) if name not in self.passes)
+        if not due:
+            return
+        is_selective = schedule.is_selective(settings.when, work, budget)
+        for position in sorted(due):
+            weight, passes = weights[position], self.passes.get(names[position], 0)
             before = _sample(weight.feedback) if is_selective and passes % TURN_EVERY <= 1 else None
             self._mirror_weight(weight, settings)
             turn = None if before is None else _turn(before, _sample(weight.feedback))

@@ -27,12 +27,14 @@ class Schedule:
         last: The step at which each layer was mirrored last.
         pace: Degrees a step by which each layer's B turned then.
         credit: Work that may be done and has not been.
+        saving_for: Work of the layer whose turn is saved for: nothing is chosen until credit pays for it.
     """
 
     def __init__(self) -> None:
         self.last: dict[str, int] = {}
         self.pace: dict[str, float] = {}
         self.credit = 0.0
+        self.saving_for = 0.0
         self._unread: list[tuple[str, int, Tensor | float]] = []
 
     def choose(
@@ -68,13 +70,18 @@ class Schedule:
     ) -> list[int]:
         if not self.is_selective(when, work, budget):
             return list(range(len(names)))
+        self.credit = float("inf") if budget is None else self.credit + budget * when.every
+        if self.credit < self.saving_for:
+            return []
         self._read()
         stale = self._staleness(names, step)
-        self.credit = float("inf") if budget is None else self.credit + budget * when.every
-        chosen = []
+        self.saving_for, chosen = 0.0, []
         for position in sorted(range(len(names)), key=lambda i: -stale[i]):
-            if work[position] > self.credit or stale[position] < when.trigger_deg:
-                break  # a costly layer's turn is saved for, and not passed on to a cheap one
+            if stale[position] < when.trigger_deg:
+                break
+            if work[position] > self.credit:  # a costly layer's turn is not passed on to a cheap one
+                self.saving_for = work[position]
+                break
             chosen.append(position)
             self.credit -= work[position]
         self.credit = min(self.credit, max(work))
@@ -105,9 +112,16 @@ class Schedule:
     def state_dict(self) -> dict[str, Any]:
         """Return plain values that ``load_state_dict`` takes up."""
         unread = [(name, age, float(turn)) for name, age, turn in self._unread]
-        return {"last": dict(self.last), "pace": dict(self.pace), "credit": self.credit, "unread": unread}
+        return {
+            "last": dict(self.last),
+            "pace": dict(self.pace),
+            "credit": self.credit,
+            "saving_for": self.saving_for,
+            "unread": unread,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where ``state`` was taken."""
-        self.last, self.pace, self.credit = dict(state["last"]), dict(state["pace"]), state["credit"]
+        self.last, self.pace = dict(state["last"]), dict(state["pace"])
+        self.credit, self.saving_for = state["credit"], state["saving_for"]
         self._unread = [tuple(entry) for entry in state["unread"]]
