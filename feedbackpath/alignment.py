@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from feedbackpath import ops
 from feedbackpath.errors import UntieError
 from feedbackpath.layers import FeedbackLayer, Tap, UntiedWeight, tapped
+from feedbackpath.mirror.cost import measuring
 
 
 def angle_deg(one: Tensor, other: Tensor) -> float:
@@ -74,11 +75,11 @@ def delta_angles(
                 "delta_angles: compute_loss ran no untied layer of this path (or ran it under "
                 "reentrant checkpointing): run its own model"
             )
-        tapped = [edge for edges in outputs.values() for edge in edges]
+        edges = [edge for of_layer in outputs.values() for edge in of_layer]
         with ops.errors_alone():
-            through_feedback = torch.autograd.grad(loss, tapped, retain_graph=True, allow_unused=True)
+            through_feedback = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
             with _forward_values_in_feedback(weights):
-                through_weights = torch.autograd.grad(loss, tapped, allow_unused=True)
+                through_weights = torch.autograd.grad(loss, edges, allow_unused=True)
     return _compare(outputs, through_feedback, through_weights)
 
 
@@ -136,6 +137,7 @@ def _forward_values_in_feedback(weights: Sequence[UntiedWeight]) -> Iterator[Non
 def left_as_it_was(weights: Sequence[UntiedWeight], model: nn.Module) -> Iterator[None]:
     """Let a model run, eagerly, and take back what that changes: running statistics and random numbers."""
     with (
+        measuring(),
         _buffers_restored(model),
         _random_numbers_restored(weights),
         torch.compiler.set_stance("force_eager"),

@@ -307,7 +307,7 @@ class FeedbackPath:
             [('0', 512), ('2', 512)]
         """
         plans = []
-        counter = UseCounter(self.weights)
+        counter = UseCounter(self.weights, in_training=False)
         with alignment.left_as_it_was(self.weights, self.model), torch.enable_grad():
             compute_loss()
         counter.stop()

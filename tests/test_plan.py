@@ -82,6 +82,13 @@ def test_a_smaller_budget_mirrors_less_often():
     assert rarely == pytest.approx(5 * often)
 
 
+def test_activations_that_learn_can_be_planned_for():
+    model = nn.Sequential(nn.Linear(60, 50), nn.PReLU(), nn.Linear(50, 40), nn.PReLU(40))
+    path = fp.untie(model, fp.WeightMirror(fp.Mirror(noise="gaussian")))
+    plan = {layer.name: layer.angle_deg for layer in path.plan(lambda: model(torch.randn(8, 60)).sum())}
+    assert all(0 < angle < 10 for angle in plan.values())
+
+
 def test_planning_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 2))
     path = fp.untie(model, "wm")

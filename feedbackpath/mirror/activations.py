@@ -4,6 +4,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -150,6 +151,12 @@ def _activation_of(user: torch.fx.Node, modules: dict[str, nn.Module]) -> Activa
     return identity
 
 
+def dtype_of(activation: Activation) -> torch.dtype:
+    """Return the precision that an activation can be probed in: that of what it has learned, or float64."""
+    learned = _learned(activation)
+    return learned[0].dtype if learned else torch.float64
+
+
 def is_channelwise(activation: Activation) -> bool:
     """Whether an activation has a setting for each channel, so that it needs all of them at once."""
     probe = torch.zeros(1, 1, 1)
@@ -169,13 +176,7 @@ def odd_slope(activation: Activation) -> float | None:
         >>> odd_slope(torch.relu), odd_slope(nn.LeakyReLU(0.5)), odd_slope(torch.tanh)
         (0.5, 0.75, None)
     """
-    origin = inspect.unwrap(activation)
-    module = getattr(origin, "__self__", origin)
-    if isinstance(module, nn.Module):
-        is_known = type(module) in (*ACTIVATION_MODULES, nn.Identity) and not any(module.parameters())
-    else:
-        is_known = origin is identity or origin in ACTIVATION_FUNCTIONS or origin in OUT_OF_PLACE
-    if not is_known:
+    if not _is_torchs(activation) or _learned(activation):
         return None
     z = torch.logspace(-8, 8, 161, dtype=torch.float64)
     slopes = (activation(z.clone()) - activation(-z)) / (2.0 * z)
@@ -184,9 +185,30 @@ def odd_slope(activation: Activation) -> float | None:
 
 def out_of_place(activation: Activation) -> Activation:
     """Return the activation, made to leave its argument as it was: mirror mode still needs that."""
-    if activation not in OUT_OF_PLACE and not getattr(activation, "inplace", False):
+    works_in_place = activation in OUT_OF_PLACE or getattr(activation, "inplace", False)
+    if not works_in_place and _is_torchs(activation):
         return activation
-    return functools.wraps(activation)(lambda x: activation(x.clone()))
+    return functools.update_wrapper(lambda x: activation(x.clone()), activation)  # others may do as they like
+
+
+def _is_torchs(activation: Activation) -> bool:
+    """Whether an activation is one that torch has, so that it is known what it does."""
+    origin = _origin(activation)
+    if isinstance(origin, nn.Module):
+        return type(origin) in (*ACTIVATION_MODULES, nn.Identity)
+    return origin is identity or origin in ACTIVATION_FUNCTIONS or origin in OUT_OF_PLACE
+
+
+def _learned(activation: Activation) -> list[nn.Parameter]:
+    """Return what an activation learns."""
+    origin = _origin(activation)
+    return list(origin.parameters()) if isinstance(origin, nn.Module) else []
+
+
+def _origin(activation: Activation) -> Any:
+    """Return the module or function that an activation is made of."""
+    origin = inspect.unwrap(activation)
+    return getattr(origin, "__self__", None) if isinstance(origin, MethodType) else origin
 
 
 def _with_arguments(function: Callable[..., Tensor], node: torch.fx.Node) -> Activation:

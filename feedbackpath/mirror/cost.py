@@ -5,7 +5,8 @@ that is added up. A schedule needs more than that: a small layer's time goes int
 mirror's into reading and writing W and not into products. ``work`` adds both, in FLOPs of the same duration.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,13 +59,13 @@ def step_flops(weight: UntiedWeight, uses: float) -> float:
 def mirror_flops(weight: UntiedWeight, settings: Mirror) -> float:
     """Return the FLOPs of one mirroring: noise forward through W, and its covariance with the answer.
 
-    Codes of a group of inputs meet that group's weights alone; the others are silent. Noise that devices
-    fire each for itself counts on all of them, as a training step does; noise that is the same on all, once.
+    Codes of a group of inputs meet that group's weights alone; the others are silent. Of several devices each
+    counts for itself, as in a training step.
     """
     if isinstance(settings.design, OrthogonalCodes):
         return 2.0 * forward_flops(weight, CODE_LENGTH)
     inputs = inputs_in_mirror_mode(weight, settings.field)
-    return 2.0 * forward_flops(weight, settings.total_samples_for(inputs, count_devices(settings)))
+    return 2.0 * forward_flops(weight, settings.samples_for(inputs, count_devices(settings)))
 
 
 def mirror_work(weight: UntiedWeight, settings: Mirror, slope: float | None) -> float:
@@ -91,18 +92,34 @@ def _machine(weight: UntiedWeight) -> Machine:
     return MACHINES.get(weight.weight.device.type, MACHINES["cuda"])
 
 
+_is_measuring = False
+
+
+@contextmanager
+def measuring() -> Iterator[None]:
+    """Say that the model runs to be measured, and not to be trained, for a while."""
+    global _is_measuring
+    before, _is_measuring = _is_measuring, True
+    try:
+        yield
+    finally:
+        _is_measuring = before
+
+
 class UseCounter:
     """Counts how often each weight's values are used in a training step, by watching one.
 
     Args:
         weights: The weights to count.
+        in_training: Count where the model trains; else where it runs to be measured.
     """
 
-    def __init__(self, weights: Sequence[UntiedWeight]) -> None:
+    def __init__(self, weights: Sequence[UntiedWeight], *, in_training: bool = True) -> None:
         self.uses: dict[str, float] = {}
+        self._in_training = in_training
         self._hooks: list[RemovableHandle] = []
         for weight in weights:
-            count = partial(_count, self.uses, weight.name, weight.transposed)
+            count = partial(self._count, weight.name, weight.transposed)
             self._hooks.append(weight.layer.register_forward_hook(count))
 
     def stop(self) -> None:
@@ -112,32 +129,23 @@ class UseCounter:
         self._hooks.clear()
 
     def share(self) -> dict[str, float]:
-        """Return the counts, added up over the processes of a job: all then have the same."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            counts: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(counts, self.uses)
-            return _add_up(counts)
-        return dict(self.uses)
+        """Return the counts of one process, on average over those of a job: all then have the same."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return dict(self.uses)
+        counts: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(counts, self.uses)
+        names = {name: None for count in counts for name in count}
+        return {name: sum(count.get(name, 0.0) for count in counts) / len(counts) for name in names}
 
-
-def _add_up(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = {name: None for count in counts for name in count}
-    return {name: sum(count.get(name, 0.0) for count in counts) for name in names}
-
-
-def _count(
-    uses: dict[str, float],
-    name: str,
-    is_transposed: bool,
-    layer: nn.Module,
-    inputs: tuple[Tensor, ...],
-    output: Any,
-) -> None:
-    """Note the positions at which a layer was used: of the output, or, transposed, of the input."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return
-    signal = inputs[0] if is_transposed else output[0] if isinstance(output, tuple) else output
-    is_conv = isinstance(layer, nn.modules.conv._ConvNd)
-    kernel_dims = len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else 0
-    channels = signal.shape[-1 - kernel_dims] if is_conv else signal.shape[-1]
-    uses[name] = uses.get(name, 0.0) + signal.numel() / channels
+    def _count(
+        self, name: str, is_transposed: bool, layer: nn.Module, inputs: tuple[Tensor, ...], output: Any
+    ) -> None:
+        """Note the positions at which a layer was used: of the output, or, transposed, of the input."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if _is_measuring == self._in_training:
+            return
+        signal = inputs[0] if is_transposed else output[0] if isinstance(output, tuple) else output
+        kernel_dims = len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else 0
+        channels = signal.shape[-1 - kernel_dims]
+        self.uses[name] = self.uses.get(name, 0.0) + signal.numel() / channels

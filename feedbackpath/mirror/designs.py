@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from feedbackpath.errors import RuleError
-from feedbackpath.mirror.activations import Activation
+from feedbackpath.mirror.activations import Activation, dtype_of
 
 CODE_LENGTH = 16  # input neurons that fire together: longer codes cost more products, shorter ones more calls
 RELU_SPREAD = 2.0 - 2.0 / math.pi
@@ -169,6 +169,6 @@ def spread_of(activation: Activation, drive: float = 1.0) -> float:
     """
     quantiles = (torch.arange(20_001, dtype=torch.float64) + 0.5) / 20_001
     z = drive * math.sqrt(2.0) * torch.erfinv(2.0 * quantiles - 1.0)
-    answer = activation(z.clone())
+    answer = activation(z.to(dtype_of(activation), copy=True)).detach().double()
     answer = answer - answer.mean()
     return ((answer**2).mean() * (z**2).mean() / (answer * z).mean() ** 2).item()

@@ -44,6 +44,12 @@ def make_estimate(weight: UntiedWeight, dtype: torch.dtype, scratch: Tensor | No
     return flat.view(w.shape)
 
 
+def is_laid_out_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape have their values in the same order in memory."""
+    strides = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return all(own == others for size, own, others in strides if size > 1)
+
+
 def _is_channels_last(tensor: Tensor) -> bool:
     return not tensor.is_contiguous() and _with_channels_last(tensor).is_contiguous()
 

@@ -61,6 +61,7 @@ class MirrorMode:
         self._activations: dict[str, Activation] = {}
         self._odd_slopes: dict[str, float | None] = {}
         self._strange_gains: set[str] = set()
+        self._dead: set[str] = set()
 
     def run(self, weights: Sequence[UntiedWeight], settings: Mirror, passes: int = 1) -> None:
         """Let each layer fire noise in its turn, ``passes`` times, and let its B learn from it.
@@ -127,7 +128,7 @@ class MirrorMode:
         for number in range(1, most_passes + 1):
             before = weight.feedback.detach().clone()
             found = self._estimate(weight, settings)
-            _learn(weight, found, settings, 1.0 / number, may_be_dead=self._may_be_dead(weight, settings))
+            _learn(weight, found, settings, 1.0 / number, self._find_dead(weight, found, settings))
             self.passes[weight.name] = number
             if settings.is_exact:
                 return 0.0
@@ -160,7 +161,7 @@ class MirrorMode:
         is_selective = schedule.is_selective(settings.when, work, budget)
         for position in sorted(due):
             weight, passes = weights[position], self.passes.get(names[position], 0)
-            before = _sample(weight.feedback) if is_selective and passes % TURN_EVERY <= 1 else None
+            before = _sample(weight.feedback) if is_selective and passes % TURN_EVERY == 1 else None
             self._mirror_weight(weight, settings)
             turn = None if before is None else _turn(before, _sample(weight.feedback))
             schedule.note(weight.name, step, turn)
@@ -177,8 +178,9 @@ class MirrorMode:
 
     def watch_step(self, weights: Sequence[UntiedWeight]) -> None:
         """Count how often the first training step uses each weight: a schedule has to know what it costs."""
-        self._watched = list(weights)
-        self._counter = UseCounter(weights)
+        self.close()
+        self._watched += weights
+        self._counter = UseCounter(self._watched)
 
     def close(self) -> None:
         """Take all hooks off the model."""
@@ -255,7 +257,7 @@ class MirrorMode:
         share = settings.share_replaced
         if settings.reading == "calibrated":
             share = max(share, 1.0 / (passes + 1))
-        _learn(weight, found, settings, share, may_be_dead=self._may_be_dead(weight, settings))
+        _learn(weight, found, settings, share, self._find_dead(weight, found, settings))
         self.passes[weight.name] = passes + 1
 
     def _check_gain(self, found: Estimate, settings: Mirror) -> None:
@@ -290,6 +292,21 @@ class MirrorMode:
             block_bias=block_bias, generator=self._generator(weight, own_rank(settings)),
         )  # fmt: skip
 
+    def _find_dead(self, weight: UntiedWeight, found: Estimate, settings: Mirror) -> Tensor | None:
+        """Return which channels do not answer; warn once of a layer that has some. None: there are none."""
+        if settings.reading != "calibrated" or not self._may_be_dead(weight, settings):
+            return None
+        num_dead = int(found.is_dead.sum())
+        if num_dead and weight.name not in self._dead:
+            self._dead.add(weight.name)
+            warnings.warn(
+                f"mirror mode: {num_dead} of {len(found.is_dead)} neurons of {weight.name!r} do not answer "
+                "to noise; their B stays as it is there (blocked biases or a larger sigma may help)",
+                MirrorWarning,
+                stacklevel=2,
+            )
+        return found.is_dead if num_dead else None
+
     def _may_be_dead(self, weight: UntiedWeight, settings: Mirror) -> bool:
         """Whether neurons may be silent: with blocked biases, one that has answered once always does."""
         return weight.name not in self.passes or not settings.block_bias
@@ -312,18 +329,20 @@ def _count_samples(weight: UntiedWeight, settings: Mirror, angle_deg: float) -> 
 def _own_memory(weight: UntiedWeight, settings: Mirror) -> Tensor | None:
     """Return B's own memory for the estimate that replaces it, where it can hold one; else None."""
     feedback = weight.feedback.detach()
-    is_alike = feedback.stride() == weight.weight.stride() and feedback.dtype in (
-        torch.float32,
-        torch.float64,
-    )
-    return feedback.as_strided((feedback.numel(),), (1,)) if settings.is_exact and is_alike else None
+    if not settings.is_exact or feedback.dtype not in (torch.float32, torch.float64):
+        return None
+    memory = feedback.as_strided((feedback.numel(),), (1,))
+    place = fields.make_estimate(weight, feedback.dtype, memory)
+    return memory if fields.is_laid_out_alike(place, feedback) else None
 
 
-def _learn(weight: UntiedWeight, found: Estimate, settings: Mirror, share: float, may_be_dead: bool) -> None:
+def _learn(
+    weight: UntiedWeight, found: Estimate, settings: Mirror, share: float, dead: Tensor | None
+) -> None:
     """Let B learn from what was found, as the reading says."""
     feedback, covariance = weight.feedback, found.covariance
     if settings.reading == "calibrated":
-        _move_to_estimate(weight, found, share, may_be_dead)
+        _move_to_estimate(weight, found, share, dead)
     elif settings.reading == "scaled":
         norm = feedback.norm()
         feedback.add_(covariance, alpha=settings.rate).mul_(norm / feedback.norm())
@@ -331,20 +350,9 @@ def _learn(weight: UntiedWeight, found: Estimate, settings: Mirror, share: float
         feedback.mul_(1.0 - share).add_(covariance, alpha=settings.rate)
 
 
-def _move_to_estimate(weight: UntiedWeight, found: Estimate, share: float, may_be_dead: bool) -> None:
+def _move_to_estimate(weight: UntiedWeight, found: Estimate, share: float, dead: Tensor | None) -> None:
     """B <- (1 - d) B + d cov / (sigma^2 s); neurons that do not answer keep their feedback weights."""
-    kept = None
-    if may_be_dead:
-        is_dead = found.is_dead
-        num_dead = int(is_dead.sum())
-        if num_dead:
-            warnings.warn(
-                f"mirror mode: {num_dead} of {len(is_dead)} neurons of {weight.name!r} do not answer to "
-                "noise; their feedback weights stay as they are (blocked biases or a larger sigma may help)",
-                MirrorWarning,
-                stacklevel=2,
-            )
-            kept = fields.per_neuron(is_dead, weight)
+    kept = None if dead is None else fields.per_neuron(dead, weight)
     estimate = found.at_gain_one()
     if kept is not None:
         old = fields.as_matrix(weight.feedback.to(estimate.dtype), weight)
@@ -364,5 +372,5 @@ def _sample(feedback: Tensor) -> Tensor:
 
 def _turn(before: Tensor, after: Tensor) -> Tensor:
     """Return how far a vector has moved, in its own lengths, as a tensor: nothing waits for it."""
-    turn: Tensor = (after - before).norm() / after.norm()
+    turn: Tensor = (after - before).norm() / after.norm().clamp_min(1e-30)  # a W that is 0 gives such a B
     return turn
