@@ -43,7 +43,7 @@ class Machine:
 
 # CPU: measured on a core that trains at 90 GFLOP/s, where mirroring between two steps takes 2.2 ns a value, 4
 # more with answers worked out, and 200 us a layer. CUDA: not measured, an estimate.
-MACHINES = {"cpu": Machine(200.0, 350.0, 1.8e7, 2.5e7), "cuda": Machine(400.0, 600.0, 3e9, 9e9)}
+MACHINES = {"cpu": Machine(200.0, 350.0, 1.7e7, 2.5e7), "cuda": Machine(400.0, 600.0, 3e9, 9e9)}
 
 
 def forward_flops(weight: UntiedWeight, uses: float) -> float:
