@@ -17,12 +17,13 @@ from dataclasses import dataclass
 
 from feedbackpath.mirror.cost import MACHINES, PRODUCTS_STEP
 from feedbackpath.mirror.designs import CODE_LENGTH
+from feedbackpath.mirror.settings import Mirror, When
 
 GAUSSIAN = "wm, Gaussian"
 """The rule that fires the paper's independent noise; ``wm`` fires orthogonal codes."""
 LEARNED = ("kp", "mirror-kp")
-PAPER_SAMPLES = 2048  # Appendix D.2
-COST_SHARE = 0.03  # of a step's work, that a mirror takes by default
+PAPER_SAMPLES = Mirror.paper().samples or 0  # Appendix D.2
+COST_SHARE = When().cost_share or 1.0  # of a step's work, that a mirror takes by default
 
 # Bytes that operators read and write for one float32 value, and their calls for one weight; tests count them.
 SIGN_BYTES = 12  # W and sizes in, B out

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from feedbackpath.bench.cost_model import (
     GAUSSIAN,
     OPTIMIZER_BYTES,
+    PAPER_SAMPLES,
     Hardware,
     LayerSize,
     Storage,
@@ -21,7 +22,6 @@ from feedbackpath.bench.cost_model import (
     step_flops,
     unshared_bytes,
 )
-from feedbackpath.bench.cost_model import PAPER_SAMPLES as SAMPLES
 from feedbackpath.bench.sizes import count_parameters, measure_layers
 from feedbackpath.bench.workloads import find_workload
 from feedbackpath.mirror.cost import PRODUCTS_STEP
@@ -134,7 +134,7 @@ def _paper_flops(training: Training, rule: str) -> float:
     """Return Appendix B's FLOPs of one device: its share of the examples, or of a mirror's samples."""
     if rule not in ("kp", GAUSSIAN):
         return 0.0
-    return appendix_b_flops(rule, training.layers, training.examples, SAMPLES) / training.devices
+    return appendix_b_flops(rule, training.layers, training.examples, PAPER_SAMPLES) / training.devices
 
 
 def _unshared_traffic(training: Training, rule: str) -> float:

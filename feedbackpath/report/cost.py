@@ -1,5 +1,6 @@
 """The tables of the page on cost: ratios as measured, what the model says of them, and extrapolations."""
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -102,7 +103,7 @@ def table_of_training(training: Training) -> str:
             _percent(added.flops),
             _percent(added.paper_flops) if added.paper_flops else "–",
             _percent(added.seconds),
-            f"{max(1.0, added.seconds / TIME_SHARE):.0f}" if is_mirror else "–",
+            f"{math.ceil(added.seconds / TIME_SHARE)}" if is_mirror else "–",
             f"{_percent(added.memory)}, {added.num_bytes / 1e9:.2f} GB",
             f"{1 + added.traffic:.2f}",
             f"{1 + added.unshared_traffic:.2f}",
