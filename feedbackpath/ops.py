@@ -88,7 +88,8 @@ def convolution(
 def errors_alone() -> Iterator[None]:
     """Let backward passes send errors back and work out no weight's gradient.
 
-    Autograd does not tell a function written in Python that nobody asks for one.
+    Autograd does not tell a function written in Python that nobody asks for one. This holds for the whole
+    process: no other thread may train meanwhile.
     """
     global _weights_learn
     before, _weights_learn = _weights_learn, False
@@ -154,7 +155,7 @@ def share(gradient: Tensor) -> Tensor:
     place; an update only reads them. Where a tensor cannot be shared so, it is returned as it is.
     """
     is_plain = type(gradient) is Tensor and gradient.device.type in ("cpu", "cuda")
-    if not is_plain or torch.compiler.is_compiling():
+    if not is_plain or torch.compiler.is_compiling() or not hasattr(torch, "_lazy_clone"):
         return gradient
     try:
         return torch._lazy_clone(gradient)

@@ -242,3 +242,13 @@ def test_theory_agrees_with_what_is_measured(tmp_path):
             else:
                 noise = 4 * np.std(angles, ddof=1) / len(angles) ** 0.5
                 assert abs(fmean(angles) - predicted) < noise + 0.1 * predicted, describe_cell(cell)
+
+
+def test_a_model_that_does_not_come_in_other_widths_is_refused_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(mirror_study, "WIDTHS", (1, 2))
+    assert (
+        run_cli("--study", "--model", "resnet18", "--data", "digits", "--parts", "width", "--out", tmp_path)
+        == 2
+    )
+    assert "resnet18x2" in capsys.readouterr().err
+    assert not (tmp_path / "study.json").exists()

@@ -8,7 +8,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -135,8 +135,9 @@ def run_study(
         Interrupted: SIGINT or SIGTERM came; finished cells are kept.
     """
     torch.set_num_threads(settings.num_threads)
-    study = _open(settings, out, command, resume=resume)
     cells = [cell for part in settings.parts for cell in PARTS[part](settings)]
+    models = {cell.settings["model"]: None for cell in cells if "model" in cell.settings}
+    study = _open(settings, out, command, list(models) or [settings.model], resume=resume)
     write_json(out / "study.json", study)
     with StopRequest() as stop:
         for number, cell in enumerate(cells, 1):
@@ -163,7 +164,9 @@ def _measure(cell: Cell, known: Iterable[Result], must_stop: Callable[[], bool])
     return {"part": cell.part, **cell.settings, **found, "cpu_seconds": seconds}
 
 
-def _open(settings: StudySettings, out: Path, command: str, *, resume: bool) -> dict[str, Any]:
+def _open(
+    settings: StudySettings, out: Path, command: str, models: Sequence[str], *, resume: bool
+) -> dict[str, Any]:
     """Return the study that a folder holds, or a new one."""
     told = json.loads(json.dumps(asdict(settings)))
     old = read_study(out) if (out / "study.json").exists() else None
@@ -177,9 +180,11 @@ def _open(settings: StudySettings, out: Path, command: str, *, resume: bool) -> 
                 f"{out} holds a study of other settings ({', '.join(differing)}); choose another --out"
             )
         told["parts"] = list(dict.fromkeys(old["settings"]["parts"] + told["parts"]))
+        told["seeds"] = max(old["settings"]["seeds"], told["seeds"])
     config = settings.config(settings.model, REFERENCE_BATCH, 0, None)
     data = load_data(config, 0)
-    make_network(config, 0, data)  # refuses what cannot be built before anything is written
+    for model in models:  # refuses what cannot be built before anything is written
+        make_network(settings.config(model, REFERENCE_BATCH, 0, None), 0, data)
     return {
         "schema": STUDY_SCHEMA,
         "command": command,
