@@ -38,7 +38,7 @@ def test_every_rule_that_mirrors_knows_what_a_step_costs():
     assert not any(layer._forward_hooks for layer in path.layers.values())
 
 
-def test_the_share_is_of_one_devices_step(monkeypatch):
+def test_the_share_is_of_all_devices_step_so_that_their_number_makes_no_difference(monkeypatch):
     path = fp.untie(make_net(), "fa")
     counter = UseCounter(path.weights)
     path.model(torch.randn(32, 40))
@@ -49,7 +49,7 @@ def test_the_share_is_of_one_devices_step(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    assert counter.share() == {"0": 64.0, "2": 64.0, "4": 64.0}
+    assert counter.share() == {"0": 128.0, "2": 128.0, "4": 128.0}
 
 
 def test_a_layer_of_zeros_does_not_hold_up_the_others():

@@ -173,8 +173,8 @@ def odd_slope(activation: Activation) -> float | None:
     it learns.
 
     Example:
-        >>> odd_slope(torch.relu), odd_slope(nn.LeakyReLU(0.5)), odd_slope(torch.tanh)
-        (0.5, 0.75, None)
+        >>> odd_slope(torch.relu), odd_slope(nn.Identity()), odd_slope(torch.tanh)
+        (0.5, 1.0, None)
     """
     if not _is_torchs(activation) or _learned(activation):
         return None

@@ -59,13 +59,13 @@ def step_flops(weight: UntiedWeight, uses: float) -> float:
 def mirror_flops(weight: UntiedWeight, settings: Mirror) -> float:
     """Return the FLOPs of one mirroring: noise forward through W, and its covariance with the answer.
 
-    Codes of a group of inputs meet that group's weights alone; the others are silent. Of several devices each
-    counts for itself, as in a training step.
+    Codes of a group of inputs meet that group's weights alone; the others are silent. Noise that devices
+    fire each for itself counts on all of them, as a training step does; noise that is the same on all, once.
     """
     if isinstance(settings.design, OrthogonalCodes):
         return 2.0 * forward_flops(weight, CODE_LENGTH)
     inputs = inputs_in_mirror_mode(weight, settings.field)
-    return 2.0 * forward_flops(weight, settings.samples_for(inputs, count_devices(settings)))
+    return 2.0 * forward_flops(weight, settings.total_samples_for(inputs, count_devices(settings)))
 
 
 def mirror_work(weight: UntiedWeight, settings: Mirror, slope: float | None) -> float:
@@ -129,13 +129,17 @@ class UseCounter:
         self._hooks.clear()
 
     def share(self) -> dict[str, float]:
-        """Return the counts of one process, on average over those of a job: all then have the same."""
+        """Return the counts, added up over the processes of a job: all then have the same.
+
+        So the layers whose turn it is, and with them the course of training, do not depend on how many
+        devices share a minibatch.
+        """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return dict(self.uses)
         counts: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(counts, self.uses)
         names = {name: None for count in counts for name in count}
-        return {name: sum(count.get(name, 0.0) for count in counts) / len(counts) for name in names}
+        return {name: sum(count.get(name, 0.0) for count in counts) for name in names}
 
     def _count(
         self, name: str, is_transposed: bool, layer: nn.Module, inputs: tuple[Tensor, ...], output: Any

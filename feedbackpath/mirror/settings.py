@@ -23,8 +23,9 @@ class When:
             layer at once, then the others (Appendix C.4).
         every: Steps from one time to the next.
         cost_share: With ``"drift"``: mirroring's share of a training step's work, on average; None: all
-            layers, whatever it costs. Work is that of one device, as
-            ``feedbackpath.mirror.cost`` counts it.
+            layers, whatever it costs. Work is counted as ``feedbackpath.mirror.cost`` does: a
+            step's over all devices, so that training does not depend on their number. Where all fire the
+            same noise, each of D devices then spends up to D times that share of its own time.
         trigger_deg: With ``"drift"``: leave out layers that have most likely moved by less than this, judged
             by how far B moved when it was mirrored last. W is never looked at.
     """
