@@ -296,16 +296,17 @@ class MirrorMode:
         """Return which channels do not answer; warn once of a layer that has some. None: there are none."""
         if settings.reading != "calibrated" or not self._may_be_dead(weight, settings):
             return None
-        num_dead = int(found.is_dead.sum())
+        is_dead = found.is_dead
+        num_dead = int(is_dead.sum())
         if num_dead and weight.name not in self._dead:
             self._dead.add(weight.name)
             warnings.warn(
-                f"mirror mode: {num_dead} of {len(found.is_dead)} neurons of {weight.name!r} do not answer "
+                f"mirror mode: {num_dead} of {len(is_dead)} neurons of {weight.name!r} do not answer "
                 "to noise; their B stays as it is there (blocked biases or a larger sigma may help)",
                 MirrorWarning,
                 stacklevel=2,
             )
-        return found.is_dead if num_dead else None
+        return is_dead if num_dead else None
 
     def _may_be_dead(self, weight: UntiedWeight, settings: Mirror) -> bool:
         """Whether neurons may be silent: with blocked biases, one that has answered once always does."""
