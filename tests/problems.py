@@ -169,6 +169,16 @@ def make_attention_problems():
     ]  # fmt: skip
 
 
+# One layer of each kind, to mirror: what goes in makes no difference.
+KINDS = [
+    Problem("linear", lambda: nn.Linear(30, 20), ((30,),)),
+    *(
+        Problem(f"{kind.__name__}-{id}", lambda kind=kind, s=settings: make_convolution(kind, s), ((1,),))
+        for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+        for id, settings in {"plain": {}, "grouped": {"groups": 2}, "strided_dilated_padded": {
+            "stride": 2, "dilation": 2, "padding": 1}}.items()
+    ),
+]  # fmt: skip
 PLAIN_LAYERS = make_linear_problems() + make_convolution_problems()
 ATTENTIONS = make_attention_problems()
 LAYERS = PLAIN_LAYERS + ATTENTIONS

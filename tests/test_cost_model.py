@@ -8,11 +8,8 @@ import torch
 
 import feedbackpath as fp
 from feedbackpath.bench.cost_model import (
-    CODE_BYTES,
-    CODE_CALLS,
     COST_SHARE,
     GAUSSIAN,
-    NOISE_CALLS,
     OPTIMIZER_BYTES,
     PAPER_SAMPLES,
     Calibration,
@@ -27,7 +24,6 @@ from feedbackpath.bench.cost_model import (
     predict_ratio,
     reduced_bytes,
     step_flops,
-    total_values,
     unshared_bytes,
 )
 from feedbackpath.bench.counts import count_collective_bytes, count_flops, count_movement
@@ -41,6 +37,7 @@ from feedbackpath.bench.measure import peak_bytes
 from feedbackpath.bench.sizes import count_parameters, measure_layers
 from feedbackpath.bench.workloads import Arithmetic, TrainingStep, find_workload
 from feedbackpath.mirror import Mirror, When
+from feedbackpath.mirror.pairs import CHUNK_VALUES
 
 MODELS = ["mlp", "lenet", "transformer", "resnet8"]
 BATCH = 4
@@ -127,23 +124,26 @@ def test_signs_move_the_bytes_of_the_model(model, layers):
     assert count_movement(step.path.step) == expected
 
 
-@pytest.mark.parametrize("model", ["transformer", "resnet8"])
-@pytest.mark.parametrize(("rule", "num_calls"), [("wm", CODE_CALLS), (GAUSSIAN, NOISE_CALLS)])
-def test_mirrors_move_about_the_bytes_of_the_model(rule, num_calls, model, layers):
-    step = make_step(model, fp.WeightMirror(MIRRORS[rule]))
+@pytest.mark.parametrize("model", [*MODELS, "mlpx2"])
+def test_pairs_move_the_bytes_of_the_model(model):
+    sizes = measure_layers(find_workload(model))
+    step = make_step(model, fp.WeightMirror(MIRRORS["wm"]))
     step()
     step()
     moved = count_movement(step.path.step)
-    assert 0.8 < moved.num_bytes / moved_bytes(rule, layers[model], "sgd") < 1.1
-    assert 0.7 < moved.num_calls / (num_calls * len(layers[model])) < 1.02
+    assert moved.num_bytes == pytest.approx(moved_bytes("wm", sizes, "sgd"), rel=0.01)
+    if max(layer.values for layer in sizes) <= CHUNK_VALUES:
+        assert moved.num_calls == calls("wm", sizes)
 
 
-def test_codes_move_the_same_for_each_value_of_a_wide_layer():
-    step = make_step("mlpx2", fp.WeightMirror(MIRRORS["wm"]))
+@pytest.mark.parametrize("model", ["transformer", "resnet8"])
+def test_noise_moves_about_the_bytes_of_the_model(model, layers):
+    step = make_step(model, fp.WeightMirror(MIRRORS[GAUSSIAN]))
     step()
     step()
-    values = total_values(measure_layers(find_workload("mlpx2")))
-    assert count_movement(step.path.step).num_bytes == pytest.approx(CODE_BYTES * values, rel=0.02)
+    moved = count_movement(step.path.step)
+    assert 0.8 < moved.num_bytes / moved_bytes(GAUSSIAN, layers[model], "sgd") < 1.1
+    assert 0.7 < moved.num_calls / calls(GAUSSIAN, layers[model]) < 1.02
 
 
 @pytest.mark.parametrize("batch_size", [8, 512])

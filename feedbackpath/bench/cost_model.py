@@ -7,16 +7,14 @@ Akrout et al. 2019, Appendix B, counts, with n_l inputs, n_{l+1} outputs and n =
 
 Differs from the paper: here W and B share one product, so that Kolen-Pollack adds no product at all, and the
 update's own FLOPs come once a step, in the optimizer, and not once an example. A mirror's decay and update
-come once a pass too, which leaves two products a sample; and orthogonal codes need 16 samples, however many
-inputs there are.
+come once a pass too, which leaves two products a sample; and orthogonal codes that inputs fire two at a time
+take sums in place of products, 4 for each value of W.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from feedbackpath.mirror.cost import MACHINES, PRODUCTS_STEP
-from feedbackpath.mirror.designs import CODE_LENGTH
+from feedbackpath.mirror.cost import MACHINES
 from feedbackpath.mirror.settings import Mirror, When
 
 GAUSSIAN = "wm, Gaussian"
@@ -27,7 +25,7 @@ COST_SHARE = When().cost_share or 1.0  # of a step's work, that a mirror takes b
 
 # Bytes that operators read and write for one float32 value, and their calls for one weight; tests count them.
 SIGN_BYTES = 12  # W and sizes in, B out
-CODE_BYTES, CODE_CALLS = 20, 10  # of wide layers; small ones move a tenth more
+CODE_BYTES, CODE_CALLS = 28, 5  # of pairs; on a CPU, of each chunk of a large W
 NOISE_BYTES, NOISE_CALLS = 60, 19  # for one sample of noise at one channel, in or out
 OPTIMIZER_BYTES = {"sgd": 56, "adamw": 84}  # PyTorch's own, with momentum; not its fused kernels
 
@@ -83,37 +81,15 @@ def step_flops(layers: Iterable[LayerSize], examples: int) -> float:
     return sum(2.0 * layer.values * layer.uses * examples * (2 + layer.sends_back) for layer in layers)
 
 
-def mirror_flops(layers: Iterable[LayerSize], samples: int | None = None) -> float:
-    """Return the FLOPs of a mirror's products, one pass over all layers: noise forward, and its covariance.
-
-    Args:
-        layers: The layers.
-        samples: Of independent noise; None: orthogonal codes, which pad inputs to whole codes.
-
-    Example:
-        >>> mirror_flops([LayerSize(32, 10)]), mirror_flops([LayerSize(32, 10)], samples=2048)
-        (20480.0, 2621440.0)
-    """
-    return sum(_mirror_flops(layer, samples) for layer in layers)
-
-
-def _mirror_flops(layer: LayerSize, samples: int | None) -> float:
-    if samples is not None:
-        return 4.0 * layer.values * samples
-    padded = CODE_LENGTH * math.ceil(layer.inputs / CODE_LENGTH)
-    return 4.0 * CODE_LENGTH * layer.outputs * padded
-
-
 def added_flops(rule: str, layers: Iterable[LayerSize]) -> float:
-    """Return the FLOPs of products that a rule adds to a step: a mirror's pass over all layers, or none.
+    """Return the FLOPs of products that a rule adds to a step: those of a pass of independent noise.
 
     Example:
         >>> [added_flops(rule, [LayerSize(32, 10)]) for rule in ("fa", "kp", "wm", GAUSSIAN)]
-        [0.0, 0.0, 20480.0, 2621440.0]
+        [0.0, 0.0, 0.0, 2621440.0]
     """
-    if rule not in ("wm", GAUSSIAN):
-        return 0.0
-    return mirror_flops(layers, None if rule == "wm" else PAPER_SAMPLES)
+    samples = PAPER_SAMPLES if rule == GAUSSIAN else 0
+    return sum(4.0 * layer.values * samples for layer in layers)
 
 
 def appendix_b_flops(rule: str, layers: Iterable[LayerSize], examples: int, samples: int) -> float:
@@ -203,7 +179,7 @@ def moved_bytes(rule: str, layers: Sequence[LayerSize], optimizer: str) -> float
 
     Example:
         >>> [moved_bytes(rule, [LayerSize(32, 10)], "sgd") for rule in ("fa", "ss", "kp", "wm")]
-        [0.0, 3840.0, 17920.0, 6400.0]
+        [0.0, 3840.0, 17920.0, 8960.0]
     """
     if rule == GAUSSIAN:
         return float(NOISE_BYTES * PAPER_SAMPLES * sum(layer.channels for layer in layers))
@@ -216,7 +192,7 @@ def calls(rule: str, layers: Sequence[LayerSize]) -> int:
 
     Example:
         >>> [calls(rule, [LayerSize(32, 10)] * 3) for rule in ("fa", "ss", "kp", "wm")]
-        [0, 3, 0, 30]
+        [0, 3, 0, 15]
     """
     return {"ss": 1, "wm": CODE_CALLS, GAUSSIAN: NOISE_CALLS}.get(rule, 0) * len(layers)
 
@@ -298,9 +274,6 @@ def _added_by(calibration: Calibration, rule: str, layers: Iterable[LayerSize]) 
 def mirrored_share(layers: Sequence[LayerSize], examples: int) -> float:
     """Return the part of the layers that a mirror's schedule pays for after a step on a CPU, on average."""
     machine = MACHINES["cpu"]
-    mirror = sum(machine.per_value * layer.values + machine.per_layer for layer in layers)
-    step = sum(
-        2.0 * PRODUCTS_STEP * layer.values * layer.uses * examples + machine.per_layer_step
-        for layer in layers
-    )
+    mirror = sum(machine.work_of_pairs(layer.values) for layer in layers)
+    step = sum(machine.work_of_step(layer.values, layer.uses * examples) for layer in layers)
     return min(1.0, COST_SHARE * step / mirror)

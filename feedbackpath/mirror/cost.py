@@ -19,9 +19,10 @@ from feedbackpath.layers import UntiedWeight
 from feedbackpath.mirror.designs import CODE_LENGTH, OrthogonalCodes
 from feedbackpath.mirror.devices import count_devices
 from feedbackpath.mirror.fields import inputs_in_mirror_mode
+from feedbackpath.mirror.pairs import PAIR
 from feedbackpath.mirror.settings import Mirror
 
-PRODUCTS_FORWARD, PRODUCTS_STEP = 1, 3  # of a training step: forward, to the inputs, to the weights
+PRODUCTS_STEP = 3  # of a training step: forward, to the inputs, to the weights
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,42 @@ class Machine:
     """How a kind of device spends its time, in FLOPs of a training step.
 
     Attributes:
-        per_value: For a value of W that is mirrored by codes: reading, writing and small products.
-        per_answer: Beyond that, where answers to codes have to be worked out (no ``odd_slope``).
+        per_value: For a value of W that is mirrored by pairs: reading, writing and sums.
         per_layer: For the calls of mirroring a layer.
+        per_answer: Beyond that, for a value where answers to codes have to be worked out (no ``odd_slope``).
+        per_layer_answering: Beyond that, for the calls of such a layer.
         per_layer_step: For the calls of training a layer.
     """
 
     per_value: float
-    per_answer: float
     per_layer: float
+    per_answer: float
+    per_layer_answering: float
     per_layer_step: float
 
+    def work_of_pairs(self, values: int) -> float:
+        """Return what it takes to mirror a layer of so many values by pairs."""
+        return self.per_value * values + self.per_layer
 
-# CPU: measured on a core that trains at 90 GFLOP/s, where mirroring between two steps takes 2.2 ns a value, 4
-# more with answers worked out, and 200 us a layer. CUDA: not measured, an estimate.
-MACHINES = {"cpu": Machine(200.0, 350.0, 1.7e7, 2.5e7), "cuda": Machine(400.0, 600.0, 3e9, 9e9)}
+    def work_of_codes(self, values: int) -> float:
+        """Return what it takes where answers have to be worked out."""
+        return self.work_of_pairs(values) + self.per_answer * values + self.per_layer_answering
+
+    def work_of_noise(self, flops: float) -> float:
+        """Return what it takes to fire independent noise, whose products are so many FLOPs."""
+        return flops + self.per_layer + self.per_layer_answering
+
+    def work_of_step(self, values: int, uses: float) -> float:
+        """Return what it takes to train a layer, each of whose values is used so often."""
+        return PRODUCTS_STEP * 2.0 * values * uses + self.per_layer_step
+
+
+# CPU: measured on a core that trains at 90 GFLOP/s, where mirroring between two steps takes 1.1 ns a value
+# and 45 us a layer; 6 ns and 200 us where answers are worked out. CUDA: not measured, an estimate.
+MACHINES = {
+    "cpu": Machine(100.0, 4e6, 450.0, 1.4e7, 2.5e7),
+    "cuda": Machine(400.0, 3e9, 600.0, 3e9, 9e9),
+}
 
 
 def forward_flops(weight: UntiedWeight, uses: float) -> float:
@@ -56,14 +78,20 @@ def step_flops(weight: UntiedWeight, uses: float) -> float:
     return PRODUCTS_STEP * forward_flops(weight, uses)
 
 
-def mirror_flops(weight: UntiedWeight, settings: Mirror) -> float:
+def mirror_flops(weight: UntiedWeight, settings: Mirror, slope: float | None) -> float:
     """Return the FLOPs of one mirroring: noise forward through W, and its covariance with the answer.
 
-    Codes of a group of inputs meet that group's weights alone; the others are silent. Noise that devices
-    fire each for itself counts on all of them, as a training step does; noise that is the same on all, once.
+    Codes of a pair or group of inputs meet those inputs' weights alone; the others are silent. Noise that
+    devices fire each for itself counts on all of them, as a training step does; noise that is the same on
+    all, once.
+
+    Args:
+        weight: The weight to mirror.
+        settings: How.
+        slope: The ``odd_slope`` of the activation that follows.
     """
     if isinstance(settings.design, OrthogonalCodes):
-        return 2.0 * forward_flops(weight, CODE_LENGTH)
+        return 2.0 * forward_flops(weight, CODE_LENGTH if slope is None else PAIR)
     inputs = inputs_in_mirror_mode(weight, settings.field)
     return 2.0 * forward_flops(weight, settings.total_samples_for(inputs, count_devices(settings)))
 
@@ -76,16 +104,15 @@ def mirror_work(weight: UntiedWeight, settings: Mirror, slope: float | None) -> 
         settings: How.
         slope: The ``odd_slope`` of the activation that follows.
     """
-    machine = _machine(weight)
-    if isinstance(settings.design, OrthogonalCodes):
-        answers = machine.per_answer if slope is None else 0.0
-        return (machine.per_value + answers) * weight.weight.numel() + machine.per_layer
-    return mirror_flops(weight, settings) + machine.per_layer
+    machine, values = _machine(weight), weight.weight.numel()
+    if not isinstance(settings.design, OrthogonalCodes):
+        return machine.work_of_noise(mirror_flops(weight, settings, slope))
+    return machine.work_of_codes(values) if slope is None else machine.work_of_pairs(values)
 
 
 def step_work(weight: UntiedWeight, uses: float) -> float:
     """Return what a training step costs on the weight's device."""
-    return step_flops(weight, uses) + _machine(weight).per_layer_step
+    return _machine(weight).work_of_step(weight.weight.numel(), uses)
 
 
 def _machine(weight: UntiedWeight) -> Machine:

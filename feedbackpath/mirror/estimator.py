@@ -22,7 +22,7 @@ from feedbackpath.layers import UntiedWeight
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation, is_channelwise
 from feedbackpath.mirror.designs import CODE_LENGTH, Design, orthogonal_codes
-from feedbackpath.mirror.rates import Rates, Signed
+from feedbackpath.mirror.rates import Rates
 from feedbackpath.ops import ConvGeometry
 
 CHUNK_VALUES = 2**15  # answers that a CPU works on at once: they stay in its cache
@@ -41,7 +41,6 @@ class Estimate:
         drive_power: Sum of z^2 for each output channel, over the same samples.
         variance: sigma^2, one for all or one for each output channel.
         num_samples: Drives of each connection that these are taken over; a sample and its negative are one.
-        is_at_gain_one: Whether cov has been divided by sigma^2 s.
     """
 
     weight: UntiedWeight
@@ -50,7 +49,6 @@ class Estimate:
     drive_power: Tensor
     variance: float | Tensor
     num_samples: int
-    is_at_gain_one: bool = False
 
     @property
     def slopes(self) -> Tensor:
@@ -64,10 +62,8 @@ class Estimate:
 
     def at_gain_one(self) -> Tensor:
         """Turn the covariance, in place, into the W that it tells of: cov / (sigma^2 s), laid out as W."""
-        if not self.is_at_gain_one:
-            scale = fields.per_neuron(self.slopes * self.variance, self.weight)
-            fields.as_matrix(self.covariance, self.weight).div_(scale)
-            self.is_at_gain_one = True
+        scale = fields.per_neuron(self.slopes * self.variance, self.weight)
+        fields.as_matrix(self.covariance, self.weight).div_(scale)
         return self.covariance
 
 
@@ -78,8 +74,6 @@ def estimate_with_codes(
     *,
     sigma: float,
     block_bias: bool,
-    slope: float | None = None,
-    at_gain_one: bool = False,
     scratch: Tensor | None = None,
 ) -> Estimate:
     """Fire orthogonal codes, one group of inputs after the other: see ``OrthogonalCodes``.
@@ -93,9 +87,6 @@ def estimate_with_codes(
         rates: How noise and answers travel.
         sigma: The codes' strength.
         block_bias: Whether the layer's bias is left out meanwhile (equation 12).
-        slope: s where the activation is known to answer a code and its negative with phi(z) - phi(-z) = 2 s z
-            (``odd_slope``): to the last bit, if it is a ReLU. At gain one nothing else is needed then.
-        at_gain_one: Whether the covariance will be asked for at gain one.
         scratch: Memory for the covariance, at least as large as W; made anew where not given.
     """
     dtype = torch.promote_types(weight.weight.dtype, torch.float32)
@@ -106,20 +97,12 @@ def estimate_with_codes(
         torch.empty_like(source, dtype=dtype) if weight.transposed else fields.as_rows(covariance, weight)
     )
     size = _rows_at_once(source, weight, activation)
-    has_bias = not block_bias and fields.own_bias(weight) is not None
-    if at_gain_one and slope is not None and isinstance(rates, Signed) and not has_bias:
-        _fire_codes_at_gain_one(source, target, codes, sigma, size)
-        power = source.new_ones(fields.count_channels(weight), dtype=dtype)
-        sums = slope * power, power
-    else:
-        receive = _receiver(weight, activation, rates, block_bias, dtype, in_pairs=True)
-        per_channel = fields.outputs_per_channel(weight)
-        sums = _fire_codes(source, target, codes, receive, per_channel, size)
-        at_gain_one = False
+    receive = _receiver(weight, activation, rates, block_bias, dtype, in_pairs=True)
+    sums = _fire_codes(source, target, codes, receive, fields.outputs_per_channel(weight), size)
     if weight.transposed:
         matrix = fields.as_matrix(covariance, weight)
         matrix.copy_(target.view(matrix.shape))
-    return Estimate(weight, covariance, *sums, sigma**2, CODE_LENGTH, at_gain_one)
+    return Estimate(weight, covariance, *sums, sigma**2, CODE_LENGTH)
 
 
 def _fire_codes(
@@ -148,13 +131,6 @@ def _fire_codes(
         _decode(answer.view_as(drive), decode, place)
     drive_answer, drive_power = (torch.cat(parts, 1)[0] for parts in zip(*sums, strict=True))
     return drive_answer / 2.0, drive_power
-
-
-def _fire_codes_at_gain_one(source: Tensor, target: Tensor, codes: Tensor, sigma: float, size: int) -> None:
-    """Write cov / (sigma^2 s) into ``target``, where answers to a code and its negative differ by 2 s z."""
-    decode = codes.mT / (CODE_LENGTH * sigma**2)
-    for part, place in zip(torch.split(source, size), torch.split(target, size), strict=True):
-        _decode(_in_groups(part).to(codes.dtype) @ codes, decode, place)
 
 
 def _in_groups(rows: Tensor) -> Tensor:

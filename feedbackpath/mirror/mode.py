@@ -23,6 +23,7 @@ from feedbackpath.mirror.designs import Design
 from feedbackpath.mirror.devices import average_over_devices, count_devices, own_rank
 from feedbackpath.mirror.estimator import Estimate, estimate_with_codes, estimate_with_noise
 from feedbackpath.mirror.gain import has_strange_gain
+from feedbackpath.mirror.pairs import Pairs
 from feedbackpath.mirror.rates import RATES
 from feedbackpath.mirror.schedule import Schedule
 from feedbackpath.mirror.settings import Mirror
@@ -60,6 +61,7 @@ class MirrorMode:
         self._watched: list[UntiedWeight] = []
         self._activations: dict[str, Activation] = {}
         self._odd_slopes: dict[str, float | None] = {}
+        self._pairs: dict[str, Pairs] = {}
         self._strange_gains: set[str] = set()
         self._dead: set[str] = set()
 
@@ -246,10 +248,26 @@ class MirrorMode:
 
     @torch.no_grad()
     def _mirror_weight(self, weight: UntiedWeight, settings: Mirror) -> None:
+        if self._fire_pairs(weight, settings):
+            self.passes[weight.name] += 1
+            return
         found = self._estimate(weight, settings)
         if (self.passes.get(weight.name, 0) + 1) % settings.memory_passes == 0:
             self._check_gain(found, settings)
         self.learn(weight, found, settings)
+
+    def _fire_pairs(self, weight: UntiedWeight, settings: Mirror) -> bool:
+        """Mirror a weight the short way, if that is open and its neurons have answered before."""
+        if self._may_be_dead(weight, settings):
+            return False
+        pairs = self._pairs.get(weight.name)
+        if pairs is None or not pairs.are_of(weight, settings):
+            pairs = self._pairs[weight.name] = Pairs(weight, settings, self._odd_slopes[weight.name])
+        if not pairs.can_fire:
+            return False
+        with forward_passage(weight.weight):
+            pairs.fire()
+        return True
 
     def learn(self, weight: UntiedWeight, found: Estimate, settings: Mirror) -> None:
         """Let one B learn from what a pass found; plain averaging until its memory is full."""
@@ -281,10 +299,8 @@ class MirrorMode:
         if not isinstance(design, Design):
             place = None if self._may_be_dead(weight, settings) else _own_memory(weight, settings)
             return estimate_with_codes(
-                weight, activation, rates, sigma=sigma, block_bias=block_bias,
-                slope=self._odd_slopes[weight.name], at_gain_one=settings.reading == "calibrated",
-                scratch=place,
-            )  # fmt: skip
+                weight, activation, rates, sigma=sigma, block_bias=block_bias, scratch=place
+            )
         inputs = fields.inputs_in_mirror_mode(weight, settings.field)
         return estimate_with_noise(
             weight, activation, rates, design=design, field=settings.field,

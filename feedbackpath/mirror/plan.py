@@ -53,15 +53,24 @@ def make_plan(
     step = sum(step_flops(weight, uses.get(weight.name, 0.0)) for weight in weights)
     slopes = {weight.name: odd_slope(activations[weight.name]) for weight in weights}
     between = _steps_between(weights, settings, slopes, uses)
-    return [_plan_layer(weight, settings, activations[weight.name], step, between) for weight in weights]
+    flops = {weight.name: mirror_flops(weight, settings, slopes[weight.name]) for weight in weights}
+    return [
+        _plan_layer(weight, settings, activations[weight.name], flops[weight.name], step, between)
+        for weight in weights
+    ]
 
 
 def _plan_layer(
-    weight: UntiedWeight, settings: Mirror, activation: Activation, step: float, between: float
+    weight: UntiedWeight,
+    settings: Mirror,
+    activation: Activation,
+    flops: float,
+    step: float,
+    between: float,
 ) -> LayerPlan:
     inputs = fields.inputs_in_mirror_mode(weight, settings.field)
     spread = RELU_SPREAD if is_channelwise(activation) else spread_of(activation, settings.deviation)
-    flops, devices = mirror_flops(weight, settings), count_devices(settings)
+    devices = count_devices(settings)
     return LayerPlan(
         weight.name,
         inputs,

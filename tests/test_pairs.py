@@ -1,0 +1,112 @@
+"""Mirroring by pairs of inputs: the short way, held against codes of sixteen and against W."""
+
+import copy
+
+import pytest
+import torch
+from problems import KINDS, by_id
+from torch import nn
+
+import feedbackpath as fp
+from feedbackpath.mirror import pairs
+from feedbackpath.mirror.activations import odd_slope
+from feedbackpath.mirror.estimator import estimate_with_codes
+from feedbackpath.mirror.pairs import Pairs
+from feedbackpath.mirror.rates import Signed
+
+
+def untie_alone(layer, activation):
+    path = fp.untie(nn.Sequential(layer, activation), "wm")
+    return path, path.weights[0]
+
+
+def pairs_of(weight, settings=None, activation=torch.relu):
+    return Pairs(weight, settings or fp.Mirror(), odd_slope(activation))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.3), nn.GELU(), nn.Identity()], ids=str)
+@pytest.mark.parametrize("problem", KINDS, ids=by_id)
+def test_pairs_find_what_codes_of_sixteen_find(problem, activation):
+    _, weight = untie_alone(problem.build(), activation)
+    pairs_of(weight, activation=activation).fire()
+    with torch.no_grad():
+        found = estimate_with_codes(weight, activation, Signed(), sigma=0.5, block_bias=True)
+    torch.testing.assert_close(weight.feedback.detach(), found.at_gain_one(), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(("inputs", "kernel_size", "groups"), [(3, 3, 1), (4, 1, 1), (6, 3, 6), (6, 1, 6)])
+def test_any_number_of_inputs_in_any_order_of_memory(inputs, kernel_size, groups, memory_format):
+    layer = nn.Conv2d(inputs, 6, kernel_size, groups=groups)
+    _, weight = untie_alone(layer.to(memory_format=memory_format), nn.ReLU())
+    pairs_of(weight).fire()
+    torch.testing.assert_close(weight.feedback, weight.weight)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 100])
+def test_neurons_are_worked_through_some_at_a_time(rows, monkeypatch):
+    monkeypatch.setattr(pairs, "CHUNK_VALUES", 4 * 11)
+    _, weight = untie_alone(nn.Linear(11, rows), nn.ReLU())
+    pairs_of(weight).fire()
+    torch.testing.assert_close(weight.feedback, weight.weight)
+
+
+def test_training_goes_the_short_way_from_the_second_mirroring_on(monkeypatch):
+    fired = []
+    fire = Pairs.fire
+    monkeypatch.setattr(Pairs, "fire", lambda self: fired.append(self) or fire(self))
+    path, weight = untie_alone(nn.Linear(30, 20), nn.ReLU())
+    path.mirror()
+    assert not fired  # the first looks for neurons that do not answer
+    for _ in range(2):
+        nn.init.normal_(weight.weight)
+        path.mirror()
+        torch.testing.assert_close(weight.feedback, weight.weight)
+    assert len(fired) == 2
+    assert fired[0] is fired[1]
+
+
+@pytest.mark.parametrize("move", [
+    lambda model: model.float(),
+    lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+    lambda model: model.to(memory_format=torch.channels_last),
+], ids=["precision", "loading", "order"])  # fmt: skip
+def test_weights_may_move(move):
+    path, weight = untie_alone(nn.Conv2d(4, 6, 3), nn.ReLU())
+    for _ in range(2):
+        path.mirror()
+    move(path.model)
+    nn.init.normal_(weight.weight)
+    path.mirror()
+    torch.testing.assert_close(weight.feedback, weight.weight)
+
+
+def test_a_copied_model_mirrors_its_own_weights():
+    path, weight = untie_alone(nn.Linear(30, 20), nn.ReLU())
+    for _ in range(2):
+        path.mirror()
+    twin, before = copy.deepcopy(path), weight.feedback.detach().clone()
+    nn.init.normal_(twin.weights[0].weight)
+    twin.mirror()
+    torch.testing.assert_close(twin.weights[0].feedback, twin.weights[0].weight)
+    torch.testing.assert_close(weight.feedback.detach(), before)
+
+
+@pytest.mark.parametrize("settings", [
+    {"block_bias": False}, {"rates": "push-pull"}, {"rates": "baseline"}, {"reading": "inside"},
+    {"noise": "gaussian"},
+], ids=str)  # fmt: skip
+def test_pairs_are_not_fired_where_more_than_the_drive_counts(settings):
+    _, weight = untie_alone(nn.Linear(30, 20), nn.ReLU())
+    assert pairs_of(weight).can_fire
+    assert not pairs_of(weight, fp.Mirror(**settings)).can_fire
+
+
+def test_pairs_are_not_fired_behind_activations_that_bend():
+    _, weight = untie_alone(nn.Linear(30, 20), nn.Tanh())
+    assert not pairs_of(weight, activation=torch.tanh).can_fire
+
+
+def test_pairs_are_not_fired_where_sums_would_lose_digits():
+    _, weight = untie_alone(nn.Linear(30, 20).bfloat16(), nn.ReLU())
+    assert not pairs_of(weight).can_fire
