@@ -10,7 +10,7 @@ delta = dL/dy arriving from above (equation numbers of Akrout et al. 2019)::
 W is never saved for the backward pass: there is nothing to transport it from. B has W's layout.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -54,7 +54,9 @@ def linear(x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None = No
     """
     if torch._C._is_any_autocast_enabled():
         x, weight, bias = _cast_for_autocast(x, weight, bias)
-    return _apply(_Linear, _TransformableLinear, x, weight, feedback, bias)
+    if _is_traced():
+        return _apply_traced(_Linear, _TransformableLinear, x, weight, feedback, bias)
+    return cast(Tensor, _apply_linear(x, weight, feedback, bias))
 
 
 def convolution(
@@ -81,7 +83,9 @@ def convolution(
     """
     if torch._C._is_any_autocast_enabled():
         x, weight, bias = _cast_for_autocast(x, weight, bias)
-    return _apply(_Convolution, _TransformableConvolution, x, weight, feedback, bias, geometry)
+    if _is_traced():
+        return _apply_traced(_Convolution, _TransformableConvolution, x, weight, feedback, bias, geometry)
+    return cast(Tensor, _apply_convolution(x, weight, feedback, bias, geometry))
 
 
 @contextmanager
@@ -99,19 +103,24 @@ def errors_alone() -> Iterator[None]:
         _weights_learn = before
 
 
-def _asks_for_product(ctx: Any) -> bool:
-    """Whether W or B wants the outer product."""
-    return _weights_learn and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
+def _is_traced() -> bool:
+    """Whether a transform of torch.func or torch.compile looks at what is called."""
+    return torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
 
 
-def _apply(function: Any, transformable: Any, *inputs: Any) -> Tensor:
-    """Call an autograd function, in the form that torch.func takes where one of its transforms is active.
+def _apply_traced(function: Any, transformable: Any, *inputs: Any) -> Tensor:
+    """Call an autograd function in the form that torch.func takes, if one of its transforms is active.
 
     That form has a ``setup_context``, for which PyTorch binds the arguments of each call by their names: that
     takes longer than all the rest of the call.
     """
     is_transformed = torch._C._are_functorch_transforms_active()
     return cast(Tensor, (transformable if is_transformed else function).apply(*inputs))
+
+
+def _apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return what ``function.apply`` comes to where nothing is traced, without looking whether that is so."""
+    return cast(Callable[..., Any], super(torch.autograd.Function, function).apply)  # type: ignore[misc]
 
 
 def _cast_for_autocast(
@@ -126,17 +135,6 @@ def _cast_for_autocast(
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _give_to_both(
-    ctx: Any, grad_weight: Tensor | None, feedback_dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """Hand the one outer product to W and to B, each only if it asks for it."""
-    if grad_weight is None:
-        return None, None
-    _, asks_weight, asks_feedback, *_ = ctx.needs_input_grad
-    to_feedback = share(_cast(grad_weight, feedback_dtype)) if asks_feedback else None
-    return grad_weight if asks_weight else None, to_feedback
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -173,16 +171,18 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *deltas: Tensor) -> Gradients:
         (delta,) = deltas
         x, feedback = ctx.saved_tensors
-        asks_x, _, _, asks_bias = ctx.needs_input_grad
+        asks_x, asks_weight, asks_feedback, asks_bias = ctx.needs_input_grad
+        grad_x = grad_weight = grad_feedback = grad_bias = None
         flat_delta = _flatten(delta)
-        grad_x = grad_weight = grad_bias = None
         if asks_x:
             grad_x = flat_delta.mm(_cast(feedback, delta.dtype)).view(x.shape)
-        if _asks_for_product(ctx):
+        if (asks_weight or asks_feedback) and _weights_learn:
             grad_weight = flat_delta.t().mm(_flatten(x))
+            if asks_feedback:
+                grad_feedback = share(_cast(grad_weight, feedback.dtype))
         if asks_bias:
             grad_bias = flat_delta.sum(0)
-        return grad_x, *_give_to_both(ctx, grad_weight, feedback.dtype), grad_bias
+        return grad_x, grad_weight if asks_weight else None, grad_feedback, grad_bias
 
 
 class _TransformableLinear(_Linear):
@@ -210,6 +210,8 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *deltas: Tensor) -> Gradients:
         (delta,) = deltas
         x, feedback = ctx.saved_tensors
+        asks_x, asks_weight, asks_feedback, asks_bias, _ = ctx.needs_input_grad
+        asks_product = (asks_weight or asks_feedback) and _weights_learn
         # One call, as in plain backprop, with B where W would be: a weight's gradient takes only its shape.
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
             delta,
@@ -217,13 +219,10 @@ class _Convolution(torch.autograd.Function):
             _cast(feedback, delta.dtype),
             ctx.bias_sizes,
             *ctx.geometry,
-            (
-                ctx.needs_input_grad[0],
-                _asks_for_product(ctx),
-                ctx.needs_input_grad[3],
-            ),
+            (asks_x, asks_product, asks_bias),
         )
-        return grad_x, *_give_to_both(ctx, grad_weight, feedback.dtype), grad_bias, None
+        grad_feedback = share(_cast(grad_weight, feedback.dtype)) if asks_feedback and asks_product else None
+        return grad_x, grad_weight if asks_weight else None, grad_feedback, grad_bias, None
 
 
 class _TransformableConvolution(_Convolution):
@@ -247,3 +246,6 @@ def _keep_for_convolution(
     ctx.save_for_backward(x, feedback)
     ctx.geometry = geometry
     ctx.bias_sizes = None if bias is None else bias.shape
+
+
+_apply_linear, _apply_convolution = _apply_of(_Linear), _apply_of(_Convolution)
