@@ -465,9 +465,10 @@ class FeedbackPath:
         A fixed B would turn into a Kolen-Pollack one in silence, or a frozen W's B would go on learning.
         """
         for rule, group in self._groups:
-            for weight in group:
-                expected = rule.feedback_kind == "learned" and weight.weight.requires_grad
-                if rule.feedback_kind != "tied" and weight.feedback.requires_grad != expected:
+            learns = rule.feedback_kind == "learned"
+            for weight in () if rule.feedback_kind == "tied" else group:
+                expected = learns and weight.weight.requires_grad
+                if weight.feedback.requires_grad != expected:
                     raise RuleError(
                         f"requires_grad of the feedback weight of {weight.name!r} was changed, so that "
                         f"{rule.name} no longer holds: set it back by "

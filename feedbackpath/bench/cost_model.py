@@ -276,4 +276,4 @@ def mirrored_share(layers: Sequence[LayerSize], examples: int) -> float:
     machine = MACHINES["cpu"]
     mirror = sum(machine.work_of_pairs(layer.values) for layer in layers)
     step = sum(machine.work_of_step(layer.values, layer.uses * examples) for layer in layers)
-    return min(1.0, COST_SHARE * step / mirror)
+    return min(1.0, machine.budget(COST_SHARE, step) / mirror)

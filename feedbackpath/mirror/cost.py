@@ -5,7 +5,7 @@ that is added up. A schedule needs more than that: a small layer's time goes int
 mirror's into reading and writing W and not into products. ``work`` adds both, in FLOPs of the same duration.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +35,7 @@ class Machine:
         per_answer: Beyond that, for a value where answers to codes have to be worked out (no ``odd_slope``).
         per_layer_answering: Beyond that, for the calls of such a layer.
         per_layer_step: For the calls of training a layer.
+        per_step: For finding out, once a step, whose turn it is.
     """
 
     per_value: float
@@ -42,6 +43,7 @@ class Machine:
     per_answer: float
     per_layer_answering: float
     per_layer_step: float
+    per_step: float
 
     def work_of_pairs(self, values: int) -> float:
         """Return what it takes to mirror a layer of so many values by pairs."""
@@ -59,12 +61,16 @@ class Machine:
         """Return what it takes to train a layer, each of whose values is used so often."""
         return PRODUCTS_STEP * 2.0 * values * uses + self.per_layer_step
 
+    def budget(self, share: float, step: float) -> float:
+        """Return what a share of a step's work leaves for mirrors: at least half of it, in the smallest."""
+        return max(share * step - self.per_step, share * step / 2.0)
+
 
 # CPU: measured on a core that trains at 90 GFLOP/s, where mirroring between two steps takes 1.1 ns a value
-# and 45 us a layer; 6 ns and 200 us where answers are worked out. CUDA: not measured, an estimate.
+# and 70 us a layer; 6 ns and 200 us where answers are worked out. CUDA: not measured, an estimate.
 MACHINES = {
-    "cpu": Machine(100.0, 4e6, 450.0, 1.4e7, 2.5e7),
-    "cuda": Machine(400.0, 3e9, 600.0, 3e9, 9e9),
+    "cpu": Machine(100.0, 6e6, 450.0, 1.2e7, 2.5e7, 9e6),
+    "cuda": Machine(400.0, 3e9, 600.0, 3e9, 9e9, 3e9),
 }
 
 
@@ -113,6 +119,18 @@ def mirror_work(weight: UntiedWeight, settings: Mirror, slope: float | None) -> 
 def step_work(weight: UntiedWeight, uses: float) -> float:
     """Return what a training step costs on the weight's device."""
     return _machine(weight).work_of_step(weight.weight.numel(), uses)
+
+
+def mirror_budget(weights: Sequence[UntiedWeight], uses: Mapping[str, float], share: float) -> float:
+    """Return what mirrors may take of a training step, on average.
+
+    Args:
+        weights: All that one rule governs.
+        uses: How often a training step uses each value of a weight, by name.
+        share: Of a step's work.
+    """
+    step = sum(step_work(weight, uses.get(weight.name, 0.0)) for weight in weights)
+    return _machine(weights[0]).budget(share, step)
 
 
 def _machine(weight: UntiedWeight) -> Machine:

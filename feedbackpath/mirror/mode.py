@@ -18,7 +18,7 @@ from feedbackpath.errors import MirrorWarning, RuleError
 from feedbackpath.layers import UntiedWeight
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation, find_activations, odd_slope, out_of_place
-from feedbackpath.mirror.cost import UseCounter, mirror_work, step_work
+from feedbackpath.mirror.cost import UseCounter, mirror_budget, mirror_work
 from feedbackpath.mirror.designs import Design
 from feedbackpath.mirror.devices import average_over_devices, count_devices, own_rank
 from feedbackpath.mirror.estimator import Estimate, estimate_with_codes, estimate_with_noise
@@ -30,7 +30,7 @@ from feedbackpath.mirror.settings import Mirror
 from feedbackpath.passage import forward_passage
 
 TURN_VALUES = 2**12  # of a B are looked at to tell how far mirroring has turned it
-TURN_EVERY = 4  # so many mirrorings of a layer: to look costs a small layer as much as to mirror it
+TURN_EVERY = 8  # so many mirrorings of a layer: to look costs a small layer more than to mirror it
 
 
 class MirrorMode:
@@ -200,7 +200,7 @@ class MirrorMode:
         """Return what a step may spend on mirroring; None: no limit, or no step was seen to measure it by."""
         if cost_share is None or not self.uses:
             return None
-        return cost_share * sum(step_work(weight, self.uses.get(weight.name, 0.0)) for weight in weights)
+        return mirror_budget(weights, self.uses, cost_share)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs, as plain values."""
@@ -383,11 +383,12 @@ def _move_to_estimate(weight: UntiedWeight, found: Estimate, share: float, dead:
 
 def _sample(feedback: Tensor) -> Tensor:
     """Copy some of a B: enough to tell how far it turns."""
-    matrix = feedback.detach().flatten(1)
-    return matrix[:: math.ceil(matrix.numel() / TURN_VALUES)].flatten().float().clone()
+    rows = feedback.detach()[:: math.ceil(feedback.numel() / TURN_VALUES)]
+    return rows.to(torch.float32, copy=True)
 
 
 def _turn(before: Tensor, after: Tensor) -> Tensor:
     """Return how far a vector has moved, in its own lengths, as a tensor: nothing waits for it."""
-    turn: Tensor = (after - before).norm() / after.norm().clamp_min(1e-30)  # a W that is 0 gives such a B
+    length = torch.linalg.vector_norm
+    turn: Tensor = length(after - before) / length(after).clamp_min(1e-30)  # a W that is 0 gives such a B
     return turn

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from feedbackpath.layers import UntiedWeight
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation, is_channelwise, odd_slope
-from feedbackpath.mirror.cost import mirror_flops, mirror_work, step_flops, step_work
+from feedbackpath.mirror.cost import mirror_budget, mirror_flops, mirror_work, step_flops
 from feedbackpath.mirror.designs import RELU_SPREAD, spread_of
 from feedbackpath.mirror.devices import count_devices
 from feedbackpath.mirror.settings import Mirror
@@ -96,6 +96,5 @@ def _steps_between(
         return 2.0 * when.every
     if when.layers == "all" or when.cost_share is None:
         return float(when.every)
-    budget = when.cost_share * sum(step_work(weight, uses.get(weight.name, 0.0)) for weight in weights)
     work = sum(mirror_work(weight, settings, slopes[weight.name]) for weight in weights)
-    return max(float(when.every), work / budget)
+    return max(float(when.every), work / mirror_budget(weights, uses, when.cost_share))
