@@ -131,9 +131,10 @@ def test_pairs_move_the_bytes_of_the_model(model):
     step()
     step()
     moved = count_movement(step.path.step)
-    assert moved.num_bytes == pytest.approx(moved_bytes("wm", sizes, "sgd"), rel=0.01)
+    assert moved.num_bytes == pytest.approx(moved_bytes("wm", sizes, "sgd"), rel=0.02)
     if max(layer.values for layer in sizes) <= CHUNK_VALUES:
-        assert moved.num_calls == calls("wm", sizes)
+        num_odd = sum(layer.inputs % 2 for layer in sizes)  # their inputs are padded first, and B copied
+        assert moved.num_calls == calls("wm", sizes) + 2 * num_odd
 
 
 @pytest.mark.parametrize("model", ["transformer", "resnet8"])

@@ -8,7 +8,7 @@ Akrout et al. 2019, Appendix B, counts, with n_l inputs, n_{l+1} outputs and n =
 Differs from the paper: here W and B share one product, so that Kolen-Pollack adds no product at all, and the
 update's own FLOPs come once a step, in the optimizer, and not once an example. A mirror's decay and update
 come once a pass too, which leaves two products a sample; and orthogonal codes that inputs fire two at a time
-take sums in place of products, 4 for each value of W.
+take 6 FLOPs for each value of W, none of them in a matrix product.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +25,7 @@ COST_SHARE = When().cost_share or 1.0  # of a step's work, that a mirror takes b
 
 # Bytes that operators read and write for one float32 value, and their calls for one weight; tests count them.
 SIGN_BYTES = 12  # W and sizes in, B out
-CODE_BYTES, CODE_CALLS = 28, 5  # of pairs; on a CPU, of each chunk of a large W
+CODE_BYTES, CODE_CALLS = 16, 2  # of pairs; on a CPU, of each chunk of a large W
 NOISE_BYTES, NOISE_CALLS = 60, 19  # for one sample of noise at one channel, in or out
 OPTIMIZER_BYTES = {"sgd": 56, "adamw": 84}  # PyTorch's own, with momentum; not its fused kernels
 
@@ -179,7 +179,7 @@ def moved_bytes(rule: str, layers: Sequence[LayerSize], optimizer: str) -> float
 
     Example:
         >>> [moved_bytes(rule, [LayerSize(32, 10)], "sgd") for rule in ("fa", "ss", "kp", "wm")]
-        [0.0, 3840.0, 17920.0, 8960.0]
+        [0.0, 3840.0, 17920.0, 5120.0]
     """
     if rule == GAUSSIAN:
         return float(NOISE_BYTES * PAPER_SAMPLES * sum(layer.channels for layer in layers))
@@ -192,7 +192,7 @@ def calls(rule: str, layers: Sequence[LayerSize]) -> int:
 
     Example:
         >>> [calls(rule, [LayerSize(32, 10)] * 3) for rule in ("fa", "ss", "kp", "wm")]
-        [0, 3, 0, 15]
+        [0, 3, 0, 6]
     """
     return {"ss": 1, "wm": CODE_CALLS, GAUSSIAN: NOISE_CALLS}.get(rule, 0) * len(layers)
 

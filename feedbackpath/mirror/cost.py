@@ -19,7 +19,7 @@ from feedbackpath.layers import UntiedWeight
 from feedbackpath.mirror.designs import CODE_LENGTH, OrthogonalCodes
 from feedbackpath.mirror.devices import count_devices
 from feedbackpath.mirror.fields import inputs_in_mirror_mode
-from feedbackpath.mirror.pairs import PAIR
+from feedbackpath.mirror.pairs import PAIR, can_pair
 from feedbackpath.mirror.settings import Mirror
 
 PRODUCTS_STEP = 3  # of a training step: forward, to the inputs, to the weights
@@ -30,9 +30,9 @@ class Machine:
     """How a kind of device spends its time, in FLOPs of a training step.
 
     Attributes:
-        per_value: For a value of W that is mirrored by pairs: reading, writing and sums.
+        per_value: For a value of W that is mirrored by pairs: reading, writing and two products.
         per_layer: For the calls of mirroring a layer.
-        per_answer: Beyond that, for a value where answers to codes have to be worked out (no ``odd_slope``).
+        per_answer: Beyond that, for a value where answers to codes have to be worked out.
         per_layer_answering: Beyond that, for the calls of such a layer.
         per_layer_step: For the calls of training a layer.
         per_step: For finding out, once a step, whose turn it is.
@@ -66,10 +66,10 @@ class Machine:
         return max(share * step - self.per_step, share * step / 2.0)
 
 
-# CPU: measured on a core that trains at 90 GFLOP/s, where mirroring between two steps takes 1.1 ns a value
-# and 70 us a layer; 6 ns and 200 us where answers are worked out. CUDA: not measured, an estimate.
+# CPU: measured on a core that trains at 90 GFLOP/s, where mirroring between two steps takes 0.7 ns a value
+# and 50 us a layer; 6 ns and 200 us where answers are worked out. CUDA: not measured, an estimate.
 MACHINES = {
-    "cpu": Machine(100.0, 6e6, 450.0, 1.2e7, 2.5e7, 9e6),
+    "cpu": Machine(60.0, 4.5e6, 490.0, 1.35e7, 2.5e7, 9e6),
     "cuda": Machine(400.0, 3e9, 600.0, 3e9, 9e9, 3e9),
 }
 
@@ -97,7 +97,7 @@ def mirror_flops(weight: UntiedWeight, settings: Mirror, slope: float | None) ->
         slope: The ``odd_slope`` of the activation that follows.
     """
     if isinstance(settings.design, OrthogonalCodes):
-        return 2.0 * forward_flops(weight, CODE_LENGTH if slope is None else PAIR)
+        return 2.0 * forward_flops(weight, PAIR if can_pair(weight, settings, slope) else CODE_LENGTH)
     inputs = inputs_in_mirror_mode(weight, settings.field)
     return 2.0 * forward_flops(weight, settings.total_samples_for(inputs, count_devices(settings)))
 
@@ -113,7 +113,8 @@ def mirror_work(weight: UntiedWeight, settings: Mirror, slope: float | None) -> 
     machine, values = _machine(weight), weight.weight.numel()
     if not isinstance(settings.design, OrthogonalCodes):
         return machine.work_of_noise(mirror_flops(weight, settings, slope))
-    return machine.work_of_codes(values) if slope is None else machine.work_of_pairs(values)
+    by_pairs = can_pair(weight, settings, slope)
+    return machine.work_of_pairs(values) if by_pairs else machine.work_of_codes(values)
 
 
 def step_work(weight: UntiedWeight, uses: float) -> float:

@@ -23,7 +23,7 @@ from feedbackpath.mirror.designs import Design
 from feedbackpath.mirror.devices import average_over_devices, count_devices, own_rank
 from feedbackpath.mirror.estimator import Estimate, estimate_with_codes, estimate_with_noise
 from feedbackpath.mirror.gain import has_strange_gain
-from feedbackpath.mirror.pairs import Pairs
+from feedbackpath.mirror.pairs import Pairs, can_pair
 from feedbackpath.mirror.rates import RATES
 from feedbackpath.mirror.schedule import Schedule
 from feedbackpath.mirror.settings import Mirror
@@ -258,16 +258,16 @@ class MirrorMode:
 
     def _fire_pairs(self, weight: UntiedWeight, settings: Mirror) -> bool:
         """Mirror a weight the short way, if that is open and its neurons have answered before."""
-        if self._may_be_dead(weight, settings):
+        slope = self._odd_slopes[weight.name]
+        if self._may_be_dead(weight, settings) or not can_pair(weight, settings, slope):
             return False
         pairs = self._pairs.get(weight.name)
-        if pairs is None or not pairs.are_of(weight, settings):
-            pairs = self._pairs[weight.name] = Pairs(weight, settings, self._odd_slopes[weight.name])
-        if not pairs.can_fire:
-            return False
-        with forward_passage(weight.weight):
-            pairs.fire()
-        return True
+        if pairs is None or not pairs.are_of(weight):
+            pairs = self._pairs[weight.name] = Pairs(weight)
+        if pairs.can_fire:
+            with forward_passage(weight.weight):
+                pairs.fire()
+        return pairs.can_fire
 
     def learn(self, weight: UntiedWeight, found: Estimate, settings: Mirror) -> None:
         """Let one B learn from what a pass found; plain averaging until its memory is full."""

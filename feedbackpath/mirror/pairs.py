@@ -2,13 +2,15 @@
 
 A layer that answers a code and its negative with phi(z) - phi(-z) = 2 s z (``odd_slope``: ReLU, GELU, SiLU,
 no activation; bias blocked) tells W exactly by orthogonal codes of any length: how many inputs fire together
-makes a difference to how long it takes to simulate, and to nothing else. Here two do, a and b, with the codes
-(1, 1) and (x, -x), x = +-1 at random, each followed by its negative, while all others are silent::
+makes a difference to how long it takes to simulate, and to nothing else. Here two do, a and b, while all
+others are silent. Their codes are the rows of a Hadamard matrix with random signs c, d = +-1, each followed
+by its negative::
 
-    z+ = w_a + w_b x       z- = w_a - w_b x           the drives of a neuron
-    B_a = (z+ + z-) / 2    B_b = x (z+ - z-) / 2      cov / (sigma^2 s) with sigma = 1
+    a fires (c, d), b fires (-d, c):    z_1 = c w_a - d w_b            z_2 = d w_a + c w_b
+    cov / (sigma^2 s), sigma = 1:       B_a = (c z_1 + d z_2) / 2      B_b = (c z_2 - d z_1) / 2
 
-A few sums take the place of matrix products. ``estimate_with_codes`` is the longer way, for every activation.
+That is z = (c + i d) w and B = (c - i d) z / 2 for the complex numbers w = w_a + i w_b: two products of as
+many values as W has. ``estimate_with_codes`` is the longer way, for every activation.
 """
 
 import torch
@@ -20,76 +22,79 @@ from feedbackpath.mirror.designs import draw_signs
 from feedbackpath.mirror.settings import Mirror
 
 PAIR = 2  # inputs that fire together
-CHUNK_VALUES = 2**16  # of W, that a CPU works on at once: their drives stay in its cache
-Part = tuple[Tensor, Tensor, Tensor, Tensor]
+CHUNK_VALUES = 2**18  # of W, that a CPU works on at once: their drives stay in its cache
+
+
+def can_pair(weight: UntiedWeight, settings: Mirror, slope: float | None) -> bool:
+    """Whether answers are odd, travel as signed numbers, and replace B in a precision that holds sums.
+
+    Args:
+        weight: The weight to mirror; not a transposed convolution's, whose inputs are not side by side.
+        settings: How.
+        slope: The ``odd_slope`` of the activation that follows its layer; None: it has none.
+    """
+    has_bias = not settings.block_bias and fields.own_bias(weight) is not None
+    is_odd = slope is not None and settings.rates == "signed" and not has_bias
+    is_precise = weight.weight.dtype == weight.feedback.dtype in (torch.float32, torch.float64)
+    return settings.is_exact and is_odd and is_precise and not weight.transposed
 
 
 class Pairs:
     """One weight and its B, seen as pairs of inputs: views that are made once and fired as often as needed.
 
     Args:
-        weight: The weight to mirror.
-        settings: How.
-        slope: The ``odd_slope`` of the activation that follows its layer; None: it has none.
+        weight: A weight that ``can_pair``.
 
     Attributes:
-        can_fire: Whether this way is open: answers are odd, travel as signed numbers, and replace all of a B
-            that lies in memory as W does, in a precision that holds sums.
+        can_fire: Whether W and B lie in memory alike, so that pairs can be seen there.
     """
 
-    def __init__(self, weight: UntiedWeight, settings: Mirror, slope: float | None) -> None:
+    def __init__(self, weight: UntiedWeight) -> None:
         w, b = weight.weight.detach(), weight.feedback.detach()
-        self._settings, self._places = settings, (w.data_ptr(), b.data_ptr())
-        view = fields.as_matrix if weight.transposed else fields.as_rows
-        source, target = view(w, weight), view(b, weight)
-        has_bias = not settings.block_bias and fields.own_bias(weight) is not None
+        self._places = w.data_ptr(), b.data_ptr()
+        source, target = fields.as_rows(w, weight), fields.as_rows(b, weight)
         self.can_fire = (
-            settings.is_exact
-            and settings.rates == "signed"
-            and slope is not None
-            and not has_bias
-            and w.dtype == b.dtype
-            and w.dtype in (torch.float32, torch.float64)
-            and fields.is_laid_out_alike(w, b)
+            fields.is_laid_out_alike(w, b)
             and self._places == (source.data_ptr(), target.data_ptr())  # no copy was made
+            and source.is_contiguous()
+            and target.is_contiguous()
+            and w.storage_offset() % PAIR == b.storage_offset() % PAIR == 0
         )
-        self._parts: list[Part] = []
+        num_neurons, num_inputs = source.shape
+        size = max(1, CHUNK_VALUES // num_inputs) if w.device.type == "cpu" else num_neurons
+        is_odd = num_inputs % PAIR == 1
+        self._chunks: list[tuple[Tensor, Tensor]] = []
         if self.can_fire:
-            self._parts = _divide(source, target)
-            signs = draw_signs(torch.empty(self._parts[0][1].shape[-1]), torch.Generator().manual_seed(0))
-            self._x = signs.to(w.device, w.dtype)
-            self._decode_b = self._x / 2.0
+            source, target = (rows if is_odd else _as_pairs(rows) for rows in (source, target))
+            self._chunks += zip(torch.split(source, size), torch.split(target, size), strict=True)
+        # An input without a partner fires beside one that is connected to nothing.
+        self._padded = w.new_zeros(min(size, num_neurons), num_inputs + 1) if is_odd else None
+        signs = draw_signs(torch.empty(-(-num_inputs // PAIR), PAIR), torch.Generator().manual_seed(0))
+        self._code = torch.view_as_complex(signs.to(w))
+        self._decode = self._code.conj().resolve_conj() / 2.0
 
-    def are_of(self, weight: UntiedWeight, settings: Mirror) -> bool:
-        """Whether W and B still lie where they did, and the settings are the same."""
-        places = weight.weight.data_ptr(), weight.feedback.data_ptr()
-        return self._places == places and (self._settings is settings or self._settings == settings)
+    def are_of(self, weight: UntiedWeight) -> bool:
+        """Whether W and B still lie where they did."""
+        return self._places == (weight.weight.data_ptr(), weight.feedback.data_ptr())
 
     def fire(self) -> None:
         """Let all inputs fire, two at a time, and replace B by what neurons answer."""
-        first = self._parts[0][0]
-        plus, minus = first.new_empty((PAIR, *first.shape))
-        for w_a, w_b, b_a, b_b in self._parts:
-            if w_a.shape != plus.shape:  # the last part may be smaller
-                plus, minus = plus[: len(w_a)], minus[: len(w_a)]
-            torch.addcmul(w_a, w_b, self._x, out=plus)
-            torch.addcmul(w_a, w_b, self._x, value=-1.0, out=minus)
-            torch.lerp(plus, minus, 0.5, out=b_a)
-            torch.sub(plus, minus, out=b_b).mul_(self._decode_b)
+        if self._padded is not None:
+            for source, target in self._chunks:
+                self._fire_padded(self._padded[: len(source)], source, target)
+            return
+        drives = torch.empty_like(self._chunks[0][0])
+        for source, target in self._chunks:
+            drive = drives[: len(source)]
+            torch.mul(source, self._code, out=drive)
+            torch.mul(drive, self._decode, out=target)
+
+    def _fire_padded(self, padded: Tensor, source: Tensor, target: Tensor) -> None:
+        padded[:, :-1].copy_(source)
+        _as_pairs(padded).mul_(self._code).mul_(self._decode)
+        target.copy_(padded[:, :-1])
 
 
-def _divide(source: Tensor, target: Tensor) -> list[Part]:
-    """View the first and the second half of the inputs, of W and of B, some neurons at a time.
-
-    Of an odd number the one in the middle is in both halves: it fires in two pairs.
-
-    Args:
-        source: W as ``[..., neurons, inputs]``.
-        target: B in the same form.
-    """
-    inputs = source.shape[-1]
-    half, second = (inputs + 1) // 2, inputs // 2
-    is_chunked = source.device.type == "cpu" and source.dim() == 2
-    size = max(1, CHUNK_VALUES // inputs) if is_chunked else len(source)
-    chunks = zip(torch.split(source, size), torch.split(target, size), strict=True)
-    return [(w[..., :half], w[..., second:], b[..., :half], b[..., second:]) for w, b in chunks]
+def _as_pairs(rows: Tensor) -> Tensor:
+    """View ``[neurons, inputs]`` as ``[neurons, inputs / 2]`` complex numbers, a pair of inputs each."""
+    return torch.view_as_complex(rows.view(len(rows), -1, PAIR))
