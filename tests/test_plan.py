@@ -113,7 +113,7 @@ def test_the_command_plans_within_a_share_of_the_cost(capsys):
         with pytest.raises(SystemExit):
             cli.main(["mirror", "--plan", "--model", "lenet", "--cost-share", share])
         waits.append(float(re.search(r"every ([\d.]+) steps", capsys.readouterr().out).group(1)))
-    assert waits[1] == pytest.approx(4 * waits[0], rel=0.05)
+    assert 4 * waits[0] < waits[1] < 4.5 * waits[0]  # to find out whose turn it is takes its part of both
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_a_turn_that_is_saved_for_comes():
     path = fp.untie(make_net(), "wm")
     mode = train(path, 200)
     (schedule,) = mode.schedules.values()
-    work, budget = mode._costs_of(path.weights, fp.Mirror())
-    spent = sum((mode.passes[w.name] - 1) * cost for w, cost in zip(path.weights, work, strict=True))
-    assert spent == pytest.approx(200 * budget, rel=0.1)
+    turns = mode._turns_of(path.weights, fp.Mirror())
+    spent = sum((mode.passes[w.name] - 1) * cost for w, cost in zip(path.weights, turns.work, strict=True))
+    assert spent == pytest.approx(200 * turns.budget, rel=0.1)
     assert min(schedule.last.values()) > 100

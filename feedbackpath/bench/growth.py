@@ -54,7 +54,7 @@ class Axis:
     cells: tuple[Cell, ...]
 
 
-BATCHES = (16, 64, 256, 1024)
+BATCHES = (16, 64, 256, 1024, 2048)
 IMAGE_32 = (3, 32, 32)
 
 
@@ -80,9 +80,7 @@ AXES = {
     "depth": Axis("depth of the ResNet (layers), batch 32", tuple(map(_deep, (8, 20, 56, 110)))),
     "width": Axis("width of ResNet-8 (times), batch 32", tuple(map(_wide, (1, 2, 4, 8)))),
     "batch": Axis("batch of ResNet-8 (samples)", tuple(_batched("resnet8", size) for size in BATCHES)),
-    "mlp-batch": Axis(
-        "batch of the MLP (samples)", tuple(_batched("mlp", size) for size in (*BATCHES, 2048))
-    ),
+    "mlp-batch": Axis("batch of the MLP (samples)", tuple(_batched("mlp", size) for size in BATCHES)),
     "sequence": Axis("sequence of the transformer (rows), batch 16", tuple(map(_long, (32, 128, 512)))),
 }
 

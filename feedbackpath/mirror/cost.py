@@ -34,6 +34,7 @@ class Machine:
         per_layer: For the calls of mirroring a layer.
         per_answer: Beyond that, for a value where answers to codes have to be worked out.
         per_layer_answering: Beyond that, for the calls of such a layer.
+        per_value_step: For a value of W that an optimizer updates, in a training step.
         per_layer_step: For the calls of training a layer.
         per_step: For finding out, once a step, whose turn it is.
     """
@@ -42,6 +43,7 @@ class Machine:
     per_layer: float
     per_answer: float
     per_layer_answering: float
+    per_value_step: float
     per_layer_step: float
     per_step: float
 
@@ -59,7 +61,7 @@ class Machine:
 
     def work_of_step(self, values: int, uses: float) -> float:
         """Return what it takes to train a layer, each of whose values is used so often."""
-        return PRODUCTS_STEP * 2.0 * values * uses + self.per_layer_step
+        return (PRODUCTS_STEP * 2.0 * uses + self.per_value_step) * values + self.per_layer_step
 
     def budget(self, share: float, step: float) -> float:
         """Return what a share of a step's work leaves for mirrors: at least half of it, in the smallest."""
@@ -69,8 +71,8 @@ class Machine:
 # CPU: measured on a core that trains at 90 GFLOP/s, where mirroring between two steps takes 0.7 ns a value
 # and 50 us a layer; 6 ns and 200 us where answers are worked out. CUDA: not measured, an estimate.
 MACHINES = {
-    "cpu": Machine(60.0, 4.5e6, 490.0, 1.35e7, 2.5e7, 9e6),
-    "cuda": Machine(400.0, 3e9, 600.0, 3e9, 9e9, 3e9),
+    "cpu": Machine(60.0, 4.5e6, 490.0, 1.35e7, 120.0, 2.5e7, 9e6),
+    "cuda": Machine(400.0, 3e9, 600.0, 3e9, 1200.0, 9e9, 3e9),
 }
 
 

@@ -9,6 +9,8 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,11 +28,27 @@ from feedbackpath.mirror.gain import has_strange_gain
 from feedbackpath.mirror.pairs import Pairs, can_pair
 from feedbackpath.mirror.rates import RATES
 from feedbackpath.mirror.schedule import Schedule
-from feedbackpath.mirror.settings import Mirror
+from feedbackpath.mirror.settings import Mirror, When
 from feedbackpath.passage import forward_passage
 
 TURN_VALUES = 2**12  # of a B are looked at to tell how far mirroring has turned it
-TURN_EVERY = 8  # so many mirrorings of a layer: to look costs a small layer more than to mirror it
+TURN_EVERY = 16  # so many mirrorings of a layer: to look costs a small layer more than to mirror it
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """What the turns of one rule's weights depend on: their names and work, a step's budget, the schedule."""
+
+    names: list[str]
+    work: list[float]
+    budget: float | None
+    when: When
+    schedule: Schedule
+
+    @cached_property
+    def are_chosen(self) -> bool:
+        """Whether some weights may have to wait."""
+        return self.schedule.is_selective(self.when, self.work, self.budget)
 
 
 class MirrorMode:
@@ -56,7 +74,7 @@ class MirrorMode:
         self.passes: dict[str, int] = {}
         self.schedules: dict[str, Schedule] = {}
         self.uses: dict[str, float] = {}
-        self._costs: dict[str, tuple[list[float], float | None]] = {}
+        self._turns: dict[str, _Turns] = {}
         self._counter: UseCounter | None = None
         self._watched: list[UntiedWeight] = []
         self._activations: dict[str, Activation] = {}
@@ -150,33 +168,32 @@ class MirrorMode:
             settings: How to mirror them, and when.
             step: The step's number, from 1.
         """
-        self.find_activations(weights)
         self._stop_counting()
-        schedule = self.schedules.setdefault(weights[0].name, Schedule())
-        work, budget = self._costs_of(weights, settings)
-        names = [weight.name for weight in weights]
-        due = set(schedule.choose(names, step, settings.when, work, budget))
+        turns = self._turns_of(weights, settings)
+        names, schedule = turns.names, turns.schedule
+        due = set(schedule.choose(names, step, settings.when, turns.work, turns.budget))
         # What has never been mirrored cannot wait: its B is still random.
         due.update(position for position, name in enumerate(names) if name not in self.passes)
-        if not due:
-            return
-        is_selective = schedule.is_selective(settings.when, work, budget)
         for position in sorted(due):
             weight, passes = weights[position], self.passes.get(names[position], 0)
-            before = _sample(weight.feedback) if is_selective and passes % TURN_EVERY == 1 else None
+            before = _sample(weight.feedback) if turns.are_chosen and passes % TURN_EVERY == 1 else None
             self._mirror_weight(weight, settings)
             turn = None if before is None else _turn(before, _sample(weight.feedback))
             schedule.note(weight.name, step, turn)
 
-    def _costs_of(
-        self, weights: Sequence[UntiedWeight], settings: Mirror
-    ) -> tuple[list[float], float | None]:
-        """Return what mirroring each weight costs, and what a step may spend on it; None: no limit."""
+    def _turns_of(self, weights: Sequence[UntiedWeight], settings: Mirror) -> "_Turns":
+        """Return what the turns of some weights depend on; it is worked out once, when costs are known."""
         key = weights[0].name
-        if key not in self._costs:
-            work = [mirror_work(weight, settings, self._odd_slopes[weight.name]) for weight in weights]
-            self._costs[key] = work, self._budget(weights, settings.when.cost_share)
-        return self._costs[key]
+        if key not in self._turns:
+            self.find_activations(weights)
+            self._turns[key] = _Turns(
+                [weight.name for weight in weights],
+                [mirror_work(weight, settings, self._odd_slopes[weight.name]) for weight in weights],
+                self._budget(weights, settings.when.cost_share),
+                settings.when,
+                self.schedules.setdefault(key, Schedule()),
+            )
+        return self._turns[key]
 
     def watch_step(self, weights: Sequence[UntiedWeight]) -> None:
         """Count how often the first training step uses each weight: a schedule has to know what it costs."""
@@ -194,7 +211,7 @@ class MirrorMode:
             self._counter.stop()
             self.uses = self._counter.share() or self.uses
             self._counter = None
-            self._costs.clear()
+            self._turns.clear()
 
     def _budget(self, weights: Sequence[UntiedWeight], cost_share: float | None) -> float | None:
         """Return what a step may spend on mirroring; None: no limit, or no step was seen to measure it by."""
@@ -210,7 +227,7 @@ class MirrorMode:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to where ``state`` was taken."""
         self.passes, self.uses = dict(state["passes"]), dict(state["uses"])
-        self._costs.clear()
+        self._turns.clear()
         self.schedules = {name: Schedule() for name in state["schedules"]}
         for name, schedule in self.schedules.items():
             schedule.load_state_dict(state["schedules"][name])

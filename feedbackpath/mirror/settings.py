@@ -32,7 +32,7 @@ class When:
 
     layers: Literal["drift", "all", "turn", "alternate"] = "drift"
     every: int = 1
-    cost_share: float | None = 0.03
+    cost_share: float | None = 0.035
     trigger_deg: float = 0.0
 
     def __post_init__(self) -> None:

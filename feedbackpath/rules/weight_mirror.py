@@ -20,7 +20,7 @@ from feedbackpath.rules.base import Clock, FeedbackKind, draw_feedback
 
 @dataclass(frozen=True)
 class WeightMirror:
-    """Mirror after each update: all layers, or the stalest where that costs over 3% of a training step.
+    """Mirror after each update: all layers, or the stalest where that costs over 3.5% of a training step.
 
     Call ``path.mirror()`` before training for the first mirroring (two epochs of it in the paper); without
     it the first step does it.
