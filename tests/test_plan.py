@@ -113,7 +113,8 @@ def test_the_command_plans_within_a_share_of_the_cost(capsys):
         with pytest.raises(SystemExit):
             cli.main(["mirror", "--plan", "--model", "lenet", "--cost-share", share])
         waits.append(float(re.search(r"every ([\d.]+) steps", capsys.readouterr().out).group(1)))
-    assert 4 * waits[0] < waits[1] < 4.5 * waits[0]  # to find out whose turn it is takes its part of both
+    # To find out whose turn it is takes its part of both, but never more than half.
+    assert 4 * waits[0] < waits[1] <= 8 * waits[0]
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,10 @@ class Machine:
 
 
 # CPU: measured on a core that trains at 90 GFLOP/s, where mirroring between two steps takes 0.7 ns a value
-# and 50 us a layer; 6 ns and 200 us where answers are worked out. CUDA: not measured, an estimate.
+# and 50 us a layer; 6 ns and 200 us where answers are worked out; and 130 to 150 us go into finding out what
+# to mirror. CUDA: not measured, an estimate.
 MACHINES = {
-    "cpu": Machine(60.0, 4.5e6, 490.0, 1.35e7, 120.0, 2.5e7, 9e6),
+    "cpu": Machine(60.0, 4.5e6, 490.0, 1.35e7, 120.0, 2.5e7, 1.4e7),
     "cuda": Machine(400.0, 3e9, 600.0, 3e9, 1200.0, 9e9, 3e9),
 }
 
