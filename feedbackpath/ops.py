@@ -120,7 +120,14 @@ def _apply_traced(function: Any, transformable: Any, *inputs: Any) -> Tensor:
 
 def _apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Return what ``function.apply`` comes to where nothing is traced, without looking whether that is so."""
-    return cast(Callable[..., Any], super(torch.autograd.Function, function).apply)  # type: ignore[misc]
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    unwrap = torch._C._functorch.unwrap_if_dead  # a tensor may have outlived its transform
+
+    def call(x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, *settings: Any) -> Any:
+        bias = None if bias is None else unwrap(bias)
+        return apply(unwrap(x), unwrap(weight), unwrap(feedback), bias, *settings)
+
+    return call
 
 
 def _cast_for_autocast(

@@ -164,3 +164,12 @@ def test_a_padded_position_gets_no_signal():
     geometry = ConvGeometry((1,), (1,), (1,), False, (0,), 1)
     ops.convolution(x, torch.zeros(1, 1, 3), feedback, None, geometry).sum().backward()
     assert math.isclose(x.grad.item(), 10.0)
+
+
+def test_a_tensor_that_outlived_a_transform_passes_its_error_on():
+    """What torch.func.vjp has left behind is an activity like any other, to plain operations too."""
+    kept = []
+    x, feedback = torch.ones(1, 2, requires_grad=True), torch.randn(3, 2)
+    torch.func.vjp(lambda x: kept.append(2.0 * x) or kept[0].sum(), x)
+    ops.linear(kept[0], torch.randn(3, 2), feedback).sum().backward()
+    torch.testing.assert_close(x.grad, 2.0 * feedback.sum(0, keepdim=True))
