@@ -1,6 +1,8 @@
 """Mirroring by pairs of inputs: the short way, held against codes of sixteen and against W."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from feedbackpath.mirror.rates import Signed
 
 
 def untie_alone(layer, activation):
-    path = fp.untie(nn.Sequential(layer, activation), "wm")
+    path = fp.untie(nn.Sequential(layer, activation), fp.WeightMirror(fp.Mirror(when=fp.When("all"))))
     return path, path.weights[0]
 
 
@@ -64,7 +66,7 @@ def test_training_goes_the_short_way_from_the_second_mirroring_on(monkeypatch):
     assert not fired  # the first looks for neurons that do not answer
     for _ in range(2):
         nn.init.normal_(weight.weight)
-        path.mirror()
+        path.step()
         torch.testing.assert_close(weight.feedback, weight.weight)
     assert len(fired) == 2
     assert fired[0] is fired[1]
@@ -119,3 +121,71 @@ def test_pairs_that_memory_does_not_show_are_mirrored_the_longer_way():
         assert not Pairs(weight).can_fire
         path.mirror(2)
         torch.testing.assert_close(weight.feedback, weight.weight)
+
+
+@pytest.mark.parametrize("inputs", [4, 5])
+def test_a_weight_that_blew_up_leaves_nothing_behind(inputs):
+    path, weight = untie_alone(nn.Linear(inputs, 3), nn.ReLU())
+    path.mirror(2)
+    good = weight.weight.detach().clone()
+    with torch.no_grad():
+        weight.weight.fill_(float("inf"))
+    path.mirror()
+    with torch.no_grad():
+        weight.weight.copy_(good)
+    path.mirror()
+    torch.testing.assert_close(weight.feedback.detach(), good)
+
+
+@pytest.mark.parametrize("inputs", [4, 5])
+def test_mirroring_in_inference_mode_does_not_hinder_the_next(inputs):
+    path, weight = untie_alone(nn.Linear(inputs, 3), nn.ReLU())
+    with torch.inference_mode():
+        path.mirror(3)
+    nn.init.normal_(weight.weight)
+    path.mirror()
+    torch.testing.assert_close(weight.feedback, weight.weight)
+
+
+def test_a_square_weight_that_is_transposed_in_place_is_seen_anew():
+    path, weight = untie_alone(nn.Linear(6, 6), nn.ReLU())
+    train(path, 2)
+    weight.layer.weight.data = weight.layer.weight.data.t()
+    path.step()
+    torch.testing.assert_close(weight.feedback, weight.weight)
+
+
+def train(path, steps):
+    for _ in range(steps):
+        path.model(torch.randn(3, 6)).sum().backward()
+        path.step()
+
+
+def test_views_of_weights_do_not_outlive_them(tmp_path):
+    path, weight = untie_alone(nn.Linear(6, 4), nn.ReLU())
+    train(path, 3)
+    torch.save(path, tmp_path / "path.pt")
+    saved = torch.load(tmp_path / "path.pt", weights_only=False)
+    torch.testing.assert_close(saved.weights[0].feedback, weight.feedback)
+    memory = weakref.ref(weight.feedback.untyped_storage())
+    path.retie()
+    assert not path.clock.mirror._pairs
+    del weight
+    gc.collect()
+    assert memory() is None
+
+
+def test_biases_that_are_not_there_need_not_be_blocked(monkeypatch):
+    fired = []
+    fire = Pairs.fire
+    monkeypatch.setattr(Pairs, "fire", lambda self: fired.append(self) or fire(self))
+    settings = fp.WeightMirror(fp.Mirror(block_bias=False))
+    path = fp.untie(nn.Sequential(nn.Linear(6, 4, bias=False), nn.ReLU()), settings)
+    path.mirror(2)
+    assert len(fired) == 1
+
+
+def test_neurons_that_answer_to_nothing_are_not_fired_at():
+    _, weight = untie_alone(nn.Linear(6, 4), nn.LeakyReLU(-1.0))
+    assert odd_slope(nn.LeakyReLU(-1.0)) == pytest.approx(0.0)
+    assert not can_pair_behind(nn.LeakyReLU(-1.0), weight)

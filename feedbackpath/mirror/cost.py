@@ -72,9 +72,15 @@ class Machine:
 # and 50 us a layer; 6 ns and 200 us where answers are worked out; and 130 to 150 us go into finding out what
 # to mirror. CUDA: not measured, an estimate.
 MACHINES = {
-    "cpu": Machine(60.0, 4.5e6, 490.0, 1.35e7, 120.0, 2.5e7, 1.4e7),
-    "cuda": Machine(400.0, 3e9, 600.0, 3e9, 1200.0, 9e9, 3e9),
-}
+    "cpu": Machine(
+        per_value=60.0, per_layer=4.5e6, per_answer=490.0, per_layer_answering=1.35e7,
+        per_value_step=120.0, per_layer_step=2.5e7, per_step=1.4e7,
+    ),
+    "cuda": Machine(
+        per_value=400.0, per_layer=3e9, per_answer=600.0, per_layer_answering=3e9,
+        per_value_step=1200.0, per_layer_step=9e9, per_step=3e9,
+    ),
+}  # fmt: skip
 
 
 def forward_flops(weight: UntiedWeight, uses: float) -> float:
@@ -85,6 +91,11 @@ def forward_flops(weight: UntiedWeight, uses: float) -> float:
 def step_flops(weight: UntiedWeight, uses: float) -> float:
     """Return the FLOPs of a training step: forward, and backward to inputs and weights."""
     return PRODUCTS_STEP * forward_flops(weight, uses)
+
+
+def code_length(weight: UntiedWeight, settings: Mirror, slope: float | None) -> int:
+    """Return how many inputs fire codes together."""
+    return PAIR if can_pair(weight, settings, slope) else CODE_LENGTH
 
 
 def mirror_flops(weight: UntiedWeight, settings: Mirror, slope: float | None) -> float:
@@ -100,7 +111,7 @@ def mirror_flops(weight: UntiedWeight, settings: Mirror, slope: float | None) ->
         slope: The ``odd_slope`` of the activation that follows.
     """
     if isinstance(settings.design, OrthogonalCodes):
-        return 2.0 * forward_flops(weight, PAIR if can_pair(weight, settings, slope) else CODE_LENGTH)
+        return 2.0 * forward_flops(weight, code_length(weight, settings, slope))
     inputs = inputs_in_mirror_mode(weight, settings.field)
     return 2.0 * forward_flops(weight, settings.total_samples_for(inputs, count_devices(settings)))
 

@@ -75,10 +75,11 @@ class Design:
 class OrthogonalCodes:
     """Codes of +-1 that are orthogonal to each other, each followed by its negative.
 
-    Input neurons fire in groups of ``CODE_LENGTH``, one group after the other, the others silent. In a group
-    each neuron fires its own code, a row of a Walsh-Hadamard matrix with random signs. Then the noise's
-    covariance is sigma^2 I exactly, and phi(z) - phi(-z) is proportional to z for every (leaky) ReLU, GELU or
-    SiLU whose bias is blocked: one pass measures W to rounding error.
+    Input neurons fire in groups of ``CODE_LENGTH``, or of two (``feedbackpath.mirror.pairs``), one group
+    after the other, the others silent. In a group each neuron fires its own code, a row of a Walsh-Hadamard
+    matrix with random signs. Then the noise's covariance is sigma^2 I exactly, and phi(z) - phi(-z) is
+    proportional to z for every (leaky) ReLU, GELU or SiLU whose bias is blocked: one pass measures W to
+    rounding error.
     """
 
     name: str = "orthogonal"
@@ -91,9 +92,11 @@ class OrthogonalCodes:
         """Return 0 degrees."""
         return 0.0
 
-    def samples_for(self, fan_in: int, angle_deg: float, spread: float = RELU_SPREAD) -> int:
-        """Return the samples that a pass takes: twice the inputs, in whole groups."""
-        return 2 * CODE_LENGTH * math.ceil(fan_in / CODE_LENGTH)
+    def samples_for(
+        self, fan_in: int, angle_deg: float, spread: float = RELU_SPREAD, length: int = CODE_LENGTH
+    ) -> int:
+        """Return the samples that a pass takes: twice the inputs, in whole groups of ``length``."""
+        return 2 * length * math.ceil(fan_in / length)
 
 
 def draw_gaussian(out: Tensor, generator: torch.Generator) -> Tensor:
@@ -150,11 +153,11 @@ def orthogonal_codes(device: torch.device, dtype: torch.dtype) -> Tensor:
     Sylvester's Walsh-Hadamard matrix, its rows and columns with random signs, so that no sample has all
     neurons fire alike.
     """
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, device="cpu")
     while len(matrix) < CODE_LENGTH:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     generator = torch.Generator().manual_seed(0)
-    rows, columns = (draw_signs(torch.empty(CODE_LENGTH), generator) for _ in range(2))
+    rows, columns = (draw_signs(torch.empty(CODE_LENGTH, device="cpu"), generator) for _ in range(2))
     return (rows[:, None] * matrix * columns).to(device, dtype)
 
 

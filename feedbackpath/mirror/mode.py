@@ -28,7 +28,7 @@ from feedbackpath.mirror.gain import has_strange_gain
 from feedbackpath.mirror.pairs import Pairs, can_pair
 from feedbackpath.mirror.rates import RATES
 from feedbackpath.mirror.schedule import Schedule
-from feedbackpath.mirror.settings import Mirror, When
+from feedbackpath.mirror.settings import Mirror
 from feedbackpath.passage import forward_passage
 
 TURN_VALUES = 2**12  # of a B are looked at to tell how far mirroring has turned it
@@ -37,18 +37,26 @@ TURN_EVERY = 16  # so many mirrorings of a layer: to look costs a small layer mo
 
 @dataclass(frozen=True)
 class _Turns:
-    """What the turns of one rule's weights depend on: their names and work, a step's budget, the schedule."""
+    """What the turns of one rule's weights depend on.
 
+    Attributes:
+        settings: How they are mirrored, and when.
+        names: Of the weights, in the order of the model.
+        work: What mirroring each of them costs.
+        budget: What may be spent a step on average; None: anything.
+        schedule: Whose turn it is.
+    """
+
+    settings: Mirror
     names: list[str]
     work: list[float]
     budget: float | None
-    when: When
     schedule: Schedule
 
     @cached_property
     def are_chosen(self) -> bool:
         """Whether some weights may have to wait."""
-        return self.schedule.is_selective(self.when, self.work, self.budget)
+        return self.schedule.is_selective(self.settings.when, self.work, self.budget)
 
 
 class MirrorMode:
@@ -92,6 +100,7 @@ class MirrorMode:
         for _ in range(passes):
             for weight in weights:
                 self._mirror_weight(weight, settings)
+        self._pairs.clear()  # views keep memory alive: they are for those who mirror after every step
 
     def run_until(
         self, weights: Sequence[UntiedWeight], settings: Mirror, angle_deg: float, most_passes: int
@@ -184,16 +193,17 @@ class MirrorMode:
     def _turns_of(self, weights: Sequence[UntiedWeight], settings: Mirror) -> "_Turns":
         """Return what the turns of some weights depend on; it is worked out once, when costs are known."""
         key = weights[0].name
-        if key not in self._turns:
+        turns = self._turns.get(key)
+        if turns is None or turns.settings is not settings:
             self.find_activations(weights)
-            self._turns[key] = _Turns(
+            turns = self._turns[key] = _Turns(
+                settings,
                 [weight.name for weight in weights],
                 [mirror_work(weight, settings, self._odd_slopes[weight.name]) for weight in weights],
                 self._budget(weights, settings.when.cost_share),
-                settings.when,
                 self.schedules.setdefault(key, Schedule()),
             )
-        return self._turns[key]
+        return turns
 
     def watch_step(self, weights: Sequence[UntiedWeight]) -> None:
         """Count how often the first training step uses each weight: a schedule has to know what it costs."""
@@ -202,7 +212,8 @@ class MirrorMode:
         self._counter = UseCounter(self._watched)
 
     def close(self) -> None:
-        """Take all hooks off the model."""
+        """Take all hooks off the model, and let go of its memory."""
+        self._pairs.clear()
         if self._counter is not None:
             self._counter.stop()
 
@@ -218,6 +229,10 @@ class MirrorMode:
         if cost_share is None or not self.uses:
             return None
         return mirror_budget(weights, self.uses, cost_share)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what can be made anew, and views of weights, which would be copied or cannot be saved."""
+        return {**self.__dict__, "_pairs": {}}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs, as plain values."""
@@ -342,8 +357,9 @@ class MirrorMode:
         return is_dead if num_dead else None
 
     def _may_be_dead(self, weight: UntiedWeight, settings: Mirror) -> bool:
-        """Whether neurons may be silent: with blocked biases, one that has answered once always does."""
-        return weight.name not in self.passes or not settings.block_bias
+        """Whether neurons may be silent: one that has answered always does, if no bias moves it."""
+        has_bias = not settings.block_bias and fields.own_bias(weight) is not None
+        return weight.name not in self.passes or has_bias
 
     def _generator(self, weight: UntiedWeight, rank: int) -> torch.Generator:
         key = f"{self.seed}/{self.passes.get(weight.name, 0)}/{weight.name}/{weight.feedback_name}"

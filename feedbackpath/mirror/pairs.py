@@ -13,12 +13,15 @@ That is z = (c + i d) w and B = (c - i d) z / 2 for the complex numbers w = w_a 
 many values as W has. ``estimate_with_codes`` is the longer way, for every activation.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from feedbackpath.layers import UntiedWeight
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.designs import draw_signs
+from feedbackpath.mirror.estimator import LEAST_SLOPE
 from feedbackpath.mirror.settings import Mirror
 
 PAIR = 2  # inputs that fire together
@@ -26,7 +29,7 @@ CHUNK_VALUES = 2**18  # of W, that a CPU works on at once: their drives stay in 
 
 
 def can_pair(weight: UntiedWeight, settings: Mirror, slope: float | None) -> bool:
-    """Whether answers are odd, travel as signed numbers, and replace B in a precision that holds sums.
+    """Whether answers are odd, travel as signed numbers, and replace B in a precision that holds products.
 
     Args:
         weight: The weight to mirror; not a transposed convolution's, whose inputs are not side by side.
@@ -34,9 +37,10 @@ def can_pair(weight: UntiedWeight, settings: Mirror, slope: float | None) -> boo
         slope: The ``odd_slope`` of the activation that follows its layer; None: it has none.
     """
     has_bias = not settings.block_bias and fields.own_bias(weight) is not None
-    is_odd = slope is not None and settings.rates == "signed" and not has_bias
+    are_odd = slope is not None and abs(slope) >= LEAST_SLOPE and not has_bias
     is_precise = weight.weight.dtype == weight.feedback.dtype in (torch.float32, torch.float64)
-    return settings.is_exact and is_odd and is_precise and not weight.transposed
+    is_signed = settings.is_exact and settings.rates == "signed"
+    return are_odd and is_signed and is_precise and not weight.transposed
 
 
 class Pairs:
@@ -51,37 +55,33 @@ class Pairs:
 
     def __init__(self, weight: UntiedWeight) -> None:
         w, b = weight.weight.detach(), weight.feedback.detach()
-        self._places = w.data_ptr(), b.data_ptr()
+        self._places = _places_of(weight)
         source, target = fields.as_rows(w, weight), fields.as_rows(b, weight)
         self.can_fire = (
             fields.is_laid_out_alike(w, b)
-            and self._places == (source.data_ptr(), target.data_ptr())  # no copy was made
+            and (w.data_ptr(), b.data_ptr()) == (source.data_ptr(), target.data_ptr())  # no copy was made
             and source.is_contiguous()
             and target.is_contiguous()
             and w.storage_offset() % PAIR == b.storage_offset() % PAIR == 0
         )
         num_neurons, num_inputs = source.shape
-        size = max(1, CHUNK_VALUES // num_inputs) if w.device.type == "cpu" else num_neurons
-        is_odd = num_inputs % PAIR == 1
+        self._has_single = num_inputs % PAIR == 1
         self._chunks: list[tuple[Tensor, Tensor]] = []
         if self.can_fire:
-            source, target = (rows if is_odd else _as_pairs(rows) for rows in (source, target))
+            size = max(1, CHUNK_VALUES // num_inputs) if w.device.type == "cpu" else num_neurons
+            source, target = (rows if self._has_single else _as_pairs(rows) for rows in (source, target))
             self._chunks += zip(torch.split(source, size), torch.split(target, size), strict=True)
-        # An input without a partner fires beside one that is connected to nothing.
-        self._padded = w.new_zeros(min(size, num_neurons), num_inputs + 1) if is_odd else None
-        signs = draw_signs(torch.empty(-(-num_inputs // PAIR), PAIR), torch.Generator().manual_seed(0))
-        self._code = torch.view_as_complex(signs.to(w))
-        self._decode = self._code.conj().resolve_conj() / 2.0
+        self._code, self._decode = _codes(-(-num_inputs // PAIR), w.device, w.dtype)
 
     def are_of(self, weight: UntiedWeight) -> bool:
         """Whether W and B still lie where they did."""
-        return self._places == (weight.weight.data_ptr(), weight.feedback.data_ptr())
+        return self._places == _places_of(weight)
 
     def fire(self) -> None:
         """Let all inputs fire, two at a time, and replace B by what neurons answer."""
-        if self._padded is not None:
+        if self._has_single:
             for source, target in self._chunks:
-                self._fire_padded(self._padded[: len(source)], source, target)
+                self._fire_with_single(source, target)
             return
         drives = torch.empty_like(self._chunks[0][0])
         for source, target in self._chunks:
@@ -89,12 +89,28 @@ class Pairs:
             torch.mul(source, self._code, out=drive)
             torch.mul(drive, self._decode, out=target)
 
-    def _fire_padded(self, padded: Tensor, source: Tensor, target: Tensor) -> None:
+    def _fire_with_single(self, source: Tensor, target: Tensor) -> None:
+        """Fire an odd number of inputs: the last has a partner that is connected to nothing."""
+        padded = source.new_zeros(len(source), source.shape[1] + 1)
         padded[:, :-1].copy_(source)
         _as_pairs(padded).mul_(self._code).mul_(self._decode)
         target.copy_(padded[:, :-1])
 
 
+def _places_of(weight: UntiedWeight) -> tuple[object, ...]:
+    """Return where and how W and B lie in memory."""
+    w, b = weight.weight, weight.feedback
+    return w.data_ptr(), b.data_ptr(), w.shape, w.stride(), b.stride()
+
+
 def _as_pairs(rows: Tensor) -> Tensor:
     """View ``[neurons, inputs]`` as ``[neurons, inputs / 2]`` complex numbers, a pair of inputs each."""
     return torch.view_as_complex(rows.view(len(rows), -1, PAIR))
+
+
+@functools.cache
+def _codes(num_pairs: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return c + i d of each pair, and what decodes its answers, (c - i d) / 2."""
+    signs = draw_signs(torch.empty(num_pairs, PAIR, device="cpu"), torch.Generator().manual_seed(0))
+    code = torch.view_as_complex(signs.to(device, dtype))
+    return code, code.conj().resolve_conj() / 2.0

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from feedbackpath.layers import UntiedWeight
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation, is_channelwise, odd_slope
-from feedbackpath.mirror.cost import mirror_budget, mirror_flops, mirror_work, step_flops
-from feedbackpath.mirror.designs import RELU_SPREAD, spread_of
+from feedbackpath.mirror.cost import code_length, mirror_budget, mirror_flops, mirror_work, step_flops
+from feedbackpath.mirror.designs import RELU_SPREAD, OrthogonalCodes, spread_of
 from feedbackpath.mirror.devices import count_devices
 from feedbackpath.mirror.settings import Mirror
 
@@ -53,9 +53,8 @@ def make_plan(
     step = sum(step_flops(weight, uses.get(weight.name, 0.0)) for weight in weights)
     slopes = {weight.name: odd_slope(activations[weight.name]) for weight in weights}
     between = _steps_between(weights, settings, slopes, uses)
-    flops = {weight.name: mirror_flops(weight, settings, slopes[weight.name]) for weight in weights}
     return [
-        _plan_layer(weight, settings, activations[weight.name], flops[weight.name], step, between)
+        _plan_layer(weight, settings, activations[weight.name], slopes[weight.name], step, between)
         for weight in weights
     ]
 
@@ -64,22 +63,29 @@ def _plan_layer(
     weight: UntiedWeight,
     settings: Mirror,
     activation: Activation,
-    flops: float,
+    slope: float | None,
     step: float,
     between: float,
 ) -> LayerPlan:
     inputs = fields.inputs_in_mirror_mode(weight, settings.field)
     spread = RELU_SPREAD if is_channelwise(activation) else spread_of(activation, settings.deviation)
-    devices = count_devices(settings)
+    flops, devices = mirror_flops(weight, settings, slope), count_devices(settings)
     return LayerPlan(
         weight.name,
         inputs,
-        settings.samples_for(inputs, devices),
+        _count_samples(weight, settings, slope, inputs),
         settings.expected_angle_deg(inputs, spread, devices),
         flops,
         flops / step if step else float("nan"),
         between,
     )
+
+
+def _count_samples(weight: UntiedWeight, settings: Mirror, slope: float | None, inputs: int) -> int:
+    """Return the samples of a pass, on each device."""
+    if isinstance(settings.design, OrthogonalCodes):
+        return settings.design.samples_for(inputs, 0.0, length=code_length(weight, settings, slope))
+    return settings.samples_for(inputs, count_devices(settings))
 
 
 def _steps_between(
