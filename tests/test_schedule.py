@@ -6,6 +6,7 @@ from torch import nn
 
 import feedbackpath as fp
 from feedbackpath.mirror.cost import UseCounter
+from feedbackpath.mirror.schedule import Schedule
 
 
 def make_net():
@@ -75,3 +76,22 @@ def test_a_turn_that_is_saved_for_comes():
     spent = sum((mode.passes[w.name] - 1) * cost for w, cost in zip(path.weights, turns.work, strict=True))
     assert spent == pytest.approx(200 * turns.budget, rel=0.1)
     assert min(schedule.last.values()) > 100
+
+
+@pytest.mark.parametrize(("within_deg", "expected"), [(None, []), (5.0, []), (2.0, [1]), (0.5, [0, 1])])
+def test_what_lags_too_far_is_mirrored_whatever_it_costs(within_deg, expected):
+    schedule = Schedule()
+    schedule.pace, schedule.last = {"a": 0.3, "b": 1.0}, {"a": 7, "b": 7}
+    when = fp.When(within_deg=within_deg)
+    assert schedule.choose(["a", "b"], 10, when, work=[100.0, 100.0], budget=1.0) == expected
+    assert 0.0 <= schedule.credit <= 1.0
+
+
+def test_independent_noise_keeps_to_its_share():
+    """It moves B at every pass by more than W has moved."""
+    noise = fp.Mirror(noise="gaussian", samples=64)
+    path = fp.untie(make_net(), fp.WeightMirror(noise))
+    mode = train(path, 100)
+    turns = mode._turns_of(path.weights, path.rules["0"].mirror)
+    spent = sum((mode.passes[w.name] - 1) * cost for w, cost in zip(path.weights, turns.work, strict=True))
+    assert spent <= 100 * turns.budget

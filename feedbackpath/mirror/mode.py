@@ -9,7 +9,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +28,7 @@ from feedbackpath.mirror.gain import has_strange_gain
 from feedbackpath.mirror.pairs import Pairs, can_pair
 from feedbackpath.mirror.rates import RATES
 from feedbackpath.mirror.schedule import Schedule
-from feedbackpath.mirror.settings import Mirror
+from feedbackpath.mirror.settings import Mirror, When
 from feedbackpath.passage import forward_passage
 
 TURN_VALUES = 2**12  # of a B are looked at to tell how far mirroring has turned it
@@ -40,7 +40,8 @@ class _Turns:
     """What the turns of one rule's weights depend on.
 
     Attributes:
-        settings: How they are mirrored, and when.
+        settings: How they are mirrored.
+        when: And when.
         names: Of the weights, in the order of the model.
         work: What mirroring each of them costs.
         budget: What may be spent a step on average; None: anything.
@@ -48,6 +49,7 @@ class _Turns:
     """
 
     settings: Mirror
+    when: When
     names: list[str]
     work: list[float]
     budget: float | None
@@ -56,7 +58,7 @@ class _Turns:
     @cached_property
     def are_chosen(self) -> bool:
         """Whether some weights may have to wait."""
-        return self.schedule.is_selective(self.settings.when, self.work, self.budget)
+        return self.schedule.is_selective(self.when, self.work, self.budget)
 
 
 class MirrorMode:
@@ -180,7 +182,7 @@ class MirrorMode:
         self._stop_counting()
         turns = self._turns_of(weights, settings)
         names, schedule = turns.names, turns.schedule
-        due = set(schedule.choose(names, step, settings.when, turns.work, turns.budget))
+        due = set(schedule.choose(names, step, turns.when, turns.work, turns.budget))
         # What has never been mirrored cannot wait: its B is still random.
         due.update(position for position, name in enumerate(names) if name not in self.passes)
         for position in sorted(due):
@@ -196,8 +198,10 @@ class MirrorMode:
         turns = self._turns.get(key)
         if turns is None or turns.settings is not settings:
             self.find_activations(weights)
+            when = settings.when if settings.is_exact else replace(settings.when, within_deg=None)
             turns = self._turns[key] = _Turns(
                 settings,
+                when,
                 [weight.name for weight in weights],
                 [mirror_work(weight, settings, self._odd_slopes[weight.name]) for weight in weights],
                 self._budget(weights, settings.when.cost_share),

@@ -27,14 +27,12 @@ class Schedule:
         last: The step at which each layer was mirrored last.
         pace: Degrees a step by which each layer's B turned then.
         credit: Work that may be done and has not been.
-        saving_for: Work of the layer whose turn is saved for: nothing is chosen until credit pays for it.
     """
 
     def __init__(self) -> None:
         self.last: dict[str, int] = {}
         self.pace: dict[str, float] = {}
         self.credit = 0.0
-        self.saving_for = 0.0
         self._unread: list[tuple[str, int, Tensor | float]] = []
 
     def choose(
@@ -71,19 +69,16 @@ class Schedule:
         if not self.is_selective(when, work, budget):
             return list(range(len(names)))
         self.credit = float("inf") if budget is None else self.credit + budget * when.every
-        if self.credit < self.saving_for:
-            return []
         self._read()
         stale = self._staleness(names, step)
-        self.saving_for, chosen = 0.0, []
+        most = float("inf") if when.within_deg is None else when.within_deg
+        chosen = []
         for position in sorted(range(len(names)), key=lambda i: -stale[i]):
-            if stale[position] < when.trigger_deg:
-                break
-            if work[position] > self.credit:  # a costly layer's turn is not passed on to a cheap one
-                self.saving_for = work[position]
+            cannot_pay = work[position] > self.credit  # and its turn is not passed on to a cheaper layer
+            if stale[position] < when.trigger_deg or (cannot_pay and stale[position] < most):
                 break
             chosen.append(position)
-            self.credit -= work[position]
+            self.credit = max(self.credit - work[position], 0.0)
         self.credit = min(self.credit, max(work))
         return sorted(chosen)
 
@@ -116,12 +111,11 @@ class Schedule:
             "last": dict(self.last),
             "pace": dict(self.pace),
             "credit": self.credit,
-            "saving_for": self.saving_for,
             "unread": unread,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where ``state`` was taken."""
         self.last, self.pace = dict(state["last"]), dict(state["pace"])
-        self.credit, self.saving_for = state["credit"], state["saving_for"]
+        self.credit = state["credit"]
         self._unread = [tuple(entry) for entry in state["unread"]]

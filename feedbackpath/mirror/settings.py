@@ -26,13 +26,17 @@ class When:
             layers, whatever it costs. Work is counted as ``feedbackpath.mirror.cost`` does: a
             step's over all devices, so that training does not depend on their number. Where all fire the
             same noise, each of D devices then spends up to D times that share of its own time.
+        within_deg: With ``"drift"`` and orthogonal codes: mirror layers that have most likely moved by this
+            much, whatever the share; None: the share holds, and small batches may leave B further behind.
+            Independent noise moves B by more than W does, and keeps to the share.
         trigger_deg: With ``"drift"``: leave out layers that have most likely moved by less than this, judged
-            by how far B moved when it was mirrored last. W is never looked at.
+            by how far B moved when that was last looked at. W is never looked at.
     """
 
     layers: Literal["drift", "all", "turn", "alternate"] = "drift"
     every: int = 1
     cost_share: float | None = 0.035
+    within_deg: float | None = 0.7
     trigger_deg: float = 0.0
 
     def __post_init__(self) -> None:
@@ -42,6 +46,8 @@ class When:
             raise RuleError(f"When: every must be at least 1, not {self.every}")
         if self.cost_share is not None and not self.cost_share > 0:
             raise RuleError(f"When: cost_share must be above 0, not {self.cost_share}")
+        if self.within_deg is not None and not self.within_deg > 0:
+            raise RuleError(f"When: within_deg must be above 0, not {self.within_deg}")
         if not self.trigger_deg >= 0:
             raise RuleError(f"When: trigger_deg must be at least 0, not {self.trigger_deg}")
 
