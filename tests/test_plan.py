@@ -113,8 +113,7 @@ def test_the_command_plans_within_a_share_of_the_cost(capsys):
         with pytest.raises(SystemExit):
             cli.main(["mirror", "--plan", "--model", "lenet", "--cost-share", share])
         waits.append(float(re.search(r"every ([\d.]+) steps", capsys.readouterr().out).group(1)))
-    # To find out whose turn it is takes its part of both, but never more than half.
-    assert 3.9 * waits[0] < waits[1] < 8.1 * waits[0]
+    assert waits[1] == pytest.approx(4 * waits[0], rel=0.05)
 
 
 @pytest.mark.parametrize(
