@@ -283,7 +283,7 @@ def _receiver(
     in_pairs: bool,
 ) -> _Receive:
     """Return what some of a layer's channels answer to a drive ``[N, channels, ...]``."""
-    bias = None if block_bias else fields.own_bias(weight)
+    bias = fields.open_bias(weight, block_bias)
     at_rest = None if bias is None else bias.detach().to(dtype)[:, None]
     return lambda drive, rows: rates.answer(
         drive, 0.0 if at_rest is None else at_rest[rows], activation, in_pairs

@@ -94,9 +94,14 @@ def per_neuron(values: Tensor, weight: UntiedWeight) -> Tensor:
     return by_group.repeat_interleave(outputs_per_channel(weight), 1) if weight.transposed else by_group
 
 
-def own_bias(weight: UntiedWeight) -> Tensor | None:
-    """Return the layer's bias; None for a packed attention projection, whose answer is linear."""
-    return weight.layer.bias if isinstance(weight.layer, nn.Linear | _ConvNd) else None
+def open_bias(weight: UntiedWeight, is_blocked: bool) -> Tensor | None:
+    """Return the bias that moves a layer in mirror mode: its own, unless it is blocked (equation 12).
+
+    None for a packed attention projection, whose answer is linear.
+    """
+    if is_blocked or not isinstance(weight.layer, nn.Linear | _ConvNd):
+        return None
+    return weight.layer.bias
 
 
 def unpadded(layer: _ConvNd) -> ConvGeometry:

@@ -362,8 +362,8 @@ class MirrorMode:
 
     def _may_be_dead(self, weight: UntiedWeight, settings: Mirror) -> bool:
         """Whether neurons may be silent: one that has answered always does, if no bias moves it."""
-        has_bias = not settings.block_bias and fields.own_bias(weight) is not None
-        return weight.name not in self.passes or has_bias
+        is_new = weight.name not in self.passes
+        return is_new or fields.open_bias(weight, settings.block_bias) is not None
 
     def _generator(self, weight: UntiedWeight, rank: int) -> torch.Generator:
         key = f"{self.seed}/{self.passes.get(weight.name, 0)}/{weight.name}/{weight.feedback_name}"

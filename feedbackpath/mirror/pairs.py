@@ -36,7 +36,7 @@ def can_pair(weight: UntiedWeight, settings: Mirror, slope: float | None) -> boo
         settings: How.
         slope: The ``odd_slope`` of the activation that follows its layer; None: it has none.
     """
-    has_bias = not settings.block_bias and fields.own_bias(weight) is not None
+    has_bias = fields.open_bias(weight, settings.block_bias) is not None
     are_odd = slope is not None and abs(slope) >= LEAST_SLOPE and not has_bias
     is_precise = weight.weight.dtype == weight.feedback.dtype in (torch.float32, torch.float64)
     is_signed = settings.is_exact and settings.rates == "signed"
