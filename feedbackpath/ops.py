@@ -22,6 +22,11 @@ from torch.autograd.function import FunctionCtx
 Gradients = tuple[Tensor | None, ...]
 _weights_learn = True
 
+# Looked up once: a layer's call asks all of these, and between layers the caches have been emptied.
+_autocast_is_on = torch._C._is_any_autocast_enabled
+_transforms_are_active = torch._C._are_functorch_transforms_active
+_alive = torch._C._functorch.unwrap_if_dead  # a tensor may have outlived its transform
+
 
 class ConvGeometry(NamedTuple):
     """How a convolution walks over its input; the tuples hold one number for each spatial dimension."""
@@ -52,11 +57,12 @@ def linear(x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None = No
         >>> x.grad
         tensor([[6., 6.]])
     """
-    if torch._C._is_any_autocast_enabled():
+    if _autocast_is_on():
         x, weight, bias = _cast_for_autocast(x, weight, bias)
-    if _is_traced():
+    if _transforms_are_active() or torch.compiler.is_compiling():
         return _apply_traced(_Linear, _TransformableLinear, x, weight, feedback, bias)
-    return cast(Tensor, _apply_linear(x, weight, feedback, bias))
+    bias = None if bias is None else _alive(bias)
+    return _apply_linear(_alive(x), _alive(weight), _alive(feedback), bias)
 
 
 def convolution(
@@ -81,11 +87,12 @@ def convolution(
         >>> x.grad
         tensor([[[1., 2., 1.]]])
     """
-    if torch._C._is_any_autocast_enabled():
+    if _autocast_is_on():
         x, weight, bias = _cast_for_autocast(x, weight, bias)
-    if _is_traced():
+    if _transforms_are_active() or torch.compiler.is_compiling():
         return _apply_traced(_Convolution, _TransformableConvolution, x, weight, feedback, bias, geometry)
-    return cast(Tensor, _apply_convolution(x, weight, feedback, bias, geometry))
+    bias = None if bias is None else _alive(bias)
+    return _apply_convolution(_alive(x), _alive(weight), _alive(feedback), bias, geometry)
 
 
 @contextmanager
@@ -103,31 +110,13 @@ def errors_alone() -> Iterator[None]:
         _weights_learn = before
 
 
-def _is_traced() -> bool:
-    """Whether a transform of torch.func or torch.compile looks at what is called."""
-    return torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
-
-
 def _apply_traced(function: Any, transformable: Any, *inputs: Any) -> Tensor:
     """Call an autograd function in the form that torch.func takes, if one of its transforms is active.
 
     That form has a ``setup_context``, for which PyTorch binds the arguments of each call by their names: that
     takes longer than all the rest of the call.
     """
-    is_transformed = torch._C._are_functorch_transforms_active()
-    return cast(Tensor, (transformable if is_transformed else function).apply(*inputs))
-
-
-def _apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Return what ``function.apply`` comes to where nothing is traced, without looking whether that is so."""
-    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-    unwrap = torch._C._functorch.unwrap_if_dead  # a tensor may have outlived its transform
-
-    def call(x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, *settings: Any) -> Any:
-        bias = None if bias is None else unwrap(bias)
-        return apply(unwrap(x), unwrap(weight), unwrap(feedback), bias, *settings)
-
-    return call
+    return cast(Tensor, (transformable if _transforms_are_active() else function).apply(*inputs))
 
 
 def _cast_for_autocast(
@@ -146,11 +135,6 @@ def _cast_for_autocast(
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _flatten(signals: Tensor) -> Tensor:
-    """View ``[..., features]`` as ``[N, features]``."""
-    return signals if signals.dim() == 2 else signals.reshape(-1, signals.shape[-1])
 
 
 def share(gradient: Tensor) -> Tensor:
@@ -180,15 +164,19 @@ class _Linear(torch.autograd.Function):
         x, feedback = ctx.saved_tensors
         asks_x, asks_weight, asks_feedback, asks_bias = ctx.needs_input_grad
         grad_x = grad_weight = grad_feedback = grad_bias = None
-        flat_delta = _flatten(delta)
+        shape = x.shape
+        if len(shape) != 2:
+            delta, x = delta.reshape(-1, delta.shape[-1]), x.reshape(-1, shape[-1])
         if asks_x:
-            grad_x = flat_delta.mm(_cast(feedback, delta.dtype)).view(x.shape)
+            grad_x = delta.mm(_cast(feedback, delta.dtype))
+            if len(shape) != 2:
+                grad_x = grad_x.view(shape)
         if (asks_weight or asks_feedback) and _weights_learn:
-            grad_weight = flat_delta.t().mm(_flatten(x))
+            grad_weight = delta.t().mm(x)
             if asks_feedback:
                 grad_feedback = share(_cast(grad_weight, feedback.dtype))
         if asks_bias:
-            grad_bias = flat_delta.sum(0)
+            grad_bias = delta.sum(0)
         return grad_x, grad_weight if asks_weight else None, grad_feedback, grad_bias
 
 
@@ -255,4 +243,6 @@ def _keep_for_convolution(
     ctx.bias_sizes = None if bias is None else bias.shape
 
 
-_apply_linear, _apply_convolution = _apply_of(_Linear), _apply_of(_Convolution)
+# What ``apply`` comes to where nothing is traced, without looking once more whether that is so.
+_apply_linear: Callable[..., Tensor] = super(torch.autograd.Function, _Linear).apply
+_apply_convolution: Callable[..., Tensor] = super(torch.autograd.Function, _Convolution).apply
