@@ -34,7 +34,7 @@ FORWARD = [problem for problem in KINDS if "Transpose" not in problem.id]
 def test_pairs_find_what_codes_of_sixteen_find(problem, activation):
     _, weight = untie_alone(problem.build(), activation)
     assert can_pair_behind(activation, weight)
-    Pairs(weight).fire()
+    Pairs(weight, fp.Mirror()).fire()
     with torch.no_grad():
         found = estimate_with_codes(weight, activation, Signed(), sigma=0.5, block_bias=True)
     torch.testing.assert_close(weight.feedback.detach(), found.at_gain_one(), rtol=1e-12, atol=1e-15)
@@ -45,7 +45,7 @@ def test_pairs_find_what_codes_of_sixteen_find(problem, activation):
 def test_any_number_of_inputs_in_any_order_of_memory(inputs, kernel_size, groups, memory_format):
     layer = nn.Conv2d(inputs, 6, kernel_size, groups=groups)
     _, weight = untie_alone(layer.to(memory_format=memory_format), nn.ReLU())
-    Pairs(weight).fire()
+    Pairs(weight, fp.Mirror()).fire()
     torch.testing.assert_close(weight.feedback, weight.weight)
 
 
@@ -53,7 +53,7 @@ def test_any_number_of_inputs_in_any_order_of_memory(inputs, kernel_size, groups
 def test_neurons_are_worked_through_some_at_a_time(rows, monkeypatch):
     monkeypatch.setattr(pairs, "CHUNK_VALUES", 4 * 11)
     _, weight = untie_alone(nn.Linear(11, rows), nn.ReLU())
-    Pairs(weight).fire()
+    Pairs(weight, fp.Mirror()).fire()
     torch.testing.assert_close(weight.feedback, weight.weight)
 
 
@@ -87,6 +87,14 @@ def test_weights_may_move(move):
     torch.testing.assert_close(weight.feedback, weight.weight)
 
 
+def test_other_settings_do_not_find_the_pairs_of_before():
+    path, _ = untie_alone(nn.Linear(30, 20), nn.ReLU())
+    for _ in range(2):
+        path.step()
+    path.mirror(1, fp.Mirror(noise="gaussian"))
+    assert path.matrix_angles()["0"] > 0.1  # noise that is independent leaves an angle
+
+
 def test_a_copied_model_mirrors_its_own_weights():
     path, weight = untie_alone(nn.Linear(30, 20), nn.ReLU())
     for _ in range(2):
@@ -118,7 +126,7 @@ def test_pairs_that_memory_does_not_show_are_mirrored_the_longer_way():
     path, weight = untie_alone(nn.Linear(4, 6), nn.ReLU())
     for memory in (torch.randn(6, 5)[:, :4], torch.randn(25)[1:].view(6, 4), torch.randn(4, 6).t()):
         weight.layer.weight = nn.Parameter(memory)
-        assert not Pairs(weight).can_fire
+        assert not Pairs(weight, fp.Mirror()).can_fire
         path.mirror(2)
         torch.testing.assert_close(weight.feedback, weight.weight)
 

@@ -68,13 +68,13 @@ class Machine:
         return max(share * step - self.per_step, share * step / 2.0)
 
 
-# CPU: measured on a core that trains at 90 GFLOP/s, where mirroring between two steps takes 0.7 ns a value
-# and 50 us a layer; 6 ns and 200 us where answers are worked out; and 130 to 150 us go into finding out what
+# CPU: measured on a core that trains at 90 GFLOP/s, where mirroring between two steps takes 0.6 ns a value
+# and 20 us a layer; 6 ns and 200 us where answers are worked out; and 110 us go into finding out what
 # to mirror. CUDA: not measured, an estimate.
 MACHINES = {
     "cpu": Machine(
-        per_value=60.0, per_layer=4.5e6, per_answer=490.0, per_layer_answering=1.35e7,
-        per_value_step=120.0, per_layer_step=2.5e7, per_step=1.4e7,
+        per_value=54.0, per_layer=1.8e6, per_answer=490.0, per_layer_answering=1.6e7,
+        per_value_step=120.0, per_layer_step=2.5e7, per_step=1e7,
     ),
     "cuda": Machine(
         per_value=400.0, per_layer=3e9, per_answer=600.0, per_layer_answering=3e9,

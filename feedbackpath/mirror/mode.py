@@ -93,6 +93,7 @@ class MirrorMode:
         self._strange_gains: set[str] = set()
         self._dead: set[str] = set()
 
+    @torch.no_grad()
     def run(self, weights: Sequence[UntiedWeight], settings: Mirror, passes: int = 1) -> None:
         """Let each layer fire noise in its turn, ``passes`` times, and let its B learn from it.
 
@@ -171,6 +172,7 @@ class MirrorMode:
                 break
         return reached
 
+    @torch.no_grad()
     def run_due(self, weights: Sequence[UntiedWeight], settings: Mirror, step: int) -> None:
         """Mirror the weights whose turn it is after a training step: see ``When``.
 
@@ -282,7 +284,6 @@ class MirrorMode:
         self._activations |= found
         self._odd_slopes |= {name: odd_slope(activation) for name, activation in found.items()}
 
-    @torch.no_grad()
     def _mirror_weight(self, weight: UntiedWeight, settings: Mirror) -> None:
         if self._fire_pairs(weight, settings):
             self.passes[weight.name] += 1
@@ -294,12 +295,12 @@ class MirrorMode:
 
     def _fire_pairs(self, weight: UntiedWeight, settings: Mirror) -> bool:
         """Mirror a weight the short way, if that is open and its neurons have answered before."""
-        slope = self._odd_slopes[weight.name]
-        if self._may_be_dead(weight, settings) or not can_pair(weight, settings, slope):
-            return False
         pairs = self._pairs.get(weight.name)
-        if pairs is None or not pairs.are_of(weight):
-            pairs = self._pairs[weight.name] = Pairs(weight)
+        if pairs is None or not pairs.are_of(weight, settings):
+            slope = self._odd_slopes[weight.name]
+            if self._may_be_dead(weight, settings) or not can_pair(weight, settings, slope):
+                return False
+            pairs = self._pairs[weight.name] = Pairs(weight, settings)
         if pairs.can_fire:
             with forward_passage(weight.weight):
                 pairs.fire()

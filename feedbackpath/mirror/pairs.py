@@ -25,7 +25,9 @@ from feedbackpath.mirror.estimator import LEAST_SLOPE
 from feedbackpath.mirror.settings import Mirror
 
 PAIR = 2  # inputs that fire together
-CHUNK_VALUES = 2**18  # of W, that a CPU works on at once: their drives stay in its cache
+CHUNK_VALUES = (
+    2**17
+)  # of W, that a CPU works on at once: their drives, which B's place holds, stay in its cache
 
 
 def can_pair(weight: UntiedWeight, settings: Mirror, slope: float | None) -> bool:
@@ -48,14 +50,15 @@ class Pairs:
 
     Args:
         weight: A weight that ``can_pair``.
+        settings: How it is mirrored.
 
     Attributes:
         can_fire: Whether W and B lie in memory alike, so that pairs can be seen there.
     """
 
-    def __init__(self, weight: UntiedWeight) -> None:
+    def __init__(self, weight: UntiedWeight, settings: Mirror) -> None:
         w, b = weight.weight.detach(), weight.feedback.detach()
-        self._places = _places_of(weight)
+        self._settings, self._places = settings, _places_of(weight)
         source, target = fields.as_rows(w, weight), fields.as_rows(b, weight)
         self.can_fire = (
             fields.is_laid_out_alike(w, b)
@@ -73,9 +76,9 @@ class Pairs:
             self._chunks += zip(torch.split(source, size), torch.split(target, size), strict=True)
         self._code, self._decode = _codes(-(-num_inputs // PAIR), w.device, w.dtype)
 
-    def are_of(self, weight: UntiedWeight) -> bool:
-        """Whether W and B still lie where they did."""
-        return self._places == _places_of(weight)
+    def are_of(self, weight: UntiedWeight, settings: Mirror) -> bool:
+        """Whether W and B still lie where they did, and are mirrored as they were."""
+        return self._settings is settings and self._places == _places_of(weight)
 
     def fire(self) -> None:
         """Let all inputs fire, two at a time, and replace B by what neurons answer."""
@@ -83,11 +86,9 @@ class Pairs:
             for source, target in self._chunks:
                 self._fire_with_single(source, target)
             return
-        drives = torch.empty_like(self._chunks[0][0])
         for source, target in self._chunks:
-            drive = drives[: len(source)]
-            torch.mul(source, self._code, out=drive)
-            torch.mul(drive, self._decode, out=target)
+            torch.mul(source, self._code, out=target)
+            torch.mul(target, self._decode, out=target)
 
     def _fire_with_single(self, source: Tensor, target: Tensor) -> None:
         """Fire an odd number of inputs: the last has a partner that is connected to nothing."""

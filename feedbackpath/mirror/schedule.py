@@ -73,7 +73,7 @@ class Schedule:
         stale = self._staleness(names, step)
         most = float("inf") if when.within_deg is None else when.within_deg
         chosen = []
-        for position in sorted(range(len(names)), key=lambda i: -stale[i]):
+        for position in sorted(range(len(names)), key=stale.__getitem__, reverse=True):
             cannot_pay = work[position] > self.credit  # and its turn is not passed on to a cheaper layer
             if stale[position] < when.trigger_deg or (cannot_pay and stale[position] < most):
                 break
@@ -96,6 +96,8 @@ class Schedule:
         self.last[name] = step
 
     def _read(self) -> None:
+        if not self._unread:
+            return
         is_waiting = any(isinstance(turn, Tensor) and turn.is_cuda for _, _, turn in self._unread)
         if is_waiting and len(self._unread) < READ_TOGETHER:
             return

@@ -35,7 +35,7 @@ class When:
 
     layers: Literal["drift", "all", "turn", "alternate"] = "drift"
     every: int = 1
-    cost_share: float | None = 0.035
+    cost_share: float | None = 0.03
     within_deg: float | None = 0.7
     trigger_deg: float = 0.0
 

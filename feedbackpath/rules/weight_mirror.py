@@ -20,7 +20,7 @@ from feedbackpath.rules.base import Clock, FeedbackKind, draw_feedback
 
 @dataclass(frozen=True)
 class WeightMirror:
-    """Mirror after each update: all layers, or where that costs over 3.5% of a training step the stalest.
+    """Mirror after each update: all layers, or where that costs over 3% of a training step the stalest.
 
     A layer whose B lags by 0.7 degrees is not kept waiting, whatever it costs.
 
