@@ -23,7 +23,11 @@ def bench(
         "mlp,lenet,transformer,resnet8,resnet18,resnet50"
     ),
     rules: Annotated[str, Parameter(help="rules, by commas")] = "bp,fa,ss,kp,mirror-kp,wm",
-    rounds: Annotated[int, Parameter(help="timed steps of each network, at most that many with --grow")] = 30,
+    rounds: Annotated[int, Parameter(help="timed steps of each network, at least; at most with --grow")] = 30,
+    seconds: Annotated[
+        float,
+        Parameter(help="that a network's timed steps take at least, all rules together; not with --grow"),
+    ] = 30.0,
     batch_size: Annotated[
         int | None, Parameter(help="samples a step (each network's own unless given)")
     ] = None,
@@ -58,7 +62,7 @@ def bench(
     arithmetic = Arithmetic(device, bf16, channels_last, compile)
     names = tuple(rules.split(","))
     if grow is None:
-        _bench(BenchSettings(tuple(models.split(",")), names, rounds, batch_size, arithmetic), out)
+        _bench(BenchSettings(tuple(models.split(",")), names, rounds, batch_size, arithmetic, seconds), out)
     else:
         _grow(GrowthSettings(tuple(grow.split(",")), names, rounds, arithmetic), out)
     return 0

@@ -25,7 +25,9 @@ def run_cli(*arguments):
 @pytest.fixture(scope="module")
 def found():
     lines = []
-    settings = BenchSettings(models=("mlp", "lenet"), rules=("bp", "fa", "kp", "wm"), rounds=2, batch_size=8)
+    settings = BenchSettings(
+        models=("mlp", "lenet"), rules=("bp", "fa", "kp", "wm"), rounds=2, batch_size=8, least_seconds=0.0
+    )
     results = run_bench(settings, lines.append)
     assert lines == [describe(name, network) for name, network in results["networks"].items()]
     return json.loads(json.dumps(results))
@@ -126,6 +128,22 @@ def test_calls_take_turns():
     assert {len(times) for times in seconds.values()} == {4}
 
 
+def test_short_calls_are_timed_more_often():
+    seconds = time_in_turns({"a": lambda: sum(range(10_000))}, rounds=2, least_seconds=0.02)
+    assert len(seconds["a"]) > 2
+    assert sum(seconds["a"][:-1]) < 0.02 <= sum(seconds["a"])
+
+
+def test_w_goes_on_moving_while_steps_are_timed():
+    step = TrainingStep(find_workload("mlp"), None, 16, Arithmetic())
+    weight = step.model.fc1.weight
+    for _ in range(100):
+        step()
+    before = weight.detach().clone()
+    step()
+    assert (weight.detach() - before).norm() > 1e-4 * before.norm()
+
+
 def test_waiting_is_not_work():
     seconds = time_in_turns({"sleep": lambda: time.sleep(0.05)}, rounds=2)
     assert max(seconds["sleep"]) < 0.04
@@ -147,6 +165,7 @@ def test_every_workload_is_a_network_that_trains():
     assert set(WORKLOADS) == set(MODELS)
     for model in ("mlp", "transformer", "resnet8"):
         step = TrainingStep(find_workload(model), "kp", 4, Arithmetic(is_bf16=True))
+        step.labels = step.labels[:1].expand_as(step.labels)  # else there is nothing to learn
         before = step.loss().item()
         for _ in range(20):
             step()
@@ -168,7 +187,7 @@ def test_bytes_of_shared_feedback_count_once():
 
 def test_the_command_writes_its_figures(tmp_path, capsys):
     out = tmp_path / "new" / "bench.json"
-    small = ("--models", "mlp", "--rules", "fa", "--rounds", 2, "--batch-size", 4)
+    small = ("--models", "mlp", "--rules", "fa", "--rounds", 2, "--seconds", 0, "--batch-size", 4)
     assert run_cli("bench", *small, "--out", out) == 0
     assert "mlp, batch 4: fa" in capsys.readouterr().out
     assert json.loads(out.read_text())["networks"]["mlp"]["batch_size"] == 4

@@ -2,6 +2,7 @@
 
 import gc
 import platform
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,9 +23,11 @@ from feedbackpath.bench.measure import (
 )
 from feedbackpath.bench.workloads import PLAIN, Arithmetic, TrainingStep, Workload, find_workload, make_steps
 from feedbackpath.errors import ConfigError
+from feedbackpath.path import FeedbackPath
 from feedbackpath.rules import RULES, resolve_rule
 
 WARM_UP = 3
+ANGLE_STEPS = 10  # after which a mirror's angles are looked at
 MEMORY_STEPS = 2
 COUNTING_BATCH = 2  # samples where only calls and bytes are counted: BatchNorm needs two
 MOST_STARTS = 7  # of fresh interpreters
@@ -37,9 +40,11 @@ class BenchSettings:
     Args:
         models: Names of networks.
         rules: Names of rules.
-        rounds: Steps of each network that are timed.
+        rounds: Steps of each network that are timed, at least.
         batch_size: Samples a step; each workload's own where not given.
         arithmetic: How the networks compute.
+        least_seconds: What a network's timed steps take at least, all rules together: short steps are timed
+            more often, for the ratio of two of them is less certain.
     """
 
     models: tuple[str, ...] = ("mlp", "lenet", "transformer", "resnet8", "resnet18", "resnet50")
@@ -47,6 +52,7 @@ class BenchSettings:
     rounds: int = 30
     batch_size: int | None = None
     arithmetic: Arithmetic = Arithmetic()
+    least_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
@@ -94,13 +100,14 @@ def measure_network(workload: Workload, settings: BenchSettings) -> dict[str, An
     for step in steps.values():
         for _ in range(WARM_UP):
             step()
-    seconds = time_in_turns(steps, settings.rounds, arithmetic.device)
+    seconds = time_in_turns(steps, settings.rounds, arithmetic.device, settings.least_seconds)
     paths = {name: step.path for name, step in steps.items() if step.path is not None}
     found: dict[str, Any] = {
         "batch_size": batch_size,
-        "plain_seconds": round(sorted(seconds[PLAIN])[settings.rounds // 2], 5),
+        "rounds": len(seconds[PLAIN]),
+        "plain_seconds": round(statistics.median(seconds[PLAIN]), 5),
         "step": {name: ratio_to(seconds[PLAIN], seconds[name]) for name in rules},
-        "largest_angle_deg": {name: max(path.matrix_angles().values()) for name, path in paths.items()},
+        "largest_angle_deg": {name: _largest_angle(steps[name], path) for name, path in paths.items()},
         "feedback_bytes": {name: bytes_of_feedback(path) for name, path in paths.items()},
         "delta_angles": _time_delta_angles(steps, settings) if "fa" in steps else None,
     }
@@ -137,6 +144,15 @@ def describe(name: str, found: dict[str, Any]) -> str:
         f"{name}, batch {found['batch_size']}: {ratios}\n"
         f"  graph breaks: {breaks}; bytes between devices over plain PyTorch's: {traffic}"
     )
+
+
+def _largest_angle(step: TrainingStep, path: FeedbackPath) -> float:
+    """Return the worst layer's angle between B and W; of mirrors, which take turns, over some steps."""
+    angles = list(path.matrix_angles().values())
+    for _ in range(ANGLE_STEPS if path.mirrors else 0):
+        step()
+        angles += path.matrix_angles().values()
+    return max(angles)
 
 
 def _time_delta_angles(steps: dict[str, TrainingStep], settings: BenchSettings) -> dict[str, float]:

@@ -22,13 +22,16 @@ Call = Callable[[], object]
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
-def time_in_turns(calls: Mapping[str, Call], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
+def time_in_turns(
+    calls: Mapping[str, Call], rounds: int, device: str = "cpu", least_seconds: float = 0.0
+) -> dict[str, list[float]]:
     """Return the seconds of each call in each round; the order of the calls rotates from round to round.
 
     Args:
         calls: What to time, by name.
-        rounds: How often.
+        rounds: How often, at least.
         device: Where they compute: a GPU's queue is waited for.
+        least_seconds: Go on until all calls together have taken so long.
 
     Example:
         >>> [len(seconds) for seconds in time_in_turns({"a": list, "b": dict}, rounds=3).values()]
@@ -36,10 +39,13 @@ def time_in_turns(calls: Mapping[str, Call], rounds: int, device: str = "cpu") -
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
-    for number in range(rounds):
+    number, spent = 0, 0.0
+    while number < rounds or spent < least_seconds:
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             seconds[name].append(_time(calls[name], device))
+            spent += seconds[name][-1]
+        number += 1
     return seconds
 
 

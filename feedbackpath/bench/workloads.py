@@ -13,6 +13,7 @@ from feedbackpath.models import MODELS, build_model, find_builder
 from feedbackpath.path import FeedbackPath, untie
 from feedbackpath.rules import Rule
 
+NUM_LABELLINGS = 32
 PLAIN = "plain"
 """Name of the network that was never untied: what all ratios are to."""
 
@@ -109,6 +110,9 @@ class Arithmetic:
 class TrainingStep:
     """One network, its optimizer and its minibatch; calling it does one step of SGD with momentum.
 
+    Labels change from step to step: were they to stay, W would soon know them and come to rest, and a mirror
+    would look better than it is in training.
+
     Args:
         workload: The network and the size of the minibatch.
         rule: The rule that it is untied by; None: it stays a plain PyTorch model.
@@ -137,13 +141,14 @@ class TrainingStep:
         self.arithmetic = arithmetic
         shape = (batch_size, *workload.sample_shape)
         self.x = torch.randn(shape).to(arithmetic.device, memory_format=arithmetic.memory_format)
-        self.y = torch.randint(workload.num_classes, (batch_size,)).to(arithmetic.device)
+        self.labels = torch.randint(workload.num_classes, (NUM_LABELLINGS, batch_size)).to(arithmetic.device)
+        self.num_steps = 0
 
     def loss(self) -> Tensor:
         """Run the network forward."""
         device = torch.device(self.arithmetic.device).type
         with torch.autocast(device, torch.bfloat16, enabled=self.arithmetic.is_bf16):
-            return F.cross_entropy(self.forward(self.x), self.y)
+            return F.cross_entropy(self.forward(self.x), self.labels[self.num_steps % NUM_LABELLINGS])
 
     def __call__(self) -> None:
         """Do a step."""
@@ -152,6 +157,7 @@ class TrainingStep:
         self.optimizer.step()
         if self.path is not None:
             self.path.step()
+        self.num_steps += 1
 
 
 def make_steps(
