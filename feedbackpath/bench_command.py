@@ -23,11 +23,11 @@ def bench(
         "mlp,lenet,transformer,resnet8,resnet18,resnet50"
     ),
     rules: Annotated[str, Parameter(help="rules, by commas")] = "bp,fa,ss,kp,mirror-kp,wm",
-    rounds: Annotated[int, Parameter(help="timed steps of each network, at least; at most with --grow")] = 30,
+    rounds: Annotated[int, Parameter(help="timed steps of each network, at least")] = 10,
     seconds: Annotated[
         float,
-        Parameter(help="that a network's timed steps take at least, all rules together; not with --grow"),
-    ] = 30.0,
+        Parameter(help="that a network's timed steps take at least, all rules together"),
+    ] = 20.0,
     batch_size: Annotated[
         int | None, Parameter(help="samples a step (each network's own unless given)")
     ] = None,
@@ -64,7 +64,7 @@ def bench(
     if grow is None:
         _bench(BenchSettings(tuple(models.split(",")), names, rounds, batch_size, arithmetic, seconds), out)
     else:
-        _grow(GrowthSettings(tuple(grow.split(",")), names, rounds, arithmetic), out)
+        _grow(GrowthSettings(tuple(grow.split(",")), names, rounds, arithmetic, seconds), out)
     return 0
 
 

@@ -6,7 +6,7 @@ import pytest
 from test_bench import run_cli
 
 from feedbackpath.bench import GrowthSettings, growth, run_growth
-from feedbackpath.bench.growth import AXES, LEAST_ROUNDS, Axis, Cell
+from feedbackpath.bench.growth import AXES, Axis, Cell
 from feedbackpath.bench.workloads import find_workload
 from feedbackpath.errors import ConfigError
 from feedbackpath.report.cost import predict_cell, table_of_calibration, table_of_growth, table_of_model
@@ -18,7 +18,7 @@ SMALL = {"batch": Axis("batch", tuple(Cell(size, find_workload("mlp"), size) for
 
 @pytest.fixture(scope="module")
 def found():
-    settings = GrowthSettings(("batch",), RULES, rounds=LEAST_ROUNDS, calibration_rounds=2)
+    settings = GrowthSettings(("batch",), RULES, rounds=3, least_seconds=0.0, calibration_rounds=2)
     lines = []
     found = run_growth(settings, lines.append, SMALL)
     assert [line.partition(":")[0] for line in lines] == ["batch 2 (mlp, batch 2)", "batch 4 (mlp, batch 4)"]
@@ -29,16 +29,10 @@ def test_every_size_has_ratios_of_every_rule(found):
     cells = found["growth"]["batch"]["cells"]
     assert [cell["size"] for cell in cells] == [2, 4]
     for cell in cells:
-        assert cell["rounds"] == LEAST_ROUNDS
+        assert cell["rounds"] == 3
         assert cell["plain_seconds"] > 0
         assert all(0 < ratio["q1"] <= ratio["median"] <= ratio["q3"] for ratio in cell["step"].values())
     assert set(found["calibration"]["ns_per_value"]) == set(RULES)
-
-
-def test_sizes_that_take_long_have_few_rounds(monkeypatch):
-    monkeypatch.setattr(growth, "CELL_SECONDS", 0.0)
-    settings = GrowthSettings(("batch",), ("fa",), rounds=50)
-    assert growth.measure_cell(SMALL["batch"].cells[0], settings)["rounds"] == LEAST_ROUNDS
 
 
 def test_axes_grow():
@@ -75,8 +69,8 @@ def test_tables_have_a_row_a_size(found):
 
 
 def test_unknown_axes_and_too_few_rounds_are_refused(capsys):
-    with pytest.raises(ConfigError, match="rounds is 2"):
-        GrowthSettings(("depth",), RULES, rounds=2)
+    with pytest.raises(ConfigError, match="rounds is 1"):
+        GrowthSettings(("depth",), RULES, rounds=1)
     assert run_cli("bench", "--grow", "height") == 2
     assert "no axis 'height'" in capsys.readouterr().err
 
@@ -86,7 +80,9 @@ def test_the_command_writes_ratios_and_figure(tmp_path, capsys, monkeypatch):
     tiny = growth._Stack("stack", (4, 1, 1), 4, batch_size=1, num_layers=2)
     monkeypatch.setattr(growth, "_STACKS", dict.fromkeys(growth._STACKS, tiny))
     out = tmp_path / "growth.json"
-    assert run_cli("bench", "--grow", "batch", "--rules", "fa", "--rounds", LEAST_ROUNDS, "--out", out) == 0
+    assert (
+        run_cli("bench", "--grow", "batch", "--rules", "fa", "--rounds", 2, "--seconds", 0, "--out", out) == 0
+    )
     assert "batch 2 (mlp, batch 2): fa" in capsys.readouterr().out
     assert json.loads(out.read_text())["growth"]["batch"]["label"] == "batch"
     assert out.with_suffix(".png").exists()

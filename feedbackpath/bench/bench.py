@@ -49,10 +49,10 @@ class BenchSettings:
 
     models: tuple[str, ...] = ("mlp", "lenet", "transformer", "resnet8", "resnet18", "resnet50")
     rules: tuple[str, ...] = ("bp", "fa", "ss", "kp", "mirror-kp", "wm")
-    rounds: int = 30
+    rounds: int = 10
     batch_size: int | None = None
     arithmetic: Arithmetic = Arithmetic()
-    least_seconds: float = 30.0
+    least_seconds: float = 20.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
@@ -60,9 +60,18 @@ class BenchSettings:
             find_workload(model)
         for rule in self.rules:
             resolve_rule(rule)
-        if self.rounds < 2:
-            raise ConfigError(f"rounds is {self.rounds}; quartiles need at least 2")
+        check_rounds(self.rounds)
         self.arithmetic.check_device()
+
+
+def check_rounds(rounds: int) -> None:
+    """Refuse too few rounds.
+
+    Raises:
+        ConfigError: There would be no quartiles.
+    """
+    if rounds < 2:
+        raise ConfigError(f"rounds is {rounds}; quartiles need at least 2")
 
 
 def run_bench(settings: BenchSettings, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:

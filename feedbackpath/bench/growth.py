@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from feedbackpath.bench.bench import describe_machine
+from feedbackpath.bench.bench import check_rounds, describe_machine
 from feedbackpath.bench.measure import keep_freed_memory, ratio_to, time_in_turns
 from feedbackpath.bench.workloads import (
     PLAIN,
@@ -22,8 +22,6 @@ from feedbackpath.mirror import Mirror, When
 from feedbackpath.rules import Rule, WeightMirror, resolve_rule
 
 WARM_UP = 2
-LEAST_ROUNDS = 5
-CELL_SECONDS = 10.0  # of CPU time that the steps of one size may take, unless that were too few rounds
 
 
 @dataclass(frozen=True)
@@ -92,15 +90,17 @@ class GrowthSettings:
     Args:
         axes: Keys of `AXES`.
         rules: Names of rules.
-        rounds: Most steps of each network that are timed.
+        rounds: Steps of each network that are timed, at least.
         arithmetic: How the networks compute.
+        least_seconds: What the timed steps of a size take at least, all rules together.
         calibration_rounds: Timed steps of each network that tells what a weight and a value cost.
     """
 
     axes: tuple[str, ...]
     rules: tuple[str, ...]
-    rounds: int = 30
+    rounds: int = 10
     arithmetic: Arithmetic = Arithmetic()
+    least_seconds: float = 20.0
     calibration_rounds: int = 50
 
     def __post_init__(self) -> None:
@@ -110,8 +110,7 @@ class GrowthSettings:
                 raise ConfigError(f"no axis {axis!r} to grow along; there are {', '.join(AXES)}")
         for rule in self.rules:
             resolve_rule(rule)
-        if self.rounds < LEAST_ROUNDS:
-            raise ConfigError(f"rounds is {self.rounds}; growth needs at least {LEAST_ROUNDS}")
+        check_rounds(self.rounds)
         self.arithmetic.check_device()
 
 
@@ -149,20 +148,18 @@ def run_growth(
 
 
 def measure_cell(cell: Cell, settings: GrowthSettings) -> dict[str, Any]:
-    """Measure one size under every rule, in as many rounds as its time allows."""
+    """Measure one size under every rule."""
     rules = {rule: rule for rule in settings.rules}
     steps = make_steps(cell.workload, rules, cell.batch_size, settings.arithmetic)
-    warm_up = time_in_turns(steps, WARM_UP, settings.arithmetic.device)
-    of_round = sum(seconds[-1] for seconds in warm_up.values())
-    rounds = max(LEAST_ROUNDS, min(settings.rounds, int(CELL_SECONDS / of_round)))
-    seconds = time_in_turns(steps, rounds, settings.arithmetic.device)
+    time_in_turns(steps, WARM_UP, settings.arithmetic.device)
+    seconds = time_in_turns(steps, settings.rounds, settings.arithmetic.device, settings.least_seconds)
     return {
         "size": cell.size,
         "model": cell.workload.model,
         "sample_shape": list(cell.workload.sample_shape),
         "num_classes": cell.workload.num_classes,
         "batch_size": cell.batch_size,
-        "rounds": rounds,
+        "rounds": len(seconds[PLAIN]),
         "plain_seconds": round(statistics.median(seconds[PLAIN]), 6),
         "step": {rule: ratio_to(seconds[PLAIN], seconds[rule]) for rule in rules},
     }

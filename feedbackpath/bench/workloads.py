@@ -110,21 +110,25 @@ class Arithmetic:
 class TrainingStep:
     """One network, its optimizer and its minibatch; calling it does one step of SGD with momentum.
 
-    Labels change from step to step: were they to stay, W would soon know them and come to rest, and a mirror
-    would look better than it is in training.
-
     Args:
         workload: The network and the size of the minibatch.
         rule: The rule that it is untied by; None: it stays a plain PyTorch model.
         batch_size: Samples a step.
         arithmetic: How it computes.
+        num_labellings: Labels of the minibatch, taken in turns. One alone W soon knows, and comes to rest: a
+            mirror would look better than it is in training.
 
     Attributes:
         forward: What the minibatch is sent through: the model, or what wraps it.
     """
 
     def __init__(
-        self, workload: Workload, rule: str | Rule | None, batch_size: int, arithmetic: Arithmetic
+        self,
+        workload: Workload,
+        rule: str | Rule | None,
+        batch_size: int,
+        arithmetic: Arithmetic,
+        num_labellings: int = 1,
     ) -> None:
         torch.manual_seed(0)
         self.model: nn.Module = workload.build().to(arithmetic.device)
@@ -141,14 +145,14 @@ class TrainingStep:
         self.arithmetic = arithmetic
         shape = (batch_size, *workload.sample_shape)
         self.x = torch.randn(shape).to(arithmetic.device, memory_format=arithmetic.memory_format)
-        self.labels = torch.randint(workload.num_classes, (NUM_LABELLINGS, batch_size)).to(arithmetic.device)
+        self.labels = torch.randint(workload.num_classes, (num_labellings, batch_size)).to(arithmetic.device)
         self.num_steps = 0
 
     def loss(self) -> Tensor:
         """Run the network forward."""
         device = torch.device(self.arithmetic.device).type
         with torch.autocast(device, torch.bfloat16, enabled=self.arithmetic.is_bf16):
-            return F.cross_entropy(self.forward(self.x), self.labels[self.num_steps % NUM_LABELLINGS])
+            return F.cross_entropy(self.forward(self.x), self.labels[self.num_steps % len(self.labels)])
 
     def __call__(self) -> None:
         """Do a step."""
@@ -163,6 +167,9 @@ class TrainingStep:
 def make_steps(
     workload: Workload, rules: Mapping[str, str | Rule], batch_size: int, arithmetic: Arithmetic
 ) -> dict[str, TrainingStep]:
-    """Return a step of the plain network, and one for each rule."""
+    """Return a step of the plain network, and one for each rule, on labels that change."""
     every: dict[str, Any] = {PLAIN: None, **rules}
-    return {name: TrainingStep(workload, rule, batch_size, arithmetic) for name, rule in every.items()}
+    return {
+        name: TrainingStep(workload, rule, batch_size, arithmetic, NUM_LABELLINGS)
+        for name, rule in every.items()
+    }
