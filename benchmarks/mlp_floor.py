@@ -1,19 +1,26 @@
 """What the MLP's smallest possible Kolen-Pollack step would cost, and what brings the real one down.
 
-Run it alone on a machine: `python benchmarks/mlp_floor.py`. All train the same MLP on the same minibatch of 256, in
-turns step by step, one thread; ratios are to plain PyTorch's step.
+Run it alone on a machine: `python benchmarks/mlp_floor.py`. All train the same MLP on the same 256 samples,
+whose labels change, in turns step by step, one thread; ratios are to plain PyTorch's step.
 """
 
 import json
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import feedbackpath as fp
 from feedbackpath.bench.bench import describe_machine
 from feedbackpath.bench.measure import keep_freed_memory, ratio_to, time_in_turns
-from feedbackpath.bench.workloads import NUM_LABELLINGS, PLAIN, Arithmetic, TrainingStep, find_workload
+from feedbackpath.bench.workloads import (
+    NUM_LABELLINGS,
+    PLAIN,
+    Arithmetic,
+    TrainingStep,
+    find_workload,
+    make_optimizer,
+)
 
 OUT = Path(__file__).parent / "step-cost" / "mlp-floor.json"
 WARM_UP, ROUNDS, SECONDS = 3, 10, 60.0
@@ -21,20 +28,18 @@ FIRST = "fc1"  # no error leaves it, so that nothing reads its B
 
 
 class FloorStep(TrainingStep):
-    """A step of feedback alignment that adds a finished update to each B: no rule that trains B can do less."""
+    """A step of feedback alignment that adds a finished update to each B: to train B takes no less."""
 
     def __call__(self) -> None:
+        """Do a step."""
         super().__call__()
         for feedback, update in self.updates:
             feedback.add_(update, alpha=-1e-9)
 
-    @property
+    @cached_property
     def updates(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Each B with what is added to it."""
-        if not hasattr(self, "_updates"):
-            pairs = self.path.pairs()
-            self._updates = [(b.detach(), torch.randn_like(b)) for _, _, b in pairs]
-        return self._updates
+        return [(b.detach(), torch.randn_like(b)) for _, _, b in self.path.pairs()]
 
 
 def make_step(
@@ -54,14 +59,6 @@ def make_step_without_first(rule: str) -> TrainingStep:
     step.path = fp.untie(step.model, rule, overrides={FIRST: "bp"})
     step.optimizer = make_optimizer(step.model)
     return step
-
-
-def make_optimizer(model: nn.Module, *, is_fused: bool = False) -> torch.optim.SGD:
-    """Return the optimizer of `TrainingStep`, for a model that has changed or with fused kernels."""
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.SGD(
-        learned, lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=is_fused or None
-    )
 
 
 def main() -> None:

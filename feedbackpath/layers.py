@@ -81,10 +81,9 @@ class FeedbackLinear(FeedbackLayer, nn.Linear):
         """Return ``input @ weight.T + bias``, shape ``[..., out_features]``."""
         feedback = self.feedback
         if feedback is None:
-            output = super().forward(input)
-        else:
-            output = ops.linear(input, self.weight, feedback, self.bias)
-        return output if self.tap is None else self._tapped("feedback", input, output)
+            return self._tapped("feedback", input, super().forward(input))
+        output = ops.linear(input, self.weight, feedback, self.bias)
+        return self._tapped("feedback", input, output)
 
 
 class _FeedbackConv(FeedbackLayer, nn.modules.conv._ConvNd):
@@ -206,19 +205,20 @@ class UntiedWeight:
     @property
     def weight(self) -> nn.Parameter:
         """The forward weight W."""
-        # Not by getattr: nn.Module finds parameters there last, and path.step() asks for all of them.
-        return self.layer._parameters[self.weight_name]  # type: ignore[return-value]
+        # getattr finds parameters last, and path.step() asks for all of them. A pruned W is no parameter.
+        own = self.layer._parameters.get(self.weight_name)
+        return cast(nn.Parameter, getattr(self.layer, self.weight_name)) if own is None else own
 
     @property
     def feedback(self) -> nn.Parameter:
         """The feedback weight B, laid out as W; W itself under backprop."""
-        own = self.layer._parameters[self.feedback_name]
+        own = self.layer._parameters.get(self.feedback_name)
         return self.weight if own is None else own
 
     @property
     def is_tied(self) -> bool:
         """Whether B is W itself (backprop)."""
-        return self.layer._parameters[self.feedback_name] is None
+        return self.layer._parameters.get(self.feedback_name) is None
 
     @property
     def transposed(self) -> bool:

@@ -164,15 +164,14 @@ class _Linear(torch.autograd.Function):
         x, feedback = ctx.saved_tensors
         asks_x, asks_weight, asks_feedback, asks_bias = ctx.needs_input_grad
         grad_x = grad_weight = grad_feedback = grad_bias = None
-        shape = x.shape
-        if len(shape) != 2:
-            delta, x = delta.reshape(-1, delta.shape[-1]), x.reshape(-1, shape[-1])
+        is_flat = x.dim() == 2
+        if not is_flat:
+            delta = delta.reshape(-1, delta.shape[-1])
         if asks_x:
             grad_x = delta.mm(_cast(feedback, delta.dtype))
-            if len(shape) != 2:
-                grad_x = grad_x.view(shape)
+            grad_x = grad_x if is_flat else grad_x.view(x.shape)
         if (asks_weight or asks_feedback) and _weights_learn:
-            grad_weight = delta.t().mm(x)
+            grad_weight = delta.t().mm(x if is_flat else x.reshape(-1, x.shape[-1]))
             if asks_feedback:
                 grad_feedback = share(_cast(grad_weight, feedback.dtype))
         if asks_bias:

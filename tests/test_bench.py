@@ -8,7 +8,7 @@ import torch
 
 from feedbackpath import cli
 from feedbackpath.bench import BenchSettings, run_bench
-from feedbackpath.bench.bench import describe
+from feedbackpath.bench.bench import ANGLE_STEPS, _largest_angle, describe
 from feedbackpath.bench.counts import count_collective_bytes, count_graph_breaks, count_movement
 from feedbackpath.bench.measure import bytes_of_feedback, peak_bytes, time_in_turns, untie_milliseconds
 from feedbackpath.bench.workloads import PLAIN, WORKLOADS, Arithmetic, TrainingStep, find_workload, make_steps
@@ -142,6 +142,15 @@ def test_w_goes_on_moving_while_steps_are_timed():
     before = weight.detach().clone()
     step()
     assert (weight.detach() - before).norm() > 1e-4 * before.norm()
+
+
+def test_a_mirrors_angle_is_the_largest_after_some_steps():
+    step = TrainingStep(find_workload("mlp"), "wm", 16, Arithmetic(), num_labellings=4)
+    seen = []
+    measure = step.path.matrix_angles
+    step.path.matrix_angles = lambda: seen.append(measure()) or seen[-1]
+    assert _largest_angle(step, step.path) == max(angle for angles in seen for angle in angles.values())
+    assert step.num_steps == len(seen) - 1 == ANGLE_STEPS
 
 
 def test_waiting_is_not_work():

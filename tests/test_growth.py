@@ -35,6 +35,11 @@ def test_every_size_has_ratios_of_every_rule(found):
     assert set(found["calibration"]["ns_per_value"]) == set(RULES)
 
 
+def test_short_steps_are_timed_for_as_long_as_asked():
+    settings = GrowthSettings(("batch",), ("fa",), rounds=2, least_seconds=0.2)
+    assert growth.measure_cell(SMALL["batch"].cells[0], settings)["rounds"] > 2
+
+
 def test_axes_grow():
     for axis in AXES.values():
         sizes = [cell.size for cell in axis.cells]

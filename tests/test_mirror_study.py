@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import fmean
 
 import numpy as np
@@ -136,6 +136,18 @@ def test_resume_measures_what_is_missing_and_no_more(tmp_path):
     run(folder, "batch", "width", resume=True, seeds=2, told=told)
     assert read_study(folder)["settings"]["parts"] == ["batch", "width"]
     assert {entry["seed"] for _, entry in told if entry["part"] == "batch"} == {1}
+
+
+def test_settings_that_a_cell_does_not_use_may_change(tmp_path, monkeypatch):
+    run(tmp_path, "batch")
+    paper, told = mirror_study.PAPER, []
+    another = replace(paper, when=replace(paper.when, cost_share=0.5, within_deg=3.0))
+    monkeypatch.setattr(mirror_study, "PAPER", another)
+    run(tmp_path, "batch", resume=True, told=told)
+    assert not told
+    monkeypatch.setattr(mirror_study, "PAPER", replace(paper, rate=0.3))
+    run(tmp_path, "batch", resume=True, told=told)
+    assert {entry["rule"] for _, entry in told} == {"paper"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -8,8 +8,10 @@ import torch
 from problems import KINDS, by_id
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import prune
 
 import feedbackpath as fp
+from feedbackpath.bench.measure import peak_bytes
 from feedbackpath.mirror import pairs
 from feedbackpath.mirror.activations import odd_slope
 from feedbackpath.mirror.estimator import estimate_with_codes
@@ -57,6 +59,15 @@ def test_neurons_are_worked_through_some_at_a_time(rows, monkeypatch):
     torch.testing.assert_close(weight.feedback, weight.weight)
 
 
+@pytest.mark.parametrize("inputs", [200, 201])
+def test_pairs_take_no_memory_but_an_odd_number_of_inputs_does(inputs):
+    path, weight = untie_alone(nn.Linear(inputs, 100), nn.ReLU())
+    for _ in range(2):
+        path.step()
+    taken = peak_bytes(path.step, "cpu")
+    assert (taken > weight.weight.nbytes) if inputs % 2 else (taken < 1000)
+
+
 def test_training_goes_the_short_way_from_the_second_mirroring_on(monkeypatch):
     fired = []
     fire = Pairs.fire
@@ -93,6 +104,31 @@ def test_other_settings_do_not_find_the_pairs_of_before():
         path.step()
     path.mirror(1, fp.Mirror(noise="gaussian"))
     assert path.matrix_angles()["0"] > 0.1  # noise that is independent leaves an angle
+
+
+def test_a_mirroring_that_was_broken_off_begins_anew(monkeypatch):
+    path, weight = untie_alone(nn.Linear(30, 20), nn.ReLU())
+    for _ in range(2):
+        path.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path.clock.mirror), "_estimate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            path.mirror(until_angle_deg=1)
+    path.step()
+    torch.testing.assert_close(weight.feedback, weight.weight)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_pruned_weight_is_mirrored_as_it_is():
+    path, weight = untie_alone(nn.Linear(30, 20), nn.ReLU())
+    prune.l1_unstructured(weight.layer, "weight", 0.5)
+    for _ in range(3):
+        path.step()
+    assert (weight.feedback == 0).float().mean() == 0.5
+    assert path.matrix_angles()["0"] < 1e-3
 
 
 def test_a_copied_model_mirrors_its_own_weights():

@@ -27,7 +27,7 @@ from feedbackpath.path import FeedbackPath
 from feedbackpath.rules import RULES, resolve_rule
 
 WARM_UP = 3
-ANGLE_STEPS = 10  # after which a mirror's angles are looked at
+ANGLE_STEPS = 10  # after each of which a mirror's angles are looked at
 MEMORY_STEPS = 2
 COUNTING_BATCH = 2  # samples where only calls and bytes are counted: BatchNorm needs two
 MOST_STARTS = 7  # of fresh interpreters
@@ -156,7 +156,7 @@ def describe(name: str, found: dict[str, Any]) -> str:
 
 
 def _largest_angle(step: TrainingStep, path: FeedbackPath) -> float:
-    """Return the worst layer's angle between B and W; of mirrors, which take turns, over some steps."""
+    """Return the worst layer's angle between B and W; where rules mirror, layer by layer, over some steps."""
     angles = list(path.matrix_angles().values())
     for _ in range(ANGLE_STEPS if path.mirrors else 0):
         step()
@@ -169,7 +169,7 @@ def _time_delta_angles(steps: dict[str, TrainingStep], settings: BenchSettings) 
     step = steps["fa"]
     assert step.path is not None
     calls: dict[str, Call] = {PLAIN: steps[PLAIN], "angles": partial(step.path.delta_angles, step.loss)}
-    seconds = time_in_turns(calls, max(5, settings.rounds // 3), settings.arithmetic.device)
+    seconds = time_in_turns(calls, settings.rounds, settings.arithmetic.device)
     return ratio_to(seconds[PLAIN], seconds["angles"])
 
 

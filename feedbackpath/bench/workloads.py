@@ -1,4 +1,4 @@
-"""What is timed: a whole training step of a network on one minibatch, plain or untied."""
+"""What is timed: a whole training step of a network on one minibatch of samples, plain or untied."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -107,6 +107,14 @@ class Arithmetic:
         return torch.channels_last if self.is_channels_last else torch.contiguous_format
 
 
+def make_optimizer(model: nn.Module, *, is_fused: bool = False) -> torch.optim.SGD:
+    """Return the optimizer of every step that is timed, by PyTorch's default loop or its fused kernels."""
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(
+        learned, lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=is_fused or None
+    )
+
+
 class TrainingStep:
     """One network, its optimizer and its minibatch; calling it does one step of SGD with momentum.
 
@@ -135,10 +143,7 @@ class TrainingStep:
         if arithmetic.is_channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.path: FeedbackPath | None = None if rule is None else untie(self.model, rule)
-        self.optimizer = torch.optim.SGD(
-            [p for p in self.model.parameters() if p.requires_grad],
-            lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4,
-        )  # fmt: skip
+        self.optimizer = make_optimizer(self.model)
         self.forward: Callable[[Tensor], Tensor] = (
             torch.compile(self.model, fullgraph=True) if arithmetic.is_compiled else self.model
         )

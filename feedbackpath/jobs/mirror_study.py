@@ -257,9 +257,20 @@ def _trainings(
     for seed in range(settings.seeds):
         for name, mirror in rules.items():
             told = {"model": model, "batch_size": batch_size, "seed": seed, "rule": name}
-            how = asdict(mirror) if mirror else None
+            how = _tell(mirror) if mirror else None
             config = settings.config(model, batch_size, seed, mirror)
             yield Cell(part, told | {"mirror": how}, partial(_train, config, "wm" if mirror else "bp"))
+
+
+def _tell(mirror: Mirror) -> dict[str, Any]:
+    """Return the settings of a mirror, but for those that only layers taken in turns ask for.
+
+    A cell is known by its settings: a new default of one that it does not use should not make it another.
+    """
+    settings = asdict(mirror)
+    if mirror.when.layers != "drift":
+        settings["when"] = {"layers": mirror.when.layers, "every": mirror.when.every}
+    return settings
 
 
 def _train(config: TrainConfig, rule: str, must_stop: Callable[[], bool]) -> Result:

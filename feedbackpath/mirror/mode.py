@@ -295,10 +295,11 @@ class MirrorMode:
 
     def _fire_pairs(self, weight: UntiedWeight, settings: Mirror) -> bool:
         """Mirror a weight the short way, if that is open and its neurons have answered before."""
+        if self._may_be_dead(weight, settings):
+            return False
         pairs = self._pairs.get(weight.name)
         if pairs is None or not pairs.are_of(weight, settings):
-            slope = self._odd_slopes[weight.name]
-            if self._may_be_dead(weight, settings) or not can_pair(weight, settings, slope):
+            if not can_pair(weight, settings, self._odd_slopes[weight.name]):
                 return False
             pairs = self._pairs[weight.name] = Pairs(weight, settings)
         if pairs.can_fire:

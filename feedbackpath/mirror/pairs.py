@@ -25,9 +25,7 @@ from feedbackpath.mirror.estimator import LEAST_SLOPE
 from feedbackpath.mirror.settings import Mirror
 
 PAIR = 2  # inputs that fire together
-CHUNK_VALUES = (
-    2**17
-)  # of W, that a CPU works on at once: their drives, which B's place holds, stay in its cache
+CHUNK_VALUES = 2**17  # of W, that a CPU works on at once: drives, which B's place holds, stay in its cache
 
 
 def can_pair(weight: UntiedWeight, settings: Mirror, slope: float | None) -> bool:
