@@ -30,6 +30,24 @@ def test_overrides_choose_rules_by_pattern_and_the_last_match_counts():
     assert [weight.name for weight in path.weights if weight.feedback.requires_grad] == ["0.1.1", "2"]
 
 
+@pytest.mark.parametrize("rule", [rule for rule in fp.RULES if rule != "bp"])
+def test_training_does_not_depend_on_the_first_layers_rule(rule):
+    def train(overrides):
+        torch.manual_seed(0)
+        model = make_mlp()
+        path = fp.untie(model, rule, overrides=overrides)
+        optimizer = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9, weight_decay=0.01
+        )
+        for _ in range(5):
+            optimizer.zero_grad()
+            take_step(model, path, optimizer)
+        return [weight.weight for weight in path.weights]
+
+    for weight, other in zip(train(None), train({"0": "bp"}), strict=True):
+        torch.testing.assert_close(weight, other)
+
+
 def test_an_override_that_matches_nothing_is_refused():
     model = make_mlp()
     with pytest.raises(fp.UntieError, match=r"the override 'fc\*' matches no layer; layers are 0, 2, 4"):
