@@ -3,6 +3,7 @@
 import gc
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,7 +28,7 @@ from feedbackpath.path import FeedbackPath
 from feedbackpath.rules import RULES, resolve_rule
 
 WARM_UP = 3
-ANGLE_STEPS = 10  # after each of which a mirror's angles are looked at
+ANGLE_STEPS = 10  # at most, after each of which a mirror's angles are looked at
 MEMORY_STEPS = 2
 COUNTING_BATCH = 2  # samples where only calls and bytes are counted: BatchNorm needs two
 MOST_STARTS = 7  # of fresh interpreters
@@ -116,7 +117,9 @@ def measure_network(workload: Workload, settings: BenchSettings) -> dict[str, An
         "rounds": len(seconds[PLAIN]),
         "plain_seconds": round(statistics.median(seconds[PLAIN]), 5),
         "step": {name: ratio_to(seconds[PLAIN], seconds[name]) for name in rules},
-        "largest_angle_deg": {name: _largest_angle(steps[name], path) for name, path in paths.items()},
+        "largest_angle_deg": {
+            name: _largest_angle(steps[name], path, settings.least_seconds) for name, path in paths.items()
+        },
         "feedback_bytes": {name: bytes_of_feedback(path) for name, path in paths.items()},
         "delta_angles": _time_delta_angles(steps, settings) if "fa" in steps else None,
     }
@@ -155,10 +158,19 @@ def describe(name: str, found: dict[str, Any]) -> str:
     )
 
 
-def _largest_angle(step: TrainingStep, path: FeedbackPath) -> float:
-    """Return the worst layer's angle between B and W; where rules mirror, layer by layer, over some steps."""
+def _largest_angle(step: TrainingStep, path: FeedbackPath, seconds: float) -> float:
+    """Return the worst layer's angle between B and W; where rules mirror, over some steps.
+
+    Args:
+        step: The network's step.
+        path: Its feedback path.
+        seconds: After which no other step begins.
+    """
     angles = list(path.matrix_angles().values())
+    started = time.process_time()
     for _ in range(ANGLE_STEPS if path.mirrors else 0):
+        if time.process_time() - started >= seconds:
+            break
         step()
         angles += path.matrix_angles().values()
     return max(angles)
