@@ -1,7 +1,7 @@
 """Mirror mode: a layer's neurons fire noise, and B learns W from the covariance with what comes out.
 
 Akrout et al. 2019, Section 4, equations 5-7 and 21, Algorithm 1, Appendix D.2. What noise tells of a weight:
-``feedbackpath.mirror.estimator``. What B makes of it: the readings of ``Mirror``.
+``feedbackpath.mirror.estimator``. What B makes of it: ``feedbackpath.mirror.readings``.
 """
 
 import fnmatch
@@ -27,12 +27,10 @@ from feedbackpath.mirror.estimator import Estimate, estimate_with_codes, estimat
 from feedbackpath.mirror.gain import has_strange_gain
 from feedbackpath.mirror.pairs import Pairs, can_pair
 from feedbackpath.mirror.rates import RATES
-from feedbackpath.mirror.schedule import Schedule
+from feedbackpath.mirror.readings import learn_from
+from feedbackpath.mirror.schedule import TURN_EVERY, Schedule, sample_of, turn_of
 from feedbackpath.mirror.settings import Mirror, When
 from feedbackpath.passage import forward_passage
-
-TURN_VALUES = 2**12  # of a B are looked at to tell how far mirroring has turned it
-TURN_EVERY = 16  # so many mirrorings of a layer: to look costs a small layer more than to mirror it
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ class MirrorMode:
         for number in range(1, most_passes + 1):
             before = weight.feedback.detach().clone()
             found = self._estimate(weight, settings)
-            _learn(weight, found, settings, 1.0 / number, self._find_dead(weight, found, settings))
+            learn_from(weight, found, settings, 1.0 / number, self._find_dead(weight, found, settings))
             self.passes[weight.name] = number
             if settings.is_exact:
                 return 0.0
@@ -189,9 +187,9 @@ class MirrorMode:
         due.update(position for position, name in enumerate(names) if name not in self.passes)
         for position in sorted(due):
             weight, passes = weights[position], self.passes.get(names[position], 0)
-            before = _sample(weight.feedback) if turns.are_chosen and passes % TURN_EVERY == 1 else None
+            before = sample_of(weight.feedback) if turns.are_chosen and passes % TURN_EVERY == 1 else None
             self._mirror_weight(weight, settings)
-            turn = None if before is None else _turn(before, _sample(weight.feedback))
+            turn = None if before is None else turn_of(before, sample_of(weight.feedback))
             schedule.note(weight.name, step, turn)
 
     def _turns_of(self, weights: Sequence[UntiedWeight], settings: Mirror) -> "_Turns":
@@ -313,7 +311,7 @@ class MirrorMode:
         share = settings.share_replaced
         if settings.reading == "calibrated":
             share = max(share, 1.0 / (passes + 1))
-        _learn(weight, found, settings, share, self._find_dead(weight, found, settings))
+        learn_from(weight, found, settings, share, self._find_dead(weight, found, settings))
         self.passes[weight.name] = passes + 1
 
     def _check_gain(self, found: Estimate, settings: Mirror) -> None:
@@ -390,44 +388,3 @@ def _own_memory(weight: UntiedWeight, settings: Mirror) -> Tensor | None:
     memory = feedback.as_strided((feedback.numel(),), (1,))
     place = fields.make_estimate(weight, feedback.dtype, memory)
     return memory if fields.is_laid_out_alike(place, feedback) else None
-
-
-def _learn(
-    weight: UntiedWeight, found: Estimate, settings: Mirror, share: float, dead: Tensor | None
-) -> None:
-    """Let B learn from what was found, as the reading says."""
-    feedback, covariance = weight.feedback, found.covariance
-    if settings.reading == "calibrated":
-        _move_to_estimate(weight, found, share, dead)
-    elif settings.reading == "scaled":
-        norm = feedback.norm()
-        feedback.add_(covariance, alpha=settings.rate).mul_(norm / feedback.norm())
-    else:
-        feedback.mul_(1.0 - share).add_(covariance, alpha=settings.rate)
-
-
-def _move_to_estimate(weight: UntiedWeight, found: Estimate, share: float, dead: Tensor | None) -> None:
-    """B <- (1 - d) B + d cov / (sigma^2 s); neurons that do not answer keep their feedback weights."""
-    kept = None if dead is None else fields.per_neuron(dead, weight)
-    estimate = found.at_gain_one()
-    if kept is not None:
-        old = fields.as_matrix(weight.feedback.to(estimate.dtype), weight)
-        fields.as_matrix(estimate, weight).copy_(torch.where(kept, old, fields.as_matrix(estimate, weight)))
-    if share == 1.0:
-        if estimate.data_ptr() != weight.feedback.data_ptr():
-            weight.feedback.copy_(estimate)
-    else:
-        weight.feedback.lerp_(estimate.to(weight.feedback.dtype), share)
-
-
-def _sample(feedback: Tensor) -> Tensor:
-    """Copy some of a B: enough to tell how far it turns."""
-    rows = feedback.detach()[:: math.ceil(feedback.numel() / TURN_VALUES)]
-    return rows.to(torch.float32, copy=True)
-
-
-def _turn(before: Tensor, after: Tensor) -> Tensor:
-    """Return how far a vector has moved, in its own lengths, as a tensor: nothing waits for it."""
-    length = torch.linalg.vector_norm
-    turn: Tensor = length(after - before) / length(after).clamp_min(1e-30)  # a W that is 0 gives such a B
-    return turn

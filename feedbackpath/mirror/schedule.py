@@ -9,12 +9,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from feedbackpath.mirror.settings import When
 
 READ_TOGETHER = 32  # angles that a GPU has measured are read so many at once: its queue runs dry each time
 UNSEEN_PACE = 1.0  # degrees a step, until a layer has been seen to move
+TURN_VALUES = 2**12  # of a B are looked at to tell how far mirroring has turned it
+TURN_EVERY = 16  # so many mirrorings of a layer: to look costs a small layer more than to mirror it
 LEAST_PACE = 0.25  # of the mean pace: a layer that was slow when last seen may be so no longer
 
 
@@ -121,3 +124,16 @@ class Schedule:
         self.last, self.pace = dict(state["last"]), dict(state["pace"])
         self.credit = state["credit"]
         self._unread = [tuple(entry) for entry in state["unread"]]
+
+
+def sample_of(feedback: Tensor) -> Tensor:
+    """Copy some of a B: enough to tell how far it turns."""
+    rows = feedback.detach()[:: math.ceil(feedback.numel() / TURN_VALUES)]
+    return rows.to(torch.float32, copy=True)
+
+
+def turn_of(before: Tensor, after: Tensor) -> Tensor:
+    """Return how far a B has moved, in its own lengths, as a tensor: nothing waits for it."""
+    length = torch.linalg.vector_norm
+    turn: Tensor = length(after - before) / length(after).clamp_min(1e-30)  # a W that is 0 gives such a B
+    return turn
