@@ -76,9 +76,7 @@ def main() -> None:
         "plain, SGD(fused=True)": make_step(None, is_fused=True),
         "kp, SGD(fused=True)": make_step("kp", is_fused=True),
     }
-    for step in steps.values():
-        for _ in range(WARM_UP):
-            step()
+    time_in_turns(steps, WARM_UP)
     seconds = time_in_turns(steps, ROUNDS, least_seconds=SECONDS)
     ratios = {name: ratio_to(seconds[PLAIN], times) for name, times in seconds.items()}
     found = {"machine": describe_machine(Arithmetic()), "rounds": len(seconds[PLAIN]), "step": ratios}

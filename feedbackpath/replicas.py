@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from feedbackpath import ops
 from feedbackpath.layers import UntiedWeight
+from feedbackpath.mirror.devices import has_processes
 
-_HAS_PROCESSES = torch.distributed.is_available()
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DistributedDataParallel asks its module for
 
 
@@ -59,7 +59,7 @@ def _watch(weight: UntiedWeight) -> RemovableHandle:
             own.copy_(gradient)
 
     def hand_over_later(_: Tensor) -> None:
-        if _HAS_PROCESSES and torch.distributed.is_initialized():
+        if has_processes():
             queue = torch.autograd.Variable._execution_engine.queue_callback
             # DistributedDataParallel queues its own end, perhaps after this: queueing anew goes behind it.
             queue(partial(queue, hand_over))

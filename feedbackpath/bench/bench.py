@@ -107,9 +107,7 @@ def measure_network(workload: Workload, settings: BenchSettings) -> dict[str, An
     batch_size = settings.batch_size or (workload.cuda_batch_size if is_cuda else workload.batch_size)
     rules = {name: name for name in settings.rules}
     steps = make_steps(workload, rules, batch_size, arithmetic)
-    for step in steps.values():
-        for _ in range(WARM_UP):
-            step()
+    time_in_turns(steps, WARM_UP, arithmetic.device)
     seconds = time_in_turns(steps, settings.rounds, arithmetic.device, settings.least_seconds)
     paths = {name: step.path for name, step in steps.items() if step.path is not None}
     found: dict[str, Any] = {

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from feedbackpath.layers import UntiedWeight
 from feedbackpath.mirror.designs import CODE_LENGTH, OrthogonalCodes
-from feedbackpath.mirror.devices import count_devices
+from feedbackpath.mirror.devices import count_devices, has_processes
 from feedbackpath.mirror.fields import inputs_in_mirror_mode
 from feedbackpath.mirror.pairs import PAIR, can_pair
 from feedbackpath.mirror.settings import Mirror
@@ -194,7 +194,7 @@ class UseCounter:
         So the layers whose turn it is, and with them the course of training, do not depend on how many
         devices share a minibatch.
         """
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not has_processes():
             return dict(self.uses)
         counts: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(counts, self.uses)

@@ -11,6 +11,11 @@ from feedbackpath.mirror.estimator import Estimate
 from feedbackpath.mirror.settings import Mirror
 
 
+def has_processes() -> bool:
+    """Whether this process is one of a job, whose processes can send each other tensors."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def count_devices(settings: Mirror) -> int:
     """Return how many devices fire noise of their own: 1 where all fire the same, or there is only one."""
     return torch.distributed.get_world_size() if _is_averaged(settings) else 1
@@ -33,5 +38,4 @@ def average_over_devices(found: Estimate) -> None:
 
 
 def _is_averaged(settings: Mirror) -> bool:
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return is_distributed and settings.across_devices == "averaged"
+    return has_processes() and settings.across_devices == "averaged"
