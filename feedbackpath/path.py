@@ -18,7 +18,7 @@ from feedbackpath.mirror.one_input import mirror_from_input
 from feedbackpath.mirror.plan import make_plan
 from feedbackpath.replicas import SharedReduction
 from feedbackpath.rules import Clock, Rule, resolve_rule
-from feedbackpath.rules.kolen_pollack import check_optimizer
+from feedbackpath.rules.kolen_pollack import FirstUpdate, check_optimizer
 from feedbackpath.surgery import (
     list_weights,
     retie_layer,
@@ -142,8 +142,7 @@ class FeedbackPath:
         self._norms: list[SigmaBatchNorm] = []
         self._reduction: SharedReduction | None = None
         self._is_retied = False
-        self._versions_at_backward: dict[int, tuple[int, int]] = {}
-        self._watches: list[torch.utils.hooks.RemovableHandle] = []
+        self._first_update = FirstUpdate([])
 
     def _start(self) -> None:
         """Make the feedback weights, one for each forward parameter, and let the rules fill them."""
@@ -162,8 +161,7 @@ class FeedbackPath:
         for rule, group in self._group_by_rule().items():
             self._groups.append((rule, group))
             rule.start(group, self.clock)
-        for weight in self._learned_weights():
-            self._watch_first_update(weight)
+        self._first_update = FirstUpdate(self._learned_weights())
         elsewhere = self._weights_used_elsewhere()
         self._warn_of_weights_used_elsewhere(elsewhere)
         learning = (weight for weight in self._learned_weights() if weight.weight.requires_grad)
@@ -191,8 +189,7 @@ class FeedbackPath:
         """
         self._refuse_retied()
         self._refuse_changed_flags()
-        if self._watches:
-            self._refuse_forgotten_feedback()
+        self._first_update.check()
         self.clock.steps += 1
         for rule, group in self._groups:
             rule.step(group, self.clock)
@@ -406,7 +403,7 @@ class FeedbackPath:
         """
         self._refuse_retied()
         self._is_retied = True
-        self._stop_watching()
+        self._first_update.stop_watching()
         self.clock.mirror.close()
         for layer in self.layers.values():
             retie_layer(layer)
@@ -439,22 +436,6 @@ class FeedbackPath:
                 stacklevel=4,
             )
 
-    def _watch_first_update(self, weight: UntiedWeight) -> None:
-        """Note the versions of W and B at each backward pass: what changes them next is the optimizer."""
-
-        def note(_: Tensor) -> None:
-            versions = weight.weight._version, weight.feedback._version
-            self._versions_at_backward[id(weight.weight)] = versions
-
-        if weight.weight.requires_grad:
-            watch = weight.weight.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
-            self._watches.append(watch)
-
-    def _stop_watching(self) -> None:
-        for watch in self._watches:
-            watch.remove()
-        self._watches.clear()
-
     def _refuse_retied(self) -> None:
         if self._is_retied:
             raise UntieError("this path has been retied already: untie the model again for a new one")
@@ -474,23 +455,6 @@ class FeedbackPath:
                         f"{rule.name} no longer holds: set it back by "
                         f".{weight.feedback_name}.requires_grad_({expected})"
                     )
-
-    def _refuse_forgotten_feedback(self) -> None:
-        """Refuse an optimizer that has updated W and not B: it was made before ``untie``, most likely."""
-        forgotten, was_updated = [], False
-        for weight in self._learned_weights():
-            versions = (weight.weight._version, weight.feedback._version)
-            before = self._versions_at_backward.get(id(weight.weight), versions)
-            was_updated |= versions[0] > before[0]
-            if versions[0] > before[0] and versions[1] == before[1]:
-                forgotten.append(repr(weight.name))
-        if was_updated:
-            self._stop_watching()
-        if forgotten:
-            raise RuleError(
-                "the optimizer updates the forward weights but not the feedback weights of "
-                f"{', '.join(forgotten)}; make it after untie, from model.parameters()"
-            )
 
 
 def _make_feedback(weight: nn.Parameter, rule: Rule) -> nn.Parameter | None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from feedbackpath.errors import KolenPollackWarning, RuleError
 from feedbackpath.layers import UntiedWeight
@@ -95,3 +97,57 @@ def check_optimizer(
             KolenPollackWarning,
             stacklevel=3,
         )
+
+
+class FirstUpdate:
+    """Watches whether the first update of forward weights reaches their feedback weights as well.
+
+    Args:
+        weights: The weights under Kolen-Pollack learning.
+    """
+
+    def __init__(self, weights: Sequence[UntiedWeight]) -> None:
+        self._weights = list(weights)
+        self._versions_at_backward: dict[int, tuple[int, int]] = {}
+        self._watches: list[RemovableHandle] = []
+        for weight in self._weights:
+            if weight.weight.requires_grad:
+                self._watches.append(self._watch(weight))
+
+    def _watch(self, weight: UntiedWeight) -> RemovableHandle:
+        """Note the versions of W and B at each backward pass: what changes them next is the optimizer."""
+
+        def note(_: Tensor) -> None:
+            versions = weight.weight._version, weight.feedback._version
+            self._versions_at_backward[id(weight.weight)] = versions
+
+        return weight.weight.register_post_accumulate_grad_hook(note)  # type: ignore[no-any-return,no-untyped-call]
+
+    def check(self) -> None:
+        """Refuse an optimizer that has updated W and not B: it was made before ``untie``, most likely.
+
+        Raises:
+            RuleError: Names the weights whose B was left out.
+        """
+        if not self._watches:
+            return
+        forgotten, was_updated = [], False
+        for weight in self._weights:
+            versions = (weight.weight._version, weight.feedback._version)
+            before = self._versions_at_backward.get(id(weight.weight), versions)
+            was_updated |= versions[0] > before[0]
+            if versions[0] > before[0] and versions[1] == before[1]:
+                forgotten.append(repr(weight.name))
+        if was_updated:
+            self.stop_watching()
+        if forgotten:
+            raise RuleError(
+                "the optimizer updates the forward weights but not the feedback weights of "
+                f"{', '.join(forgotten)}; make it after untie, from model.parameters()"
+            )
+
+    def stop_watching(self) -> None:
+        """Take the hooks off the weights."""
+        for watch in self._watches:
+            watch.remove()
+        self._watches.clear()
