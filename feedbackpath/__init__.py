@@ -7,7 +7,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from feedbackpath.auditing import AuditError, Report, audit
+    from feedbackpath.audit import AuditError, Report, audit
+    from feedbackpath.core.context import RuleContext
+    from feedbackpath.core.layers import UntiedWeight, register_layer
+    from feedbackpath.core.passage import forward_passage
+    from feedbackpath.core.sendback import Broadcast, Local, SendBack, Target
     from feedbackpath.errors import (
         ConfigError,
         DataError,
@@ -18,14 +22,11 @@ if TYPE_CHECKING:
         UntieError,
         UserError,
     )
-    from feedbackpath.layers import UntiedWeight
     from feedbackpath.mirror import Mirror, When
-    from feedbackpath.passage import forward_passage
     from feedbackpath.path import FeedbackPath, untie
     from feedbackpath.rules import (
         RULES,
         Backprop,
-        Clock,
         FeedbackAlignment,
         KolenPollack,
         MirrorFeedbackAlignment,
@@ -42,21 +43,25 @@ __all__ = [
     "RULES",
     "AuditError",
     "Backprop",
-    "Clock",
+    "Broadcast",
     "ConfigError",
     "DataError",
     "FeedbackAlignment",
     "FeedbackPath",
     "KolenPollack",
     "KolenPollackWarning",
+    "Local",
     "Mirror",
     "MirrorFeedbackAlignment",
     "MirrorKolenPollack",
     "MirrorWarning",
     "Report",
     "Rule",
+    "RuleContext",
     "RuleError",
+    "SendBack",
     "SignSymmetry",
+    "Target",
     "UnconvertedLayerWarning",
     "UntieError",
     "UntiedWeight",
@@ -66,19 +71,29 @@ __all__ = [
     "audit",
     "draw_feedback",
     "forward_passage",
+    "register_layer",
     "register_rule",
     "untie",
 ]
-_HOMES = ("errors", "layers", "mirror", "passage", "path", "rules", "auditing")
+_HOMES = {
+    "core.context": ("RuleContext",),
+    "core.layers": ("UntiedWeight", "register_layer"),
+    "core.passage": ("forward_passage",),
+    "core.sendback": ("Broadcast", "Local", "SendBack", "Target"),
+    "mirror": ("Mirror", "When"),
+    "path": ("FeedbackPath", "untie"),
+    "audit": ("AuditError", "Report", "audit"),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for home in _HOMES:
-            module = importlib.import_module(f"feedbackpath.{home}")
-            if hasattr(module, name):
-                globals()[name] = getattr(module, name)
-                return globals()[name]
+        home = next((home for home, names in _HOMES.items() if name in names), None)
+        if home is None:
+            home = "errors" if name.endswith(("Error", "Warning")) else "rules"
+        value = getattr(importlib.import_module(f"feedbackpath.{home}"), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'feedbackpath' has no attribute {name!r}")
 
 

@@ -3,30 +3,24 @@
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from feedbackpath import alignment
-from feedbackpath.batchnorm import SigmaBatchNorm
-from feedbackpath.errors import KolenPollackWarning, RuleError, UnconvertedLayerWarning, UntieError
-from feedbackpath.layers import FeedbackLayer, UntiedWeight
-from feedbackpath.mirror import LayerPlan, Mirror, MirrorMode
-from feedbackpath.mirror.cost import UseCounter
-from feedbackpath.mirror.one_input import mirror_from_input
-from feedbackpath.mirror.plan import make_plan
-from feedbackpath.replicas import SharedReduction
-from feedbackpath.rules import Clock, Rule, resolve_rule
-from feedbackpath.rules.kolen_pollack import FirstUpdate, check_optimizer
-from feedbackpath.surgery import (
-    list_weights,
-    retie_layer,
-    retie_norm,
-    send_back_sigma,
-    survey,
-    untie_layer,
-)
+from feedbackpath.core.batchnorm import SigmaBatchNorm
+from feedbackpath.core.context import RuleContext
+from feedbackpath.core.layers import UntiedWeight, kind_of, list_weights
+from feedbackpath.core.modules import FeedbackModule
+from feedbackpath.core.surgery import (
+    has_own_forward, retie_module, retie_norm, send_back_sigma, survey, untie_modules,
+)  # fmt: skip
+from feedbackpath.errors import RuleError, UnconvertedLayerWarning, UntieError
+from feedbackpath.measure import angles
+from feedbackpath.rules import Rule, resolve_rule
+
+if TYPE_CHECKING:
+    from feedbackpath.mirror import LayerPlan, Mirror
 
 Activations = Mapping[str, Callable[[Tensor], Tensor]]
 
@@ -47,11 +41,12 @@ def untie(
     DDP or ``torch.compile``, afterwards.
 
     Args:
-        model: Any model with Linear, Conv, ConvTranspose or MultiheadAttention layers.
+        model: Any model. Each parameter with two dimensions larger than 1 gets a feedback weight, but for
+            embeddings and norms.
         rule: A rule or its name: ``"bp"``, ``"fa"``, ``"ss"``, ``"kp"``, ``"wm"``, ``"mirror-kp"``,
             ``"mirror-fa"``.
         overrides: Glob patterns of layer paths to rules, such as ``{"fc": "bp"}``; the last match counts.
-        strict: Refuse a model with layers whose weights cannot be untied, instead of warning.
+        strict: Refuse a model with layers that the rule cannot govern, instead of warning.
         activations: Glob patterns of layer paths to the activation that follows (mirror mode needs it);
             where not given it is found by tracing the model.
         batchnorm_feedback: What BatchNorm sends back in training: the whole gradient, as autograd does, or
@@ -62,7 +57,7 @@ def untie(
         The model's feedback path.
 
     Raises:
-        UntieError: The model cannot be untied, or an override matches no layer.
+        UntieError: The model cannot be untied, or an override matches no layer. The model is as it was.
         RuleError: A rule does not exist, or mirror mode needs activations that cannot be found.
 
     Warns:
@@ -76,18 +71,26 @@ def untie(
         ['0', '2']
     """
     found = survey(model)
-    if found.unconverted:
-        named = ", ".join(f"{name!r} ({kind})" for name, kind in found.unconverted.items())
+    names = list(found.convertible)
+    rules = _choose_rules(names, resolve_rule(rule), overrides or {})
+    _refuse_unmatched_activations(names, activations or {})
+    unserved = {
+        name: f"{type(layer).__name__}, by {rules[name].name}"
+        for name, layer in found.convertible.items()
+        if not rules[name].serves(list_weights(name, layer))
+    }
+    if left := found.unconverted | unserved:
+        named = ", ".join(f"{name!r} ({why})" for name, why in left.items())
         message = f"no untied form exists for {named}: errors still go back through the weights there"
         if strict:
-            raise UntieError(f"{message}; replace these layers, or untie with strict=False")
+            raise UntieError(f"{message}; replace these layers, give them another rule, or untie with strict=False")
         warnings.warn(message, UnconvertedLayerWarning, stacklevel=2)
-    rules = _choose_rules(list(found.convertible), resolve_rule(rule), overrides or {})
-    _refuse_unmatched_activations(list(found.convertible), activations or {})
-    path = FeedbackPath(model, found.convertible, rules, activations or {}, seed)
+    if len(unserved) == len(names):
+        raise UntieError(f"nothing to untie in {type(model).__name__} by {resolve_rule(rule).name}: {message}")
+    layers = {name: layer for name, layer in found.convertible.items() if name not in unserved}
+    path = FeedbackPath(model, {name: rules[name] for name in layers}, RuleContext(model, seed, activations))
     try:
-        path._start()
-        path._norms = send_back_sigma(model) if batchnorm_feedback == "sigma" else []
+        path._start(layers, batchnorm_feedback)
     except BaseException:
         path.retie()
         raise
@@ -108,9 +111,7 @@ def _choose_rules(names: list[str], rule: Rule, overrides: Mapping[str, str | Ru
 def _refuse_unmatched_activations(names: list[str], activations: Activations) -> None:
     for pattern in activations:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise UntieError(
-                f"the activation pattern {pattern!r} matches no layer; layers are {', '.join(names)}"
-            )
+            raise UntieError(f"the activation pattern {pattern!r} matches no layer; layers are {', '.join(names)}")
 
 
 class FeedbackPath:
@@ -120,63 +121,70 @@ class FeedbackPath:
 
     Attributes:
         model: The untied model.
-        layers: Layer paths to feedback layers.
+        layers: Layer paths to untied layers.
         rules: Layer paths to rules.
         weights: Every untied weight; one parameter in several layers appears once for each of them.
+        context: What the rules may know of this path.
+        groups: The rules and the weights that each governs, each parameter once.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, nn.Module],
-        rules: Mapping[str, Rule],
-        activations: Activations,
-        seed: int,
-    ) -> None:
+    def __init__(self, model: nn.Module, rules: Mapping[str, Rule], context: RuleContext) -> None:
         self.model = model
         self.rules = dict(rules)
-        self.layers = {name: untie_layer(layer) for name, layer in layers.items()}
-        self.weights = [weight for name, layer in self.layers.items() for weight in list_weights(name, layer)]
-        self.clock = Clock(seed, MirrorMode(model, activations, seed))
-        self._groups: list[tuple[Rule, list[UntiedWeight]]] = []
+        self.context = context
+        self.layers: dict[str, FeedbackModule] = {}
+        self.weights: list[UntiedWeight] = []
+        self.groups: list[tuple[Rule, list[UntiedWeight]]] = []
+        self._modules: list[FeedbackModule] = []
         self._norms: list[SigmaBatchNorm] = []
-        self._reduction: SharedReduction | None = None
         self._is_retied = False
-        self._first_update = FirstUpdate([])
 
-    def _start(self) -> None:
-        """Make the feedback weights, one for each forward parameter, and let the rules fill them."""
+    def _start(self, layers: Mapping[str, nn.Module], batchnorm_feedback: str) -> None:
+        """Exchange the modules' classes, make the feedback weights, and let the rules fill them."""
+        names = {id(layer): name for name, layer in layers.items()}
+        for module in untie_modules(self.model, layers):
+            self._modules.append(module)
+            if id(module) in names:
+                self.layers[names[id(module)]] = module
+                self._govern(module, self.rules[names[id(module)]])
+        self.weights = [weight for name in layers for weight in self.layers[name].untied.weights]
+        for module in self._modules:
+            module.untied.is_watched = _is_watched(module, module is self.model)
+            module.untied.is_one_product = _is_one_product(module)
+        self._make_feedback()
+        for rule, group in self.groups:
+            ready = [weight for weight in group if weight.has_feedback]
+            if ready:
+                rule.start(ready, self.context)
+            rule.attach(group, self.context)
+        self._norms = send_back_sigma(self.model) if batchnorm_feedback == "sigma" else []
+
+    def _govern(self, module: FeedbackModule, rule: Rule) -> None:
+        """Let a rule govern a layer."""
+        untied = module.untied
+        untied.rule, untied.context = rule, self.context
+        untied.send_back, untied.is_tied = rule.send_back, rule.is_tied
+        if rule.after_backward is not None:
+            untied.taps = (_tell_rule,)
+
+    def _make_feedback(self) -> None:
+        """Make the feedback weights, one for each forward parameter, and group weights by rule."""
         governed: dict[int, tuple[Rule, nn.Parameter | None]] = {}
+        groups: dict[Rule, list[UntiedWeight]] = {}
         for weight in self.weights:
-            rule = self.rules[_layer_name(weight, self.layers)]
-            if id(weight.weight) not in governed:
-                governed[id(weight.weight)] = (rule, _make_feedback(weight.weight, rule))
-            known_rule, feedback = governed[id(weight.weight)]
+            rule = weight.layer.untied.rule
+            key = id(weight.weight)
+            if key not in governed:
+                governed[key] = rule, _new_feedback(weight, rule)
+                groups.setdefault(rule, []).append(weight)
+            known_rule, feedback = governed[key]
             if known_rule != rule:
                 raise UntieError(
                     f"{weight.name!r} shares its weight with a layer under another rule "
                     f"({known_rule.name}, {rule.name}); give both the same rule"
                 )
             setattr(weight.layer, weight.feedback_name, feedback)
-        for rule, group in self._group_by_rule().items():
-            self._groups.append((rule, group))
-            rule.start(group, self.clock)
-        self._first_update = FirstUpdate(self._learned_weights())
-        elsewhere = self._weights_used_elsewhere()
-        self._warn_of_weights_used_elsewhere(elsewhere)
-        learning = (weight for weight in self._learned_weights() if weight.weight.requires_grad)
-        if alike := [weight for weight in learning if id(weight.weight) not in elsewhere]:
-            self._reduction = SharedReduction(self.model, alike)
-
-    def _group_by_rule(self) -> dict[Rule, list[UntiedWeight]]:
-        """Group weights by rule, each parameter once."""
-        groups: dict[Rule, list[UntiedWeight]] = {}
-        seen: set[int] = set()
-        for weight in self.weights:
-            if id(weight.weight) not in seen:
-                seen.add(id(weight.weight))
-                groups.setdefault(self.rules[_layer_name(weight, self.layers)], []).append(weight)
-        return groups
+        self.groups = list(groups.items())
 
     def step(self) -> None:
         """Do what the rules do after an update of the forward weights: mirror, take signs, or nothing.
@@ -189,173 +197,108 @@ class FeedbackPath:
         """
         self._refuse_retied()
         self._refuse_changed_flags()
-        self._first_update.check()
-        self.clock.steps += 1
-        for rule, group in self._groups:
-            rule.step(group, self.clock)
+        self.context.steps += 1
+        for rule, group in self.groups:
+            rule.step(group, self.context)
 
     def mirror(
         self,
         steps: int | None = None,
-        settings: Mirror | None = None,
+        settings: "Mirror | None" = None,
         *,
         until_angle_deg: float | None = None,
         most_steps: int = 1000,
     ) -> None:
         """Go into mirror mode by hand: before training, in a pause, at any time.
 
-        Where some layers' rule mirrors by itself, only those are mirrored, unless ``settings`` are given.
-
-        Args:
-            steps: Passes through all layers; None: as many as a first mirroring takes.
-            settings: How to mirror; None: as the layer's rule does, or by default settings.
-            until_angle_deg: Begin anew, and go on with each layer until its B is so near to W, in degrees,
-                judged by how much passes differ among themselves; instead of ``steps``.
-            most_steps: Passes after which to give up on that, with a warning that names the layers.
-
-        Raises:
-            UntieError: There is nothing to mirror: every B is W itself or computed from it.
-            RuleError: Both ``steps`` and ``until_angle_deg`` are given, or the angle makes no sense.
-
-        Warns:
-            MirrorWarning: Neurons do not answer, or a layer is too wide to get to ``until_angle_deg``.
+        Where some layers' rule mirrors by itself, only those are mirrored, unless ``settings`` are given. See
+        ``feedbackpath.mirror.by_hand.mirror`` for the arguments, and for what it raises and warns of.
         """
-        self._refuse_retied()
-        if until_angle_deg is not None:
-            if steps is not None or not 0 < until_angle_deg < 90:
-                raise RuleError(
-                    f"mirror: give steps or until_angle_deg, between 0 and 90 degrees; not {steps} and "
-                    f"{until_angle_deg}"
-                )
-            for group, how in self._to_mirror(settings):
-                self.clock.mirror.run_until(group, how, until_angle_deg, most_steps)
-            return
-        for group, how in self._to_mirror(settings):
-            self.clock.mirror.run(group, how, how.memory_passes if steps is None else steps)
+        from feedbackpath.mirror import by_hand
+
+        by_hand.mirror(
+            self.context, self._to_mirror(), steps, settings, until_angle_deg=until_angle_deg, most_steps=most_steps
+        )
 
     def mirror_from_input(
         self,
         run: Callable[[], object],
         steps: int = 1,
-        settings: Mirror | None = None,
+        settings: "Mirror | None" = None,
         *,
         decorrelate: bool = False,
     ) -> None:
         """Drive the whole model with one noisy input, and let every B learn at once (Appendix C.4).
 
-        B goes to ``W C / v``, with C the covariance of the inputs that the layer itself sees and v their mean
-        variance: to W in the first layer alone. Whether that will do: docs/one-input.md.
-
-        BatchNorm uses the statistics of the noise. Forward weights, gradients, running statistics and the
-        global random numbers stay as they were; what ``run`` draws from these depends on the path's seed, and
-        on how often it has mirrored, alone.
-
-        Args:
-            run: Runs the model forward on a minibatch of noise.
-            steps: Forward passes, from which B learns together.
-            settings: What B makes of it: ``reading``, ``forgetting``, ``rate`` and ``decay``; the noise is
-                ``run``'s own. None: as in ``Mirror()``, a tenth forgotten a call.
-            decorrelate: Multiply by the inverse of C, so that B goes to W where drives are Gaussian. No
-                synapse can do that by itself: it takes all inputs of a neuron together.
-
-        Raises:
-            UntieError: There is nothing to mirror.
-            RuleError: ``run`` leaves layers out, or some of them cannot be mirrored so.
-
-        Warns:
-            MirrorWarning: Neurons do not answer.
-
-        Example:
-            >>> model = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.BatchNorm1d(20), nn.Linear(20, 10))
-            >>> path = untie(model, "fa")
-            >>> path.mirror_from_input(lambda: model(torch.randn(20_000, 30)))
-            >>> {name: angle < 10 for name, angle in path.matrix_angles().items()}
-            {'0': True, '3': False}
-            >>> path = untie(path.retie(), "fa")
-            >>> path.mirror_from_input(lambda: model(torch.randn(20_000, 30)), decorrelate=True)
-            >>> {name: angle < 10 for name, angle in path.matrix_angles().items()}
-            {'0': True, '3': True}
+        See ``feedbackpath.mirror.by_hand.mirror_from_input``, and docs/one-input.md for whether that will do.
         """
-        self._refuse_retied()
-        how = settings or Mirror()
-        weights = [weight for group, _ in self._to_mirror(how) for weight in group]
-        with alignment.left_as_it_was(self.weights, self.model):
-            mirror_from_input(self.clock.mirror, weights, run, how, steps=steps, decorrelate=decorrelate)
+        from feedbackpath.mirror import by_hand
+
+        groups = self._to_mirror()
+        with angles.left_as_it_was(self.weights, self.model):
+            by_hand.mirror_from_input(self.context, groups, run, steps, settings, decorrelate=decorrelate)
 
     def plan(
-        self, compute_loss: Callable[[], Tensor], settings: Mirror | None = None, *, scale: float = 1.0
-    ) -> list[LayerPlan]:
+        self, compute_loss: Callable[[], Tensor], settings: "Mirror | None" = None, *, scale: float = 1.0
+    ) -> "list[LayerPlan]":
         """Say what mirror mode will do with each layer: samples, angle, FLOPs, and how often.
 
         Args:
             compute_loss: Runs the model forward on a minibatch of training; tells how much a step computes.
             settings: How to mirror; None: as the layer's rule does, or by default settings.
             scale: How many times as many samples a training step has.
-
-        Raises:
-            UntieError: There is nothing to mirror.
-            RuleError: The activations of some layers cannot be found.
-
-        Example:
-            >>> model = nn.Sequential(nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 10))
-            >>> path = untie(model, "kp")
-            >>> plan = path.plan(lambda: model(torch.randn(64, 100)).sum(), Mirror(noise="gaussian"))
-            >>> [(layer.name, layer.samples) for layer in plan]
-            [('0', 512), ('2', 512)]
         """
-        plans = []
-        counter = UseCounter(self.weights, in_training=False)
-        with alignment.left_as_it_was(self.weights, self.model), torch.enable_grad():
-            compute_loss()
-        counter.stop()
-        uses = {name: scale * count for name, count in counter.share().items()}
-        for weights, how in self._to_mirror(settings):
-            self.clock.mirror.find_activations(weights)
-            plans += make_plan(weights, how, self.clock.mirror.activations, uses)
-        return plans
+        from feedbackpath.mirror import by_hand
 
-    def _to_mirror(self, settings: Mirror | None) -> list[tuple[list[UntiedWeight], Mirror]]:
-        """Return groups of weights, and how to mirror them."""
-        groups = [group for group in self._groups if group[0].feedback_kind in ("own", "learned")]
+        groups = self._to_mirror()
+        with angles.left_as_it_was(self.weights, self.model):
+            return by_hand.plan(self.context, groups, self.weights, compute_loss, settings, scale=scale)
+
+    def _to_mirror(self) -> list[tuple[Rule, list[UntiedWeight]]]:
+        self._refuse_retied()
+        groups = [group for group in self.groups if group[0].is_mirrorable and group[0].send_back.is_local]
         if not groups:
-            raise UntieError("nothing to mirror: every B is W itself (bp) or computed from it (ss)")
-        if settings is None and self.mirrors:
-            groups = [group for group in groups if _mirror_settings(group[0])]
-        return [(group, settings or _mirror_settings(rule) or Mirror()) for rule, group in groups]
+            raise UntieError("nothing to mirror: every B is W itself (bp), computed from it (ss) or of another shape")
+        return groups
 
     @property
     def mirrors(self) -> bool:
         """Whether a rule of this path uses mirror mode, and gains from ``path.mirror()`` before training."""
-        return any(_mirror_settings(rule) for rule, _ in self._groups)
+        return any(getattr(rule, "mirror", None) is not None for rule, _ in self.groups)
 
     def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-        """Yield (name, forward weight, feedback weight) of every untied weight, both in W's layout."""
+        """Yield (name, forward weight, feedback weight) of every untied weight that has one by now.
+
+        B is laid out as W; that of a rule that broadcasts errors is ``[outputs, *input]``, and is made when the
+        model first runs.
+        """
         self._refuse_retied()
         for weight in self.weights:
-            yield weight.name, weight.weight, weight.feedback
+            if weight.is_tied or weight.has_feedback:
+                yield weight.name, weight.weight, weight.feedback
 
     def matrix_angles(self) -> dict[str, float]:
-        """Return each weight's angle between B and W, in degrees."""
+        """Return each weight's angle between B and W, in degrees; B of another shape than W has none."""
         self._refuse_retied()
-        return alignment.matrix_angles(self.weights)
+        return angles.matrix_angles(self.weights)
 
     def gains(self) -> dict[str, float]:
         """Return each weight's gain <B, W> / <W, W>: 1 when B has W's size along W."""
         self._refuse_retied()
-        return alignment.gains(self.weights)
+        return angles.gains(self.weights)
 
     def delta_angles(self, compute_loss: Callable[[], Tensor]) -> dict[str, float]:
         """Return each layer's angle between its delta through B and through W, in degrees.
 
         Args:
-            compute_loss: Runs the model forward and returns the loss, a scalar. Gradients, running
-                statistics and random numbers are left as they were.
+            compute_loss: Runs the model forward on the same minibatch each time, and returns the loss, a
+                scalar. Gradients, running statistics and random numbers are left as they were.
         """
         self._refuse_retied()
-        return alignment.delta_angles(self.weights, self.model, compute_loss)
+        return angles.delta_angles(self.weights, self.model, compute_loss)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Clip gradients by their norm without counting Kolen-Pollack feedback weights twice.
+        """Clip gradients by their norm without counting feedback weights that learn.
 
         The norm is that of the forward parameters alone, as in backprop; all gradients, B's too, are
         scaled by the same factor, so that W and B stay on one course.
@@ -363,7 +306,7 @@ class FeedbackPath:
         Returns:
             The norm before clipping, of all forward gradients taken as one vector.
         """
-        learned = {id(weight.feedback) for weight in self._learned_weights()}
+        learned = {id(weight.feedback) for rule, group in self.groups if rule.learns for weight in group}
         with_gradient = [p for p in self.model.parameters() if p.grad is not None]
         forward = [p.grad for p in with_gradient if id(p) not in learned and p.grad is not None]
         norm = torch.nn.utils.get_total_norm(forward, norm_type)
@@ -371,29 +314,22 @@ class FeedbackPath:
         return norm
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """See that an optimizer suits the rules: Kolen-Pollack needs W and B treated alike, and decay.
-
-        Raises:
-            RuleError: A feedback weight is not in the optimizer, or treated differently from its W.
-
-        Warns:
-            KolenPollackWarning: No weight decay: W - B will not shrink.
-        """
-        for rule, group in self._groups:
-            if rule.feedback_kind == "learned":
-                learning = [weight for weight in group if weight.weight.requires_grad]
-                check_optimizer(learning, optimizer, needs_decay=_mirror_settings(rule) is None)
+        """See that an optimizer suits the rules: Kolen-Pollack needs W and B treated alike, and decay."""
+        for rule, group in self.groups:
+            rule.check_optimizer(group, optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beyond the model's own state: how far the rules have come."""
-        mirror = self.clock.mirror.state_dict()
-        return {"seed": self.clock.seed, "steps": self.clock.steps, "mirror": mirror}
+        return self.context.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the state that ``state_dict`` returned."""
-        self.clock.seed = self.clock.mirror.seed = state["seed"]
-        self.clock.steps = state["steps"]
-        self.clock.mirror.load_state_dict(state["mirror"])
+        self.context.load_state_dict(state)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up a copied or loaded path: its context belongs to the model that came with it."""
+        self.__dict__.update(state)
+        self.context.attach(self.model)
 
     def retie(self) -> nn.Module:
         """Give back plain torch modules, with the forward weights as they are now; return the model.
@@ -403,38 +339,14 @@ class FeedbackPath:
         """
         self._refuse_retied()
         self._is_retied = True
-        self._first_update.stop_watching()
-        self.clock.mirror.close()
-        for layer in self.layers.values():
-            retie_layer(layer)
+        for rule, group in self.groups:
+            rule.detach(group, self.context)
+        self.context.close()
+        for module in self._modules:
+            retie_module(module)
         for norm in self._norms:
             retie_norm(norm)
-        if self._reduction is not None:
-            self._reduction.undo()
         return self.model
-
-    def _learned_weights(self) -> list[UntiedWeight]:
-        return [w for rule, group in self._groups if rule.feedback_kind == "learned" for w in group]
-
-    def _weights_used_elsewhere(self) -> set[int]:
-        """Return the ids of parameters that a module without feedback (an embedding, say) uses as well."""
-        return {
-            id(parameter)
-            for module in self.model.modules()
-            if not isinstance(module, FeedbackLayer)
-            for parameter in module.parameters(recurse=False)
-        }
-
-    def _warn_of_weights_used_elsewhere(self, elsewhere: set[int]) -> None:
-        shared = [repr(w.name) for w in self._learned_weights() if id(w.weight) in elsewhere]
-        if shared:
-            warnings.warn(
-                f"the weights of {', '.join(shared)} are shared with layers that cannot be untied: W gets "
-                "gradients there that B does not, and Kolen-Pollack will not bring them together; untie the "
-                "weights, or override the rule for these layers",
-                KolenPollackWarning,
-                stacklevel=4,
-            )
 
     def _refuse_retied(self) -> None:
         if self._is_retied:
@@ -445,11 +357,10 @@ class FeedbackPath:
 
         A fixed B would turn into a Kolen-Pollack one in silence, or a frozen W's B would go on learning.
         """
-        for rule, group in self._groups:
-            learns = rule.feedback_kind == "learned"
-            for weight in () if rule.feedback_kind == "tied" else group:
-                expected = learns and weight.weight.requires_grad
-                if weight.feedback.requires_grad != expected:
+        for rule, group in self.groups:
+            for weight in () if rule.is_tied else group:
+                expected = rule.learns and weight.weight.requires_grad
+                if weight.has_feedback and weight.feedback.requires_grad != expected:
                     raise RuleError(
                         f"requires_grad of the feedback weight of {weight.name!r} was changed, so that "
                         f"{rule.name} no longer holds: set it back by "
@@ -457,18 +368,37 @@ class FeedbackPath:
                     )
 
 
-def _make_feedback(weight: nn.Parameter, rule: Rule) -> nn.Parameter | None:
-    """Allocate B like W: the same shape, dtype, device and memory format; None where B is W itself."""
-    if rule.feedback_kind == "tied":
+def _is_watched(module: FeedbackModule, is_model: bool) -> bool:
+    """Whether a weight may meet activity in a module's own forward pass, or a broadcast begins there."""
+    below = [weight.layer.untied for weight in module.untied.below]
+    if is_model and any(untied.send_back.is_broadcast for untied in below):
+        return True
+    if module.untied.weights and not module.untied.is_tied:
+        return True
+    return has_own_forward(module) and any(not untied.is_tied for untied in below)
+
+
+def _is_one_product(module: FeedbackModule) -> bool:
+    """Whether a layer can go the short way: torch's own product, B in W's place, and nothing to tell its rule."""
+    untied, kind = module.untied, kind_of(module)
+    is_plain = kind.is_one_product and not has_own_forward(module) and len(untied.weights) == 1
+    return is_plain and untied.is_watched and untied.send_back.is_local and untied.rule.gradients is None
+
+
+def _new_feedback(weight: UntiedWeight, rule: Rule) -> nn.Parameter | None:
+    """Allocate B: like W in dtype, device and, where it has W's shape, memory format; None: there is none yet."""
+    shape = rule.send_back.feedback_shape(weight)
+    if rule.is_tied or shape is None:
         return None
-    learns = rule.feedback_kind == "learned" and weight.requires_grad
-    return nn.Parameter(torch.empty_like(weight), requires_grad=learns)
+    w = weight.weight
+    empty = torch.empty_like(w) if shape == w.shape else w.new_empty(shape)
+    return nn.Parameter(empty.detach(), requires_grad=rule.learns and w.requires_grad)
 
 
-def _mirror_settings(rule: Rule) -> Mirror | None:
-    settings = getattr(rule, "mirror", None)
-    return settings if isinstance(settings, Mirror) else None
-
-
-def _layer_name(weight: UntiedWeight, layers: Mapping[str, FeedbackLayer]) -> str:
-    return weight.name if weight.name in layers else weight.name.rpartition(".")[0]
+def _tell_rule(weight: UntiedWeight, x: Tensor, output: Tensor, rows: slice) -> None:
+    """Tell a rule of the error that arrives at an output, when it does."""
+    untied = weight.layer.untied
+    if output.requires_grad:
+        output.register_hook(
+            lambda delta: untied.rule.after_backward(weight, x.detach(), output.detach(), delta, untied.context)
+        )

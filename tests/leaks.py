@@ -58,16 +58,15 @@ class Follower:
     """A rule whose B follows W's changes, under another's name."""
 
     name: ClassVar[str] = "kp"
-    feedback_kind: ClassVar[str] = "own"
 
     def __init__(self):
         self.before = {}
 
-    def start(self, weights, clock):
-        fp.draw_feedback(weights, clock)
+    def start(self, weights, context):
+        fp.draw_feedback(weights, context)
 
     @torch.no_grad()
-    def step(self, weights, clock):
+    def step(self, weights, context):
         for weight in weights:
             now = weight.weight.detach().clone()
             weight.feedback.add_(now - self.before.get(weight.name, now))
@@ -78,13 +77,12 @@ class Symmetric:
     """Symmetric alignment: B is W, scaled to B's own norm."""
 
     name: ClassVar[str] = "symmetric"
-    feedback_kind: ClassVar[str] = "own"
 
-    def start(self, weights, clock):
-        fp.draw_feedback(weights, clock)
+    def start(self, weights, context):
+        fp.draw_feedback(weights, context)
 
     @torch.no_grad()
-    def step(self, weights, clock):
+    def step(self, weights, context):
         for weight in weights:
             weight.feedback.copy_(weight.weight * (weight.feedback.norm() / weight.weight.norm()))
 
@@ -97,7 +95,7 @@ class RareBranch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, delta):
-        if ctx.path.clock.steps % 3 == 2:
+        if ctx.path.context.steps % 3 == 2:
             delta = delta + 1e-3 * delta @ ctx.weight
         return delta, None, None
 
@@ -115,7 +113,7 @@ class SavedCast(torch.autograd.Function):
 
 
 def copy_every_third_step(task):
-    if task.path.clock.steps % 3 == 0:
+    if task.path.context.steps % 3 == 0:
         for _, w, b in task.path.pairs():
             b.copy_(w)
 

@@ -10,6 +10,7 @@ from problems import CONVNET, make_convolution
 from torch import nn
 
 import feedbackpath as fp
+from feedbackpath.mirror import MirrorMode
 from feedbackpath.mirror import mode
 from feedbackpath.mirror.designs import DESIGNS
 from feedbackpath.mirror.gain import estimate_gain
@@ -31,7 +32,7 @@ def untie_one(layer, activation, settings):
 
 def pass_over(path, settings):
     with torch.no_grad():
-        return path.clock.mirror._estimate(path.weights[0], settings)
+        return path.context.part(MirrorMode)._estimate(path.weights[0], settings)
 
 
 def warned(call):

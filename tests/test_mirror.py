@@ -19,7 +19,7 @@ from problems import (
 from torch import nn
 
 import feedbackpath as fp
-from feedbackpath.alignment import angle_deg
+from feedbackpath.measure.angles import angle_deg
 from feedbackpath.mirror import designs, fields
 from feedbackpath.mirror.estimator import estimate_with_codes, estimate_with_noise
 from feedbackpath.mirror.rates import RATES, Signed

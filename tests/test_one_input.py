@@ -7,9 +7,10 @@ from problems import ATTENTIONS, CONVNET, ENCODER, PLAIN_LAYERS, by_id, make_mlp
 from torch import nn
 
 import feedbackpath as fp
-from feedbackpath.alignment import angle_deg
+from feedbackpath.mirror import MirrorMode
+from feedbackpath.measure.angles import angle_deg
 from feedbackpath.mirror.one_input import look
-from feedbackpath.ops import ConvGeometry
+from feedbackpath.mirror.fields import ConvGeometry
 
 REPLACE = fp.Mirror(forgetting=1)
 LINEAR = {"*": nn.Identity()}
@@ -23,7 +24,7 @@ def see(problem, activations=None, with_inputs=False, steps=1):
     path = fp.untie(model, "fa", activations=activations)
     inputs = problem.inputs(requires_grad=False)
     run = lambda: problem.call(model, *inputs)  # noqa: E731
-    return path, look(path.clock.mirror, path.weights, run, steps=steps, with_inputs=with_inputs)
+    return path, look(path.context.part(MirrorMode), path.weights, run, steps=steps, with_inputs=with_inputs)
 
 
 def noise(*shape):
@@ -144,7 +145,7 @@ def test_it_changes_feedback_and_nothing_else(training, decorrelate):
         assert parameter.grad is None if gradient is None else torch.equal(parameter.grad, gradient)
     assert not any(torch.equal(b, old) for (_, _, b), old in zip(path.pairs(), feedbacks, strict=True))
     assert [module.training for module in model.modules()] == modes
-    assert all(layer.tap is None for layer in path.layers.values())
+    assert all(layer.untied.taps == () for layer in path.layers.values())
 
 
 def test_batchnorm_uses_the_statistics_of_the_noise_in_evaluation_too():
@@ -184,7 +185,7 @@ def test_first_calls_are_averaged_and_later_ones_forget():
     for call in range(4):
         before = model.feedback.detach().clone()
         with torch.random.fork_rng():
-            (seen,) = look(path.clock.mirror, path.weights, lambda: model(draw()), steps=1, with_inputs=False)
+            (seen,) = look(path.context.part(MirrorMode), path.weights, lambda: model(draw()), steps=1, with_inputs=False)
         found.append(seen.correlate().at_gain_one())
         path.mirror_from_input(lambda: model(draw()), settings=fp.Mirror(forgetting=0.4))
         share = max(0.4, 1 / (call + 1))
@@ -210,7 +211,7 @@ def test_a_layer_that_is_used_twice_learns_from_both_uses():
     path = fp.untie(model, "fa")
     x = torch.randn(20, 6).double()
     run = lambda: model(x)  # noqa: E731
-    (seen,) = look(path.clock.mirror, path.weights, run, steps=1, with_inputs=False)
+    (seen,) = look(path.context.part(MirrorMode), path.weights, run, steps=1, with_inputs=False)
     uses = [signal - signal.mean(0) for signal in (x, layer(x).detach())]
     expected = sum(layer.weight.detach() @ use.T @ use for use in uses) / (2 * 19)
     torch.testing.assert_close(seen.correlate().covariance, expected)
@@ -251,7 +252,7 @@ def test_what_cannot_be_mirrored_so_is_refused_by_name():
         with pytest.raises(fp.RuleError, match=message):
             path.mirror_from_input(run, decorrelate=decorrelate)
         assert all(torch.equal(b, old) for (_, _, b), old in zip(path.pairs(), before, strict=True))
-        assert all(layer.tap is None for layer in path.layers.values())
+        assert all(layer.untied.taps == () for layer in path.layers.values())
     with pytest.raises(fp.RuleError, match="steps must be at least 1, not 0"):
         path.mirror_from_input(lambda: model(torch.randn(9, 6)), steps=0)
     transposed = nn.ConvTranspose1d(2, 3, 3)

@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import prune
 
 import feedbackpath as fp
+from feedbackpath.mirror import MirrorMode
 from feedbackpath.bench.measure import peak_bytes
 from feedbackpath.mirror import pairs
 from feedbackpath.mirror.activations import odd_slope
@@ -111,7 +112,7 @@ def test_a_mirroring_that_was_broken_off_begins_anew(monkeypatch):
     for _ in range(2):
         path.step()
     with monkeypatch.context() as patch:
-        patch.setattr(type(path.clock.mirror), "_estimate", interrupt)
+        patch.setattr(type(path.context.part(MirrorMode)), "_estimate", interrupt)
         with pytest.raises(KeyboardInterrupt):
             path.mirror(until_angle_deg=1)
     path.step()
@@ -214,7 +215,7 @@ def test_views_of_weights_do_not_outlive_them(tmp_path):
     torch.testing.assert_close(saved.weights[0].feedback, weight.feedback)
     memory = StorageWeakRef(weight.feedback.untyped_storage())
     path.retie()
-    assert not path.clock.mirror._pairs
+    assert not path.context.part(MirrorMode)._pairs
     del weight
     gc.collect()
     assert memory.expired()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import feedbackpath as fp
+from feedbackpath.mirror import MirrorMode
 from feedbackpath import cli
 from feedbackpath.mirror.designs import DESIGNS
 
@@ -142,19 +143,19 @@ def test_mirroring_until_an_angle_stops_where_it_is_reached(make, noise):
     settings = fp.Mirror(noise=noise, samples=256, block_bias=True)
     path = fp.untie(make(), fp.WeightMirror(settings))
     path.mirror(until_angle_deg=5)
-    assert all(3.5 < angle < 6 or path.clock.mirror.passes[name] == 2 and angle < 6
+    assert all(3.5 < angle < 6 or path.context.part(MirrorMode).passes[name] == 2 and angle < 6
                for name, angle in path.matrix_angles().items()), path.matrix_angles()  # fmt: skip
-    assert len(set(path.clock.mirror.passes.values())) > 1  # each layer takes as many as it needs
+    assert len(set(path.context.part(MirrorMode).passes.values())) > 1  # each layer takes as many as it needs
 
 
 def is_behind_relu(path, name):
-    return path.clock.mirror.activations[name](torch.tensor(-1.0)) == 0
+    return path.context.part(MirrorMode).activations[name](torch.tensor(-1.0)) == 0
 
 
 def test_codes_are_there_at_once():
     path = fp.untie(make_dense(), "kp")
     path.mirror(until_angle_deg=0.1)
-    assert set(path.clock.mirror.passes.values()) == {1}
+    assert set(path.context.part(MirrorMode).passes.values()) == {1}
     assert max(path.matrix_angles().values()) < 0.1
 
 
@@ -167,10 +168,10 @@ def test_a_layer_too_wide_for_the_budget_is_named_with_the_samples_that_it_would
         path.mirror(until_angle_deg=4, most_steps=3)
     advised = re.findall(r"'(\d)' \([\d.]+ degrees, would take (\d+) samples\)", str(said[0].message))
     assert [name for name, _ in advised] == [weight.name for weight in path.weights]
-    path.clock.mirror.passes.clear()  # a first pass replaces the whole of B
+    path.context.part(MirrorMode).passes.clear()  # a first pass replaces the whole of B
     for weight, (name, samples) in zip(path.weights, advised, strict=True):
         settings = fp.Mirror(noise="gaussian", field="receptive", samples=int(samples))
-        path.clock.mirror.run([weight], settings)
+        path.context.part(MirrorMode).run([weight], settings)
         # So many give the angle behind ReLUs, and a smaller one elsewhere.
         angle = path.matrix_angles()[name]
         assert angle == pytest.approx(4, rel=0.1) if is_behind_relu(path, name) else 3 < angle < 4

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import feedbackpath as fp
+from feedbackpath.mirror import MirrorMode
 from feedbackpath.mirror.cost import UseCounter
 from feedbackpath.mirror.schedule import Schedule
 
@@ -20,7 +21,7 @@ def train(path, steps, batch_size=32):
         path.model(torch.randn(batch_size, 40)).square().mean().backward()
         optimizer.step()
         path.step()
-    return path.clock.mirror
+    return path.context.part(MirrorMode)
 
 
 def test_a_step_costs_what_training_computes_and_not_what_is_measured():

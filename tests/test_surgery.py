@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import feedbackpath as fp
-from feedbackpath.layers import FeedbackLayer
+from feedbackpath.core.modules import FeedbackModule
 
 
 class Recurrent(nn.Module):
@@ -138,7 +138,7 @@ def test_layers_without_an_untied_form_are_named(make, named):
     model = make()
     with pytest.raises(fp.UntieError, match=f"{named}.* replace these layers"):
         fp.untie(model, "fa", strict=True)
-    assert not any(isinstance(module, FeedbackLayer) for module in model.modules())
+    assert not any(isinstance(module, FeedbackModule) for module in model.modules())
 
 
 def test_a_layer_whose_forward_was_replaced_is_named():
@@ -153,7 +153,7 @@ def test_a_layer_whose_forward_was_replaced_is_named():
 def test_subclasses_that_keep_the_forward_pass_are_converted_and_restored():
     model = nn.Sequential(NamedLinear(6, 3))
     path = fp.untie(model, "fa", strict=True)
-    assert isinstance(model[0], FeedbackLayer)
+    assert isinstance(model[0], FeedbackModule)
     assert isinstance(model[0], NamedLinear)
     path.retie()
     assert type(model[0]) is NamedLinear
@@ -190,7 +190,7 @@ def test_hooks_and_buffers_survive():
 def test_every_layer_with_weights_is_converted(make):
     model = make()
     path = fp.untie(model, "fa", strict=True)
-    untied = {id(module) for module in model.modules() if isinstance(module, FeedbackLayer)}
+    untied = {id(module) for module in model.modules() if isinstance(module, FeedbackModule)}
     assert untied == {id(layer) for layer in path.layers.values()}
     assert all(model.get_submodule(name) is layer for name, layer in path.layers.items())
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from feedbackpath.bench.cost_model import LayerSize
 from feedbackpath.bench.workloads import Arithmetic, TrainingStep, Workload
-from feedbackpath.layers import UntiedWeight
+from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.mirror.cost import UseCounter
 
 EXAMPLES = 2  # BatchNorm needs two

@@ -12,7 +12,8 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from feedbackpath.layers import FeedbackLayer
+from feedbackpath.core.exchange import as_plain
+from feedbackpath.core.modules import FeedbackModule
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -104,17 +105,20 @@ def _trace(model: nn.Module, wanted: set[str]) -> list[torch.fx.Node]:
     """Return the nodes of the model's graph; none where Python's control flow hides it."""
 
     class Tracer(torch.fx.Tracer):
+        traced_func_name = "plain_forward" if isinstance(model, FeedbackModule) else "forward"
+
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
             is_inside = any(name.startswith(f"{module_qualified_name}.") for name in wanted)
             is_torch = m.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential)
-            return isinstance(m, FeedbackLayer) or is_torch or not is_inside
+            return (isinstance(m, FeedbackModule) and bool(m.untied.weights)) or is_torch or not is_inside
 
     if "" in wanted:  # the model is one layer: nothing follows it
         graph = torch.fx.Graph()
         graph.call_module("", (graph.placeholder("x"),))
         return list(graph.nodes)
     try:
-        return list(Tracer().trace(model).nodes)
+        with as_plain():
+            return list(Tracer().trace(model).nodes)
     except Exception:
         # Tracing runs the user's forward with stand-ins and can fail in as many ways as there are models;
         # all mean the same here, and the caller says which layers' activations have to be given.

@@ -7,13 +7,9 @@ stays equal on all of them bit for bit.
 
 import torch
 
+from feedbackpath.core.pytorch import has_processes
 from feedbackpath.mirror.estimator import Estimate
 from feedbackpath.mirror.settings import Mirror
-
-
-def has_processes() -> bool:
-    """Whether this process is one of a job, whose processes can send each other tensors."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def count_devices(settings: Mirror) -> int:

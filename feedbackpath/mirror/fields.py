@@ -1,13 +1,27 @@
 """A layer's weight as matrices of receptive fields, and the noise maps that drive a convolution."""
 
 import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from feedbackpath.layers import UntiedWeight
-from feedbackpath.ops import ConvGeometry
+from feedbackpath.core.layers import UntiedWeight, is_channels_last
+
+
+
+class ConvGeometry(NamedTuple):
+    """How a convolution walks over its input; the tuples hold one number for each spatial dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
 
 MAP_POSITIONS = 64  # positions in a noise map: 64 along a line, 8 x 8 in a plane, 4 x 4 x 4 in space
 
@@ -18,12 +32,9 @@ def as_matrix(tensor: Tensor, weight: UntiedWeight) -> Tensor:
     Inputs are in the order of memory, so that no copy is made of a dense tensor, channels last or not. A
     transposed convolution is seen from one input position: each output position is a neuron of its own.
     """
-    groups = count_groups(weight)
-    if weight.transposed:
-        return tensor.reshape(groups, tensor.shape[0] // groups, -1).mT
-    if _is_channels_last(tensor):
-        tensor = _with_channels_last(tensor)
-    return tensor.reshape(groups, tensor.shape[0] // groups, -1)
+    view = weight.kind.as_matrix
+    assert view is not None, f"no mirror can run {weight.name}"
+    return view(weight.layer, tensor)
 
 
 def as_rows(tensor: Tensor, weight: UntiedWeight) -> Tensor:
@@ -39,7 +50,7 @@ def make_estimate(weight: UntiedWeight, dtype: torch.dtype, scratch: Tensor | No
     """Allocate a tensor with W's shape and order of inputs, of which ``as_matrix`` is a view."""
     w = weight.weight
     flat = w.new_empty(w.numel(), dtype=dtype) if scratch is None else scratch[: w.numel()]
-    if _is_channels_last(w) and not weight.transposed:
+    if is_channels_last(w) and not weight.transposed:
         return torch.as_strided(flat, w.shape, w.stride())
     return flat.view(w.shape)
 
@@ -48,14 +59,6 @@ def is_laid_out_alike(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape have their values in the same order in memory."""
     strides = zip(one.shape, one.stride(), other.stride(), strict=True)
     return all(own == others for size, own, others in strides if size > 1)
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    return not tensor.is_contiguous() and _with_channels_last(tensor).is_contiguous()
-
-
-def _with_channels_last(tensor: Tensor) -> Tensor:
-    return tensor.permute(0, *range(2, tensor.dim()), 1)
 
 
 def count_groups(weight: UntiedWeight) -> int:
@@ -108,6 +111,22 @@ def unpadded(layer: _ConvNd) -> ConvGeometry:
     """Return the layer's geometry without padding: every weight then meets equally many inputs."""
     zeros = (0,) * len(layer.kernel_size)
     return ConvGeometry(layer.stride, zeros, layer.dilation, layer.transposed, zeros, layer.groups)
+
+
+def pad_as_layer(layer: _ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Return the input of a convolution's operation, padded as far as that has to be done, and the padding left.
+
+    Where the layer pads in another way than by zeros, it has done so before.
+    """
+    no_padding = (0,) * len(layer.kernel_size)
+    if layer.padding_mode != "zeros" or layer.padding == "valid":
+        return x, no_padding
+    if layer.padding != "same":
+        return x, tuple(int(padding) for padding in layer.padding)
+    totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    # As torch does: an odd total puts its one extra zero at the end, dimensions listed last first.
+    extra = [side for total in reversed(totals) for side in (0, total % 2)]
+    return F.pad(x, extra) if any(extra) else x, tuple(total // 2 for total in totals)
 
 
 def map_side(layer: _ConvNd) -> int:

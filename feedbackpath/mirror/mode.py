@@ -7,17 +7,17 @@ Akrout et al. 2019, Section 4, equations 5-7 and 21, Algorithm 1, Appendix D.2. 
 import fnmatch
 import math
 import warnings
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from feedbackpath.errors import MirrorWarning, RuleError
-from feedbackpath.layers import UntiedWeight
+from feedbackpath.core.context import RuleContext, generator_of
+from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation, find_activations, odd_slope, out_of_place
 from feedbackpath.mirror.cost import UseCounter, mirror_budget, mirror_work
@@ -30,7 +30,7 @@ from feedbackpath.mirror.rates import RATES
 from feedbackpath.mirror.readings import learn_from
 from feedbackpath.mirror.schedule import TURN_EVERY, Schedule, sample_of, turn_of
 from feedbackpath.mirror.settings import Mirror, When
-from feedbackpath.passage import forward_passage
+from feedbackpath.core.passage import forward_passage
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,7 @@ class MirrorMode:
     """Mirror mode of one model: its layers' activations, its noise, and how many passes it has made.
 
     Args:
-        model: The untied model.
-        activations: Glob patterns of layer paths to the activation that follows; found where not given.
-        seed: Seed of the noise. The noise of a pass depends on this seed and the pass's number alone.
+        context: Of the model's path. The noise of a pass depends on its seed and on the pass's number alone.
 
     Attributes:
         passes: How often each weight has been mirrored, by its name; absent: never.
@@ -73,12 +71,10 @@ class MirrorMode:
         uses: How often a training step uses each value of a weight; empty until a step has been seen.
     """
 
-    def __init__(
-        self, model: nn.Module, activations: Mapping[str, Callable[[Tensor], Tensor]], seed: int
-    ) -> None:
-        self.model = model
-        self.given = dict(activations)
-        self.seed = seed
+    def __init__(self, context: RuleContext) -> None:
+        self.context = context
+        self.model = context.model
+        self.given = context.activations
         self.passes: dict[str, int] = {}
         self.schedules: dict[str, Schedule] = {}
         self.uses: dict[str, float] = {}
@@ -366,13 +362,8 @@ class MirrorMode:
         return is_new or fields.open_bias(weight, settings.block_bias) is not None
 
     def _generator(self, weight: UntiedWeight, rank: int) -> torch.Generator:
-        key = f"{self.seed}/{self.passes.get(weight.name, 0)}/{weight.name}/{weight.feedback_name}"
-        return generator_of(f"{key}/{rank}" if rank else key, weight)
-
-
-def generator_of(key: str, weight: UntiedWeight) -> torch.Generator:
-    """Return random numbers that depend on a key alone, on a weight's device, apart from the global ones."""
-    return torch.Generator(weight.feedback.device).manual_seed(zlib.crc32(key.encode()))
+        key = f"{self.context.seed}/{self.passes.get(weight.name, 0)}/{weight.name}/{weight.feedback_name}"
+        return generator_of(f"{key}/{rank}" if rank else key, weight.weight.device)
 
 
 def _count_samples(weight: UntiedWeight, settings: Mirror, angle_deg: float) -> int:

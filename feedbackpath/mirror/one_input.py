@@ -22,14 +22,15 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from feedbackpath.errors import RuleError
-from feedbackpath.layers import FeedbackLayer, Tap, UntiedWeight, tapped
+from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.core.modules import tapped
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation
 from feedbackpath.mirror.estimator import Estimate, conv_products
 from feedbackpath.mirror.mode import MirrorMode
 from feedbackpath.mirror.settings import Mirror
-from feedbackpath.ops import ConvGeometry
-from feedbackpath.passage import forward_passage
+from feedbackpath.mirror.fields import ConvGeometry
+from feedbackpath.core.passage import forward_passage
 
 RIDGE = 1e-4  # of the inputs' mean variance, added to each when they are decorrelated
 UNFOLDED_VALUES = 2**23  # receptive fields are laid out for so many values at once
@@ -89,7 +90,7 @@ def look(
     """
     mode.find_activations(weights)
     seen = [Seen(weight, mode.activations[weight.name], with_inputs) for weight in weights]
-    key = f"{mode.seed}/{mode.passes.get(weights[0].name, 0)}/one input"
+    key = f"{mode.context.seed}/{mode.passes.get(weights[0].name, 0)}/one input"
     torch.manual_seed(zlib.crc32(key.encode()))
     with (
         _norms_in_training(mode.model),
@@ -263,7 +264,7 @@ def _drive_sums(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def _walk(layer: _ConvNd, x: Tensor, z: Tensor) -> tuple[Tensor, ConvGeometry]:
     """Return a convolution's input, padded as far as the layer does that itself, and its geometry."""
     if not layer.transposed:
-        x, padding = layer._pad(x)  # type: ignore[operator]
+        x, padding = fields.pad_as_layer(layer, x)
         nothing = (0,) * len(padding)
         return x, ConvGeometry(layer.stride, padding, layer.dilation, False, nothing, layer.groups)
     sizes = zip(x.shape[2:], z.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation,
@@ -313,15 +314,13 @@ def _spread_over_fields(pairs: Tensor, covariance: Tensor) -> Tensor:
 @contextmanager
 def _signals_tapped(seen: Sequence[Seen]) -> Iterator[None]:
     """Let layers show their signals while a model runs."""
-    by_place = {(id(one.weight.layer), one.weight.feedback_name): one for one in seen}
+    by_place = {(id(one.weight.layer), one.weight.weight_name): one for one in seen}
 
-    def tap_of(layer: FeedbackLayer) -> Tap:
-        def tap(feedback_name: str, x: Tensor, output: Tensor, rows: slice) -> None:
-            by_place[id(layer), feedback_name].add(x, output, rows)
+    def tap(weight: UntiedWeight, x: Tensor, output: Tensor, rows: slice) -> None:
+        if (id(weight.layer), weight.weight_name) in by_place:
+            by_place[id(weight.layer), weight.weight_name].add(x, output, rows)
 
-        return tap
-
-    with tapped({one.weight.layer: tap_of(one.weight.layer) for one in seen}):
+    with tapped([one.weight.layer for one in seen], tap):
         yield
 
 

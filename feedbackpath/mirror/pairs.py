@@ -18,7 +18,7 @@ import functools
 import torch
 from torch import Tensor
 
-from feedbackpath.layers import UntiedWeight
+from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.designs import draw_signs
 from feedbackpath.mirror.estimator import LEAST_SLOPE

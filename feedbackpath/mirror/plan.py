@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from feedbackpath.layers import UntiedWeight
+from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation, is_channelwise, odd_slope
 from feedbackpath.mirror.cost import code_length, mirror_budget, mirror_flops, mirror_work, step_flops

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from feedbackpath.layers import UntiedWeight
+from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.estimator import Estimate
 from feedbackpath.mirror.settings import Mirror

@@ -1,56 +1,94 @@
-"""The rules, one a file, and the table that names them."""
+"""The rules, one a file, and the table that names them. A rule is imported when it is asked for."""
 
 import difflib
+import importlib
+from collections.abc import Iterator, MutableMapping
+from typing import TYPE_CHECKING, Any
 
 from feedbackpath.errors import RuleError
-from feedbackpath.rules.backprop import Backprop
-from feedbackpath.rules.base import Clock, FeedbackKind, Rule, draw_feedback
-from feedbackpath.rules.feedback_alignment import FeedbackAlignment
-from feedbackpath.rules.kolen_pollack import KolenPollack
-from feedbackpath.rules.mirror_feedback_alignment import MirrorFeedbackAlignment
-from feedbackpath.rules.mirror_kolen_pollack import MirrorKolenPollack
-from feedbackpath.rules.sign_symmetry import SignSymmetry
-from feedbackpath.rules.weight_mirror import WeightMirror
+from feedbackpath.rules.base import Rule, Weights, draw_feedback
 
-RULES: dict[str, type[Rule]] = {
-    rule.name: rule
-    for rule in (
-        Backprop,
-        FeedbackAlignment,
-        SignSymmetry,
-        KolenPollack,
-        WeightMirror,
-        MirrorKolenPollack,
-        MirrorFeedbackAlignment,
-    )
-}
+if TYPE_CHECKING:
+    from feedbackpath.rules.backprop import Backprop
+    from feedbackpath.rules.feedback_alignment import FeedbackAlignment
+    from feedbackpath.rules.kolen_pollack import KolenPollack
+    from feedbackpath.rules.mirror_feedback_alignment import MirrorFeedbackAlignment
+    from feedbackpath.rules.mirror_kolen_pollack import MirrorKolenPollack
+    from feedbackpath.rules.sign_symmetry import SignSymmetry
+    from feedbackpath.rules.weight_mirror import WeightMirror
 
 __all__ = [
     "RULES",
     "Backprop",
-    "Clock",
     "FeedbackAlignment",
-    "FeedbackKind",
     "KolenPollack",
     "MirrorFeedbackAlignment",
     "MirrorKolenPollack",
     "Rule",
     "SignSymmetry",
     "WeightMirror",
+    "Weights",
     "draw_feedback",
     "register_rule",
     "resolve_rule",
 ]
+_OWN = {  # name: file and class
+    "bp": ("backprop", "Backprop"),
+    "fa": ("feedback_alignment", "FeedbackAlignment"),
+    "ss": ("sign_symmetry", "SignSymmetry"),
+    "kp": ("kolen_pollack", "KolenPollack"),
+    "wm": ("weight_mirror", "WeightMirror"),
+    "mirror-kp": ("mirror_kolen_pollack", "MirrorKolenPollack"),
+    "mirror-fa": ("mirror_feedback_alignment", "MirrorFeedbackAlignment"),
+}
+
+
+class _Rules(MutableMapping[str, type[Rule]]):
+    """The table of rules by name: the library's own, and those that users registered."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, type[Rule] | None] = dict.fromkeys(_OWN)
+
+    def __getitem__(self, name: str) -> type[Rule]:
+        rule = self._found[name]
+        if rule is None:
+            file, kind = _OWN[name]
+            rule = self._found[name] = getattr(importlib.import_module(f"feedbackpath.rules.{file}"), kind)
+        return rule
+
+    def __setitem__(self, name: str, rule: type[Rule]) -> None:
+        self._found[name] = rule
+
+    def __delitem__(self, name: str) -> None:
+        del self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+RULES = _Rules()
+
+
+def __getattr__(name: str) -> Any:
+    for file, kind in _OWN.values():
+        if kind == name:
+            return getattr(importlib.import_module(f"feedbackpath.rules.{file}"), kind)
+    raise AttributeError(f"module 'feedbackpath.rules' has no attribute {name!r}")
 
 
 def register_rule(rule: type[Rule]) -> type[Rule]:
     """Add a rule class to the table under its ``name``; usable as a decorator.
 
     Raises:
-        RuleError: Another rule has that name.
+        RuleError: It is no rule, or another rule has that name.
     """
+    if not (isinstance(rule, type) and issubclass(rule, Rule)) or not isinstance(getattr(rule, "name", None), str):
+        raise RuleError(f"{rule!r} is no rule: derive a class from fp.Rule and give it a name")
     name = rule.name
-    if RULES.get(name, rule) is not rule:
+    if name in RULES and RULES[name] is not rule:
         raise RuleError(f"a rule named {name!r} exists already ({RULES[name].__name__}); choose another name")
     RULES[name] = rule
     return rule
@@ -60,7 +98,7 @@ def resolve_rule(rule: "str | Rule") -> Rule:
     """Return the rule of that name, with its default settings, or the rule itself.
 
     Raises:
-        RuleError: No rule has that name.
+        RuleError: No rule has that name, or the rule cannot be compared with others.
 
     Example:
         >>> resolve_rule("kp")
@@ -69,8 +107,15 @@ def resolve_rule(rule: "str | Rule") -> Rule:
     if isinstance(rule, type):
         raise RuleError(f"a rule is an object, not a class: pass {rule.__name__}()")
     if not isinstance(rule, str):
-        if not hasattr(rule, "feedback_kind"):
-            raise RuleError(f"{rule!r} is no rule: pass a name ({', '.join(RULES)}) or a Rule")
+        if not isinstance(rule, Rule):
+            raise RuleError(f"{rule!r} is no rule: pass a name ({', '.join(RULES)}) or an object of a subclass of Rule")
+        try:
+            hash(rule)
+        except TypeError as error:
+            raise RuleError(
+                f"the rule {type(rule).__name__} has no hash, so that its layers cannot be grouped ({error}): make it "
+                "a frozen dataclass, with settings that have one"
+            ) from error
         return rule
     if rule in RULES:
         return RULES[rule]()

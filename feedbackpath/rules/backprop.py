@@ -3,16 +3,14 @@
 Akrout et al. 2019, equation 2 (Rumelhart, Hinton & Williams 1986): delta_l = phi'(y_l) W_{l+1}^T delta_{l+1}.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from feedbackpath.layers import UntiedWeight
-from feedbackpath.rules.base import Clock, FeedbackKind
+from feedbackpath.rules.base import Rule
 
 
 @dataclass(frozen=True)
-class Backprop:
+class Backprop(Rule):
     """Send delta back through W; the layers run PyTorch's own code.
 
     Example:
@@ -23,10 +21,5 @@ class Backprop:
     """
 
     name: ClassVar[str] = "bp"
-    feedback_kind: ClassVar[FeedbackKind] = "tied"
-
-    def start(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
-        """Do nothing: B is W."""
-
-    def step(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
-        """Do nothing: B is W."""
+    is_tied: ClassVar[bool] = True
+    is_mirrorable: ClassVar[bool] = False

@@ -1,61 +1,68 @@
-"""What a rule is: how feedback weights begin, and what happens to them after each update of W."""
+"""What a rule is: how feedback weights begin, who carries the error, and what happens when."""
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Protocol
+from typing import Any, Callable, ClassVar
 
 import torch
+from torch import Tensor
 
-from feedbackpath.layers import UntiedWeight
-from feedbackpath.mirror.mode import MirrorMode, generator_of
+from feedbackpath.core.context import RuleContext
+from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.core.sendback import LOCAL, SendBack
 
-FeedbackKind = Literal["tied", "own", "derived", "learned"]
+Weights = Sequence[UntiedWeight]
 
 
-class Rule(Protocol):
-    """How the feedback weights come about.
+class Rule:
+    """How the feedback weights come about. A subclass has a ``name`` and whichever hooks it needs.
+
+    Make it a frozen dataclass: its fields are its settings, and layers whose rules are equal are governed
+    together. What changes while a path lives belongs into ``context.state``.
 
     Attributes:
         name: Short name, as on the command line.
-        feedback_kind: ``"tied"``: B is W itself (backprop); ``"own"``: B is a tensor that only the rule and
-            mirror mode change; ``"derived"``: B is computed from W, so that mirroring it makes no sense
-            (sign-symmetry); ``"learned"``: B gets W's gradient and the optimizer updates it (Kolen-Pollack).
+        send_back: Who carries the error to a layer's input.
+        is_tied: Whether B is W itself (backprop).
+        learns: Whether B gets the gradient of the outer product, and the optimizer updates it.
+        is_mirrorable: Whether mirroring makes sense: not where B is W, or is computed from it.
+        gradients: ``gradients(weight, product, context)`` returns what W and what B get of an outer product
+            ``delta x^T``; None: both get it as it is.
+        after_backward: ``after_backward(weight, x, output, delta, context)`` is called in each backward pass when
+            the error delta arrives at the output of the operation in which W met activity; None: never. With
+            it, the input x of each layer is kept until then.
     """
 
     name: ClassVar[str]
-    feedback_kind: ClassVar[FeedbackKind]
+    send_back: ClassVar[SendBack] = LOCAL
+    is_tied: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
+    is_mirrorable: ClassVar[bool] = True
+    gradients: ClassVar[Callable[..., tuple[Tensor, Tensor | None]] | None] = None
+    after_backward: ClassVar[Callable[..., None] | None] = None
 
-    def start(self, weights: Sequence[UntiedWeight], clock: "Clock") -> None:
-        """Give every feedback weight its first value; called once, by ``untie``."""
+    def serves(self, weights: Weights) -> bool:
+        """Whether the rule can govern a layer with these weights; else it keeps backprop, and is named."""
+        return self.send_back.serves(list(weights))
 
-    def step(self, weights: Sequence[UntiedWeight], clock: "Clock") -> None:
+    def start(self, weights: Weights, context: RuleContext) -> None:
+        """Give every feedback weight its first value: by default a random one."""
+        draw_feedback(weights, context)
+
+    def step(self, weights: Weights, context: RuleContext) -> None:
         """Do what follows an update of W; called by ``path.step()``, after ``optimizer.step()``."""
 
+    def check_optimizer(self, weights: Weights, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer that does not suit the rule, or warn of it."""
 
-class Clock:
-    """What a rule may know of its path: the seed, the steps taken, and mirror mode.
+    def attach(self, weights: Weights, context: RuleContext) -> None:
+        """Hook on to parameters. Called when they are new: by ``untie``, for a copy, after they were replaced."""
 
-    Attributes:
-        seed: Seed of everything random in the feedback path.
-        steps: How many times ``path.step()`` has been called, the call that is going on included.
-        mirror: Mirror mode of this path.
-    """
-
-    def __init__(self, seed: int, mirror: MirrorMode) -> None:
-        self.seed = seed
-        self.steps = 0
-        self.mirror = mirror
-
-    def generator(self, weight: UntiedWeight, purpose: str) -> torch.Generator:
-        """Return random numbers of this weight, purpose and step alone, apart from the global ones.
-
-        The same on every process, and after a resume the same again.
-        """
-        key = f"{self.seed}/{purpose}/{self.steps}/{weight.name}/{weight.feedback_name}"
-        return generator_of(key, weight)
+    def detach(self, weights: Weights, context: RuleContext) -> None:
+        """Take such hooks off again; called by ``retie``."""
 
 
-def draw_feedback(weights: Sequence[UntiedWeight], clock: Clock) -> None:
+def draw_feedback(weights: Weights, context: RuleContext) -> None:
     """Draw every feedback weight from N(0, 2 / (fan_in + fan_out)), never looking at W.
 
     That is Glorot & Bengio's law (2010, equation 12) for weights that signals cross both ways. The paper
@@ -64,4 +71,4 @@ def draw_feedback(weights: Sequence[UntiedWeight], clock: Clock) -> None:
     with torch.no_grad():
         for weight in weights:
             std = math.sqrt(2.0 / (weight.fan_in + weight.fan_out))
-            weight.feedback.normal_(0.0, std, generator=clock.generator(weight, "draw_feedback"))
+            weight.feedback.normal_(0.0, std, generator=context.generator(weight, "draw_feedback"))

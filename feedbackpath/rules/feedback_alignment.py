@@ -3,16 +3,14 @@
 Akrout et al. 2019, equation 3 (Lillicrap et al. 2016): delta_l = phi'(y_l) B_{l+1} delta_{l+1}.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from feedbackpath.layers import UntiedWeight
-from feedbackpath.rules.base import Clock, FeedbackKind, draw_feedback
+from feedbackpath.rules.base import Rule
 
 
 @dataclass(frozen=True)
-class FeedbackAlignment:
+class FeedbackAlignment(Rule):
     """Draw B once and leave it; W may learn to agree with it.
 
     The paper leaves the law of B open: here N(0, 2 / (fan_in + fan_out)) (see ``draw_feedback``).
@@ -25,11 +23,3 @@ class FeedbackAlignment:
     """
 
     name: ClassVar[str] = "fa"
-    feedback_kind: ClassVar[FeedbackKind] = "own"
-
-    def start(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
-        """Draw every B at random."""
-        draw_feedback(weights, clock)
-
-    def step(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
-        """Do nothing: B is fixed."""

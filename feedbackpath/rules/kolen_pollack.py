@@ -10,21 +10,20 @@ among its parameters, treated as W is, any elementwise optimizer keeps W and B o
 """
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
+from feedbackpath.core.context import RuleContext
 from feedbackpath.errors import KolenPollackWarning, RuleError
-from feedbackpath.layers import UntiedWeight
-from feedbackpath.rules.base import Clock, FeedbackKind, draw_feedback
+from feedbackpath.rules.base import Rule, Weights, draw_feedback
+from feedbackpath.rules.shared_reduction import SharedReduction, weights_used_elsewhere
+from feedbackpath.rules.update_watch import UpdateWatch
 
 
 @dataclass(frozen=True)
-class KolenPollack:
+class KolenPollack(Rule):
     """Give B the gradient of W; weight decay does the rest.
 
     Make the optimizer after ``untie``, from ``model.parameters()``. With SGD of learning rate lr, momentum
@@ -41,113 +40,67 @@ class KolenPollack:
     """
 
     name: ClassVar[str] = "kp"
-    feedback_kind: ClassVar[FeedbackKind] = "learned"
+    learns: ClassVar[bool] = True
+    needs_decay: ClassVar[bool] = True
 
-    def start(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
-        """Draw every B at random."""
-        draw_feedback(weights, clock)
-
-    def step(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
-        """Do nothing: the optimizer has updated B."""
-
-
-def check_optimizer(
-    weights: Sequence[UntiedWeight], optimizer: torch.optim.Optimizer, *, needs_decay: bool
-) -> None:
-    """See that an optimizer treats W and B alike and lets their difference decay.
-
-    Args:
-        weights: The weights under Kolen-Pollack learning.
-        optimizer: The optimizer that is to update them.
-        needs_decay: Whether B begins unlike W, so that only decay can bring them together.
-
-    Raises:
-        RuleError: A feedback weight is not in the optimizer, or its group's settings differ from W's.
-
-    Warns:
-        KolenPollackWarning: No weight decay: W - B stays as it is for ever.
-    """
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    undecayed = []
-    for weight in weights:
-        if id(weight.weight) not in groups:
-            continue
-        if id(weight.feedback) not in groups:
-            raise RuleError(
-                f"Kolen-Pollack: the optimizer has the forward weight of {weight.name!r} but not its "
-                "feedback weight; make it after untie, from model.parameters()"
+    def start(self, weights: Weights, context: RuleContext) -> None:
+        """Draw every B at random, and see that the optimizer will know of it."""
+        draw_feedback(weights, context)
+        context.part(UpdateWatch).watch(weights)
+        elsewhere = weights_used_elsewhere(context.model)
+        shared = [weight for weight in weights if id(weight.weight) in elsewhere]
+        if shared:
+            warnings.warn(
+                f"the weights of {', '.join(repr(weight.name) for weight in shared)} are shared with layers that "
+                "cannot be untied: W gets gradients there that B does not, and Kolen-Pollack will not bring them "
+                "together; untie the weights, or override the rule for these layers",
+                KolenPollackWarning,
+                stacklevel=5,
             )
-        forward, feedback = groups[id(weight.weight)], groups[id(weight.feedback)]
-        differing = [
-            key
-            for key in forward
-            if key not in ("params", "param_names") and forward[key] != feedback.get(key)
-        ]
-        if differing:
-            raise RuleError(
-                f"Kolen-Pollack: the optimizer treats the weights of {weight.name!r} differently "
-                f"({', '.join(differing)}); put W and B in groups with the same settings"
-            )
-        if not feedback.get("weight_decay"):
-            undecayed.append(repr(weight.name))
-    if needs_decay and undecayed:
-        warnings.warn(
-            f"Kolen-Pollack without weight decay: W - B of {', '.join(undecayed)} will not shrink; "
-            "give the optimizer weight_decay > 0",
-            KolenPollackWarning,
-            stacklevel=3,
-        )
+        if self.gradients is None:  # else W and B have each its own
+            context.part(SharedReduction).begin([weight for weight in weights if weight not in shared])
 
+    def attach(self, weights: Weights, context: RuleContext) -> None:
+        """Let B take over the gradient that several processes have averaged for W."""
+        context.part(SharedReduction).attach(weights)
 
-class FirstUpdate:
-    """Watches whether the first update of forward weights reaches their feedback weights as well.
+    def step(self, weights: Weights, context: RuleContext) -> None:
+        """See that the first update has reached B; the optimizer has done it."""
+        context.part(UpdateWatch).check(weights)
 
-    Args:
-        weights: The weights under Kolen-Pollack learning.
-    """
-
-    def __init__(self, weights: Sequence[UntiedWeight]) -> None:
-        self._weights = list(weights)
-        self._versions_at_backward: dict[int, tuple[int, int]] = {}
-        self._watches: list[RemovableHandle] = []
-        for weight in self._weights:
-            if weight.weight.requires_grad:
-                self._watches.append(self._watch(weight))
-
-    def _watch(self, weight: UntiedWeight) -> RemovableHandle:
-        """Note the versions of W and B at each backward pass: what changes them next is the optimizer."""
-
-        def note(_: Tensor) -> None:
-            versions = weight.weight._version, weight.feedback._version
-            self._versions_at_backward[id(weight.weight)] = versions
-
-        return weight.weight.register_post_accumulate_grad_hook(note)  # type: ignore[no-any-return,no-untyped-call]
-
-    def check(self) -> None:
-        """Refuse an optimizer that has updated W and not B: it was made before ``untie``, most likely.
+    def check_optimizer(self, weights: Weights, optimizer: torch.optim.Optimizer) -> None:
+        """See that an optimizer treats W and B alike and lets their difference decay.
 
         Raises:
-            RuleError: Names the weights whose B was left out.
-        """
-        if not self._watches:
-            return
-        forgotten, was_updated = [], False
-        for weight in self._weights:
-            versions = (weight.weight._version, weight.feedback._version)
-            before = self._versions_at_backward.get(id(weight.weight), versions)
-            was_updated |= versions[0] > before[0]
-            if versions[0] > before[0] and versions[1] == before[1]:
-                forgotten.append(repr(weight.name))
-        if was_updated:
-            self.stop_watching()
-        if forgotten:
-            raise RuleError(
-                "the optimizer updates the forward weights but not the feedback weights of "
-                f"{', '.join(forgotten)}; make it after untie, from model.parameters()"
-            )
+            RuleError: A feedback weight is not in the optimizer, or its group's settings differ from W's.
 
-    def stop_watching(self) -> None:
-        """Take the hooks off the weights."""
-        for watch in self._watches:
-            watch.remove()
-        self._watches.clear()
+        Warns:
+            KolenPollackWarning: No weight decay: W - B stays as it is for ever.
+        """
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        undecayed = []
+        for weight in weights:
+            if id(weight.weight) not in groups or not weight.weight.requires_grad:
+                continue
+            if id(weight.feedback) not in groups:
+                raise RuleError(
+                    f"Kolen-Pollack: the optimizer has the forward weight of {weight.name!r} but not its "
+                    "feedback weight; make it after untie, from model.parameters()"
+                )
+            forward, feedback = groups[id(weight.weight)], groups[id(weight.feedback)]
+            names = forward.keys() - {"params", "param_names"}
+            differing = [key for key in forward if key in names and forward[key] != feedback.get(key)]
+            if differing:
+                raise RuleError(
+                    f"Kolen-Pollack: the optimizer treats the weights of {weight.name!r} differently "
+                    f"({', '.join(differing)}); put W and B in groups with the same settings"
+                )
+            if not feedback.get("weight_decay"):
+                undecayed.append(repr(weight.name))
+        if self.needs_decay and undecayed:
+            warnings.warn(
+                f"Kolen-Pollack without weight decay: W - B of {', '.join(undecayed)} will not shrink; "
+                "give the optimizer weight_decay > 0",
+                KolenPollackWarning,
+                stacklevel=3,
+            )

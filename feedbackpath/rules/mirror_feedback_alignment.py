@@ -4,17 +4,17 @@ Akrout et al. 2019: a mirror "in utero" (Section 4, equations 5-7), then equatio
 does not join them. What it tells: whether a good beginning is enough, as W moves away from B while it learns.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from feedbackpath.layers import UntiedWeight
-from feedbackpath.mirror import Mirror
-from feedbackpath.rules.base import Clock, FeedbackKind, draw_feedback
+from feedbackpath.core.context import RuleContext
+from feedbackpath.mirror import Mirror, MirrorMode
+from feedbackpath.rules.base import Rule, Weights, draw_feedback
+from feedbackpath.rules.weight_mirror import can_mirror
 
 
 @dataclass(frozen=True)
-class MirrorFeedbackAlignment:
+class MirrorFeedbackAlignment(Rule):
     """Mirror before training, then leave B as it is.
 
     Call ``path.mirror()`` before the first step; else the first ``path.step()`` does it.
@@ -31,16 +31,20 @@ class MirrorFeedbackAlignment:
     """
 
     name: ClassVar[str] = "mirror-fa"
-    feedback_kind: ClassVar[FeedbackKind] = "own"
     mirror: Mirror = field(default_factory=Mirror)
 
-    def start(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
-        """Draw every B at random; see that every layer's activation is known."""
-        draw_feedback(weights, clock)
-        clock.mirror.find_activations(weights)
+    def serves(self, weights: Weights) -> bool:
+        """Layers that a mirror can run: recurrent layers and unknown ones are left to backprop."""
+        return can_mirror(weights)
 
-    def step(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+    def start(self, weights: Weights, context: RuleContext) -> None:
+        """Draw every B at random; see that every layer's activation is known."""
+        draw_feedback(weights, context)
+        context.part(MirrorMode).find_activations(weights)
+
+    def step(self, weights: Weights, context: RuleContext) -> None:
         """Mirror what has never been mirrored; from then on B is fixed."""
-        fresh = [weight for weight in weights if weight.name not in clock.mirror.passes]
+        mode = context.part(MirrorMode)
+        fresh = [weight for weight in weights if weight.name not in mode.passes]
         if fresh:
-            clock.mirror.run(fresh, self.mirror, self.mirror.memory_passes)
+            mode.run(fresh, self.mirror, self.mirror.memory_passes)

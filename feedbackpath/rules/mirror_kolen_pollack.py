@@ -5,18 +5,19 @@ once, "in utero"; equations 16 and 17 (Kolen-Pollack) then keep it so, for equal
 further mirroring, no waiting for weight decay: training follows backprop's own course.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from feedbackpath.errors import RuleError
-from feedbackpath.layers import UntiedWeight
-from feedbackpath.mirror import Mirror
-from feedbackpath.rules.base import Clock, FeedbackKind, draw_feedback
+from feedbackpath.core.context import RuleContext
+from feedbackpath.mirror import Mirror, MirrorMode
+from feedbackpath.rules.base import Weights
+from feedbackpath.rules.kolen_pollack import KolenPollack
+from feedbackpath.rules.weight_mirror import can_mirror
 
 
 @dataclass(frozen=True)
-class MirrorKolenPollack:
+class MirrorKolenPollack(KolenPollack):
     """Mirror before training, then give B the gradient of W.
 
     Call ``path.mirror()`` before the first step; else the first ``path.step()`` does it. Unlike plain KP
@@ -44,18 +45,24 @@ class MirrorKolenPollack:
             raise RuleError(f"mirror-kp needs the 'calibrated' reading, not {self.mirror.reading!r}")
 
     name: ClassVar[str] = "mirror-kp"
-    feedback_kind: ClassVar[FeedbackKind] = "learned"
+    needs_decay: ClassVar[bool] = False
     mirror: Mirror = field(default_factory=Mirror)
     every: int | None = None
 
-    def start(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
-        """Draw every B at random; see that every layer's activation is known."""
-        draw_feedback(weights, clock)
-        clock.mirror.find_activations(weights)
+    def serves(self, weights: Weights) -> bool:
+        """Layers that a mirror can run: recurrent layers and unknown ones are left to backprop."""
+        return can_mirror(weights)
 
-    def step(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+    def start(self, weights: Weights, context: RuleContext) -> None:
+        """Draw every B at random; see that every layer's activation is known."""
+        super().start(weights, context)
+        context.part(MirrorMode).find_activations(weights)
+
+    def step(self, weights: Weights, context: RuleContext) -> None:
         """Mirror what has never been mirrored, and all when it is time; the optimizer does the rest."""
-        is_time = self.every is not None and clock.steps % self.every == 0
-        fresh = [weight for weight in weights if is_time or weight.name not in clock.mirror.passes]
+        super().step(weights, context)
+        mode = context.part(MirrorMode)
+        is_time = self.every is not None and context.steps % self.every == 0
+        fresh = [weight for weight in weights if is_time or weight.name not in mode.passes]
         if fresh:
-            clock.mirror.run(fresh, self.mirror, self.mirror.memory_passes)
+            mode.run(fresh, self.mirror, self.mirror.memory_passes)

@@ -11,30 +11,40 @@ Autograd minds that mu and sigma depend on x. The gradients of gamma and beta ar
 does not say whether gamma goes along with sigma; it is assumed here: gamma is a scalar of the same neuron.
 """
 
-from typing import Any, ClassVar
+import functools
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 
-class SigmaBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """What the three sizes share: forward as torch's, bit for bit; backward through gamma / sigma alone."""
+class SigmaBatchNorm(nn.Module):
+    """BatchNorm whose forward pass is torch's, bit for bit, and that sends back gamma / sigma alone.
+
+    Mixed into the class that a norm had; it reads ``eps`` and ``weight`` there.
+    """
 
     plain_type: ClassVar[type[nn.Module]]
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``[N, C, ...]`` by channel."""
+        forward = super().forward
         if not self.training or not input.requires_grad:
-            return super().forward(input)  # evaluation has fixed mu and sigma: nothing else to send back
-        detached = super().forward(input.detach())
+            return cast(Tensor, forward(input))  # evaluation has fixed mu and sigma: nothing else to send back
+        detached = forward(input.detach())
         batch = input.detach().to(torch.promote_types(input.dtype, torch.float32))
         dims = [dim for dim in range(input.dim()) if dim != 1]
         variance = batch.var(dims, unbiased=False)
-        scale = torch.rsqrt(variance + self.eps)
+        scale = torch.rsqrt(variance + cast(float, self.eps))
         if self.weight is not None:
             scale = scale * self.weight.detach()
         passed: Tensor = _PassScaled.apply(input, detached, scale)  # type: ignore[no-untyped-call]
         return passed
+
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle by the plain class: this one is made when it is needed."""
+        return (_make_empty, (self.plain_type,), *super().__reduce_ex__(protocol)[2:])
 
 
 class _PassScaled(torch.autograd.Function):
@@ -57,24 +67,17 @@ class _PassScaled(torch.autograd.Function):
         return delta * by_channel, delta, None
 
 
-class SigmaBatchNorm1d(SigmaBatchNorm, nn.BatchNorm1d):
-    """``nn.BatchNorm1d`` that sends back gamma / sigma alone."""
-
-    plain_type = nn.BatchNorm1d
-
-
-class SigmaBatchNorm2d(SigmaBatchNorm, nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` that sends back gamma / sigma alone."""
-
-    plain_type = nn.BatchNorm2d
+@functools.cache
+def sigma_type(plain: type[nn.Module]) -> type[SigmaBatchNorm] | None:
+    """Return the class of a norm that sends back sigma alone; None where it has a forward pass of its own."""
+    bases = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    if not any(issubclass(plain, base) and plain.forward is base.forward for base in bases):
+        return None
+    body = {"plain_type": plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
+    return cast(type[SigmaBatchNorm], type(f"Sigma{plain.__name__}", (SigmaBatchNorm, plain), body))
 
 
-class SigmaBatchNorm3d(SigmaBatchNorm, nn.BatchNorm3d):
-    """``nn.BatchNorm3d`` that sends back gamma / sigma alone."""
-
-    plain_type = nn.BatchNorm3d
-
-
-SIGMA_TYPES: dict[type[nn.Module], type[SigmaBatchNorm]] = {
-    kind.plain_type: kind for kind in (SigmaBatchNorm1d, SigmaBatchNorm2d, SigmaBatchNorm3d)
-}
+def _make_empty(plain: type[nn.Module]) -> SigmaBatchNorm:
+    kind = sigma_type(plain)
+    assert kind is not None
+    return kind.__new__(kind)

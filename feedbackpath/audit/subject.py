@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from feedbackpath.layers import FeedbackLayer, Tap, tapped
+from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.core.modules import tapped
 from feedbackpath.path import FeedbackPath
 
 State = dict[str, Any]
@@ -112,12 +113,12 @@ class Subject:
 @contextmanager
 def deltas_seen(path: FeedbackPath, see: Any) -> Iterator[None]:
     """Call ``see(layer, output)`` with the output of every untied weight while the model runs forward."""
-    names = {(id(weight.layer), weight.feedback_name): weight.name for weight in path.weights}
+    names = {(id(weight.layer), weight.weight_name): weight.name for weight in path.weights}
 
-    def tap_of(layer: FeedbackLayer) -> Tap:
-        return lambda feedback_name, _, output, rows: see(names[id(layer), feedback_name], output)
+    def tap(weight: UntiedWeight, _: Tensor, output: Tensor, rows: slice) -> None:
+        see(names[id(weight.layer), weight.weight_name], output)
 
-    with tapped({weight.layer: tap_of(weight.layer) for weight in path.weights}):
+    with tapped([weight.layer for weight in path.weights], tap):
         yield
 
 

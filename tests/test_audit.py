@@ -10,7 +10,7 @@ from leaks import LEAKS, UNSEEN_BY_OPERATORS, Task
 from torch import nn
 
 import feedbackpath as fp
-from feedbackpath.auditing.locality import OWN, UNMOVED
+from feedbackpath.audit.locality import OWN, UNMOVED
 from feedbackpath.mirror.designs import DESIGNS
 from feedbackpath.models import build_model
 
@@ -341,16 +341,15 @@ def test_the_report_reads_line_by_line():
 def test_a_passage_of_ones_own_is_forward():
     class OwnMirror:
         name = "own-mirror"
-        feedback_kind = "own"
         is_marked = True
 
-        def start(self, weights, clock):
-            fp.draw_feedback(weights, clock)
+        def start(self, weights, context):
+            fp.draw_feedback(weights, context)
 
         @torch.no_grad()
-        def step(self, weights, clock):
+        def step(self, weights, context):
             for weight in weights:
-                noise = torch.randn(64, weight.fan_in, generator=clock.generator(weight, "noise"))
+                noise = torch.randn(64, weight.fan_in, generator=context.generator(weight, "noise"))
                 if self.is_marked:
                     with fp.forward_passage(weight.weight):
                         answer = noise @ weight.weight.T

@@ -1,7 +1,7 @@
 """How well B agrees with W: matrix angles, gains and delta angles, as in Section 6 of Akrout et al. 2019."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from feedbackpath import ops
+from feedbackpath.core.exchange import as_backprop
+from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.core.modules import tapped
 from feedbackpath.errors import UntieError
-from feedbackpath.layers import FeedbackLayer, Tap, UntiedWeight, tapped
-from feedbackpath.mirror.cost import measuring
 
 
 def angle_deg(one: Tensor, other: Tensor) -> float:
@@ -34,17 +34,22 @@ def matrix_angles(weights: Sequence[UntiedWeight]) -> dict[str, float]:
     """Return each weight's angle between B and W, in degrees: 0 is alignment, 90 is chance."""
     return {
         weight.name: 0.0 if weight.is_tied else angle_deg(weight.feedback, weight.weight)
-        for weight in weights
+        for weight in _alike(weights)
     }
 
 
 def gains(weights: Sequence[UntiedWeight]) -> dict[str, float]:
     """Return each weight's gain <B, W> / <W, W>: 1 when B has W's size along W."""
     found = {}
-    for weight in weights:
+    for weight in _alike(weights):
         w, b = (x.detach().double().flatten() for x in (weight.weight, weight.feedback))
         found[weight.name] = (b @ w / (w @ w)).item()
     return found
+
+
+def _alike(weights: Sequence[UntiedWeight]) -> list[UntiedWeight]:
+    """Return the weights whose B can be compared with W: those that send errors locally."""
+    return [weight for weight in weights if weight.layer.untied.send_back.is_local]
 
 
 def delta_angles(
@@ -53,91 +58,73 @@ def delta_angles(
     """Return the angle between each layer's delta through B and the delta that W would have given.
 
     Delta is dL/d(layer output), the signal that trains the layer's own W; so the last layer's angle is 0,
-    and angles grow upstream. One forward pass, two backward passes over it: the second with W's values
-    in B's place. Gradients, buffers (running statistics), random numbers and B are left as they were.
+    and angles grow upstream. The model runs twice on the same random numbers, once as it is and once with
+    backprop's backward pass. Gradients, buffers (running statistics), random numbers and B are left as they
+    were.
 
     Args:
         weights: The weights of the layers to measure.
         model: The model they belong to.
-        compute_loss: Runs the model forward and returns the loss, a scalar.
+        compute_loss: Runs the model forward on the same minibatch each time, and returns the loss, a scalar.
 
     Returns:
         Layer path to angle in degrees; layers whose output needs no gradient are absent.
 
     Raises:
-        UntieError: ``compute_loss`` did not run the untied model.
+        UntieError: ``compute_loss`` did not run the untied model, or ran it on something else the second time.
     """
-    with left_as_it_was(weights, model):
-        with _outputs_tapped(weights) as outputs, torch.enable_grad():
-            loss = compute_loss()
-        if not outputs:
-            raise UntieError(
-                "delta_angles: compute_loss ran no untied layer of this path (or ran it under "
-                "reentrant checkpointing): run its own model"
-            )
+    ours, loss = _deltas(weights, model, compute_loss)
+    if not ours:
+        raise UntieError(
+            "delta_angles: compute_loss ran no untied layer of this path (or ran it under "
+            "reentrant checkpointing): run its own model"
+        )
+    with as_backprop():
+        exact, again = _deltas(weights, model, compute_loss)
+    if not torch.allclose(loss, again, rtol=1e-3, equal_nan=True):
+        raise UntieError(
+            f"delta_angles: compute_loss returned {float(loss):g} and then {float(again):g} on the same weights and "
+            "random numbers; let it run the same minibatch each time"
+        )
+    return {name: angle_deg(delta, exact[name]) for name, delta in ours.items() if name in exact}
+
+
+def _deltas(
+    weights: Sequence[UntiedWeight], model: nn.Module, compute_loss: Callable[[], Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return each layer's delta, over all the times that it ran, and the loss."""
+    with left_as_it_was(weights, model), outputs_tapped(weights) as outputs, torch.enable_grad():
+        loss = compute_loss()
         edges = [edge for of_layer in outputs.values() for edge in of_layer]
-        with ops.errors_alone():
-            through_feedback = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
-            with _forward_values_in_feedback(weights):
-                through_weights = torch.autograd.grad(loss, edges, allow_unused=True)
-    return _compare(outputs, through_feedback, through_weights)
-
-
-def _compare(
-    outputs: Mapping[str, list[GradientEdge]], ours: Sequence[Tensor | None], exact: Sequence[Tensor | None]
-) -> dict[str, float]:
-    """Pair up the deltas of each layer, over all the times that it ran."""
-    angles, position = {}, 0
-    for name, edges in outputs.items():
-        chosen = slice(position, position + len(edges))
-        position += len(edges)
-        found = [(a.flatten(), b.flatten()) for a, b in zip(ours[chosen], exact[chosen], strict=True)
-                 if a is not None and b is not None]  # fmt: skip
-        if found:
-            angles[name] = angle_deg(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-    return angles
+        found = iter(torch.autograd.grad(loss, edges, allow_unused=True) if edges else ())
+    deltas = {name: [next(found) for _ in of_layer] for name, of_layer in outputs.items()}
+    reached = {name: [delta for delta in parts if delta is not None] for name, parts in deltas.items()}
+    together = {name: torch.cat([delta.flatten() for delta in parts]) for name, parts in reached.items() if parts}
+    return together, loss.detach()
 
 
 @contextmanager
-def _outputs_tapped(weights: Sequence[UntiedWeight]) -> Iterator[dict[str, list[GradientEdge]]]:
+def outputs_tapped(weights: Sequence[UntiedWeight]) -> Iterator[dict[str, list[GradientEdge]]]:
     """Collect where the outputs of untied layers stand in autograd's graph, while the model runs.
 
     Not the tensors: an activation that works in place would make them its own outputs.
     """
     outputs: dict[str, list[GradientEdge]] = {}
-    names = {(id(weight.layer), weight.feedback_name): weight.name for weight in weights}
+    names = {(id(weight.layer), weight.weight_name): weight.name for weight in weights}
 
-    def tap_of(layer: FeedbackLayer) -> Tap:
-        def tap(feedback_name: str, _: Tensor, output: Tensor, rows: slice) -> None:
-            if output.requires_grad:
-                edge = get_gradient_edge(output)
-                outputs.setdefault(names[id(layer), feedback_name], []).append(edge)
+    def tap(weight: UntiedWeight, _: Tensor, output: Tensor, rows: slice) -> None:
+        if output.requires_grad:
+            name = names[id(weight.layer), weight.weight_name]
+            outputs.setdefault(name, []).append(get_gradient_edge(output))
 
-        return tap
-
-    with tapped({weight.layer: tap_of(weight.layer) for weight in weights}):
+    with tapped([weight.layer for weight in weights], tap):
         yield outputs
-
-
-@contextmanager
-def _forward_values_in_feedback(weights: Sequence[UntiedWeight]) -> Iterator[None]:
-    """Let every B hold W's values for a while; ``.data``, so that saved tensors stay valid for autograd."""
-    own = [weight for weight in weights if not weight.is_tied]
-    kept = {id(weight.feedback): (weight.feedback, weight.feedback.data.clone()) for weight in own}
-    try:
-        for weight in own:
-            weight.feedback.data.copy_(weight.weight.data)
-        yield
-    finally:
-        for feedback, values in kept.values():
-            feedback.data.copy_(values)
 
 
 @contextmanager
 def left_as_it_was(weights: Sequence[UntiedWeight], model: nn.Module) -> Iterator[None]:
     """Let a model run, eagerly, and take back what that changes: running statistics and random numbers."""
     with (
-        measuring(),
         _buffers_restored(model),
         _random_numbers_restored(weights),
         torch.compiler.set_stance("force_eager"),

@@ -11,7 +11,7 @@ from problems import CONVNET, ENCODER, MLP, Problem, by_id, make_attention, make
 from torch import nn
 
 import feedbackpath as fp
-from feedbackpath.alignment import angle_deg
+from feedbackpath.measure.angles import angle_deg
 
 
 def make_in_place():
@@ -126,7 +126,7 @@ def test_measuring_leaves_everything_as_it_was(problem, rule):
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     torch.testing.assert_close(found, gradients, rtol=0, atol=0)
-    assert all(layer.tap is None for layer in path.layers.values())
+    assert all(layer.untied.taps == () for layer in path.layers.values())
 
 
 def test_a_loss_that_fails_leaves_everything_as_it_was():
@@ -141,7 +141,7 @@ def test_a_loss_that_fails_leaves_everything_as_it_was():
     with pytest.raises(KeyboardInterrupt):
         path.delta_angles(fail)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert all(layer.tap is None for layer in path.layers.values())
+    assert all(layer.untied.taps == () for layer in path.layers.values())
 
 
 @pytest.mark.parametrize("problem", [MLP, CONVNET], ids=by_id)

@@ -12,14 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from feedbackpath.auditing.subject import (
+from feedbackpath.audit.subject import (
     Subject,
     deltas_seen,
     differing,
     forward_passes_seen,
     preserve_version,
 )
-from feedbackpath.passage import LISTENERS
+from feedbackpath.core.passage import LISTENERS
 
 Corruption = Literal["none", "noise", "nan"]
 CORRUPTIONS: tuple[Corruption, ...] = ("noise", "nan")

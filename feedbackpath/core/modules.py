@@ -1,0 +1,164 @@
+"""An untied module: the class that it had, with a forward pass that is watched.
+
+The class of a module is exchanged in place. Parameters, hooks, buffers, sharing and identity stay, and the module
+runs its own forward pass. Layers get their feedback weights as parameters; modules above them are watched as well,
+for they may read a layer's weight by themselves.
+"""
+
+import copyreg
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from feedbackpath.core import pytorch
+from feedbackpath.core.context import RuleContext
+from feedbackpath.core.exchange import RUNNING, Exchange, exchange_product, watch
+from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.core.sendback import LOCAL, SendBack, broadcast_error
+
+Tap = Callable[[UntiedWeight, Tensor, Tensor, slice], None]
+
+
+@dataclass
+class Untied:
+    """What an untied module knows of its feedback path; copied and pickled with it.
+
+    Attributes:
+        weights: Its own untied weights.
+        below: Those of all modules in it, its own included.
+        rule: The rule of its own weights.
+        context: What that rule may know.
+        send_back: Who carries the error to its input.
+        is_tied: Whether B is W itself.
+        is_watched: Whether its forward pass may let a weight meet activity, or has to lead a broadcast.
+        is_one_product: Whether all that it does is torch's own product of an input and one weight.
+        taps: Called with (weight, input, output, rows of W) whenever one of its weights meets activity.
+        memo: What its rule keeps with it.
+    """
+
+    weights: list[UntiedWeight] = field(default_factory=list)
+    below: list[UntiedWeight] = field(default_factory=list)
+    rule: Any = None
+    context: RuleContext | None = None
+    send_back: SendBack = LOCAL
+    is_tied: bool = False
+    is_watched: bool = False
+    is_one_product: bool = False
+    taps: tuple[Tap, ...] = ()
+    memo: dict[str, Any] = field(default_factory=dict)
+
+    def gradients_of(self, weight: UntiedWeight) -> Callable[[Tensor], tuple[Tensor, Tensor | None]] | None:
+        """Return what the rule makes of an outer product; None: W and B get it as it is."""
+        if self.rule is None or self.rule.gradients is None:
+            return None
+        return lambda product: cast(
+            tuple[Tensor, Tensor | None], self.rule.gradients(weight, product, self.context)
+        )
+
+    def make_feedback(self, weight: UntiedWeight, shape: torch.Size) -> None:
+        """Make a B whose shape shows when the model first runs, and let its rule fill it."""
+        if getattr(weight.layer, weight.feedback_name) is None:
+            w = weight.weight
+            learns = self.rule.learns and w.requires_grad
+            weight.layer.register_parameter(
+                weight.feedback_name, nn.Parameter(w.new_empty(shape), requires_grad=learns)
+            )
+            self.rule.start([weight], self.context)
+
+
+class FeedbackModule(nn.Module):
+    """What every untied module has in common; mixed into the class that it had.
+
+    Attributes:
+        plain_type: The class that the module had, and gets back.
+        untied: What it knows of its feedback path.
+    """
+
+    plain_type: ClassVar[type[nn.Module]]
+    untied: Untied
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward pass, and send errors back through feedback weights."""
+        untied, running = self.untied, RUNNING
+        forward = super().forward
+        if running.is_off or not (untied.is_watched or untied.taps) or not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        is_traced = pytorch.is_traced()
+        exchange = running.traced if is_traced and torch.compiler.is_compiling() else running.exchange
+        if untied.is_one_product and not (untied.taps or is_traced or running.is_backprop):
+            weight = untied.weights[0]
+            w = self._parameters.get(weight.weight_name)  # None where it was pruned, or is a replica's
+            if w is not None and not torch.is_autocast_enabled(w.device.type):
+                b = self._parameters[weight.feedback_name]
+                return exchange_product(weight, w, b, forward, args, kwargs, exchange)
+        send_back = LOCAL if running.is_backprop else untied.send_back
+        if exchange is not None:
+            exchange.learn(untied.weights)
+            return send_back.run(self, forward, args, kwargs, exchange)
+        exchange = Exchange(untied.below, self)
+        output = watch(send_back.run, (self, forward, args, kwargs, exchange), exchange)
+        return broadcast_error(output, exchange.deliveries)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle by the plain class: this one is made when it is needed."""
+        reduced = super().__reduce_ex__(protocol)
+        if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        return (_make_empty, (self.plain_type, bool(self.untied.weights)), *reduced[2:])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up what was copied or loaded; hooks on parameters are made anew."""
+        super().__setstate__(state)
+        self._attach()
+
+    def _attach(self) -> None:
+        if self.untied.weights and self.untied.rule is not None:
+            self.untied.rule.attach(self.untied.weights, self.untied.context)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: list[str]
+    ) -> None:
+        """Load as torch does; a plain module's state has no feedback weights, and B then stays as it is."""
+        missing = lists[0]
+        for weight in self.untied.weights:
+            saved = state_dict.get(prefix + weight.feedback_name)
+            if saved is not None and getattr(self, weight.feedback_name) is None and not self.untied.is_tied:
+                self.untied.make_feedback(weight, saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        for weight in self.untied.weights:
+            if prefix + weight.feedback_name in missing:
+                missing.remove(prefix + weight.feedback_name)
+        if local_metadata.get("assign_to_params_buffers"):
+            self._attach()
+
+
+@functools.cache
+def untied_type(plain: type[nn.Module], owns_weights: bool) -> type[FeedbackModule]:
+    """Return the class of an untied module: one for each class. Only a layer's name says so."""
+    name = f"Feedback{plain.__name__}" if owns_weights else plain.__name__
+    body = {"plain_type": plain, "plain_forward": plain.forward, "__module__": plain.__module__, "__doc__": plain.__doc__}
+    return cast(type[FeedbackModule], type(name, (FeedbackModule, plain), body))
+
+
+def _make_empty(plain: type[nn.Module], owns_weights: bool) -> FeedbackModule:
+    kind = untied_type(plain, owns_weights)
+    return kind.__new__(kind)
+
+
+@contextmanager
+def tapped(layers: Iterable[nn.Module], tap: Tap) -> Iterator[None]:
+    """Let layers show their signals to a tap for a while."""
+    chosen = [layer.untied for layer in layers if isinstance(layer, FeedbackModule)]
+    before = [untied.taps for untied in chosen]
+    try:
+        for untied in chosen:
+            untied.taps = (*untied.taps, tap)
+        yield
+    finally:
+        for untied, taps in zip(chosen, before, strict=True):
+            untied.taps = taps

@@ -1,0 +1,90 @@
+"""Torch's operations by what they do with a weight, and the tensors among an operation's arguments."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[..., Any]
+
+_CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
+_MATRIX = "matmul __matmul__ __rmatmul__ mm bmm addmm addbmm baddbmm einsum"
+# A sum over products of a weight and a signal, linear in each.
+PRODUCTS = frozenset(
+    f"linear bilinear {_CONVOLUTIONS} {_MATRIX} mv addmv tensordot dot vdot inner outer ger kron chain_matmul "
+    "multi_dot linalg_multi_dot linalg_vecdot vecdot".split()
+)
+# One number for each pair of values.
+SCALES = frozenset("mul mul_ multiply __mul__ __rmul__ __imul__ div div_ divide true_divide __truediv__".split())
+LINEAR_IN_EACH = PRODUCTS | SCALES
+RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split())
+# Their first argument is activity, even where it is a parameter: a learned query, say.
+INPUT_FIRST = RECURRENT | frozenset(f"linear {_CONVOLUTIONS}".split())
+# Autocast casts their weights, on every device.
+CAST_BY_AUTOCAST = RECURRENT | frozenset(f"linear {_CONVOLUTIONS} {_MATRIX}".split())
+# What they take of a weight is looked up, or scales each neuron by its own number.
+NO_WEIGHTS = frozenset("embedding embedding_bag layer_norm rms_norm group_norm batch_norm instance_norm".split())
+# They take a tensor's shape, or draw at random: what comes out is made of no weight.
+SHAPED_ALIKE = frozenset(
+    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty "
+    "new_full new_tensor new_empty_strided".split()
+)
+AT_RANDOM = frozenset(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout bernoulli normal poisson".split()
+)
+# They multiply nothing: no error passes through a weight there.
+ADDITIVE = frozenset(
+    "add add_ sub sub_ subtract rsub __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ cat concat stack hstack "
+    "vstack where maximum minimum __setitem__ index_put index_put_ copy_ scatter scatter_add".split()
+)
+# What they return is no value of a weight.
+NO_VALUES = frozenset("grad _grad grad_fn register_hook requires_grad_ retain_grad backward".split())
+
+
+def name_of(func: Call) -> str:
+    """Return an operation's name; that of the attribute where one is read."""
+    name: str = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__"):
+        return getattr(getattr(func, "__self__", None), "__name__", "")
+    return name
+
+
+def run(func: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operation."""
+    if func is torch.Tensor.unflatten and torch.compiler.is_compiling():
+        return args[0].unflatten(*args[1:], **kwargs)  # Dynamo cannot follow its call of super()
+    return func(*args, **kwargs)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in an argument, in lists and dictionaries too."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [tensor for part in value for tensor in tensors_in(part)]
+    return []
+
+
+def replaced(value: Any, others: Sequence[tuple[Tensor, Any]]) -> Any:
+    """Return an argument with some of its tensors replaced.
+
+    Args:
+        value: The argument; lists and dictionaries are gone through.
+        others: Tensors, and what takes their places.
+    """
+    if isinstance(value, Tensor):
+        for tensor, other in others:
+            if value is tensor:
+                return other
+        return value
+    if isinstance(value, dict):
+        return {key: replaced(part, others) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [replaced(part, others) for part in value]
+        if isinstance(value, list):
+            return parts
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value

@@ -1,0 +1,171 @@
+"""Surgery: turn a model's modules into untied ones in place, and back.
+
+A module's class is exchanged and its feedback weights are added. Nothing else of it changes: optimizers, hooks,
+shared modules and references to the layer stay good, and the model itself may be a layer.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from feedbackpath.core.batchnorm import SigmaBatchNorm, sigma_type
+from feedbackpath.core.layers import UntiedWeight, feedback_name_of, is_matrix, kind_of, list_weights
+from feedbackpath.core.modules import FeedbackModule, Untied, untied_type
+from feedbackpath.errors import UntieError
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a model holds.
+
+    Attributes:
+        convertible: Layer paths to layers with weights that can be untied; a shared layer appears once.
+        unconverted: Paths and types of the layers whose weights cannot.
+    """
+
+    convertible: dict[str, nn.Module]
+    unconverted: dict[str, str]
+
+
+def survey(model: nn.Module) -> Survey:
+    """Find what can be untied and what cannot.
+
+    Raises:
+        UntieError: The model cannot be untied as it stands; every reason and its remedy is named.
+    """
+    faults = list(_find_faults(model))
+    if faults:
+        raise UntieError("; ".join(faults))
+    layers = {name: module for name, module in model.named_modules() if kind_of(module).weights(module)}
+    unconverted = {name: type(layer).__name__ for name, layer in layers.items() if is_patched(layer)}
+    convertible = {name: layer for name, layer in layers.items() if name not in unconverted}
+    if not convertible:
+        raise UntieError(
+            f"nothing to untie in {type(model).__name__}: no module in it owns a matrix that a signal passes through"
+        )
+    return Survey(convertible, unconverted)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether someone has put another forward pass on this very object, past its class."""
+    return not vars(module).keys().isdisjoint(("forward", "_conv_forward", "_call_impl"))
+
+
+def untie_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[FeedbackModule]:
+    """Turn layers, and the modules that hold them, into untied ones; yield each when it is done.
+
+    Args:
+        model: The model.
+        layers: Paths to the layers that get feedback weights.
+    """
+    weights = {id(layer): list_weights(name, layer) for name, layer in layers.items()}
+    for module in list(model.modules()):
+        below = [weight for part in module.modules() for weight in weights.get(id(part), ())]
+        own = weights.get(id(module), [])
+        if own or (below and not is_patched(module) and (module is model or _has_own_forward(module))):
+            yield _untie_module(module, own, below)
+
+
+def _untie_module(module: nn.Module, own: list[UntiedWeight], below: list[UntiedWeight]) -> FeedbackModule:
+    kind = untied_type(type(module), bool(own))
+    module.__class__ = kind
+    assert isinstance(module, FeedbackModule)
+    module.untied = Untied(own, below)
+    for weight in own:
+        module.register_parameter(weight.feedback_name, None)
+    return module
+
+
+def retie_module(module: FeedbackModule) -> None:
+    """Turn an untied module back into the plain one that it was."""
+    for weight in module.untied.weights:
+        delattr(module, weight.feedback_name)
+    del module.untied
+    module.__class__ = module.plain_type  # type: ignore[assignment]
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module's forward pass is not torch's own: it may read the weights of modules below it."""
+    plain = module.plain_type if isinstance(module, FeedbackModule) else type(module)
+    return not plain.forward.__module__.startswith("torch.nn.")
+
+
+_has_own_forward = has_own_forward
+
+
+def send_back_sigma(model: nn.Module) -> list[SigmaBatchNorm]:
+    """Turn a model's BatchNorm layers, in place, into ones that send back their scale alone.
+
+    Raises:
+        UntieError: The model has no BatchNorm layer, or one of a kind that cannot.
+    """
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, (*kinds, nn.SyncBatchNorm))}
+    if not norms:
+        names = ", ".join(kind.__name__ for kind in kinds)
+        raise UntieError(f"batchnorm_feedback='sigma' needs a BatchNorm layer ({names}); leave it out here")
+    refused = [f"{name!r} ({type(norm).__name__})" for name, norm in norms.items() if sigma_type(type(norm)) is None]
+    if refused:
+        raise UntieError(
+            f"batchnorm_feedback='sigma': {', '.join(refused)} compute more than BatchNorm does, in a forward pass of "
+            "their own; replace them by torch's, or leave batchnorm_feedback at 'autograd'"
+        )
+    for norm in norms.values():
+        norm.__class__ = sigma_type(type(norm))  # type: ignore[assignment]
+    return [norm for norm in norms.values() if isinstance(norm, SigmaBatchNorm)]
+
+
+def retie_norm(norm: SigmaBatchNorm) -> None:
+    """Turn such a layer back into the one that it was."""
+    norm.__class__ = norm.plain_type  # type: ignore[assignment]
+
+
+def _find_faults(model: nn.Module) -> Iterator[str]:
+    """Say why a model cannot be untied as it stands, each time with the remedy."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    if isinstance(model, wrappers) or type(model).__name__ == "FullyShardedDataParallel":
+        yield f"the model is wrapped in {type(model).__name__}: untie model.module first, then wrap"
+        return
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        yield "the model is compiled: untie the plain model first, then compile"
+        return
+    if isinstance(model, torch.jit.ScriptModule):
+        yield "the model is a TorchScript module, whose layers are fixed: untie the Python model"
+        return
+    if isinstance(model, FeedbackModule) and not isinstance(model, SigmaBatchNorm) and not model.untied.weights:
+        pass  # its layers are named below
+    for name, module in model.named_modules():
+        yield from _find_faults_of(f"{name!r} ({type(module).__name__})", module)
+
+
+def _find_faults_of(where: str, module: nn.Module) -> Iterator[str]:
+    parameters = list(module.parameters(recurse=False))
+    names = {name for name, _ in module.named_parameters(recurse=False)}
+    if isinstance(module, FeedbackModule):
+        if module.untied.weights:
+            yield f"{where} is untied already: call path.retie() first"
+    elif any(nn.parameter.is_lazy(parameter) for parameter in parameters):
+        yield f"{where} is lazy and has no weights yet: run one forward pass first"
+    elif _has_parametrized_weight(module, names):
+        yield (
+            f"{where} computes its weight from other parameters (weight_norm, spectral_norm, parametrize): remove the "
+            "parametrization first"
+        )
+    elif any(parameter.is_meta for parameter in parameters):
+        yield f"{where} is on the meta device and has no values yet: load its weights first"
+    elif any(parameter.is_complex() and parameter.dim() > 1 for parameter in parameters):
+        yield f"{where} has complex weights, which have no untied form: split real and imaginary parts"
+    elif any(type(parameter).__name__ == "DTensor" or hasattr(parameter, "_local_tensor") for parameter in parameters):
+        yield f"{where} is sharded over processes (FSDP, tensor parallelism), which untying does not support: use DDP"
+    else:
+        for weight in kind_of(module).weights(module).values():
+            if hasattr(module, weight):
+                yield f"{where} has an attribute named {weight!r} already: rename it first"
+
+
+def _has_parametrized_weight(module: nn.Module, names: set[str]) -> bool:
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return True
+    return any(name.endswith(("weight_g", "weight_v", "weight_orig")) for name in names)

@@ -1,0 +1,1 @@
+"""How well feedback weights agree with forward weights."""

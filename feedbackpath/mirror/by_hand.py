@@ -1,0 +1,187 @@
+"""Mirror mode by hand: what ``path.mirror``, ``path.mirror_from_input`` and ``path.plan`` do."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from feedbackpath.core.context import RuleContext
+from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.errors import RuleError
+from feedbackpath.mirror import one_input
+from feedbackpath.mirror.cost import UseCounter
+from feedbackpath.mirror.mode import MirrorMode
+from feedbackpath.mirror.plan import LayerPlan, make_plan
+from feedbackpath.mirror.settings import Mirror
+
+Groups = Sequence[tuple[Any, list[UntiedWeight]]]
+"""Rules, and the weights that each governs."""
+
+
+def mirror(
+    context: RuleContext,
+    groups: Groups,
+    steps: int | None,
+    settings: Mirror | None,
+    *,
+    until_angle_deg: float | None,
+    most_steps: int,
+) -> None:
+    """Mirror by hand.
+
+    Where some layers' rule mirrors by itself, only those are mirrored, unless ``settings`` are given.
+
+    Args:
+        context: Of the path.
+        groups: The weights that can be mirrored, by rule.
+        steps: Passes through all layers; None: as many as a first mirroring takes.
+        settings: How to mirror; None: as the layer's rule does, or by default settings.
+        until_angle_deg: Begin anew, and go on with each layer until its B is so near to W, in degrees,
+            judged by how much passes differ among themselves; instead of ``steps``.
+        most_steps: Passes after which to give up on that, with a warning that names the layers.
+
+    Raises:
+        RuleError: Both ``steps`` and ``until_angle_deg`` are given, or a number makes no sense.
+
+    Warns:
+        MirrorWarning: Neurons do not answer, or a layer is too wide to get to ``until_angle_deg``.
+    """
+    if steps is not None:
+        _refuse_no_count("mirror", "steps", steps)
+    _refuse_no_count("mirror", "most_steps", most_steps)
+    if until_angle_deg is not None and (steps is not None or not 0 < until_angle_deg < 90):
+        raise RuleError(
+            f"mirror: give steps or until_angle_deg, between 0 and 90 degrees; not {steps} and {until_angle_deg}"
+        )
+    mode = context.part(MirrorMode)
+    for weights, how in _settings_of(groups, settings):
+        if until_angle_deg is not None:
+            mode.run_until(weights, how, until_angle_deg, most_steps)
+        else:
+            mode.run(weights, how, how.memory_passes if steps is None else steps)
+
+
+def mirror_from_input(
+    context: RuleContext,
+    groups: Groups,
+    run: Callable[[], object],
+    steps: int,
+    settings: Mirror | None,
+    *,
+    decorrelate: bool,
+) -> None:
+    """Drive the whole model with one noisy input, and let every B learn at once (Appendix C.4).
+
+    B goes to ``W C / v``, with C the covariance of the inputs that the layer itself sees and v their mean
+    variance: to W in the first layer alone. Whether that will do: docs/one-input.md.
+
+    BatchNorm uses the statistics of the noise. Forward weights, gradients, running statistics and the
+    global random numbers stay as they were; what ``run`` draws from these depends on the path's seed, and
+    on how often it has mirrored, alone.
+
+    Args:
+        context: Of the path.
+        groups: The weights that can be mirrored, by rule.
+        run: Runs the model forward on a minibatch of noise.
+        steps: Forward passes, from which B learns together.
+        settings: What B makes of it: ``reading``, ``forgetting``, ``rate`` and ``decay``; the noise is
+            ``run``'s own. None: as in ``Mirror()``, a tenth forgotten a call.
+        decorrelate: Multiply by the inverse of C, so that B goes to W where drives are Gaussian. No
+            synapse can do that by itself: it takes all inputs of a neuron together.
+
+    Raises:
+        RuleError: ``run`` leaves layers out, or some of them cannot be mirrored so.
+
+    Warns:
+        MirrorWarning: Neurons do not answer.
+
+    Example:
+        >>> import feedbackpath as fp
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.BatchNorm1d(20), nn.Linear(20, 10))
+        >>> path = fp.untie(model, "fa")
+        >>> path.mirror_from_input(lambda: model(torch.randn(20_000, 30)))
+        >>> {name: angle < 10 for name, angle in path.matrix_angles().items()}
+        {'0': True, '3': False}
+        >>> path = fp.untie(path.retie(), "fa")
+        >>> path.mirror_from_input(lambda: model(torch.randn(20_000, 30)), decorrelate=True)
+        >>> {name: angle < 10 for name, angle in path.matrix_angles().items()}
+        {'0': True, '3': True}
+    """
+    _refuse_no_count("mirror_from_input", "steps", steps)
+    how = settings or Mirror()
+    weights = [weight for group, _ in _settings_of(groups, how) for weight in group]
+    one_input.mirror_from_input(
+        context.part(MirrorMode), weights, run, how, steps=steps, decorrelate=decorrelate
+    )
+
+
+def plan(
+    context: RuleContext,
+    groups: Groups,
+    every: Sequence[UntiedWeight],
+    compute_loss: Callable[[], Tensor],
+    settings: Mirror | None,
+    *,
+    scale: float,
+) -> list[LayerPlan]:
+    """Say what mirror mode will do with each layer: samples, angle, FLOPs, and how often.
+
+    Args:
+        context: Of the path.
+        groups: The weights that can be mirrored, by rule.
+        every: All untied weights of the model.
+        compute_loss: Runs the model forward on a minibatch of training; tells how much a step computes.
+        settings: How to mirror; None: as the layer's rule does, or by default settings.
+        scale: How many times as many samples a training step has.
+
+    Raises:
+        RuleError: The activations of some layers cannot be found.
+
+    Example:
+        >>> import feedbackpath as fp
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 10))
+        >>> path = fp.untie(model, "kp")
+        >>> plan = path.plan(lambda: model(torch.randn(64, 100)).sum(), fp.Mirror(noise="gaussian"))
+        >>> [(layer.name, layer.samples) for layer in plan]
+        [('0', 512), ('2', 512)]
+    """
+    plans = []
+    counter = UseCounter(every)
+    try:
+        with torch.enable_grad():
+            compute_loss()
+    finally:
+        counter.stop()
+    uses = {name: scale * count for name, count in counter.share().items()}
+    mode = context.part(MirrorMode)
+    for weights, how in _settings_of(groups, settings):
+        mode.find_activations(weights)
+        plans += make_plan(weights, how, mode.activations, uses)
+    return plans
+
+
+def _settings_of(groups: Groups, settings: Mirror | None) -> list[tuple[list[UntiedWeight], Mirror]]:
+    """Return groups of weights, and how to mirror them."""
+    if settings is None and any(_own_settings(rule) for rule, _ in groups):
+        groups = [group for group in groups if _own_settings(group[0])]
+    chosen = [(weights, settings or _own_settings(rule) or Mirror()) for rule, weights in groups]
+    unable = [repr(weight.name) for weights, _ in chosen for weight in weights if weight.kind.as_matrix is None]
+    if unable:
+        raise RuleError(
+            f"mirror mode cannot run the layers of {', '.join(unable)}: tell it how by fp.register_layer(..., "
+            "as_matrix=...), or give them the rule 'bp' by overrides="
+        )
+    return chosen
+
+
+def _own_settings(rule: Any) -> Mirror | None:
+    settings = getattr(rule, "mirror", None)
+    return settings if isinstance(settings, Mirror) else None
+
+
+def _refuse_no_count(name: str, argument: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RuleError(f"{name}: {argument} must be a whole number of at least 1, not {value!r}")

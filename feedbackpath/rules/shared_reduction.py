@@ -1,0 +1,101 @@
+"""Kolen-Pollack on several devices: the outer product is reduced once, for W, and handed to B.
+
+W and B have the same gradient (Akrout et al. 2019, equations 16-18), so that DistributedDataParallel, which
+averages gradients over the replicas, has to send it only once. B is left out of its traffic, and takes over
+W's gradient when that has been averaged. Every replica draws the same B from its seed: no B is ever sent.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from feedbackpath.core import pytorch
+from feedbackpath.core.context import RuleContext
+from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.core.modules import FeedbackModule
+from feedbackpath.rules.base import Weights
+
+IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DistributedDataParallel asks its module for
+
+
+def weights_used_elsewhere(model: nn.Module) -> set[int]:
+    """Return the ids of parameters that a module without feedback weights (an embedding, say) uses as well."""
+    return {
+        id(parameter)
+        for module in model.modules()
+        if not (isinstance(module, FeedbackModule) and module.untied.weights)
+        for parameter in module.parameters(recurse=False)
+    }
+
+
+class SharedReduction:
+    """Keeps B out of DistributedDataParallel's traffic, and gives it W's gradient after each backward pass."""
+
+    def __init__(self, context: RuleContext) -> None:
+        self._context = context
+        self._before: list[str] | None = None
+        self._has_begun = False
+        self._hooks: list[RemovableHandle] = []
+
+    def begin(self, weights: Weights) -> None:
+        """Leave the feedback weights of a model out of what is sent; ``attach`` then shares gradients."""
+        model = self._context.model
+        if not self._has_begun:
+            self._before, self._has_begun = getattr(model, IGNORED, None), True
+        learning = [weight for weight in weights if weight.weight.requires_grad]
+        for weight in learning:
+            weight.layer.untied.memo.setdefault("reduced_once", set()).add(weight.weight_name)
+        ids = {id(weight.feedback) for weight in learning}
+        # DistributedDataParallel puts a dot before the name of a parameter of the model itself.
+        names = [f"{path}.{name}" for path, module in model.named_modules()
+                 for name, p in module.named_parameters(recurse=False) if id(p) in ids]  # fmt: skip
+        names += [name.removeprefix(".") for name in names if name.startswith(".")]
+        setattr(model, IGNORED, [*(getattr(model, IGNORED, None) or ()), *names])
+
+    def attach(self, weights: Weights) -> None:
+        """Hook on to weights that are new: those of a model that was untied, copied or loaded."""
+        once = [w for w in weights if w.weight_name in w.layer.untied.memo.get("reduced_once", ())]
+        self._hooks += [_watch(weight) for weight in once if weight.weight.requires_grad]
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if self._has_begun:
+            self._has_begun = False
+            model = self._context.model
+            if self._before is None:
+                delattr(model, IGNORED)
+            else:
+                setattr(model, IGNORED, self._before)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing has to be resumed."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing has to be resumed."""
+
+
+def _watch(weight: UntiedWeight) -> RemovableHandle:
+    """Hand the average over whenever W has got a gradient, and it has been averaged."""
+
+    @torch.no_grad()
+    def hand_over() -> None:
+        gradient, own = weight.weight.grad, weight.feedback.grad
+        if gradient is None or own is None:
+            return
+        if gradient.untyped_storage().nbytes() == gradient.nbytes:
+            weight.feedback.grad = pytorch.share(gradient)
+        else:  # a part of what is sent at once: all of that would be kept
+            own.copy_(gradient)
+
+    def hand_over_later(_: Tensor) -> None:
+        if pytorch.has_processes():
+            pytorch.after_backward(hand_over)
+
+    return weight.weight.register_post_accumulate_grad_hook(hand_over_later)  # type: ignore[no-any-return,no-untyped-call]
