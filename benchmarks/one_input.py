@@ -23,17 +23,16 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from feedbackpath import FeedbackPath, Mirror, register_rule, untie
-from feedbackpath.alignment import angle_deg, left_as_it_was
+from feedbackpath import FeedbackPath, Mirror, RuleContext, UntiedWeight, register_rule, untie
 from feedbackpath.data import Dataset, load_dataset, minibatches
 from feedbackpath.jobs import run_job
-from feedbackpath.layers import UntiedWeight
+from feedbackpath.measure.angles import angle_deg, left_as_it_was
+from feedbackpath.mirror import MirrorMode
 from feedbackpath.mirror.one_input import Seen, look, mirror_from_input
 from feedbackpath.mirror.settings import Reading, When
 from feedbackpath.models import build_model
 from feedbackpath.report.live import LiveView
-from feedbackpath.rules import Clock, Rule, WeightMirror, draw_feedback
-from feedbackpath.rules.base import FeedbackKind
+from feedbackpath.rules import Rule, WeightMirror
 from feedbackpath.train.config import CompareConfig
 
 DATA, CLASSES = "glyphs", 10
@@ -54,24 +53,19 @@ NETWORKS = {  # network, norm: forward passes of noise
 
 
 @dataclass(frozen=True)
-class OneInput:
+class OneInput(Rule):
     """After each update, one forward pass of noise through the whole network, from which every B learns."""
 
     name: ClassVar[str] = "one-input"
-    feedback_kind: ClassVar[FeedbackKind] = "own"
     decorrelate: ClassVar[bool] = False
     reading: ClassVar[Reading] = "calibrated"
 
-    def start(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
-        """Draw every B at random."""
-        draw_feedback(weights, clock)
-
-    def step(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+    def step(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
         """Mirror all layers at once."""
-        model = clock.mirror.model
+        model = context.model
         with left_as_it_was(weights, model):
             mirror_from_input(
-                clock.mirror, weights, partial(run_on_noise, model), Mirror(reading=self.reading), steps=1,
+                context.part(MirrorMode), weights, partial(run_on_noise, model), Mirror(reading=self.reading), steps=1,
                 decorrelate=self.decorrelate,
             )  # fmt: skip
 
@@ -155,7 +149,7 @@ def measure_drives() -> None:
     for (network, norm), passes in NETWORKS.items():
         for state in ("start", "trained"):
             path, _ = prepare(network, norm, state, SEEDS[0], load_dataset(DATA, num_classes=CLASSES))
-            mode, steps = path.clock.mirror, passes[-1]
+            mode, steps = path.context.part(MirrorMode), passes[-1]
             mode.given = {"*": nn.Identity()}
             with left_as_it_was(path.weights, path.model), torch.no_grad():
                 for one in look(mode, path.weights, partial(run_on_noise, path.model), steps=steps,
@@ -208,7 +202,7 @@ def compute_loss(model: nn.Module, dataset: Dataset, batch: tuple[Tensor, Tensor
 
 def measure(path: FeedbackPath, loss: partial[Tensor], steps: int) -> list[dict[str, Any]]:
     """Let B learn from one noisy input in both ways, and layer by layer from as many samples."""
-    mode, settings = path.clock.mirror, Mirror(noise="gaussian", forgetting=1.0, block_bias=False)
+    mode, settings = path.context.part(MirrorMode), Mirror(noise="gaussian", forgetting=1.0, block_bias=False)
     run = partial(run_on_noise, path.model)
     with left_as_it_was(path.weights, path.model):
         seen = look(mode, path.weights, run, steps=steps, with_inputs=True)

@@ -54,7 +54,7 @@ class Task:
         return fp.audit(self.step, self.path, **options)
 
 
-class Follower:
+class Follower(fp.Rule):
     """A rule whose B follows W's changes, under another's name."""
 
     name: ClassVar[str] = "kp"
@@ -73,7 +73,7 @@ class Follower:
             self.before[weight.name] = now
 
 
-class Symmetric:
+class Symmetric(fp.Rule):
     """Symmetric alignment: B is W, scaled to B's own norm."""
 
     name: ClassVar[str] = "symmetric"

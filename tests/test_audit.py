@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -187,17 +188,37 @@ def test_attention_passes_and_plain_layers_do_not(rule, tied):
         assert report.verdict == "transport-free except: LayerNorm weight (512 scalars)"
 
 
-def test_layers_that_cannot_be_untied_are_found():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.cell, self.head = nn.Linear(4, 5), nn.GRUCell(5, 6), nn.Linear(6, 2)
+class WithCell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.cell, self.head = nn.Linear(4, 5), nn.GRUCell(5, 6), nn.Linear(6, 2)
 
-        def forward(self, x):
-            return self.head(self.cell(torch.relu(self.first(x))))
+    def forward(self, x):
+        return self.head(self.cell(torch.relu(self.first(x))))
 
+
+@pytest.mark.parametrize("rule", ["fa", "kp"])
+def test_recurrent_layers_pass(rule):
     torch.manual_seed(0)
-    model = Net()
+    model = WithCell()
+    path = fp.untie(model, rule, strict=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-2)
+    x, y = torch.randn(8, 4), torch.randint(2, (8,))
+
+    def step():
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        path.step()
+
+    report = fp.audit(step, path)
+    assert report.verdict == "transport-free", str(report)
+
+
+def test_layers_that_cannot_be_untied_are_found():
+    torch.manual_seed(0)
+    model = WithCell()
+    model.cell.forward = partial(nn.GRUCell.forward, model.cell)  # past whatever class it will have
     with pytest.warns(fp.UnconvertedLayerWarning):
         path = fp.untie(model, "fa")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -339,7 +360,7 @@ def test_the_report_reads_line_by_line():
 
 
 def test_a_passage_of_ones_own_is_forward():
-    class OwnMirror:
+    class OwnMirror(fp.Rule):
         name = "own-mirror"
         is_marked = True
 

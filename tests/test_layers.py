@@ -94,11 +94,17 @@ def test_retie_gives_the_plain_layer_back(problem):
 
 
 @pytest.mark.parametrize("rule", ["fa", "bp"])
-def test_causal_attention_without_a_mask_is_refused(rule):
-    layer = nn.MultiheadAttention(8, 2)
+def test_what_attention_refuses_is_refused_in_torchs_own_words(rule):
+    plain, layer = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)
     fp.untie(layer, rule)
-    x = torch.randn(5, 3, 8)
-    with pytest.raises(ValueError, match="is_causal=True needs an attn_mask"):
+    x, y = torch.randn(5, 3, 8), torch.randn(6, 3, 7)
+    for inputs, settings in (((x, x, x), {"is_causal": True}), ((y, y, y), {}), ((x, x[0], x), {})):
+        with pytest.raises((RuntimeError, AssertionError)) as expected:
+            plain(*inputs, **settings)
+        with pytest.raises(type(expected.value)) as found:
+            layer(*inputs, **settings)
+        assert str(found.value) == str(expected.value)
+    with pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
         layer(x, x, x, is_causal=True)
 
 

@@ -3,14 +3,15 @@
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from problems import ATTENTIONS, CONVNET, ENCODER, PLAIN_LAYERS, by_id, make_mlp
 from torch import nn
 
 import feedbackpath as fp
-from feedbackpath.mirror import MirrorMode
 from feedbackpath.measure.angles import angle_deg
+from feedbackpath.mirror import MirrorMode
+from feedbackpath.mirror.fields import ConvGeometry, pad_as_layer
 from feedbackpath.mirror.one_input import look
-from feedbackpath.mirror.fields import ConvGeometry
 
 REPLACE = fp.Mirror(forgetting=1)
 LINEAR = {"*": nn.Identity()}
@@ -75,7 +76,9 @@ def test_products_of_convolutions_match_loops_over_samples_and_positions(problem
     if layer.transposed:
         padding = layer.padding
     else:
-        centred, padding = layer._pad(centred)
+        if layer.padding_mode != "zeros":
+            centred = F.pad(centred, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        centred, padding = pad_as_layer(layer, centred)
     geometry = ConvGeometry(
         layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups
     )
@@ -253,7 +256,7 @@ def test_what_cannot_be_mirrored_so_is_refused_by_name():
             path.mirror_from_input(run, decorrelate=decorrelate)
         assert all(torch.equal(b, old) for (_, _, b), old in zip(path.pairs(), before, strict=True))
         assert all(layer.untied.taps == () for layer in path.layers.values())
-    with pytest.raises(fp.RuleError, match="steps must be at least 1, not 0"):
+    with pytest.raises(fp.RuleError, match="steps must be a whole number of at least 1, not 0"):
         path.mirror_from_input(lambda: model(torch.randn(9, 6)), steps=0)
     transposed = nn.ConvTranspose1d(2, 3, 3)
     with pytest.raises(fp.RuleError, match="transposed convolutions .*'0'.* cannot be decorrelated"):

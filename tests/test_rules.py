@@ -1,6 +1,8 @@
 """Each rule's closed form: what B is at the start, and what becomes of it."""
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import reference
@@ -229,14 +231,11 @@ def test_sign_symmetry_refuses_settings_that_do_not_exist(settings, message):
         fp.SignSymmetry(**settings)
 
 
-class HalfWeights:
-    """A user's rule, made against the protocol alone: B is half of what W is after each step."""
+@dataclass(frozen=True)
+class HalfWeights(fp.Rule):
+    """A user's rule: B is half of what W is after each step."""
 
-    name = "half"
-    feedback_kind = "own"
-
-    def start(self, weights, context):
-        fp.draw_feedback(weights, context)
+    name: ClassVar[str] = "half"
 
     def step(self, weights, context):
         for weight in weights:
@@ -256,6 +255,25 @@ def test_a_users_own_rule_works_by_name_and_as_an_object(registered):
         path = fp.untie(model, "kp", overrides={"[02]": rule})
         list(train(model, path, torch.optim.SGD(model.parameters(), lr=0.1), steps=2))
         assert path.gains() | {"4": None} == pytest.approx({"0": 0.5, "2": 0.5, "4": None})
+
+
+class Duck:
+    """What looks like a rule, and is none."""
+
+    name = "duck"
+    is_tied = learns = False
+
+    def start(self, weights, context):
+        fp.draw_feedback(weights, context)
+
+
+def test_what_only_looks_like_a_rule_is_refused():
+    for given in (Duck, Duck(), type("Nameless", (fp.Rule,), {})):
+        with pytest.raises(fp.RuleError, match="derive a class from fp.Rule and give it a name"):
+            fp.register_rule(given)
+    with pytest.raises(fp.RuleError, match=r"Duck object .* is no rule: .* an object of a subclass of Rule"):
+        fp.untie(make_mlp(), Duck())
+    assert "duck" not in fp.RULES
 
 
 def test_two_rules_cannot_have_one_name(registered):

@@ -11,21 +11,15 @@ import feedbackpath
 
 ROOT = Path(feedbackpath.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-# A room imports from its own level or below; cycles between rooms are refused apart from that.
+# A file imports from rooms of its own level or below; circles of files are refused apart from that.
 LEVELS = {
     "errors": 0,
-    "ops": 1,
-    "passage": 1,
-    "layers": 2,
-    "batchnorm": 2,
-    "replicas": 3,
-    "attention": 3,
-    "surgery": 3,
-    "mirror": 3,
+    "core": 1,
+    "mirror": 2,
     "rules": 3,
-    "alignment": 4,
+    "measure": 4,
     "path": 5,
-    "auditing": 6,
+    "audit": 6,
     "feedbackpath": 6,  # the package itself, which offers all of the above
     "bench": 7,
     "train": 7,
@@ -41,6 +35,15 @@ LEVELS = {
     "__main__": 12,
 }
 ALONE = {"models", "data"}  # they import errors and nothing else of the package
+# The files of the core: each imports from lines above its own alone.
+CORE = [
+    {"__init__", "pytorch", "operations", "passage", "batchnorm"},
+    {"layers"},
+    {"context", "sendback"},
+    {"exchange"},
+    {"modules"},
+    {"surgery"},
+]
 HEAVY = {
     "matplotlib",
     "rich",
@@ -62,59 +65,176 @@ def room_of(path):
     return "feedbackpath" if first == "__init__" else first
 
 
-def imported_rooms(path):
-    """Return the rooms that a file imports from, wherever in it the import stands."""
-    rooms = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def file_of(name):
+    """Return the file that a dotted name is imported from: a module's own, or that of the module it is in."""
+    place = ROOT.joinpath(*name.split(".")[1:])
+    if place.is_dir():
+        return place / "__init__.py"
+    module = place.parent / f"{place.name}.py"
+    return module if module.exists() else file_of(name.rpartition(".")[0])
+
+
+def imports_in(tree):
+    """Yield the imports that run, wherever they stand: not those for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            for part in node.orelse:
+                yield from imports_in(part)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        else:
+            yield from imports_in(node)
+
+
+def imported_files(path):
+    """Return the files of this package that a file imports from."""
+    files = set()
+    for node in imports_in(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        else:
             assert node.level == 0, f"{path} imports relatively"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for package, *rest in (name.split(".") for name in names):
-            if package == "feedbackpath":
-                is_room = rest and ((ROOT / rest[0]).is_dir() or (ROOT / f"{rest[0]}.py").exists())
-                rooms.add(rest[0] if is_room else "feedbackpath")
-    return rooms - {room_of(path)}
+        files |= {file_of(name) for name in names if name.partition(".")[0] == "feedbackpath"}
+    return files - {path}
 
 
-GRAPH = {}
-for file in FILES:
-    GRAPH.setdefault(room_of(file), set()).update(imported_rooms(file))
+GRAPH = {file: imported_files(file) for file in FILES}
+over_files = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def test_every_room_has_its_place():
-    assert GRAPH.keys() <= LEVELS.keys() | ALONE, "give the new room a level here and in the design"
+    rooms = {room_of(path) for path in FILES}
+    assert rooms <= LEVELS.keys() | ALONE, "give the new room a level here and in the design"
 
 
-@pytest.mark.parametrize("room", sorted(GRAPH))
-def test_imports_go_one_way(room):
+@over_files
+def test_imports_go_one_way(path):
+    room, found = room_of(path), {room_of(file) for file in GRAPH[path]}
     if room in ALONE:
-        assert GRAPH[room] <= {"errors"}
+        assert found <= {"errors", room}
         return
-    higher = {other for other in GRAPH[room] - ALONE if LEVELS[other] > LEVELS[room]}
-    assert not higher, f"{room} imports from rooms above it"
+    higher = {other for other in found - ALONE if LEVELS[other] > LEVELS[room]}
+    assert not higher, f"{path} imports from rooms above its own"
     if LEVELS[room] <= LEVELS["feedbackpath"]:
-        assert not GRAPH[room] & ALONE
+        assert not found & ALONE
 
 
-def test_rooms_do_not_import_each_other_in_circles():
-    left = {room: set(targets) for room, targets in GRAPH.items()}
-    while free := {room for room, targets in left.items() if not targets & left.keys()}:
-        left = {room: targets for room, targets in left.items() if room not in free}
-    assert not left, "these rooms import each other"
+def circles_in(graph):
+    """Return what is left of a graph when all that is in no circle, or between two, has been taken away."""
+    left = dict(graph)
+    while True:
+        named = set().union(*left.values())
+        within = {node: targets & left.keys() for node, targets in left.items() if node in named}
+        kept = {node: targets for node, targets in within.items() if targets}
+        if kept == left:
+            return left
+        left = kept
+
+
+def test_files_do_not_import_each_other_in_circles():
+    left = circles_in(GRAPH)
+    names = {str(path.relative_to(ROOT)) for path in left}
+    assert not left, f"these files import each other: {sorted(names)}"
+
+
+def test_a_circle_would_be_found():
+    assert circles_in({1: {2}, 2: {3, 4}, 3: {2}, 4: {5}, 5: set()}) == {2: {3}, 3: {2}}
+    assert circles_in({1: {2}, 2: {3}, 3: set()}) == {}
+
+
+def test_the_core_is_read_from_bottom_to_top():
+    core = ROOT / "core"
+    assert set().union(*CORE) == {path.stem for path in core.glob("*.py")}, "give the new file a line here"
+    below = set()
+    for level in CORE:
+        for name in level:
+            found = {path.stem for path in GRAPH[core / f"{name}.py"] if path.parent == core}
+            assert found <= below, f"core/{name}.py imports from files that stand beside it or above"
+        below |= level
+
+
+LINES = {path: len(path.read_text().splitlines()) for path in FILES}
+
+
+def lines_beyond(limit, paths):
+    return {str(path.relative_to(ROOT)): LINES[path] for path in paths if LINES[path] > limit}
+
+
+def test_the_core_can_be_read_in_one_sitting():
+    assert sum(lines for path, lines in LINES.items() if room_of(path) == "core") <= 2500
+
+
+def test_no_file_is_long():
+    assert lines_beyond(400, FILES) == {}
+
+
+def test_a_rule_fits_on_a_few_screens():
+    assert lines_beyond(150, [path for path in FILES if room_of(path) == "rules"]) == {}
+
+
+def test_the_path_is_short_and_names_no_rule():
+    path = ROOT / "path.py"
+    assert not {file.name for file in GRAPH[path] if room_of(file) == "rules"} - {"__init__.py", "base.py"}
+    assert lines_beyond(250, [path]) == {}
+
+
+def own_names(trees):
+    """Return every name with an underscore in front that the package itself gives to something."""
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+def torchs_names(trees):
+    """Return the names inside PyTorch that are used: what ``_find`` looks up, and attributes of torch's objects."""
+    own = set(own_names(trees))
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_find":
+            yield ast.literal_eval(node.args[0]).rpartition(".")[2]
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            is_inherited = isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "super"
+            if is_inherited or node.attr not in own:
+                yield node.attr
+
+
+def test_little_is_taken_from_inside_pytorch():
+    trees = [ast.parse(p.read_text()) for p in FILES if room_of(p) in ("core", "rules", "measure", "path")]
+    names = sorted(set(torchs_names(trees)))
+    assert {"_lazy_clone", "_load_from_state_dict", "_parameters"} <= set(names)
+    assert len(names) <= 10, f"names of PyTorch's that begin with an underscore: {', '.join(names)}"
 
 
 def modules_after(statement):
     code = f"import sys; {statement}; sys.stdout.write(' '.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return {name.partition(".")[0] for name in done.stdout.split()}
+    return set(done.stdout.split())
+
+
+def packages_after(statement):
+    return {name.partition(".")[0] for name in modules_after(statement)}
+
+
+def test_the_core_imports_torch_and_numpy_alone():
+    files = ", ".join(f"feedbackpath.core.{name}" for name in sorted(set().union(*CORE) - {"__init__"}))
+    loaded = packages_after(f"import {files}") - packages_after("import torch, numpy") - sys.stdlib_module_names
+    assert loaded == {"feedbackpath"}
+
+
+def test_rules_that_do_not_mirror_do_not_load_the_mirror():
+    for rule in ("backprop", "feedback_alignment", "sign_symmetry", "kolen_pollack"):
+        loaded = modules_after(f"import feedbackpath.rules.{rule}")
+        assert f"feedbackpath.rules.{rule}" in loaded
+        assert not {name for name in loaded if name.startswith("feedbackpath.mirror")}
+    assert "feedbackpath.mirror" in modules_after("import feedbackpath.rules.weight_mirror")
 
 
 def test_the_core_imports_nothing_heavy():
-    loaded = modules_after("import feedbackpath; feedbackpath.untie, feedbackpath.RULES, feedbackpath.Mirror")
+    loaded = packages_after("import feedbackpath; feedbackpath.untie, feedbackpath.RULES, feedbackpath.Mirror")
     assert "torch" in loaded
     assert not loaded & HEAVY
 
@@ -130,7 +250,7 @@ def test_all_public_names_exist():
         _ = feedbackpath.unite
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+@over_files
 def test_nothing_is_printed(path):
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     assert not [call.lineno for call in calls if getattr(call.func, "id", "") == "print"]

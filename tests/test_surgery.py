@@ -79,7 +79,10 @@ REFUSED = {
         lambda: nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(6, 3))),
         r"'0' \(Linear\) computes its weight .* remove the parametrization",
     ),
-    "nothing to convert": (lambda: nn.Sequential(nn.ReLU()), "nothing to untie in Sequential: .* Linear"),
+    "nothing to convert": (
+        lambda: nn.Sequential(nn.ReLU(), nn.Embedding(3, 4), nn.LayerNorm(4)),
+        "nothing to untie in Sequential: no module in it owns a matrix that a signal passes through",
+    ),
 }  # fmt: skip
 
 
@@ -122,23 +125,66 @@ def test_all_faults_are_named_at_once():
     assert isinstance(model[0], nn.LazyLinear)
 
 
-@pytest.mark.parametrize(
-    ("make", "named"),
-    [
-        (Recurrent, r"'lstm' \(LSTM\)"),
-        (lambda: nn.Sequential(ScaledLinear(6, 6), nn.Linear(6, 3)), r"'0' \(ScaledLinear\)"),
-        (Functional, r"'' \(Functional\)"),
-        (lambda: nn.ModuleDict({"two": nn.Bilinear(2, 2, 2), "one": nn.Linear(2, 2)}), r"'two' \(Bilinear\)"),
-    ],
-)
-def test_layers_without_an_untied_form_are_named(make, named):
-    with pytest.warns(fp.UnconvertedLayerWarning, match=f"no untied form exists for {named}: "):
-        path = fp.untie(make(), "fa")
+class WithBilinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.two, self.one = nn.Bilinear(6, 6, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.one(self.two(x, x))
+
+
+# Layers that are more than one product of an input and a weight.
+MORE = {
+    "recurrent": (Recurrent, "lstm", "LSTM"),
+    "own forward": (lambda: nn.Sequential(ScaledLinear(6, 6), nn.Linear(6, 3)), "0", "ScaledLinear"),
+    "own matrix": (Functional, "", "Functional"),
+    "bilinear": (WithBilinear, "two", "Bilinear"),
+}
+
+
+@pytest.mark.parametrize("case", MORE)
+@pytest.mark.parametrize("rule", ["fa", "ss", "kp"])
+def test_every_module_with_a_matrix_is_converted_whatever_it_computes(case, rule):
+    make, name, kind = MORE[case]
+    plain, model = make().double(), make().double()
+    model.load_state_dict(plain.state_dict())
+    path = fp.untie(model, rule, strict=True)
+    assert name in path.layers
+    assert len(path.layers) == 2
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    expected, random = (torch.autograd.grad(m(x).square().sum(), x)[0] for m in (plain, model))
+    assert (random - expected).norm() / expected.norm() > 0.3
+    for _, weight, feedback in path.pairs():
+        feedback.data.copy_(weight)
+    assert torch.equal(torch.autograd.grad(model(x).square().sum(), x)[0], expected)
+    path.retie()
+    assert type(model.get_submodule(name)).__name__ == kind
+
+
+@pytest.mark.parametrize("case", [case for case in MORE if case != "own forward"])
+@pytest.mark.parametrize("rule", ["wm", "mirror-kp", "mirror-fa"])
+def test_layers_that_a_rule_does_not_serve_are_named(case, rule):
+    make, name, kind = MORE[case]
+    named = rf"'{name}' \({kind}, by {rule}\)"
+    with pytest.warns(fp.UnconvertedLayerWarning, match=f"no untied form exists for {named}: errors still go back"):
+        path = fp.untie(make(), rule, activations={"*": lambda y: y})
     assert len(path.layers) == 1
+    assert name not in path.layers
     model = make()
     with pytest.raises(fp.UntieError, match=f"{named}.* replace these layers"):
-        fp.untie(model, "fa", strict=True)
+        fp.untie(model, rule, strict=True, activations={"*": lambda y: y})
     assert not any(isinstance(module, FeedbackModule) for module in model.modules())
+
+
+def test_a_model_that_its_rule_serves_nowhere_is_refused():
+    model = nn.LSTM(6, 4)
+    with (
+        pytest.warns(fp.UnconvertedLayerWarning),
+        pytest.raises(fp.UntieError, match=r"nothing to untie in LSTM by wm: .*'' \(LSTM, by wm\)"),
+    ):
+        fp.untie(model, "wm")
+    assert type(model) is nn.LSTM
 
 
 def test_a_layer_whose_forward_was_replaced_is_named():
@@ -148,6 +194,8 @@ def test_a_layer_whose_forward_was_replaced_is_named():
     with pytest.warns(fp.UnconvertedLayerWarning, match=r"'0' \(Linear\)"):
         path = fp.untie(model, "fa")
     assert list(path.layers) == ["2", "4"]
+    with pytest.raises(fp.UntieError, match=r"'0' \(Linear\).* replace these layers"):
+        fp.untie(path.retie(), "fa", strict=True)
 
 
 def test_subclasses_that_keep_the_forward_pass_are_converted_and_restored():
@@ -190,7 +238,8 @@ def test_hooks_and_buffers_survive():
 def test_every_layer_with_weights_is_converted(make):
     model = make()
     path = fp.untie(model, "fa", strict=True)
-    untied = {id(module) for module in model.modules() if isinstance(module, FeedbackModule)}
+    modules = [module for module in model.modules() if isinstance(module, FeedbackModule)]
+    untied = {id(module) for module in modules if module.untied.weights}  # containers are watched alone
     assert untied == {id(layer) for layer in path.layers.values()}
     assert all(model.get_submodule(name) is layer for name, layer in path.layers.items())
 

@@ -11,7 +11,6 @@ Autograd minds that mu and sigma depend on x. The gradients of gamma and beta ar
 does not say whether gamma goes along with sigma; it is assumed here: gamma is a scalar of the same neuron.
 """
 
-import functools
 from typing import Any, ClassVar, cast
 
 import torch
@@ -30,17 +29,18 @@ class SigmaBatchNorm(nn.Module):
         """Normalise ``[N, C, ...]`` by channel."""
         forward = super().forward
         if not self.training or not input.requires_grad:
-            return cast(Tensor, forward(input))  # evaluation has fixed mu and sigma: nothing else to send back
+            return cast(
+                Tensor, forward(input)
+            )  # evaluation has fixed mu and sigma: nothing else to send back
         detached = forward(input.detach())
         batch = input.detach().to(torch.promote_types(input.dtype, torch.float32))
         dims = [dim for dim in range(input.dim()) if dim != 1]
         variance = batch.var(dims, unbiased=False)
         scale = torch.rsqrt(variance + cast(float, self.eps))
         if self.weight is not None:
-            scale = scale * self.weight.detach()
+            scale = scale * cast(Tensor, self.weight).detach()
         passed: Tensor = _PassScaled.apply(input, detached, scale)  # type: ignore[no-untyped-call]
         return passed
-
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the plain class: this one is made when it is needed."""
@@ -67,14 +67,19 @@ class _PassScaled(torch.autograd.Function):
         return delta * by_channel, delta, None
 
 
-@functools.cache
+_SIGMA_TYPES: dict[type[nn.Module], type[SigmaBatchNorm]] = {}
+
+
 def sigma_type(plain: type[nn.Module]) -> type[SigmaBatchNorm] | None:
     """Return the class of a norm that sends back sigma alone; None where it has a forward pass of its own."""
     bases = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     if not any(issubclass(plain, base) and plain.forward is base.forward for base in bases):
         return None
-    body = {"plain_type": plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
-    return cast(type[SigmaBatchNorm], type(f"Sigma{plain.__name__}", (SigmaBatchNorm, plain), body))
+    if plain not in _SIGMA_TYPES:
+        body = {"plain_type": plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
+        made = type(f"Sigma{plain.__name__}", (SigmaBatchNorm, plain), body)
+        _SIGMA_TYPES[plain] = cast(type[SigmaBatchNorm], made)
+    return _SIGMA_TYPES[plain]
 
 
 def _make_empty(plain: type[nn.Module]) -> SigmaBatchNorm:

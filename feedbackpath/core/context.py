@@ -47,7 +47,10 @@ class RuleContext:
     """
 
     def __init__(
-        self, model: nn.Module, seed: int = 0, activations: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+        self,
+        model: nn.Module,
+        seed: int = 0,
+        activations: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ) -> None:
         self.seed = seed
         self.steps = 0

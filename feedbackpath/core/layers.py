@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
+from feedbackpath.core.usage import is_only_added
 from feedbackpath.errors import RuleError, UntieError
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -63,10 +63,12 @@ class UntiedWeight:
 
     @property
     def feedback(self) -> nn.Parameter:
-        """The feedback weight B; W itself under backprop. Laid out as W under rules that send errors locally."""
+        """The feedback weight B; W itself under backprop. Rules that send errors locally lay it out as W."""
         own = cast(nn.Parameter | None, getattr(self.layer, self.feedback_name))
         if own is None and not self.is_tied:
-            raise RuleError(f"the feedback weight of {self.name!r} is made when the model first runs: run it once")
+            raise RuleError(
+                f"the feedback weight of {self.name!r} is made when the model first runs: run it once"
+            )
         return self.weight if own is None else own
 
     @property
@@ -191,10 +193,11 @@ def _names_of(weights: Mapping[str, str] | Sequence[str] | None) -> Callable[[nn
 
 
 def _own_matrices(layer: nn.Module) -> dict[str, str]:
-    """Name every matrix among a layer's own parameters."""
+    """Name every matrix among a layer's own parameters that may multiply a signal."""
     own = layer.named_parameters(recurse=False)
     is_feedback = {feedback_name_of(name) for name, _ in layer.named_parameters(recurse=False)}
-    return {n: feedback_name_of(n) for n, p in own if is_matrix(p) and n not in is_feedback}
+    matrices = [name for name, p in own if is_matrix(p) and name not in is_feedback]
+    return {name: feedback_name_of(name) for name in matrices if not is_only_added(layer, name)}
 
 
 def _only_weight(layer: nn.Module) -> dict[str, str]:
@@ -270,8 +273,8 @@ _TRANSPOSED = LayerKind(
     is_one_product=True,
 )
 _RECURRENT = LayerKind(_recurrent_weights, UNKNOWN.fan_in, UNKNOWN.fan_out)
-# They own weights, but no error goes back through a matrix of theirs. Norms scale each neuron by its own number
-# (declared in the docs); embeddings are looked up, and have no input to send an error to.
+# They own weights, but no error goes back through a matrix of theirs. Norms scale each neuron by its own
+# number (declared in the docs); embeddings are looked up, and have no input to send an error to.
 _NO_FEEDBACK = LayerKind(lambda layer: {}, UNKNOWN.fan_in, UNKNOWN.fan_out)
 
 KINDS: dict[type[Any], LayerKind] = {

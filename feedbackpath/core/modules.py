@@ -1,12 +1,11 @@
 """An untied module: the class that it had, with a forward pass that is watched.
 
-The class of a module is exchanged in place. Parameters, hooks, buffers, sharing and identity stay, and the module
-runs its own forward pass. Layers get their feedback weights as parameters; modules above them are watched as well,
-for they may read a layer's weight by themselves.
+The class of a module is exchanged in place. Parameters, hooks, buffers, sharing and identity stay, and the
+module runs its own forward pass. Layers get their feedback weights as parameters; modules above them are
+watched as well, for they may read a layer's weight by themselves.
 """
 
 import copyreg
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 
 from feedbackpath.core import pytorch
 from feedbackpath.core.context import RuleContext
-from feedbackpath.core.exchange import RUNNING, Exchange, exchange_product, watch
+from feedbackpath.core.exchange import RUNNING, Exchange, watch
 from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.core.one_operation import exchange_product
 from feedbackpath.core.sendback import LOCAL, SendBack, broadcast_error
 
 Tap = Callable[[UntiedWeight, Tensor, Tensor, slice], None]
@@ -94,8 +94,14 @@ class FeedbackModule(nn.Module):
             weight = untied.weights[0]
             w = self._parameters.get(weight.weight_name)  # None where it was pruned, or is a replica's
             if w is not None and not torch.is_autocast_enabled(w.device.type):
-                b = self._parameters[weight.feedback_name]
-                return exchange_product(weight, w, b, forward, args, kwargs, exchange)
+                b = cast(Tensor, self._parameters[weight.feedback_name])
+                if exchange is not None:
+                    exchange.is_aside = True
+                try:
+                    return exchange_product(self, weight.weight_name, b, forward, args, kwargs)
+                finally:
+                    if exchange is not None:
+                        exchange.is_aside = False
         send_back = LOCAL if running.is_backprop else untied.send_back
         if exchange is not None:
             exchange.learn(untied.weights)
@@ -113,7 +119,7 @@ class FeedbackModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up what was copied or loaded; hooks on parameters are made anew."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._attach()
 
     def _attach(self) -> None:
@@ -121,7 +127,12 @@ class FeedbackModule(nn.Module):
             self.untied.rule.attach(self.untied.weights, self.untied.context)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: list[str]
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        *lists: list[str],
     ) -> None:
         """Load as torch does; a plain module's state has no feedback weights, and B then stays as it is."""
         missing = lists[0]
@@ -137,12 +148,18 @@ class FeedbackModule(nn.Module):
             self._attach()
 
 
-@functools.cache
+_UNTIED_TYPES: dict[tuple[type[nn.Module], bool], type[FeedbackModule]] = {}
+
+
 def untied_type(plain: type[nn.Module], owns_weights: bool) -> type[FeedbackModule]:
     """Return the class of an untied module: one for each class. Only a layer's name says so."""
-    name = f"Feedback{plain.__name__}" if owns_weights else plain.__name__
-    body = {"plain_type": plain, "plain_forward": plain.forward, "__module__": plain.__module__, "__doc__": plain.__doc__}
-    return cast(type[FeedbackModule], type(name, (FeedbackModule, plain), body))
+    key = plain, owns_weights
+    if key not in _UNTIED_TYPES:
+        name = f"Feedback{plain.__name__}" if owns_weights else plain.__name__
+        body = {"plain_type": plain, "plain_forward": plain.forward}
+        body |= {"__module__": plain.__module__, "__doc__": plain.__doc__}
+        _UNTIED_TYPES[key] = cast(type[FeedbackModule], type(name, (FeedbackModule, plain), body))
+    return _UNTIED_TYPES[key]
 
 
 def _make_empty(plain: type[nn.Module], owns_weights: bool) -> FeedbackModule:

@@ -8,38 +8,47 @@ from torch import Tensor
 
 Call = Callable[..., Any]
 
-_CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
-_MATRIX = "matmul __matmul__ __rmatmul__ mm bmm addmm addbmm baddbmm einsum"
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_CONVOLUTIONS = _names("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
+_MATRIX = _names("matmul __matmul__ __rmatmul__ mm bmm addmm addbmm baddbmm einsum")
 # A sum over products of a weight and a signal, linear in each.
-PRODUCTS = frozenset(
-    f"linear bilinear {_CONVOLUTIONS} {_MATRIX} mv addmv tensordot dot vdot inner outer ger kron chain_matmul "
-    "multi_dot linalg_multi_dot linalg_vecdot vecdot".split()
+PRODUCTS = (
+    _CONVOLUTIONS
+    | _MATRIX
+    | _names("linear bilinear mv addmv tensordot dot vdot inner outer ger kron chain_matmul multi_dot")
+    | _names("linalg_multi_dot linalg_vecdot vecdot")
 )
-# One number for each pair of values.
-SCALES = frozenset("mul mul_ multiply __mul__ __rmul__ __imul__ div div_ divide true_divide __truediv__".split())
+# One product for each pair of values.
+SCALES = _names("mul mul_ multiply __mul__ __rmul__ __imul__ div div_ divide true_divide __truediv__")
 LINEAR_IN_EACH = PRODUCTS | SCALES
-RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split())
+RECURRENT = _names("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
 # Their first argument is activity, even where it is a parameter: a learned query, say.
-INPUT_FIRST = RECURRENT | frozenset(f"linear {_CONVOLUTIONS}".split())
+INPUT_FIRST = RECURRENT | _CONVOLUTIONS | {"linear"}
 # Autocast casts their weights, on every device.
-CAST_BY_AUTOCAST = RECURRENT | frozenset(f"linear {_CONVOLUTIONS} {_MATRIX}".split())
+CAST_BY_AUTOCAST = RECURRENT | _CONVOLUTIONS | _MATRIX | {"linear"}
 # What they take of a weight is looked up, or scales each neuron by its own number.
-NO_WEIGHTS = frozenset("embedding embedding_bag layer_norm rms_norm group_norm batch_norm instance_norm".split())
+NO_WEIGHTS = _names("embedding embedding_bag layer_norm rms_norm group_norm batch_norm instance_norm")
 # They take a tensor's shape, or draw at random: what comes out is made of no weight.
-SHAPED_ALIKE = frozenset(
-    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty "
-    "new_full new_tensor new_empty_strided".split()
+SHAPED_ALIKE = _names(
+    """zeros_like ones_like empty_like full_like rand_like randn_like randint_like
+    new_zeros new_ones new_empty new_full new_tensor new_empty_strided"""
 )
-AT_RANDOM = frozenset(
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout bernoulli normal poisson".split()
+AT_RANDOM = _names(
+    """dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout
+    bernoulli normal poisson"""
 )
 # They multiply nothing: no error passes through a weight there.
-ADDITIVE = frozenset(
-    "add add_ sub sub_ subtract rsub __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ cat concat stack hstack "
-    "vstack where maximum minimum __setitem__ index_put index_put_ copy_ scatter scatter_add".split()
+ADDITIVE = _names(
+    """add add_ sub sub_ subtract rsub __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__
+    cat concat stack hstack vstack where maximum minimum
+    __setitem__ index_put index_put_ copy_ scatter scatter_add"""
 )
 # What they return is no value of a weight.
-NO_VALUES = frozenset("grad _grad grad_fn register_hook requires_grad_ retain_grad backward".split())
+NO_VALUES = _names("grad _grad grad_fn register_hook requires_grad_ retain_grad backward")
 
 
 def name_of(func: Call) -> str:

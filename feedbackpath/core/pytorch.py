@@ -1,7 +1,7 @@
 """What the core takes from inside PyTorch: names that begin with an underscore, each with a fallback.
 
-PyTorch does not promise to keep these. Where one is missing, the fallback gives the same gradients, more slowly or
-with more memory. ``tests/test_pytorch.py`` runs every fallback.
+PyTorch does not promise to keep these. Where one is missing, the fallback gives the same gradients, more
+slowly or with more memory. ``tests/test_pytorch.py`` runs every fallback.
 """
 
 import functools
@@ -85,7 +85,7 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
         if "torch._dynamo" not in sys.modules:
             return function(*args)
         if not disabled:
-            disabled.append(torch.compiler.disable(function))
+            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
         return disabled[0](*args)
 
     return call

@@ -2,9 +2,9 @@
 
 With delta the error at a layer's output, e that at the model's output, x a layer's input and y its output::
 
-    Local       dx = op'(delta, B)              in W's place: feedback alignment, Kolen-Pollack, the weight mirror
-    Broadcast   dx = e B                        straight from the model's output: direct feedback alignment
-    Target      dx = g(y) - g(y - delta)        y - delta is the layer's target: target propagation
+    Local       dx = op'(delta, B)              in W's place: feedback alignment, Kolen-Pollack, the weight
+    mirror Broadcast   dx = e B                        straight from the model's output: direct feedback
+    alignment Target      dx = g(y) - g(y - delta)        y - delta is the layer's target: target propagation
 """
 
 from collections.abc import Callable
@@ -39,7 +39,12 @@ class SendBack(Protocol):
         """Return the shape of B; None: it shows when the model first runs."""
 
     def run(
-        self, layer: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], exchange: "Exchange"
+        self,
+        layer: nn.Module,
+        forward: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        exchange: "Exchange",
     ) -> Any:
         """Run a layer's own forward pass, with gradients that go back as this object says."""
 
@@ -63,7 +68,12 @@ class Local:
         return True
 
     def run(
-        self, layer: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], exchange: "Exchange"
+        self,
+        layer: nn.Module,
+        forward: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        exchange: "Exchange",
     ) -> Any:
         """Run the forward pass: the exchange sees to each operation in it."""
         return forward(*args, **kwargs)
@@ -82,7 +92,12 @@ class _OneInput:
         return len(weights) == 1
 
     def run(
-        self, layer: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], exchange: "Exchange"
+        self,
+        layer: nn.Module,
+        forward: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        exchange: "Exchange",
     ) -> Any:
         """Run the layer on an input that sends nothing back by itself."""
         x = args[0] if args else kwargs.get("input")
@@ -103,9 +118,9 @@ class _OneInput:
 class Broadcast(_OneInput):
     """Send the error at the model's output straight to each layer's input (Nokland 2016).
 
-    B of a layer is ``[outputs, *input]``: ``[outputs, in_features]`` of a linear layer, ``[outputs, C, H, W]``
-    of a convolution. It is made when the model first runs. The model's output is a tensor
-    ``[..., outputs]``; layers without an input that asks for a gradient need no error, and get no B.
+    B of a layer is ``[outputs, *input]``: ``[outputs, in_features]`` of a linear layer, ``[outputs, C, H,
+    W]`` of a convolution. It is made when the model first runs. The model's output is a tensor ``[...,
+    outputs]``; layers without an input that asks for a gradient need no error, and get no B.
     """
 
     is_broadcast: ClassVar[bool] = True
@@ -141,7 +156,7 @@ class Target(_OneInput):
         return weight.weight.shape
 
     def _connect(self, weight: UntiedWeight, x: Tensor, y: Tensor, exchange: "Exchange") -> Tensor:
-        return _ToTarget.apply(x, y, self.inverse, weight)  # type: ignore[no-any-return]
+        return _ToTarget.apply(x, y, self.inverse, weight)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def broadcast_error(output: Any, deliveries: list[tuple[Tensor, UntiedWeight]]) -> Any:
@@ -160,7 +175,8 @@ def broadcast_error(output: Any, deliveries: list[tuple[Tensor, UntiedWeight]]) 
     for x, weight in deliveries:
         weight.layer.__dict__["untied"].make_feedback(weight, _shape_for(x, output, weight))
     xs = [x for x, _ in deliveries]
-    return _BroadcastError.apply(output, len(xs), *[weight.feedback for _, weight in deliveries], *xs)
+    feedbacks = [weight.feedback for _, weight in deliveries]
+    return _BroadcastError.apply(output, len(xs), *feedbacks, *xs)  # type: ignore[no-untyped-call]
 
 
 def _shape_for(x: Tensor, output: Tensor, weight: UntiedWeight) -> torch.Size:
@@ -168,7 +184,8 @@ def _shape_for(x: Tensor, output: Tensor, weight: UntiedWeight) -> torch.Size:
     samples = output.dim() - 1
     if x.shape[:samples] != output.shape[:samples]:
         raise RuleError(
-            f"the input of {weight.name!r} has shape {list(x.shape)} and the model's output {list(output.shape)}: a "
+            f"the input of {weight.name!r} has shape {list(x.shape)} and the model's output "
+            f"{list(output.shape)}: a "
             "broadcast error needs the same samples in front; give this layer another rule by overrides="
         )
     return torch.Size((output.shape[-1], *x.shape[samples:]))
@@ -191,7 +208,9 @@ class _BroadcastError(torch.autograd.Function):
         to_inputs = [torch.tensordot(e, b.to(e.dtype), dims=1) for b in feedbacks]
         samples = list(range(e.dim() - 1))
         to_feedbacks = [
-            torch.tensordot(e, kept.pop(0).to(e.dtype), dims=(samples, samples)).to(b.dtype) if b.requires_grad else None
+            torch.tensordot(e, kept.pop(0).to(e.dtype), dims=(samples, samples)).to(b.dtype)
+            if b.requires_grad
+            else None
             for b in feedbacks
         ]
         return e, None, *to_feedbacks, *to_inputs

@@ -1,7 +1,7 @@
 """Surgery: turn a model's modules into untied ones in place, and back.
 
-A module's class is exchanged and its feedback weights are added. Nothing else of it changes: optimizers, hooks,
-shared modules and references to the layer stay good, and the model itself may be a layer.
+A module's class is exchanged and its feedback weights are added. Nothing else of it changes: optimizers,
+hooks, shared modules and references to the layer stay good, and the model itself may be a layer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from feedbackpath.core.batchnorm import SigmaBatchNorm, sigma_type
-from feedbackpath.core.layers import UntiedWeight, feedback_name_of, is_matrix, kind_of, list_weights
+from feedbackpath.core.layers import UntiedWeight, kind_of, list_weights
 from feedbackpath.core.modules import FeedbackModule, Untied, untied_type
 from feedbackpath.errors import UntieError
 
@@ -43,7 +43,8 @@ def survey(model: nn.Module) -> Survey:
     convertible = {name: layer for name, layer in layers.items() if name not in unconverted}
     if not convertible:
         raise UntieError(
-            f"nothing to untie in {type(model).__name__}: no module in it owns a matrix that a signal passes through"
+            f"nothing to untie in {type(model).__name__}: no module in it owns a matrix that a signal "
+            "passes through"
         )
     return Survey(convertible, unconverted)
 
@@ -102,14 +103,21 @@ def send_back_sigma(model: nn.Module) -> list[SigmaBatchNorm]:
         UntieError: The model has no BatchNorm layer, or one of a kind that cannot.
     """
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, (*kinds, nn.SyncBatchNorm))}
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (*kinds, nn.SyncBatchNorm))
+    }
     if not norms:
         names = ", ".join(kind.__name__ for kind in kinds)
         raise UntieError(f"batchnorm_feedback='sigma' needs a BatchNorm layer ({names}); leave it out here")
-    refused = [f"{name!r} ({type(norm).__name__})" for name, norm in norms.items() if sigma_type(type(norm)) is None]
+    refused = [
+        f"{name!r} ({type(norm).__name__})" for name, norm in norms.items() if sigma_type(type(norm)) is None
+    ]
     if refused:
         raise UntieError(
-            f"batchnorm_feedback='sigma': {', '.join(refused)} compute more than BatchNorm does, in a forward pass of "
+            f"batchnorm_feedback='sigma': {', '.join(refused)} compute more than BatchNorm does, in a "
+            "forward pass of "
             "their own; replace them by torch's, or leave batchnorm_feedback at 'autograd'"
         )
     for norm in norms.values():
@@ -134,7 +142,11 @@ def _find_faults(model: nn.Module) -> Iterator[str]:
     if isinstance(model, torch.jit.ScriptModule):
         yield "the model is a TorchScript module, whose layers are fixed: untie the Python model"
         return
-    if isinstance(model, FeedbackModule) and not isinstance(model, SigmaBatchNorm) and not model.untied.weights:
+    if (
+        isinstance(model, FeedbackModule)
+        and not isinstance(model, SigmaBatchNorm)
+        and not model.untied.weights
+    ):
         pass  # its layers are named below
     for name, module in model.named_modules():
         yield from _find_faults_of(f"{name!r} ({type(module).__name__})", module)
@@ -150,15 +162,16 @@ def _find_faults_of(where: str, module: nn.Module) -> Iterator[str]:
         yield f"{where} is lazy and has no weights yet: run one forward pass first"
     elif _has_parametrized_weight(module, names):
         yield (
-            f"{where} computes its weight from other parameters (weight_norm, spectral_norm, parametrize): remove the "
+            f"{where} computes its weight from other parameters (weight_norm, spectral_norm, parametrize): "
+            "remove the "
             "parametrization first"
         )
     elif any(parameter.is_meta for parameter in parameters):
         yield f"{where} is on the meta device and has no values yet: load its weights first"
     elif any(parameter.is_complex() and parameter.dim() > 1 for parameter in parameters):
         yield f"{where} has complex weights, which have no untied form: split real and imaginary parts"
-    elif any(type(parameter).__name__ == "DTensor" or hasattr(parameter, "_local_tensor") for parameter in parameters):
-        yield f"{where} is sharded over processes (FSDP, tensor parallelism), which untying does not support: use DDP"
+    elif any(type(parameter.data).__name__ == "DTensor" for parameter in parameters):
+        yield f"{where} is sharded (FSDP, tensor parallelism), which has no untied form; use DDP"
     else:
         for weight in kind_of(module).weights(module).values():
             if hasattr(module, weight):

@@ -71,7 +71,8 @@ def delta_angles(
         Layer path to angle in degrees; layers whose output needs no gradient are absent.
 
     Raises:
-        UntieError: ``compute_loss`` did not run the untied model, or ran it on something else the second time.
+        UntieError: ``compute_loss`` did not run the untied model, or ran it on something else the second
+        time.
     """
     ours, loss = _deltas(weights, model, compute_loss)
     if not ours:
@@ -83,7 +84,8 @@ def delta_angles(
         exact, again = _deltas(weights, model, compute_loss)
     if not torch.allclose(loss, again, rtol=1e-3, equal_nan=True):
         raise UntieError(
-            f"delta_angles: compute_loss returned {float(loss):g} and then {float(again):g} on the same weights and "
+            f"delta_angles: compute_loss returned {float(loss):g} and then {float(again):g} on the same "
+            "weights and "
             "random numbers; let it run the same minibatch each time"
         )
     return {name: angle_deg(delta, exact[name]) for name, delta in ours.items() if name in exact}
@@ -99,7 +101,9 @@ def _deltas(
         found = iter(torch.autograd.grad(loss, edges, allow_unused=True) if edges else ())
     deltas = {name: [next(found) for _ in of_layer] for name, of_layer in outputs.items()}
     reached = {name: [delta for delta in parts if delta is not None] for name, parts in deltas.items()}
-    together = {name: torch.cat([delta.flatten() for delta in parts]) for name, parts in reached.items() if parts}
+    together = {
+        name: torch.cat([delta.flatten() for delta in parts]) for name, parts in reached.items() if parts
+    }
     return together, loss.detach()
 
 

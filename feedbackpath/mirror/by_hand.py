@@ -24,7 +24,6 @@ def mirror(
     groups: Groups,
     steps: int | None,
     settings: Mirror | None,
-    *,
     until_angle_deg: float | None,
     most_steps: int,
 ) -> None:
@@ -52,7 +51,8 @@ def mirror(
     _refuse_no_count("mirror", "most_steps", most_steps)
     if until_angle_deg is not None and (steps is not None or not 0 < until_angle_deg < 90):
         raise RuleError(
-            f"mirror: give steps or until_angle_deg, between 0 and 90 degrees; not {steps} and {until_angle_deg}"
+            f"mirror: give steps or until_angle_deg, between 0 and 90 degrees; not {steps} and "
+            f"{until_angle_deg}"
         )
     mode = context.part(MirrorMode)
     for weights, how in _settings_of(groups, settings):
@@ -168,10 +168,13 @@ def _settings_of(groups: Groups, settings: Mirror | None) -> list[tuple[list[Unt
     if settings is None and any(_own_settings(rule) for rule, _ in groups):
         groups = [group for group in groups if _own_settings(group[0])]
     chosen = [(weights, settings or _own_settings(rule) or Mirror()) for rule, weights in groups]
-    unable = [repr(weight.name) for weights, _ in chosen for weight in weights if weight.kind.as_matrix is None]
+    unable = [
+        repr(weight.name) for weights, _ in chosen for weight in weights if weight.kind.as_matrix is None
+    ]
     if unable:
         raise RuleError(
-            f"mirror mode cannot run the layers of {', '.join(unable)}: tell it how by fp.register_layer(..., "
+            f"mirror mode cannot run the layers of {', '.join(unable)}: tell it how by "
+            "fp.register_layer(..., "
             "as_matrix=...), or give them the rule 'bp' by overrides="
         )
     return chosen

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from feedbackpath.core.layers import UntiedWeight
-from feedbackpath.mirror.designs import CODE_LENGTH, OrthogonalCodes
 from feedbackpath.core.pytorch import has_processes
+from feedbackpath.mirror.designs import CODE_LENGTH, OrthogonalCodes
 from feedbackpath.mirror.devices import count_devices
 from feedbackpath.mirror.fields import inputs_in_mirror_mode
 from feedbackpath.mirror.pairs import PAIR, can_pair

@@ -22,8 +22,8 @@ from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation, is_channelwise
 from feedbackpath.mirror.designs import CODE_LENGTH, Design, orthogonal_codes
-from feedbackpath.mirror.rates import Rates
 from feedbackpath.mirror.fields import ConvGeometry
+from feedbackpath.mirror.rates import Rates
 
 CHUNK_VALUES = 2**15  # answers that a CPU works on at once: they stay in its cache
 LEAST_SLOPE = 1e-4  # a neuron that answers with less than this share of its drive does not answer

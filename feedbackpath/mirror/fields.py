@@ -11,7 +11,6 @@ from torch.nn.modules.conv import _ConvNd
 from feedbackpath.core.layers import UntiedWeight, is_channels_last
 
 
-
 class ConvGeometry(NamedTuple):
     """How a convolution walks over its input; the tuples hold one number for each spatial dimension."""
 
@@ -114,7 +113,7 @@ def unpadded(layer: _ConvNd) -> ConvGeometry:
 
 
 def pad_as_layer(layer: _ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Return the input of a convolution's operation, padded as far as that has to be done, and the padding left.
+    """Return the input of a convolution's operation, padded as far as need be, and the padding that is left.
 
     Where the layer pads in another way than by zeros, it has done so before.
     """

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feedbackpath.errors import MirrorWarning, RuleError
 from feedbackpath.core.context import RuleContext, generator_of
 from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.core.passage import forward_passage
+from feedbackpath.errors import MirrorWarning, RuleError
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation, find_activations, odd_slope, out_of_place
 from feedbackpath.mirror.cost import UseCounter, mirror_budget, mirror_work
@@ -30,7 +31,6 @@ from feedbackpath.mirror.rates import RATES
 from feedbackpath.mirror.readings import learn_from
 from feedbackpath.mirror.schedule import TURN_EVERY, Schedule, sample_of, turn_of
 from feedbackpath.mirror.settings import Mirror, When
-from feedbackpath.core.passage import forward_passage
 
 
 @dataclass(frozen=True)

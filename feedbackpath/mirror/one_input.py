@@ -21,16 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from feedbackpath.errors import RuleError
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.modules import tapped
+from feedbackpath.core.passage import forward_passage
+from feedbackpath.errors import RuleError
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation
 from feedbackpath.mirror.estimator import Estimate, conv_products
+from feedbackpath.mirror.fields import ConvGeometry
 from feedbackpath.mirror.mode import MirrorMode
 from feedbackpath.mirror.settings import Mirror
-from feedbackpath.mirror.fields import ConvGeometry
-from feedbackpath.core.passage import forward_passage
 
 RIDGE = 1e-4  # of the inputs' mean variance, added to each when they are decorrelated
 UNFOLDED_VALUES = 2**23  # receptive fields are laid out for so many values at once

@@ -85,7 +85,9 @@ def register_rule(rule: type[Rule]) -> type[Rule]:
     Raises:
         RuleError: It is no rule, or another rule has that name.
     """
-    if not (isinstance(rule, type) and issubclass(rule, Rule)) or not isinstance(getattr(rule, "name", None), str):
+    if not (isinstance(rule, type) and issubclass(rule, Rule)) or not isinstance(
+        getattr(rule, "name", None), str
+    ):
         raise RuleError(f"{rule!r} is no rule: derive a class from fp.Rule and give it a name")
     name = rule.name
     if name in RULES and RULES[name] is not rule:
@@ -108,12 +110,15 @@ def resolve_rule(rule: "str | Rule") -> Rule:
         raise RuleError(f"a rule is an object, not a class: pass {rule.__name__}()")
     if not isinstance(rule, str):
         if not isinstance(rule, Rule):
-            raise RuleError(f"{rule!r} is no rule: pass a name ({', '.join(RULES)}) or an object of a subclass of Rule")
+            raise RuleError(
+                f"{rule!r} is no rule: pass a name ({', '.join(RULES)}) or an object of a subclass of Rule"
+            )
         try:
             hash(rule)
         except TypeError as error:
             raise RuleError(
-                f"the rule {type(rule).__name__} has no hash, so that its layers cannot be grouped ({error}): make it "
+                f"the rule {type(rule).__name__} has no hash, so that its layers cannot be grouped "
+                f"({error}): make it "
                 "a frozen dataclass, with settings that have one"
             ) from error
         return rule

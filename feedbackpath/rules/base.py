@@ -1,8 +1,8 @@
 """What a rule is: how feedback weights begin, who carries the error, and what happens when."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, Callable, ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ class Rule:
         is_mirrorable: Whether mirroring makes sense: not where B is W, or is computed from it.
         gradients: ``gradients(weight, product, context)`` returns what W and what B get of an outer product
             ``delta x^T``; None: both get it as it is.
-        after_backward: ``after_backward(weight, x, output, delta, context)`` is called in each backward pass when
+        after_backward: ``after_backward(weight, x, output, delta, context)`` is called in each backward pass
+        when
             the error delta arrives at the output of the operation in which W met activity; None: never. With
             it, the input x of each layer is kept until then.
     """
@@ -56,7 +57,7 @@ class Rule:
         """Refuse an optimizer that does not suit the rule, or warn of it."""
 
     def attach(self, weights: Weights, context: RuleContext) -> None:
-        """Hook on to parameters. Called when they are new: by ``untie``, for a copy, after they were replaced."""
+        """Hook on to parameters that are new: those of a model that was untied, copied or loaded."""
 
     def detach(self, weights: Weights, context: RuleContext) -> None:
         """Take such hooks off again; called by ``retie``."""

@@ -51,8 +51,10 @@ class KolenPollack(Rule):
         shared = [weight for weight in weights if id(weight.weight) in elsewhere]
         if shared:
             warnings.warn(
-                f"the weights of {', '.join(repr(weight.name) for weight in shared)} are shared with layers that "
-                "cannot be untied: W gets gradients there that B does not, and Kolen-Pollack will not bring them "
+                f"the weights of {', '.join(repr(weight.name) for weight in shared)} are shared with "
+                "layers that "
+                "cannot be untied: W gets gradients there that B does not, and Kolen-Pollack will not "
+                "bring them "
                 "together; untie the weights, or override the rule for these layers",
                 KolenPollackWarning,
                 stacklevel=5,

@@ -8,8 +8,8 @@ further mirroring, no waiting for weight decay: training follows backprop's own 
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from feedbackpath.errors import RuleError
 from feedbackpath.core.context import RuleContext
+from feedbackpath.errors import RuleError
 from feedbackpath.mirror import Mirror, MirrorMode
 from feedbackpath.rules.base import Weights
 from feedbackpath.rules.kolen_pollack import KolenPollack

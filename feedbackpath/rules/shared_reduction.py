@@ -22,7 +22,7 @@ IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DistributedDataParallel as
 
 
 def weights_used_elsewhere(model: nn.Module) -> set[int]:
-    """Return the ids of parameters that a module without feedback weights (an embedding, say) uses as well."""
+    """Return the ids of parameters that a module without feedback weights (an embedding, say) uses too."""
     return {
         id(parameter)
         for module in model.modules()
@@ -32,7 +32,7 @@ def weights_used_elsewhere(model: nn.Module) -> set[int]:
 
 
 class SharedReduction:
-    """Keeps B out of DistributedDataParallel's traffic, and gives it W's gradient after each backward pass."""
+    """Keeps B out of DistributedDataParallel's traffic, and gives it W's gradient after a backward pass."""
 
     def __init__(self, context: RuleContext) -> None:
         self._context = context

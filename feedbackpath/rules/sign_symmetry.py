@@ -11,9 +11,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from feedbackpath.errors import RuleError
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.errors import RuleError
 from feedbackpath.rules.base import Rule, Weights
 
 

@@ -25,7 +25,7 @@ class UpdateWatch:
         self._watches += [self._watch(weight) for weight in weights if weight.feedback.requires_grad]
 
     def _watch(self, weight: UntiedWeight) -> RemovableHandle:
-        """Note the versions of W and B whenever B has got a gradient: what changes them next is the optimizer."""
+        """Note the versions of W and B whenever B has got a gradient: the optimizer changes them next."""
 
         def note(_: Tensor) -> None:
             self._at_backward[id(weight.weight)] = version_of(weight.weight), version_of(weight.feedback)

@@ -1,0 +1,184 @@
+"""Assembly: the modules of a model get their feedback weights, and a rule that governs them.
+
+Nothing here knows a rule by name. What it asks of one is in ``feedbackpath.rules.base.Rule``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from feedbackpath.core.batchnorm import SigmaBatchNorm
+from feedbackpath.core.context import RuleContext
+from feedbackpath.core.layers import UntiedWeight, kind_of
+from feedbackpath.core.modules import FeedbackModule
+from feedbackpath.core.surgery import (
+    has_own_forward,
+    retie_module,
+    retie_norm,
+    send_back_sigma,
+    untie_modules,
+)
+from feedbackpath.errors import RuleError, UntieError
+
+
+@dataclass
+class Assembly:
+    """The untied parts of a model.
+
+    Attributes:
+        layers: Layer paths to untied layers.
+        weights: Every untied weight; one parameter in several layers appears once for each of them.
+        groups: The rules and the weights that each governs, each parameter once.
+        modules: All modules whose class was exchanged.
+        norms: The BatchNorm layers that send back sigma alone.
+    """
+
+    layers: dict[str, FeedbackModule] = field(default_factory=dict)
+    weights: list[UntiedWeight] = field(default_factory=list)
+    groups: list[tuple[Any, list[UntiedWeight]]] = field(default_factory=list)
+    modules: list[FeedbackModule] = field(default_factory=list)
+    norms: list[SigmaBatchNorm] = field(default_factory=list)
+
+    def undo(self, context: RuleContext) -> None:
+        """Give back the plain modules."""
+        for rule, group in self.groups:
+            rule.detach(group, context)
+        context.close()
+        for module in self.modules:
+            retie_module(module)
+        for norm in self.norms:
+            retie_norm(norm)
+
+
+def assemble(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    rules: Mapping[str, Any],
+    context: RuleContext,
+    *,
+    sigma: bool,
+) -> Assembly:
+    """Exchange the modules' classes, make the feedback weights, and let the rules fill them.
+
+    Args:
+        model: The model.
+        layers: Paths to the layers that get feedback weights.
+        rules: The rule of each.
+        context: What the rules may know.
+        sigma: Whether BatchNorm is to send back its scale alone.
+
+    Raises:
+        UntieError: One weight is under two rules. The model is as it was, whatever is raised.
+    """
+    made = Assembly()
+    try:
+        names = {id(layer): name for name, layer in layers.items()}
+        for module in untie_modules(model, layers):
+            made.modules.append(module)
+            if id(module) in names:
+                made.layers[names[id(module)]] = module
+                _govern(module, rules[names[id(module)]], context)
+        made.weights = [weight for name in layers for weight in made.layers[name].untied.weights]
+        for module in made.modules:
+            module.untied.is_watched = _is_watched(module, module is model)
+            module.untied.is_one_product = _is_one_product(module)
+        _make_feedback(made)
+        for rule, group in made.groups:
+            ready = [weight for weight in group if weight.has_feedback]
+            if ready:
+                rule.start(ready, context)
+            rule.attach(group, context)
+        made.norms = send_back_sigma(model) if sigma else []
+    except BaseException:
+        made.undo(context)
+        raise
+    return made
+
+
+def _govern(module: FeedbackModule, rule: Any, context: RuleContext) -> None:
+    """Let a rule govern a layer."""
+    untied = module.untied
+    untied.rule, untied.context = rule, context
+    untied.send_back, untied.is_tied = rule.send_back, rule.is_tied
+    if rule.after_backward is not None:
+        untied.taps = (_tell_rule,)
+
+
+def _make_feedback(made: Assembly) -> None:
+    """Make the feedback weights, one for each forward parameter, and group weights by rule."""
+    governed: dict[int, tuple[Any, nn.Parameter | None]] = {}
+    groups: dict[Any, list[UntiedWeight]] = {}
+    for weight in made.weights:
+        rule, key = weight.layer.untied.rule, id(weight.weight)
+        if key not in governed:
+            governed[key] = rule, _new_feedback(weight, rule)
+            groups.setdefault(rule, []).append(weight)
+        known_rule, feedback = governed[key]
+        if known_rule != rule:
+            raise UntieError(
+                f"{weight.name!r} shares its weight with a layer under another rule ({known_rule.name}, "
+                f"{rule.name}); "
+                "give both the same rule"
+            )
+        setattr(weight.layer, weight.feedback_name, feedback)
+    made.groups = list(groups.items())
+
+
+def refuse_changed_flags(groups: Sequence[tuple[Any, list[UntiedWeight]]]) -> None:
+    """Refuse a B whose ``requires_grad`` was switched, as ``model.requires_grad_(True)`` does to all.
+
+    A fixed B would turn into a Kolen-Pollack one in silence, or a frozen W's B would go on learning.
+
+    Raises:
+        RuleError: Names the first such weight, and how to set it back.
+    """
+    for rule, group in groups:
+        for weight in () if rule.is_tied else group:
+            expected = rule.learns and weight.weight.requires_grad
+            if weight.has_feedback and weight.feedback.requires_grad != expected:
+                raise RuleError(
+                    f"requires_grad of the feedback weight of {weight.name!r} was changed, so that "
+                    f"{rule.name} no longer holds: set it back by "
+                    f".{weight.feedback_name}.requires_grad_({expected})"
+                )
+
+
+def _is_watched(module: FeedbackModule, is_model: bool) -> bool:
+    """Whether a weight may meet activity in a module's own forward pass, or a broadcast begins there."""
+    below = [weight.layer.untied for weight in module.untied.below]
+    if is_model and any(untied.send_back.is_broadcast for untied in below):
+        return True
+    if module.untied.weights and not module.untied.is_tied:
+        return True
+    return has_own_forward(module) and any(not untied.is_tied for untied in below)
+
+
+def _is_one_product(module: FeedbackModule) -> bool:
+    """Whether a layer can go the short way: torch's own product, B in W's place, no more to tell its rule."""
+    untied, kind = module.untied, kind_of(module)
+    is_plain = kind.is_one_product and not has_own_forward(module) and len(untied.weights) == 1
+    return is_plain and untied.is_watched and untied.send_back.is_local and untied.rule.gradients is None
+
+
+def _new_feedback(weight: UntiedWeight, rule: Any) -> nn.Parameter | None:
+    """Allocate B, with the memory format of W where it has W's shape; None: there is none yet."""
+    shape = rule.send_back.feedback_shape(weight)
+    if rule.is_tied or shape is None:
+        return None
+    w = weight.weight
+    empty = torch.empty_like(w) if shape == w.shape else w.new_empty(shape)
+    return nn.Parameter(empty.detach(), requires_grad=rule.learns and w.requires_grad)
+
+
+def _tell_rule(weight: UntiedWeight, x: Tensor, output: Tensor, rows: slice) -> None:
+    """Tell a rule of the error that arrives at an output, when it does."""
+    untied = weight.layer.untied
+    if output.requires_grad:
+        output.register_hook(  # type: ignore[no-untyped-call]
+            lambda delta: untied.rule.after_backward(
+                weight, x.detach(), output.detach(), delta, untied.context
+            )
+        )

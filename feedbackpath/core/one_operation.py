@@ -1,0 +1,312 @@
+"""One operation in which a forward weight W meets activity: forward through W, error through B.
+
+    y  = op(x, W)       the operation itself, whatever it is
+    dx = op'(delta, B)  B stands where autograd would have used W
+    dW = delta x^T      needs no weight
+    dB = delta x^T      only where B learns
+
+``exchange_saved`` lets autograd keep B where it would keep W for the backward pass. ``write_twice`` serves
+where nothing can be exchanged afterwards: it runs ``op(x, W)`` for its value and ``op(x, B)`` for its
+gradients.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from feedbackpath.core import pytorch
+from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.core.operations import (
+    CAST_BY_AUTOCAST,
+    LINEAR_IN_EACH,
+    PRODUCTS,
+    RECURRENT,
+    Call,
+    replaced,
+    run,
+    tensors_in,
+)  # fmt: skip
+from feedbackpath.errors import UntieError
+
+Gradients = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+class Known(NamedTuple):
+    """What an exchange knows of a tensor that holds no activity.
+
+    Attributes:
+        tensor: W, or what was made of it. It is held, so that its id stays its own.
+        feedback: B, or what the same operations made of it; None: nothing is exchanged for it.
+        origins: The weights that it was made of; none: a constant.
+        is_whole: Whether it is W itself.
+        is_signal: Whether it may stand for activity: random numbers, rows that were looked up.
+    """
+
+    tensor: Tensor
+    feedback: Tensor | None
+    origins: tuple[UntiedWeight, ...] = ()
+    is_whole: bool = False
+    is_signal: bool = False
+
+
+def exchange_product(
+    layer: Any, name: str, b: Tensor, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run a layer that is one product of its input and its weight: the short way.
+
+    Args:
+        layer: The layer.
+        name: The name of its weight.
+        b: Its feedback weight.
+        forward: The layer's own forward pass.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+    """
+    parameters: dict[str, Any] = layer._parameters
+    w = handed = parameters[name]
+    if b.requires_grad:
+        handed = parameters[name] = _share(w, b)
+    pytorch.push_hooks(*saving({handed.data_ptr(): b if b.stride() == w.stride() else _laid_out_as(w, b)}))
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        pytorch.pop_hooks()
+        if handed is not w:
+            parameters[name] = w
+
+
+def exchange_saved(
+    func: Call, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], pairs: Sequence[Known]
+) -> Any:
+    """Run an operation whose backward pass uses B where autograd would use W.
+
+    Args:
+        func: The operation.
+        name: Its name.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        pairs: The weights among the arguments.
+
+    Raises:
+        UntieError: The operation keeps a copy of W that cannot be told from activity.
+    """
+    handed = [_hand(one) for one in pairs]
+    if name in CAST_BY_AUTOCAST:
+        handed = [_cast_in_the_open(w) for w in handed]
+    given = [(one.tensor, w) for one, w in zip(pairs, handed, strict=True) if w is not one.tensor]
+    if given:
+        args, kwargs = replaced((args, kwargs), given)
+    places = {
+        w.data_ptr(): _laid_out_as(one.tensor, one.feedback) for one, w in zip(pairs, handed, strict=True)
+    }
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(*saving(places, saved, keeps_outputs=name not in PRODUCTS)):
+        output = _run_without_cudnn(func, args, kwargs) if name in RECURRENT else run(func, args, kwargs)
+    if (
+        name not in RECURRENT
+        and not places.keys() <= set(saved)
+        and _hides_a_copy(args, kwargs, output, places, saved)
+    ):
+        return write_twice(func, name, args, kwargs, pairs)
+    return output
+
+
+def saving(
+    places: Mapping[int, Tensor], seen: list[int] | None = None, *, keeps_outputs: bool = False
+) -> pytorch.Hooks:
+    """Return saved-tensor hooks that let autograd keep B for W, and all else as it is.
+
+    Args:
+        places: Where W lies in memory, and its B, laid out alike.
+        seen: Takes the places in memory of all that is saved.
+        keeps_outputs: Whether the operation may save its own output, which must not keep its graph alive.
+    """
+    version_of = pytorch.version_of
+    outer = pytorch.outer_hooks()
+
+    def pack(saved: Tensor) -> Any:
+        place = saved.data_ptr()
+        if seen is not None:
+            seen.append(place)
+        b = places.get(place)
+        if b is not None:  # it is cast when it is used, not before: no copy of it is kept meanwhile
+            return b, version_of(b), (saved.shape, saved.stride(), saved.dtype)
+        kept = saved.detach() if keeps_outputs else saved
+        return kept, version_of(kept), None
+
+    def unpack(kept: Any) -> Tensor:
+        tensor, version, form = kept
+        if version_of(tensor) != version:
+            _refuse_changed(tensor, version, form is not None)
+        if form is None:
+            return tensor  # type: ignore[no-any-return]
+        shape, stride, dtype = form
+        part: Tensor = tensor.detach().as_strided(shape, stride)
+        return part if part.dtype is dtype else part.to(dtype)
+
+    if outer is None:
+        return pack, unpack
+    pack_outside, unpack_outside = outer
+    return lambda saved: pack_outside(unpack(pack(saved))), unpack_outside
+
+
+def _refuse_changed(tensor: Tensor, version: int, is_feedback: bool) -> None:
+    """Complain as autograd does of what has changed since it was saved."""
+    what = "a feedback weight" if is_feedback else "an input of an untied layer"
+    raise RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"{what} of "
+        f"shape {list(tensor.shape)} is at version {pytorch.version_of(tensor)}; expected version "
+        f"{version} instead"
+    )
+
+
+def write_twice(
+    func: Call, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], pairs: Sequence[Known]
+) -> Tensor:
+    """Run an operation through W for its value, and through B for its gradients.
+
+    ``value = op(x, W)`` and ``graph = op(x, B)``: the error at ``graph`` is that at the output, so x gets
+    ``op'(delta, B)``. W gets ``delta x^T``, which takes no weight. A compiler drops ``graph``'s own value.
+
+    Raises:
+        UntieError: The operation is not linear in W and in its input.
+    """
+    if name not in LINEAR_IN_EACH:
+        names = ", ".join([repr(origin.name) for one in pairs for origin in one.origins])
+        raise UntieError(
+            f"the weight of {names} goes into {name}, whose backward pass cannot be led through a feedback "
+            "weight here: leave the layer to backprop, untie(..., overrides={path: 'bp'}), or run it "
+            "eagerly, "
+            "without torch.compile, torch.func or autocast"
+        )
+    with torch.no_grad():
+        value = run(func, args, kwargs)
+    swap: Call = _Swap.apply
+    swapped = [(one.tensor, swap(one.tensor, one.feedback, _gradients_of(one))) for one in pairs]
+    graph = run(func, *replaced((args, kwargs), swapped))
+    return _TakeValue.apply(graph, value)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _hand(one: Known) -> Tensor:
+    """Return W as an operation is to use it: a B that learns gets what its rule gives it of the gradient."""
+    gradients = _gradients_of(one)
+    if one.feedback is None or not (one.feedback.requires_grad or gradients is not None):
+        return one.tensor
+    if gradients is None:
+        return _Share.apply(one.tensor, one.feedback)  # type: ignore[no-any-return, no-untyped-call]
+    return _Split.apply(one.tensor, one.feedback, gradients)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _gradients_of(one: Known) -> Callable[[Tensor], tuple[Tensor, Tensor | None]] | None:
+    """Return what a rule makes of the outer product for W and for B; None: both get it as it is."""
+    return one.origins[0].layer.__dict__["untied"].gradients_of(one.origins[0]) if one.origins else None
+
+
+class _Share(torch.autograd.Function):
+    """Hand W on as it is; its gradient goes to B as well."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, b: Tensor) -> Tensor:
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> Any:
+        (delta,) = deltas
+        return delta, pytorch.share(delta)
+
+
+# What ``apply`` comes to where nothing is traced, without looking once more whether that is so.
+_share: Callable[[Tensor, Tensor], Tensor] = super(torch.autograd.Function, _Share).apply
+
+
+class _Split(torch.autograd.Function):
+    """Hand W on as it is; a rule says what of its gradient goes to W and what to B."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, b: Tensor, gradients: Any) -> Tensor:
+        ctx.gradients = gradients
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> Any:
+        for_w, for_b = ctx.gradients(*deltas)
+        return for_w, for_b if ctx.needs_input_grad[1] else None, None
+
+
+class _Swap(torch.autograd.Function):
+    """Hand B on in W's place; the gradient goes to W, and to B where it learns."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(w: Tensor, b: Tensor, gradients: Any) -> Tensor:
+        return b.view_as(b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.gradients = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> Any:
+        (delta,) = deltas
+        for_w, for_b = (delta, delta.clone()) if ctx.gradients is None else ctx.gradients(delta)
+        return for_w, for_b if ctx.needs_input_grad[1] else None, None
+
+
+class _TakeValue(torch.autograd.Function):
+    """Have the value of one tensor and the gradients of another."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(graph: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> Any:
+        return *deltas, None
+
+
+def _laid_out_as(w: Tensor, b: Tensor | None) -> Tensor:
+    """Return B with its values in the order of W's memory: B itself, if it is laid out alike."""
+    assert b is not None
+    b = b.detach()
+    if b.stride() == w.stride():
+        return b
+    return torch.empty_strided(w.shape, w.stride(), dtype=b.dtype, device=b.device).copy_(b)
+
+
+def _cast_in_the_open(w: Tensor) -> Tensor:
+    """Cast W as autocast would: its own copy, made out of sight, could not be told from activity."""
+    device = w.device.type
+    if not torch.is_autocast_enabled(device) or w.dtype == torch.float64:
+        return w
+    return w.to(torch.get_autocast_dtype(device))
+
+
+def _run_without_cudnn(func: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a recurrent layer: cuDNN packs its weights into one buffer, whose parts cannot be exchanged."""
+    with torch.backends.cudnn.flags(enabled=False):
+        return run(func, args, kwargs)
+
+
+def _hides_a_copy(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+    weights: Mapping[int, Tensor],
+    saved: Sequence[int],
+) -> bool:
+    """Whether an operation may have saved a copy of W: something that is none of its arguments or results."""
+    arguments = tensors_in((args, kwargs))
+    if not any(x.requires_grad for x in arguments if x.data_ptr() not in weights):
+        return False  # no error is asked for
+    own = {tensor.data_ptr() for tensor in [*arguments, *tensors_in(output)]}
+    return not own.issuperset(saved)
