@@ -1,11 +1,16 @@
 """What each of two processes runs, and what one process runs instead; see ``test_distributed.py``."""
 
+import copy
 import dataclasses
+import pickle
+from unittest import mock
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import feedbackpath as fp
+from feedbackpath.core import pytorch
 
 STEPS, BATCH = 4, 8
 AVERAGED = fp.Mirror(noise="gaussian", samples=64, across_devices="averaged")
@@ -59,6 +64,87 @@ def audit_step(rule, rank):
         path.step()
 
     return fp.audit(step, path).verdict
+
+
+class Subclassed(nn.Linear):
+    """A subclass, whose copies have to be of the same class."""
+
+
+def make_learner(*, is_root=False):
+    """Return a model under Kolen-Pollack, and its path."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 9), nn.ReLU(), Subclassed(9, 7), nn.Tanh(), nn.Linear(7, 3)]
+    model = (nn.Linear(6, 3) if is_root else nn.Sequential(*layers)).double()
+    return model, fp.untie(model, "kp")
+
+
+def load_anew(model):
+    """Load by assignment, so that every parameter is another tensor than before."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    before = list(model.parameters())
+    model.load_state_dict(state, assign=True)
+    assert {id(p) for p in before}.isdisjoint(id(p) for p in model.parameters())
+    return model
+
+
+REPLACED = {
+    "as it was": lambda model: model,
+    "deepcopied": copy.deepcopy,
+    "deepcopied twice": lambda model: copy.deepcopy(copy.deepcopy(model)),
+    "pickled": lambda model: pickle.loads(pickle.dumps(model)),
+    "assigned": load_anew,
+    "assigned twice": lambda model: load_anew(load_anew(model)),
+    "deepcopied, then assigned": lambda model: load_anew(copy.deepcopy(model)),
+    "in lower precision and back": lambda model: model.float().double(),
+}
+"""What may become of a model between ``untie`` and DistributedDataParallel."""
+
+
+def run_replaced(rank, world_size, folder):
+    """Train what became of a model, in each way, and leave in ``folder`` what came of it."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
+    try:
+        found = {way: train_replaced(replace, rank) for way, replace in REPLACED.items()}
+        found["root"] = train_replaced(lambda model: model, rank, is_root=True)
+        found["root, deepcopied"] = train_replaced(copy.deepcopy, rank, is_root=True)
+        with mock.patch.object(pytorch, "_find", lambda path: None):  # a PyTorch without callbacks at the end
+            found["without callbacks"] = train_replaced(lambda model: model, rank)
+        torch.save(found, f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def train_replaced(replace, rank, *, is_root=False):
+    """Return the gradients of W and B after each of some steps, the state at the end, and what was sent."""
+    model, path = make_learner(is_root=is_root)
+    model = replace(model)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    sent = []
+
+    def note(group, bucket):
+        sent.append(bucket.buffer().numel())
+        return allreduce_hook(group, bucket)
+
+    parallel.register_comm_hook(None, note)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(rank)
+    pairs = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        x = torch.randn(BATCH, 6, generator=generator, dtype=torch.float64)
+        nn.functional.cross_entropy(parallel(x), torch.arange(BATCH) % 3).backward()
+        named = dict(model.named_parameters())
+        names = [name.removesuffix("feedback") for name in named if name.endswith("feedback")]
+        pairs.append([(named[f"{n}weight"].grad.clone(), named[f"{n}feedback"].grad.clone()) for n in names])
+        optimizer.step()
+    plain = [p for name, p in model.named_parameters() if not name.endswith("feedback")]
+    return {
+        "pairs": pairs,
+        "state": {name: value.clone() for name, value in model.state_dict().items()},
+        "sent": sum(sent) / STEPS,
+        "plain": sum(p.numel() for p in plain),
+    }
 
 
 def run_all_rules(rank, world_size, folder):

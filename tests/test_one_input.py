@@ -13,6 +13,8 @@ from feedbackpath.mirror import MirrorMode
 from feedbackpath.mirror.fields import ConvGeometry, pad_as_layer
 from feedbackpath.mirror.one_input import look
 
+# Torch says so once in a process, whichever test is the first to come to it.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 REPLACE = fp.Mirror(forgetting=1)
 LINEAR = {"*": nn.Identity()}
 CONVOLUTIONS = [p for p in PLAIN_LAYERS if "Conv" in p.id and "unbatched" not in p.id]

@@ -18,7 +18,7 @@ from feedbackpath.core import pytorch
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.exchange import RUNNING, Exchange, watch
 from feedbackpath.core.layers import UntiedWeight
-from feedbackpath.core.one_operation import exchange_product
+from feedbackpath.core.products import multiply
 from feedbackpath.core.sendback import LOCAL, SendBack, broadcast_error
 
 Tap = Callable[[UntiedWeight, Tensor, Tensor, slice], None]
@@ -93,15 +93,11 @@ class FeedbackModule(nn.Module):
         if untied.is_one_product and not (untied.taps or is_traced or running.is_backprop):
             weight = untied.weights[0]
             w = self._parameters.get(weight.weight_name)  # None where it was pruned, or is a replica's
-            if w is not None and not torch.is_autocast_enabled(w.device.type):
-                b = cast(Tensor, self._parameters[weight.feedback_name])
-                if exchange is not None:
-                    exchange.is_aside = True
-                try:
-                    return exchange_product(self, weight.weight_name, b, forward, args, kwargs)
-                finally:
-                    if exchange is not None:
-                        exchange.is_aside = False
+            b = self._parameters[weight.feedback_name]
+            if w is not None and b is not None and not torch.is_autocast_enabled(w.device.type):
+                output = multiply(self, w, b, args, kwargs)
+                if output is not None:
+                    return output
         send_back = LOCAL if running.is_backprop else untied.send_back
         if exchange is not None:
             exchange.learn(untied.weights)

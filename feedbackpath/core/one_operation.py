@@ -51,32 +51,6 @@ class Known(NamedTuple):
     is_signal: bool = False
 
 
-def exchange_product(
-    layer: Any, name: str, b: Tensor, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Run a layer that is one product of its input and its weight: the short way.
-
-    Args:
-        layer: The layer.
-        name: The name of its weight.
-        b: Its feedback weight.
-        forward: The layer's own forward pass.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-    """
-    parameters: dict[str, Any] = layer._parameters
-    w = handed = parameters[name]
-    if b.requires_grad:
-        handed = parameters[name] = _share(w, b)
-    pytorch.push_hooks(*saving({handed.data_ptr(): b if b.stride() == w.stride() else _laid_out_as(w, b)}))
-    try:
-        return forward(*args, **kwargs)
-    finally:
-        pytorch.pop_hooks()
-        if handed is not w:
-            parameters[name] = w
-
-
 def exchange_saved(
     func: Call, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], pairs: Sequence[Known]
 ) -> Any:
@@ -184,7 +158,6 @@ def write_twice(
         )
     with torch.no_grad():
         value = run(func, args, kwargs)
-    swap: Call = _Swap.apply
     swapped = [(one.tensor, swap(one.tensor, one.feedback, _gradients_of(one))) for one in pairs]
     graph = run(func, *replaced((args, kwargs), swapped))
     return _TakeValue.apply(graph, value)  # type: ignore[no-any-return, no-untyped-call]
@@ -216,10 +189,6 @@ class _Share(torch.autograd.Function):
     def backward(ctx: Any, *deltas: Tensor) -> Any:
         (delta,) = deltas
         return delta, pytorch.share(delta)
-
-
-# What ``apply`` comes to where nothing is traced, without looking once more whether that is so.
-_share: Callable[[Tensor, Tensor], Tensor] = super(torch.autograd.Function, _Share).apply
 
 
 class _Split(torch.autograd.Function):
@@ -254,6 +223,9 @@ class _Swap(torch.autograd.Function):
         (delta,) = deltas
         for_w, for_b = (delta, delta.clone()) if ctx.gradients is None else ctx.gradients(delta)
         return for_w, for_b if ctx.needs_input_grad[1] else None, None
+
+
+swap: Callable[..., Tensor] = _Swap.apply
 
 
 class _TakeValue(torch.autograd.Function):

@@ -41,22 +41,6 @@ def outer_hooks() -> Hooks | None:
     return None if _top_hooks is None else _top_hooks(True)
 
 
-def _push_by_context(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
-    context = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-    context.__enter__()
-    _pushed.append(context)
-
-
-def _pop_by_context() -> None:
-    _pushed.pop().__exit__()
-
-
-_pushed: list[torch.autograd.graph.saved_tensors_hooks] = []
-# Put saved-tensor hooks in force, and take them off: what ``saved_tensors_hooks`` does. Fallback: that.
-push_hooks: Callable[..., None] = _find("_C._autograd._push_saved_tensors_default_hooks") or _push_by_context
-pop_hooks: Callable[[], None] = _find("_C._autograd._pop_saved_tensors_default_hooks") or _pop_by_context
-
-
 def is_traced() -> bool:
     """Whether ``torch.compile`` or a transform of ``torch.func`` looks at what is computed.
 

@@ -46,9 +46,14 @@ def is_only_added(module: nn.Module, name: str) -> bool:
         >>> is_only_added(Positions(), "positions")  # doctest: +SKIP
         True
     """
-    nodes = [node for method in _code_of(type(module)) for node in ast.walk(method)]
-    parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
-    uses = [node for node in nodes if _reads(node, name)]
+    parents: dict[ast.AST, ast.AST] = {}
+    uses = []
+    for method in _code_of(type(module)):
+        own = method.args.args[0].arg if method.args.args else "self"
+        for node in ast.walk(method):
+            parents |= dict.fromkeys(ast.iter_child_nodes(node), node)
+            if _reads(node, own, name):
+                uses.append(node)
     return bool(uses) and all(_is_added(use, parents) for use in uses)
 
 
@@ -69,9 +74,11 @@ def _code_of(kind: type) -> tuple[ast.FunctionDef, ...]:
     return tuple(methods)
 
 
-def _reads(node: ast.AST, name: str) -> bool:
-    is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
-    return is_own and isinstance(node, ast.Attribute) and node.attr == name
+def _reads(node: ast.AST, own: str, name: str) -> bool:
+    """Whether an expression is ``self.name``, with ``own`` as the name of self."""
+    if not isinstance(node, ast.Attribute) or node.attr != name:
+        return False
+    return isinstance(node.value, ast.Name) and node.value.id == own
 
 
 def _is_added(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
