@@ -17,6 +17,7 @@ LEVELS = {
     "ops": 1,
     "passage": 1,
     "layers": 2,
+    "core": 2,
     "batchnorm": 2,
     "replicas": 3,
     "attention": 3,
