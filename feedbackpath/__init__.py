@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from feedbackpath.auditing import AuditError, Report, audit
+    from feedbackpath.core.context import RuleContext
     from feedbackpath.errors import (
         ConfigError,
         DataError,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from feedbackpath.rules import (
         RULES,
         Backprop,
-        Clock,
         FeedbackAlignment,
         KolenPollack,
         MirrorFeedbackAlignment,
@@ -42,7 +42,6 @@ __all__ = [
     "RULES",
     "AuditError",
     "Backprop",
-    "Clock",
     "ConfigError",
     "DataError",
     "FeedbackAlignment",
@@ -55,6 +54,7 @@ __all__ = [
     "MirrorWarning",
     "Report",
     "Rule",
+    "RuleContext",
     "RuleError",
     "SignSymmetry",
     "UnconvertedLayerWarning",
@@ -69,7 +69,7 @@ __all__ = [
     "register_rule",
     "untie",
 ]
-_HOMES = ("errors", "layers", "mirror", "passage", "path", "rules", "auditing")
+_HOMES = ("errors", "core.context", "layers", "mirror", "passage", "path", "rules", "auditing")
 
 
 def __getattr__(name: str) -> Any:

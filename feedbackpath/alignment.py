@@ -12,7 +12,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from feedbackpath import ops
 from feedbackpath.errors import UntieError
 from feedbackpath.layers import FeedbackLayer, Tap, UntiedWeight, tapped
-from feedbackpath.mirror.cost import measuring
 
 
 def angle_deg(one: Tensor, other: Tensor) -> float:
@@ -137,7 +136,6 @@ def _forward_values_in_feedback(weights: Sequence[UntiedWeight]) -> Iterator[Non
 def left_as_it_was(weights: Sequence[UntiedWeight], model: nn.Module) -> Iterator[None]:
     """Let a model run, eagerly, and take back what that changes: running statistics and random numbers."""
     with (
-        measuring(),
         _buffers_restored(model),
         _random_numbers_restored(weights),
         torch.compiler.set_stance("force_eager"),

@@ -10,14 +10,12 @@ from torch import Tensor, nn
 
 from feedbackpath import alignment
 from feedbackpath.batchnorm import SigmaBatchNorm
+from feedbackpath.core.context import RuleContext
 from feedbackpath.errors import KolenPollackWarning, RuleError, UnconvertedLayerWarning, UntieError
 from feedbackpath.layers import FeedbackLayer, UntiedWeight
-from feedbackpath.mirror import LayerPlan, Mirror, MirrorMode
-from feedbackpath.mirror.cost import UseCounter
-from feedbackpath.mirror.one_input import mirror_from_input
-from feedbackpath.mirror.plan import make_plan
+from feedbackpath.mirror import LayerPlan, Mirror, by_hand
 from feedbackpath.replicas import SharedReduction
-from feedbackpath.rules import Clock, Rule, resolve_rule
+from feedbackpath.rules import Rule, resolve_rule
 from feedbackpath.rules.kolen_pollack import FirstUpdate, check_optimizer
 from feedbackpath.surgery import (
     list_weights,
@@ -137,7 +135,7 @@ class FeedbackPath:
         self.rules = dict(rules)
         self.layers = {name: untie_layer(layer) for name, layer in layers.items()}
         self.weights = [weight for name, layer in self.layers.items() for weight in list_weights(name, layer)]
-        self.clock = Clock(seed, MirrorMode(model, activations, seed))
+        self.context = RuleContext(model, seed, activations)
         self._groups: list[tuple[Rule, list[UntiedWeight]]] = []
         self._norms: list[SigmaBatchNorm] = []
         self._reduction: SharedReduction | None = None
@@ -160,7 +158,7 @@ class FeedbackPath:
             setattr(weight.layer, weight.feedback_name, feedback)
         for rule, group in self._group_by_rule().items():
             self._groups.append((rule, group))
-            rule.start(group, self.clock)
+            rule.start(group, self.context)
         self._first_update = FirstUpdate(self._learned_weights())
         elsewhere = self._weights_used_elsewhere()
         self._warn_of_weights_used_elsewhere(elsewhere)
@@ -190,9 +188,9 @@ class FeedbackPath:
         self._refuse_retied()
         self._refuse_changed_flags()
         self._first_update.check()
-        self.clock.steps += 1
+        self.context.steps += 1
         for rule, group in self._groups:
-            rule.step(group, self.clock)
+            rule.step(group, self.context)
 
     def mirror(
         self,
@@ -206,32 +204,15 @@ class FeedbackPath:
 
         Where some layers' rule mirrors by itself, only those are mirrored, unless ``settings`` are given.
 
-        Args:
-            steps: Passes through all layers; None: as many as a first mirroring takes.
-            settings: How to mirror; None: as the layer's rule does, or by default settings.
-            until_angle_deg: Begin anew, and go on with each layer until its B is so near to W, in degrees,
-                judged by how much passes differ among themselves; instead of ``steps``.
-            most_steps: Passes after which to give up on that, with a warning that names the layers.
+        See ``feedbackpath.mirror.by_hand.mirror`` for the arguments, and for what it raises and warns of.
 
         Raises:
             UntieError: There is nothing to mirror: every B is W itself or computed from it.
-            RuleError: Both ``steps`` and ``until_angle_deg`` are given, or the angle makes no sense.
-
-        Warns:
-            MirrorWarning: Neurons do not answer, or a layer is too wide to get to ``until_angle_deg``.
         """
-        self._refuse_retied()
-        if until_angle_deg is not None:
-            if steps is not None or not 0 < until_angle_deg < 90:
-                raise RuleError(
-                    f"mirror: give steps or until_angle_deg, between 0 and 90 degrees; not {steps} and "
-                    f"{until_angle_deg}"
-                )
-            for group, how in self._to_mirror(settings):
-                self.clock.mirror.run_until(group, how, until_angle_deg, most_steps)
-            return
-        for group, how in self._to_mirror(settings):
-            self.clock.mirror.run(group, how, how.memory_passes if steps is None else steps)
+        by_hand.mirror(
+            self.context, self._to_mirror(), steps, settings,
+            until_angle_deg=until_angle_deg, most_steps=most_steps,
+        )  # fmt: skip
 
     def mirror_from_input(
         self,
@@ -243,85 +224,31 @@ class FeedbackPath:
     ) -> None:
         """Drive the whole model with one noisy input, and let every B learn at once (Appendix C.4).
 
-        B goes to ``W C / v``, with C the covariance of the inputs that the layer itself sees and v their mean
-        variance: to W in the first layer alone. Whether that will do: docs/one-input.md.
-
-        BatchNorm uses the statistics of the noise. Forward weights, gradients, running statistics and the
-        global random numbers stay as they were; what ``run`` draws from these depends on the path's seed, and
-        on how often it has mirrored, alone.
-
-        Args:
-            run: Runs the model forward on a minibatch of noise.
-            steps: Forward passes, from which B learns together.
-            settings: What B makes of it: ``reading``, ``forgetting``, ``rate`` and ``decay``; the noise is
-                ``run``'s own. None: as in ``Mirror()``, a tenth forgotten a call.
-            decorrelate: Multiply by the inverse of C, so that B goes to W where drives are Gaussian. No
-                synapse can do that by itself: it takes all inputs of a neuron together.
-
-        Raises:
-            UntieError: There is nothing to mirror.
-            RuleError: ``run`` leaves layers out, or some of them cannot be mirrored so.
-
-        Warns:
-            MirrorWarning: Neurons do not answer.
-
-        Example:
-            >>> model = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.BatchNorm1d(20), nn.Linear(20, 10))
-            >>> path = untie(model, "fa")
-            >>> path.mirror_from_input(lambda: model(torch.randn(20_000, 30)))
-            >>> {name: angle < 10 for name, angle in path.matrix_angles().items()}
-            {'0': True, '3': False}
-            >>> path = untie(path.retie(), "fa")
-            >>> path.mirror_from_input(lambda: model(torch.randn(20_000, 30)), decorrelate=True)
-            >>> {name: angle < 10 for name, angle in path.matrix_angles().items()}
-            {'0': True, '3': True}
+        Forward weights, gradients, running statistics and the global random numbers stay as they were. See
+        ``feedbackpath.mirror.by_hand.mirror_from_input``, and docs/one-input.md for whether that will do.
         """
-        self._refuse_retied()
-        how = settings or Mirror()
-        weights = [weight for group, _ in self._to_mirror(how) for weight in group]
+        groups = self._to_mirror()
         with alignment.left_as_it_was(self.weights, self.model):
-            mirror_from_input(self.clock.mirror, weights, run, how, steps=steps, decorrelate=decorrelate)
+            by_hand.mirror_from_input(self.context, groups, run, steps, settings, decorrelate=decorrelate)
 
     def plan(
         self, compute_loss: Callable[[], Tensor], settings: Mirror | None = None, *, scale: float = 1.0
     ) -> list[LayerPlan]:
         """Say what mirror mode will do with each layer: samples, angle, FLOPs, and how often.
 
-        Args:
-            compute_loss: Runs the model forward on a minibatch of training; tells how much a step computes.
-            settings: How to mirror; None: as the layer's rule does, or by default settings.
-            scale: How many times as many samples a training step has.
-
-        Raises:
-            UntieError: There is nothing to mirror.
-            RuleError: The activations of some layers cannot be found.
-
-        Example:
-            >>> model = nn.Sequential(nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 10))
-            >>> path = untie(model, "kp")
-            >>> plan = path.plan(lambda: model(torch.randn(64, 100)).sum(), Mirror(noise="gaussian"))
-            >>> [(layer.name, layer.samples) for layer in plan]
-            [('0', 512), ('2', 512)]
+        See ``feedbackpath.mirror.by_hand.plan`` for the arguments.
         """
-        plans = []
-        counter = UseCounter(self.weights, in_training=False)
-        with alignment.left_as_it_was(self.weights, self.model), torch.enable_grad():
-            compute_loss()
-        counter.stop()
-        uses = {name: scale * count for name, count in counter.share().items()}
-        for weights, how in self._to_mirror(settings):
-            self.clock.mirror.find_activations(weights)
-            plans += make_plan(weights, how, self.clock.mirror.activations, uses)
-        return plans
+        groups = self._to_mirror()
+        with alignment.left_as_it_was(self.weights, self.model):
+            return by_hand.plan(self.context, groups, self.weights, compute_loss, settings, scale=scale)
 
-    def _to_mirror(self, settings: Mirror | None) -> list[tuple[list[UntiedWeight], Mirror]]:
-        """Return groups of weights, and how to mirror them."""
+    def _to_mirror(self) -> list[tuple[Rule, list[UntiedWeight]]]:
+        """Return the groups of weights whose B a mirror may teach."""
+        self._refuse_retied()
         groups = [group for group in self._groups if group[0].feedback_kind in ("own", "learned")]
         if not groups:
             raise UntieError("nothing to mirror: every B is W itself (bp) or computed from it (ss)")
-        if settings is None and self.mirrors:
-            groups = [group for group in groups if _mirror_settings(group[0])]
-        return [(group, settings or _mirror_settings(rule) or Mirror()) for rule, group in groups]
+        return groups
 
     @property
     def mirrors(self) -> bool:
@@ -352,7 +279,8 @@ class FeedbackPath:
                 statistics and random numbers are left as they were.
         """
         self._refuse_retied()
-        return alignment.delta_angles(self.weights, self.model, compute_loss)
+        with self.context.measuring():
+            return alignment.delta_angles(self.weights, self.model, compute_loss)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip gradients by their norm without counting Kolen-Pollack feedback weights twice.
@@ -386,14 +314,16 @@ class FeedbackPath:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beyond the model's own state: how far the rules have come."""
-        mirror = self.clock.mirror.state_dict()
-        return {"seed": self.clock.seed, "steps": self.clock.steps, "mirror": mirror}
+        return self.context.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the state that ``state_dict`` returned."""
-        self.clock.seed = self.clock.mirror.seed = state["seed"]
-        self.clock.steps = state["steps"]
-        self.clock.mirror.load_state_dict(state["mirror"])
+        self.context.load_state_dict(state)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up a copied or loaded path: its context belongs to the model that came with it."""
+        self.__dict__.update(state)
+        self.context.attach(self.model)
 
     def retie(self) -> nn.Module:
         """Give back plain torch modules, with the forward weights as they are now; return the model.
@@ -404,7 +334,7 @@ class FeedbackPath:
         self._refuse_retied()
         self._is_retied = True
         self._first_update.stop_watching()
-        self.clock.mirror.close()
+        self.context.close()
         for layer in self.layers.values():
             retie_layer(layer)
         for norm in self._norms:

@@ -113,7 +113,7 @@ def mirror_at_rest(name, settings, rank=0):
         "feedback": [b.detach().clone() for _, _, b in whole.pairs()],
         "resumed": [b.detach().clone() for _, _, b in resumed.pairs()],
         "angles": whole.matrix_angles(),
-        "passes": whole.state_dict()["mirror"]["passes"],
+        "passes": whole.state_dict()["parts"]["MirrorMode"]["passes"],
         "planned_deg": {layer.name: layer.angle_deg for layer in plan},
         "samples": {layer.name: layer.samples for layer in plan},
         "flops": {layer.name: layer.flops for layer in plan},

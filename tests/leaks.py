@@ -63,11 +63,11 @@ class Follower:
     def __init__(self):
         self.before = {}
 
-    def start(self, weights, clock):
-        fp.draw_feedback(weights, clock)
+    def start(self, weights, context):
+        fp.draw_feedback(weights, context)
 
     @torch.no_grad()
-    def step(self, weights, clock):
+    def step(self, weights, context):
         for weight in weights:
             now = weight.weight.detach().clone()
             weight.feedback.add_(now - self.before.get(weight.name, now))
@@ -80,11 +80,11 @@ class Symmetric:
     name: ClassVar[str] = "symmetric"
     feedback_kind: ClassVar[str] = "own"
 
-    def start(self, weights, clock):
-        fp.draw_feedback(weights, clock)
+    def start(self, weights, context):
+        fp.draw_feedback(weights, context)
 
     @torch.no_grad()
-    def step(self, weights, clock):
+    def step(self, weights, context):
         for weight in weights:
             weight.feedback.copy_(weight.weight * (weight.feedback.norm() / weight.weight.norm()))
 
@@ -97,7 +97,7 @@ class RareBranch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, delta):
-        if ctx.path.clock.steps % 3 == 2:
+        if ctx.path.context.steps % 3 == 2:
             delta = delta + 1e-3 * delta @ ctx.weight
         return delta, None, None
 
@@ -115,7 +115,7 @@ class SavedCast(torch.autograd.Function):
 
 
 def copy_every_third_step(task):
-    if task.path.clock.steps % 3 == 0:
+    if task.path.context.steps % 3 == 0:
         for _, w, b in task.path.pairs():
             b.copy_(w)
 

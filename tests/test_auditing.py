@@ -344,13 +344,13 @@ def test_a_passage_of_ones_own_is_forward():
         feedback_kind = "own"
         is_marked = True
 
-        def start(self, weights, clock):
-            fp.draw_feedback(weights, clock)
+        def start(self, weights, context):
+            fp.draw_feedback(weights, context)
 
         @torch.no_grad()
-        def step(self, weights, clock):
+        def step(self, weights, context):
             for weight in weights:
-                noise = torch.randn(64, weight.fan_in, generator=clock.generator(weight, "noise"))
+                noise = torch.randn(64, weight.fan_in, generator=context.generator(weight, "noise"))
                 if self.is_marked:
                     with fp.forward_passage(weight.weight):
                         answer = noise @ weight.weight.T

@@ -92,6 +92,6 @@ def test_ranks_that_average_noise_keep_one_schedule(mirrored):
     first, second = (found["schedule"] for found in mirrored)
     assert equal(first["feedback"], second["feedback"])
     assert first["state"] == second["state"]
-    passes = first["state"]["mirror"]["passes"].values()
+    passes = first["state"]["parts"]["MirrorMode"]["passes"].values()
     assert len(passes) == 3
     assert max(passes) < 20  # there was something to choose

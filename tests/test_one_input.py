@@ -8,8 +8,9 @@ from torch import nn
 
 import feedbackpath as fp
 from feedbackpath.alignment import angle_deg
+from feedbackpath.mirror import MirrorMode
+from feedbackpath.mirror.fields import ConvGeometry, pad_input
 from feedbackpath.mirror.one_input import look
-from feedbackpath.ops import ConvGeometry
 
 REPLACE = fp.Mirror(forgetting=1)
 LINEAR = {"*": nn.Identity()}
@@ -23,7 +24,7 @@ def see(problem, activations=None, with_inputs=False, steps=1):
     path = fp.untie(model, "fa", activations=activations)
     inputs = problem.inputs(requires_grad=False)
     run = lambda: problem.call(model, *inputs)  # noqa: E731
-    return path, look(path.clock.mirror, path.weights, run, steps=steps, with_inputs=with_inputs)
+    return path, look(path.context.part(MirrorMode), path.weights, run, steps=steps, with_inputs=with_inputs)
 
 
 def noise(*shape):
@@ -74,7 +75,7 @@ def test_products_of_convolutions_match_loops_over_samples_and_positions(problem
     if layer.transposed:
         padding = layer.padding
     else:
-        centred, padding = layer._pad(centred)
+        centred, padding = pad_input(layer, centred)
     geometry = ConvGeometry(
         layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups
     )
@@ -184,7 +185,9 @@ def test_first_calls_are_averaged_and_later_ones_forget():
     for call in range(4):
         before = model.feedback.detach().clone()
         with torch.random.fork_rng():
-            (seen,) = look(path.clock.mirror, path.weights, lambda: model(draw()), steps=1, with_inputs=False)
+            (seen,) = look(
+                path.context.part(MirrorMode), path.weights, lambda: model(draw()), steps=1, with_inputs=False
+            )
         found.append(seen.correlate().at_gain_one())
         path.mirror_from_input(lambda: model(draw()), settings=fp.Mirror(forgetting=0.4))
         share = max(0.4, 1 / (call + 1))
@@ -210,7 +213,7 @@ def test_a_layer_that_is_used_twice_learns_from_both_uses():
     path = fp.untie(model, "fa")
     x = torch.randn(20, 6).double()
     run = lambda: model(x)  # noqa: E731
-    (seen,) = look(path.clock.mirror, path.weights, run, steps=1, with_inputs=False)
+    (seen,) = look(path.context.part(MirrorMode), path.weights, run, steps=1, with_inputs=False)
     uses = [signal - signal.mean(0) for signal in (x, layer(x).detach())]
     expected = sum(layer.weight.detach() @ use.T @ use for use in uses) / (2 * 19)
     torch.testing.assert_close(seen.correlate().covariance, expected)

@@ -76,7 +76,7 @@ def test_a_tied_weight_is_stepped_once():
     met = []
 
     class Counting(fp.FeedbackAlignment):
-        def step(self, weights, clock):
+        def step(self, weights, context):
             met.extend(weight.name for weight in weights)
 
     fp.untie(make_tied(), Counting()).step()

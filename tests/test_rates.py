@@ -6,7 +6,7 @@ from problems import make_convolution
 from torch import nn
 
 import feedbackpath as fp
-from feedbackpath.mirror import fields, rates
+from feedbackpath.mirror import MirrorMode, fields, rates
 
 LAYERS = {
     "dense": (lambda: nn.Linear(40, 50), "map"),
@@ -43,7 +43,7 @@ def test_rates_recover_the_weights_direction_and_none_is_negative(how, noise, la
     expected = settings.expected_angle_deg(inputs, spread=1.0)
     assert path.matrix_angles()["0"] == pytest.approx(expected, rel=0.15, abs=0.01)
     assert path.gains()["0"] == pytest.approx(1.0, abs=0.02)
-    assert len(transmitted) >= 2 * path.clock.mirror.passes["0"]
+    assert len(transmitted) >= 2 * path.context.part(MirrorMode).passes["0"]
     assert min(float(sent.min()) for sent in transmitted) >= 0.0
 
 

@@ -10,6 +10,7 @@ from problems import CONVNET, MLP, make_mlp
 from torch import nn
 
 import feedbackpath as fp
+from feedbackpath.mirror import MirrorMode
 from feedbackpath.rules import resolve_rule
 
 LEARNED = ["kp", "mirror-kp"]
@@ -174,7 +175,7 @@ def test_mirror_fa_mirrors_at_the_first_step_if_nobody_has_and_at_no_other():
     path = fp.untie(model, "mirror-fa")
     for _ in train(model, path, torch.optim.SGD(model.parameters(), lr=0.5), 3):
         pass
-    assert set(path.clock.mirror.passes.values()) == {1}
+    assert set(path.context.part(MirrorMode).passes.values()) == {1}
 
 
 def test_mirroring_under_kolen_pollack_now_and_then_corrects_drift():
@@ -234,10 +235,10 @@ class HalfWeights:
     name = "half"
     feedback_kind = "own"
 
-    def start(self, weights, clock):
-        fp.draw_feedback(weights, clock)
+    def start(self, weights, context):
+        fp.draw_feedback(weights, context)
 
-    def step(self, weights, clock):
+    def step(self, weights, context):
         for weight in weights:
             weight.feedback.data = 0.5 * weight.weight.data
 

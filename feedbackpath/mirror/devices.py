@@ -7,7 +7,7 @@ stays equal on all of them bit for bit.
 
 import torch
 
-from feedbackpath.mirror.estimator import Estimate
+from feedbackpath.mirror.covariance import Estimate
 from feedbackpath.mirror.settings import Mirror
 
 

@@ -1,15 +1,27 @@
 """A layer's weight as matrices of receptive fields, and the noise maps that drive a convolution."""
 
 import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from feedbackpath.layers import UntiedWeight
-from feedbackpath.ops import ConvGeometry
 
 MAP_POSITIONS = 64  # positions in a noise map: 64 along a line, 8 x 8 in a plane, 4 x 4 x 4 in space
+
+
+class ConvGeometry(NamedTuple):
+    """How a convolution walks over its input; the tuples hold one number for each spatial dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
 
 
 def as_matrix(tensor: Tensor, weight: UntiedWeight) -> Tensor:
@@ -122,3 +134,18 @@ def map_size(layer: _ConvNd) -> list[int]:
         return [side] * len(layer.kernel_size)
     sizes = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
     return [(side - 1) * stride + dilation * (kernel - 1) + 1 for kernel, stride, dilation in sizes]
+
+
+def pad_input(layer: _ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Do the padding that ``ConvGeometry`` cannot tell of; return what is left for the convolution to do."""
+    none = (0,) * len(layer.kernel_size)
+    if layer.padding_mode != "zeros":
+        return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), none
+    if not isinstance(layer.padding, str):
+        return x, layer.padding
+    if layer.padding == "valid":
+        return x, none
+    totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    # As torch does: an odd total puts its one extra zero at the end, dimensions listed last first.
+    extra = [side for total in reversed(totals) for side in (0, total % 2)]
+    return F.pad(x, extra) if any(extra) else x, tuple(total // 2 for total in totals)

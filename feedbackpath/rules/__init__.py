@@ -4,7 +4,7 @@ import difflib
 
 from feedbackpath.errors import RuleError
 from feedbackpath.rules.backprop import Backprop
-from feedbackpath.rules.base import Clock, FeedbackKind, Rule, draw_feedback
+from feedbackpath.rules.base import FeedbackKind, Rule, draw_feedback
 from feedbackpath.rules.feedback_alignment import FeedbackAlignment
 from feedbackpath.rules.kolen_pollack import KolenPollack
 from feedbackpath.rules.mirror_feedback_alignment import MirrorFeedbackAlignment
@@ -28,7 +28,6 @@ RULES: dict[str, type[Rule]] = {
 __all__ = [
     "RULES",
     "Backprop",
-    "Clock",
     "FeedbackAlignment",
     "FeedbackKind",
     "KolenPollack",

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from feedbackpath.core.context import RuleContext
 from feedbackpath.layers import UntiedWeight
-from feedbackpath.rules.base import Clock, FeedbackKind
+from feedbackpath.rules.base import FeedbackKind
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Backprop:
     name: ClassVar[str] = "bp"
     feedback_kind: ClassVar[FeedbackKind] = "tied"
 
-    def start(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+    def start(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
         """Do nothing: B is W."""
 
-    def step(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+    def step(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
         """Do nothing: B is W."""

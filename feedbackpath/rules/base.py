@@ -6,8 +6,8 @@ from typing import ClassVar, Literal, Protocol
 
 import torch
 
+from feedbackpath.core.context import RuleContext
 from feedbackpath.layers import UntiedWeight
-from feedbackpath.mirror.mode import MirrorMode, generator_of
 
 FeedbackKind = Literal["tied", "own", "derived", "learned"]
 
@@ -25,37 +25,14 @@ class Rule(Protocol):
     name: ClassVar[str]
     feedback_kind: ClassVar[FeedbackKind]
 
-    def start(self, weights: Sequence[UntiedWeight], clock: "Clock") -> None:
+    def start(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
         """Give every feedback weight its first value; called once, by ``untie``."""
 
-    def step(self, weights: Sequence[UntiedWeight], clock: "Clock") -> None:
+    def step(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
         """Do what follows an update of W; called by ``path.step()``, after ``optimizer.step()``."""
 
 
-class Clock:
-    """What a rule may know of its path: the seed, the steps taken, and mirror mode.
-
-    Attributes:
-        seed: Seed of everything random in the feedback path.
-        steps: How many times ``path.step()`` has been called, the call that is going on included.
-        mirror: Mirror mode of this path.
-    """
-
-    def __init__(self, seed: int, mirror: MirrorMode) -> None:
-        self.seed = seed
-        self.steps = 0
-        self.mirror = mirror
-
-    def generator(self, weight: UntiedWeight, purpose: str) -> torch.Generator:
-        """Return random numbers of this weight, purpose and step alone, apart from the global ones.
-
-        The same on every process, and after a resume the same again.
-        """
-        key = f"{self.seed}/{purpose}/{self.steps}/{weight.name}/{weight.feedback_name}"
-        return generator_of(key, weight)
-
-
-def draw_feedback(weights: Sequence[UntiedWeight], clock: Clock) -> None:
+def draw_feedback(weights: Sequence[UntiedWeight], context: RuleContext) -> None:
     """Draw every feedback weight from N(0, 2 / (fan_in + fan_out)), never looking at W.
 
     That is Glorot & Bengio's law (2010, equation 12) for weights that signals cross both ways. The paper
@@ -64,4 +41,4 @@ def draw_feedback(weights: Sequence[UntiedWeight], clock: Clock) -> None:
     with torch.no_grad():
         for weight in weights:
             std = math.sqrt(2.0 / (weight.fan_in + weight.fan_out))
-            weight.feedback.normal_(0.0, std, generator=clock.generator(weight, "draw_feedback"))
+            weight.feedback.normal_(0.0, std, generator=context.generator(weight, "draw_feedback"))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from feedbackpath.core.context import RuleContext
 from feedbackpath.layers import UntiedWeight
-from feedbackpath.rules.base import Clock, FeedbackKind, draw_feedback
+from feedbackpath.rules.base import FeedbackKind, draw_feedback
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class FeedbackAlignment:
     name: ClassVar[str] = "fa"
     feedback_kind: ClassVar[FeedbackKind] = "own"
 
-    def start(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+    def start(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
         """Draw every B at random."""
-        draw_feedback(weights, clock)
+        draw_feedback(weights, context)
 
-    def step(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+    def step(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
         """Do nothing: B is fixed."""

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from feedbackpath.core.context import RuleContext
 from feedbackpath.errors import KolenPollackWarning, RuleError
 from feedbackpath.layers import UntiedWeight
-from feedbackpath.rules.base import Clock, FeedbackKind, draw_feedback
+from feedbackpath.rules.base import FeedbackKind, draw_feedback
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class KolenPollack:
     name: ClassVar[str] = "kp"
     feedback_kind: ClassVar[FeedbackKind] = "learned"
 
-    def start(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+    def start(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
         """Draw every B at random."""
-        draw_feedback(weights, clock)
+        draw_feedback(weights, context)
 
-    def step(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+    def step(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
         """Do nothing: the optimizer has updated B."""
 
 

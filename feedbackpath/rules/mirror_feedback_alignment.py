@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from feedbackpath.core.context import RuleContext
 from feedbackpath.layers import UntiedWeight
-from feedbackpath.mirror import Mirror
-from feedbackpath.rules.base import Clock, FeedbackKind, draw_feedback
+from feedbackpath.mirror import Mirror, MirrorMode
+from feedbackpath.rules.base import FeedbackKind, draw_feedback
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,14 @@ class MirrorFeedbackAlignment:
     feedback_kind: ClassVar[FeedbackKind] = "own"
     mirror: Mirror = field(default_factory=Mirror)
 
-    def start(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+    def start(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
         """Draw every B at random; see that every layer's activation is known."""
-        draw_feedback(weights, clock)
-        clock.mirror.find_activations(weights)
+        draw_feedback(weights, context)
+        context.part(MirrorMode).find_activations(weights)
 
-    def step(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+    def step(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
         """Mirror what has never been mirrored; from then on B is fixed."""
-        fresh = [weight for weight in weights if weight.name not in clock.mirror.passes]
+        mode = context.part(MirrorMode)
+        fresh = [weight for weight in weights if weight.name not in mode.passes]
         if fresh:
-            clock.mirror.run(fresh, self.mirror, self.mirror.memory_passes)
+            mode.run(fresh, self.mirror, self.mirror.memory_passes)

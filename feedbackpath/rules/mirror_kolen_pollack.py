@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from feedbackpath.core.context import RuleContext
 from feedbackpath.errors import RuleError
 from feedbackpath.layers import UntiedWeight
-from feedbackpath.mirror import Mirror
-from feedbackpath.rules.base import Clock, FeedbackKind, draw_feedback
+from feedbackpath.mirror import Mirror, MirrorMode
+from feedbackpath.mirror.settings import refuse_no_count
+from feedbackpath.rules.base import FeedbackKind, draw_feedback
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class MirrorKolenPollack:
 
     def __post_init__(self) -> None:
         """Refuse readings that settle elsewhere than at W: Kolen-Pollack would keep what they leave."""
-        if self.every is not None and self.every < 1:
-            raise RuleError(f"mirror-kp: every must be at least 1, not {self.every}")
+        if self.every is not None:
+            refuse_no_count("mirror-kp: every", self.every)
         if self.mirror.reading != "calibrated":
             raise RuleError(f"mirror-kp needs the 'calibrated' reading, not {self.mirror.reading!r}")
 
@@ -48,14 +50,15 @@ class MirrorKolenPollack:
     mirror: Mirror = field(default_factory=Mirror)
     every: int | None = None
 
-    def start(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+    def start(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
         """Draw every B at random; see that every layer's activation is known."""
-        draw_feedback(weights, clock)
-        clock.mirror.find_activations(weights)
+        draw_feedback(weights, context)
+        context.part(MirrorMode).find_activations(weights)
 
-    def step(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+    def step(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
         """Mirror what has never been mirrored, and all when it is time; the optimizer does the rest."""
-        is_time = self.every is not None and clock.steps % self.every == 0
-        fresh = [weight for weight in weights if is_time or weight.name not in clock.mirror.passes]
+        mode = context.part(MirrorMode)
+        is_time = self.every is not None and context.steps % self.every == 0
+        fresh = [weight for weight in weights if is_time or weight.name not in mode.passes]
         if fresh:
-            clock.mirror.run(fresh, self.mirror, self.mirror.memory_passes)
+            mode.run(fresh, self.mirror, self.mirror.memory_passes)

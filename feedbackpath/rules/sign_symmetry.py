@@ -12,9 +12,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from feedbackpath.core.context import RuleContext
 from feedbackpath.errors import RuleError
 from feedbackpath.layers import UntiedWeight
-from feedbackpath.rules.base import Clock, FeedbackKind
+from feedbackpath.rules.base import FeedbackKind
 
 
 @dataclass(frozen=True)
@@ -56,28 +57,28 @@ class SignSymmetry:
             if value not in known:
                 raise RuleError(f"SignSymmetry: {value!r} is not one of {', '.join(known)}")
 
-    def start(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+    def start(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
         """Give every B its magnitudes, then the signs of W."""
         with torch.no_grad():
             for weight in weights:
-                self._draw_magnitudes(weight, clock)
+                self._draw_magnitudes(weight, context)
                 self._take_signs(weight)
 
-    def step(self, weights: Sequence[UntiedWeight], clock: Clock) -> None:
+    def step(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
         """Give every B the signs that W has now."""
         with torch.no_grad():
             for weight in weights:
                 if self.magnitude == "batchwise":
-                    self._draw_magnitudes(weight, clock)
+                    self._draw_magnitudes(weight, context)
                 self._take_signs(weight)
 
-    def _draw_magnitudes(self, weight: UntiedWeight, clock: Clock) -> None:
+    def _draw_magnitudes(self, weight: UntiedWeight, context: RuleContext) -> None:
         fans = weight.fan_out if self.scale == "he" else weight.fan_in + weight.fan_out
         size = math.sqrt(2.0 / fans)
         if self.magnitude == "uniform":
             weight.feedback.fill_(size)
         else:
-            weight.feedback.normal_(0.0, size, generator=clock.generator(weight, "sign_symmetry"))
+            weight.feedback.normal_(0.0, size, generator=context.generator(weight, "sign_symmetry"))
 
     @staticmethod
     def _take_signs(weight: UntiedWeight) -> None:
