@@ -23,16 +23,20 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from feedbackpath import FeedbackPath, Mirror, RuleContext, UntiedWeight, register_rule, untie
+from feedbackpath import FeedbackPath, Mirror, register_rule, untie
+from feedbackpath.measure.angles import angle_deg, left_as_it_was
+from feedbackpath.core.context import RuleContext
 from feedbackpath.data import Dataset, load_dataset, minibatches
 from feedbackpath.jobs import run_job
-from feedbackpath.measure.angles import angle_deg, left_as_it_was
+from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.mirror import MirrorMode
 from feedbackpath.mirror.one_input import Seen, look, mirror_from_input
+from feedbackpath.mirror.readings import learn
 from feedbackpath.mirror.settings import Reading, When
 from feedbackpath.models import build_model
 from feedbackpath.report.live import LiveView
-from feedbackpath.rules import Rule, WeightMirror
+from feedbackpath.rules import Rule, WeightMirror, draw_feedback
+from feedbackpath.rules.base import FeedbackKind
 from feedbackpath.train.config import CompareConfig
 
 DATA, CLASSES = "glyphs", 10
@@ -53,20 +57,25 @@ NETWORKS = {  # network, norm: forward passes of noise
 
 
 @dataclass(frozen=True)
-class OneInput(Rule):
+class OneInput:
     """After each update, one forward pass of noise through the whole network, from which every B learns."""
 
     name: ClassVar[str] = "one-input"
+    feedback_kind: ClassVar[FeedbackKind] = "own"
     decorrelate: ClassVar[bool] = False
     reading: ClassVar[Reading] = "calibrated"
+
+    def start(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
+        """Draw every B at random."""
+        draw_feedback(weights, context)
 
     def step(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
         """Mirror all layers at once."""
         model = context.model
         with left_as_it_was(weights, model):
             mirror_from_input(
-                context.part(MirrorMode), weights, partial(run_on_noise, model), Mirror(reading=self.reading), steps=1,
-                decorrelate=self.decorrelate,
+                context.part(MirrorMode), weights, partial(run_on_noise, model),
+                Mirror(reading=self.reading), steps=1, decorrelate=self.decorrelate,
             )  # fmt: skip
 
 
@@ -150,11 +159,11 @@ def measure_drives() -> None:
         for state in ("start", "trained"):
             path, _ = prepare(network, norm, state, SEEDS[0], load_dataset(DATA, num_classes=CLASSES))
             mode, steps = path.context.part(MirrorMode), passes[-1]
-            mode.given = {"*": nn.Identity()}
+            mode.path.activations = {"*": nn.Identity()}
             with left_as_it_was(path.weights, path.model), torch.no_grad():
                 for one in look(mode, path.weights, partial(run_on_noise, path.model), steps=steps,
                                 with_inputs=True):  # fmt: skip
-                    mode.learn(one.weight, one.regress(), Mirror(noise="gaussian", forgetting=1.0))
+                    learn(mode, one.regress(), Mirror(noise="gaussian", forgetting=1.0))
             results["drives"].append({
                 "network": network, "norm": norm, "state": state, "passes": steps,
                 "matrix_angle_deg": path.matrix_angles(),
@@ -216,9 +225,7 @@ def measure(path: FeedbackPath, loss: partial[Tensor], steps: int) -> list[dict[
                     layerwise = dataclasses.replace(settings, samples=samples, block_bias=True)
                     mode.run([one.weight], layerwise)
                 else:
-                    mode.learn(
-                        one.weight, one.correlate() if method == "one-input" else one.regress(), settings
-                    )
+                    learn(mode, one.correlate() if method == "one-input" else one.regress(), settings)
         found.append({
             "method": method, "passes": steps, "matrix_angle_deg": path.matrix_angles(),
             "gain": path.gains(), "delta_angle_deg": path.delta_angles(loss), "inputs": inputs,

@@ -25,7 +25,7 @@ def mirror(
     ] = None,
     cost_share: Annotated[
         float | None,
-        Parameter(help="plan: share of a step's work that mirroring may take (0.03 unless given)"),
+        Parameter(help="plan: share of a step's FLOPs that mirroring may take (0.03 unless given)"),
     ] = None,
     batch_size: Annotated[int | None, Parameter(help="plan: samples of a training step")] = None,
     study: Annotated[

@@ -132,7 +132,14 @@ class FeedbackPath:
         """
         from feedbackpath.mirror import by_hand
 
-        by_hand.mirror(self.context, self._to_mirror(), steps, settings, until_angle_deg, most_steps)
+        by_hand.mirror(
+            self.context,
+            self._to_mirror(),
+            steps,
+            settings,
+            until_angle_deg=until_angle_deg,
+            most_steps=most_steps,
+        )
 
     def mirror_from_input(
         self,

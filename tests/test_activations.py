@@ -7,8 +7,7 @@ from problems import make_encoder
 from torch import nn
 
 import feedbackpath as fp
-from feedbackpath.mirror import MirrorMode
-from feedbackpath.mirror import find_activations
+from feedbackpath.mirror import MirrorMode, find_activations
 from feedbackpath.mirror.activations import odd_slope
 
 PROBE = torch.linspace(-3, 3, 13)
@@ -115,14 +114,14 @@ def test_what_cannot_be_told_is_asked_for(model):
         fp.untie(model, "wm")
     assert type(model.layer) is nn.Linear
     path = fp.untie(model, "wm", activations={"lay*": torch.tanh, "*": nn.Identity(), "layer": torch.relu})
-    found = path.context.part(MirrorMode)._activations
+    found = path.context.part(MirrorMode).activations
     assert found["layer"] is torch.relu
     torch.testing.assert_close(found["head"](PROBE), PROBE)
 
 
 def test_what_is_given_goes_before_what_is_found():
     path = fp.untie(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), "wm", activations={"0": torch.tanh})
-    assert path.context.part(MirrorMode)._activations["0"] is torch.tanh
+    assert path.context.part(MirrorMode).activations["0"] is torch.tanh
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -140,7 +139,7 @@ def test_transformer_encoders_are_known(activation):
 )
 def test_every_layer_of_a_transformer_is_known(model):
     path = fp.untie(model, "wm")
-    assert {weight.name for weight in path.weights} <= path.context.part(MirrorMode)._activations.keys()
+    assert {weight.name for weight in path.weights} <= path.context.part(MirrorMode).activations.keys()
 
 
 def test_separate_projections_of_attention_inside_a_model_are_known():

@@ -147,11 +147,11 @@ def test_noise_moves_about_the_bytes_of_the_model(model, layers):
     assert 0.7 < moved.num_calls / calls(GAUSSIAN, layers[model]) < 1.02
 
 
-@pytest.mark.parametrize("batch_size", [8, 512])
-def test_the_mirrors_share_is_that_of_its_schedule(batch_size, layers):
-    step = make_step("resnet8", "wm", batch_size)
+@pytest.mark.parametrize(("model", "batch_size"), [("resnet8", 8), ("mlp", 8), ("mlp", 512)])
+def test_the_mirrors_share_is_that_of_its_schedule(model, batch_size, layers):
+    step = make_step(model, "wm", batch_size)
     steps_between = step.path.plan(step.loss)[0].steps_between
-    assert mirrored_share(layers["resnet8"], batch_size) == pytest.approx(1 / steps_between)
+    assert mirrored_share(layers[model], batch_size) == pytest.approx(1 / steps_between)
 
 
 def test_the_appendix_counts_an_update_for_each_example_and_two_products_more_for_noise():

@@ -9,8 +9,9 @@ from torch import nn
 
 import feedbackpath as fp
 from feedbackpath.mirror import fields
+from feedbackpath.mirror.codes import estimate_with_codes
 from feedbackpath.mirror.designs import DESIGNS, Design, spread_of
-from feedbackpath.mirror.estimator import estimate_with_codes, estimate_with_noise
+from feedbackpath.mirror.noise import estimate_with_noise
 from feedbackpath.mirror.rates import Signed
 
 SIGMA, SAMPLES, PASSES = 0.5, 400, 150

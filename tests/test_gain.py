@@ -10,9 +10,9 @@ from problems import CONVNET, make_convolution
 from torch import nn
 
 import feedbackpath as fp
-from feedbackpath.mirror import MirrorMode
-from feedbackpath.mirror import mode
+from feedbackpath.mirror import MirrorMode, gain
 from feedbackpath.mirror.designs import DESIGNS
+from feedbackpath.mirror.estimator import estimate
 from feedbackpath.mirror.gain import estimate_gain
 
 PRINTED = fp.Mirror.paper(reading="printed")
@@ -32,7 +32,7 @@ def untie_one(layer, activation, settings):
 
 def pass_over(path, settings):
     with torch.no_grad():
-        return path.context.part(MirrorMode)._estimate(path.weights[0], settings)
+        return estimate(path.context.part(MirrorMode), path.weights[0], settings)
 
 
 def warned(call):
@@ -83,9 +83,9 @@ def test_the_printed_reading_warns_of_every_layer_once_with_its_gain():
     pattern = re.compile(r"the gain of '(\w+)' is ([\d.]+), outside \[0.5, 2\]")
     found = [pattern.search(text).groups() for text in said]
     assert [name for name, _ in found] == ["0", "3", "6"]
-    for name, gain in found:
-        assert float(gain) == pytest.approx(0.2 if name == "6" else 0.1, rel=0.2)  # the output is linear
-        assert float(gain) == pytest.approx(path.gains()[name], rel=0.2)
+    for name, told in found:
+        assert float(told) == pytest.approx(0.2 if name == "6" else 0.1, rel=0.2)  # the output is linear
+        assert float(told) == pytest.approx(path.gains()[name], rel=0.2)
     assert warned(path.mirror) == []
 
 
@@ -131,7 +131,7 @@ def test_what_the_warning_says_to_set_brings_the_gain_to_one(reading):
 )
 def test_gains_are_looked_at_once_a_memory(settings, steps, expected, monkeypatch):
     looked = []
-    monkeypatch.setattr(mode, "has_strange_gain", lambda *args: looked.append(args))
+    monkeypatch.setattr(gain, "estimate_gain", lambda found: looked.append(found) or 1.0)
     path, _ = untie_one(LAYERS["linear"], nn.ReLU(), settings)
     path.mirror(steps=steps)
     assert len(looked) == expected

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import reference
@@ -21,7 +23,8 @@ from torch import nn
 import feedbackpath as fp
 from feedbackpath.measure.angles import angle_deg
 from feedbackpath.mirror import designs, fields
-from feedbackpath.mirror.estimator import estimate_with_codes, estimate_with_noise
+from feedbackpath.mirror.codes import estimate_with_codes
+from feedbackpath.mirror.noise import estimate_with_noise
 from feedbackpath.mirror.rates import RATES, Signed
 
 ACTIVATIONS = {
@@ -367,3 +370,28 @@ def test_activations_that_work_in_place_can_be_given():
     path = fp.untie(net, "wm", activations={"0": nn.ReLU(inplace=True)})
     path.mirror()
     assert max(path.matrix_angles().values()) < 12
+
+
+def rooms_after(statement):
+    """Return what of this package a fresh interpreter has imported after a statement."""
+    code = f"{statement}; import sys; sys.stdout.write(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = (name.split(".") for name in done.stdout.split())
+    return {first[0] for package, *first in names if package == "feedbackpath" and first}
+
+
+def test_mirror_mode_stands_on_the_core_alone():
+    assert rooms_after("import feedbackpath.mirror") <= {
+        "core", "errors", "layers", "mirror", "ops", "passage",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["base", "backprop", "feedback_alignment", "sign_symmetry", "kolen_pollack"])
+def test_rules_that_do_not_mirror_do_not_import_mirror_mode(rule):
+    alone = (  # the folder of rules without the table that imports them all
+        "import sys, types, feedbackpath; rules = types.ModuleType('feedbackpath.rules'); "
+        "rules.__path__ = [feedbackpath.__path__[0] + '/rules']; sys.modules['feedbackpath.rules'] = rules"
+    )
+    rooms = rooms_after(f"{alone}; import feedbackpath.rules.{rule}")
+    assert "rules" in rooms
+    assert "mirror" not in rooms

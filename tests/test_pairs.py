@@ -11,11 +11,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import prune
 
 import feedbackpath as fp
-from feedbackpath.mirror import MirrorMode
 from feedbackpath.bench.measure import peak_bytes
-from feedbackpath.mirror import pairs
+from feedbackpath.mirror import MirrorMode, mode, pairs
 from feedbackpath.mirror.activations import odd_slope
-from feedbackpath.mirror.estimator import estimate_with_codes
+from feedbackpath.mirror.codes import estimate_with_codes
 from feedbackpath.mirror.pairs import Pairs, can_pair
 from feedbackpath.mirror.rates import Signed
 
@@ -112,7 +111,7 @@ def test_a_mirroring_that_was_broken_off_begins_anew(monkeypatch):
     for _ in range(2):
         path.step()
     with monkeypatch.context() as patch:
-        patch.setattr(type(path.context.part(MirrorMode)), "_estimate", interrupt)
+        patch.setattr(mode, "estimate", interrupt)
         with pytest.raises(KeyboardInterrupt):
             path.mirror(until_angle_deg=1)
     path.step()
@@ -215,7 +214,7 @@ def test_views_of_weights_do_not_outlive_them(tmp_path):
     torch.testing.assert_close(saved.weights[0].feedback, weight.feedback)
     memory = StorageWeakRef(weight.feedback.untyped_storage())
     path.retie()
-    assert not path.context.part(MirrorMode)._pairs
+    assert not path.context.part(MirrorMode).pairs
     del weight
     gc.collect()
     assert memory.expired()

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 import feedbackpath as fp
 from feedbackpath.mirror import MirrorMode
 from feedbackpath import cli
+from feedbackpath.mirror import MirrorMode
 from feedbackpath.mirror.designs import DESIGNS
 
 INDEPENDENT = [name for name in DESIGNS if name != "orthogonal"]
@@ -110,7 +112,7 @@ def test_the_command_prints_a_row_a_layer(capsys):
 
 def test_the_command_plans_within_a_share_of_the_cost(capsys):
     waits = []
-    for share in ("0.01", "0.0025"):
+    for share in ("0.0004", "0.0001"):
         with pytest.raises(SystemExit):
             cli.main(["mirror", "--plan", "--model", "lenet", "--cost-share", share])
         waits.append(float(re.search(r"every ([\d.]+) steps", capsys.readouterr().out).group(1)))
@@ -180,11 +182,69 @@ def test_a_layer_too_wide_for_the_budget_is_named_with_the_samples_that_it_would
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"steps": 0}, "mirror: steps must be at least 1, not 0"),
+        ({"steps": -3}, "mirror: steps must be at least 1, not -3"),
+        ({"steps": 2.0}, r"mirror: steps must be a whole number, not 2\.0"),
+        ({"steps": True}, "mirror: steps must be a whole number, not True"),
+        ({"steps": "3"}, "mirror: steps must be a whole number, not '3'"),
+        ({"most_steps": 0, "until_angle_deg": 5}, "mirror: most_steps must be at least 1, not 0"),
+        ({"most_steps": 1.5, "until_angle_deg": 5}, r"mirror: most_steps must be a whole number, not 1\.5"),
         ({"steps": 3, "until_angle_deg": 5}, "give steps or until_angle_deg"),
         ({"until_angle_deg": 90}, "between 0 and 90"),
         ({"until_angle_deg": 5, "settings": fp.Mirror.paper()}, "'calibrated' reading"),
     ],
 )
 def test_targets_that_make_no_sense_are_refused(options, message):
+    path = fp.untie(make_dense(), "wm")
+    before = [b.clone() for _, _, b in path.pairs()]
     with pytest.raises(fp.RuleError, match=message):
-        fp.untie(make_dense(), "wm").mirror(**options)
+        path.mirror(**options)
+    assert all(torch.equal(b, old) for (_, _, b), old in zip(path.pairs(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fp.When(every=2.5), r"When: every must be a whole number, not 2\.5"),
+        (lambda: fp.MirrorKolenPollack(every=0.5), r"mirror-kp: every must be a whole number, not 0\.5"),
+        (lambda: fp.Mirror(noise="signs", samples=99.5), r"samples must be a whole number, not 99\.5"),
+        (lambda: fp.untie(make_dense(), "wm").mirror_from_input(print, steps=-1), "steps must be at least 1"),
+        (lambda: fp.untie(make_dense(), "wm").mirror_from_input(print, steps=1.0), "be a whole number"),
+        (lambda: fp.untie(make_dense(), "wm").plan(print, scale=0), "plan: scale must be above 0"),
+        (lambda: run_mode(passes=0), "mirror mode: passes must be at least 1, not 0"),
+    ],
+)
+def test_other_counts_that_would_do_nothing_are_refused(make, message):
+    with pytest.raises(fp.RuleError, match=message):
+        make()
+
+
+def run_mode(passes):
+    path = fp.untie(make_dense(), "wm")
+    path.context.part(MirrorMode).run(path.weights, fp.Mirror(), passes)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    path = fp.untie(make_dense(), "wm")
+    path.mirror(steps=numpy.int64(2))
+    assert set(path.context.part(MirrorMode).passes.values()) == {2}
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("measure", [
+    lambda path, model: path.plan(stop),
+    lambda path, model: path.plan(lambda: stop(model(torch.randn(4, 200)))),
+    lambda path, model: path.mirror_from_input(lambda: stop(model(torch.randn(4, 200)))),
+    lambda path, model: path.delta_angles(lambda: stop(model(torch.randn(4, 200)))),
+], ids=["plan", "plan after a pass", "one input", "delta angles"])  # fmt: skip
+def test_a_measurement_that_is_broken_off_leaves_no_hook_behind(measure):
+    model = make_dense()
+    path = fp.untie(model, "fa")
+    with pytest.raises(KeyboardInterrupt):
+        measure(path, model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not path.context.is_measuring
+    assert all(layer.tap is None for layer in path.layers.values())

@@ -6,8 +6,7 @@ from problems import make_convolution
 from torch import nn
 
 import feedbackpath as fp
-from feedbackpath.mirror import MirrorMode
-from feedbackpath.mirror import fields, rates
+from feedbackpath.mirror import MirrorMode, fields, rates
 
 LAYERS = {
     "dense": (lambda: nn.Linear(40, 50), "map"),

@@ -14,14 +14,15 @@ take 6 FLOPs for each value of W, none of them in a matrix product.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from feedbackpath.mirror.cost import MACHINES
+from feedbackpath.mirror.cost import PRODUCTS_STEP
+from feedbackpath.mirror.pairs import PAIR
 from feedbackpath.mirror.settings import Mirror, When
 
 GAUSSIAN = "wm, Gaussian"
 """The rule that fires the paper's independent noise; ``wm`` fires orthogonal codes."""
 LEARNED = ("kp", "mirror-kp")
 PAPER_SAMPLES = Mirror.paper().samples or 0  # Appendix D.2
-COST_SHARE = When().cost_share or 1.0  # of a step's work, that a mirror takes by default
+COST_SHARE = When().cost_share or 1.0  # of a step's FLOPs, that a mirror takes by default
 
 # Bytes that operators read and write for one float32 value, and their calls for one weight; tests count them.
 SIGN_BYTES = 12  # W and sizes in, B out
@@ -253,7 +254,7 @@ def predict_ratio(
 ) -> float:
     """Return a step's time over plain PyTorch's, from what a weight and a value cost on this machine.
 
-    A mirror is spread over steps where mirroring all would take more than its share of a step's work.
+    A mirror is spread over steps where mirroring all would take more than its share of a step's FLOPs.
     """
     added = _added_by(calibration, rule, layers)
     if rule == "wm":
@@ -272,8 +273,10 @@ def _added_by(calibration: Calibration, rule: str, layers: Iterable[LayerSize]) 
 
 
 def mirrored_share(layers: Sequence[LayerSize], examples: int) -> float:
-    """Return the part of the layers that a mirror's schedule pays for after a step on a CPU, on average."""
-    machine = MACHINES["cpu"]
-    mirror = sum(machine.work_of_pairs(layer.values) for layer in layers)
-    step = sum(machine.work_of_step(layer.values, layer.uses * examples) for layer in layers)
-    return min(1.0, machine.budget(COST_SHARE, step) / mirror)
+    """Return the part of the layers that a mirror's schedule pays for after a step, on average.
+
+    It is ``share 6 V u N / (4 V 2)`` for layers of V values, codes of two and the default share of FLOPs.
+    """
+    mirror = sum(2 * 2.0 * PAIR * layer.values for layer in layers)
+    step = sum(PRODUCTS_STEP * 2.0 * layer.values * layer.uses * examples for layer in layers)
+    return min(1.0, COST_SHARE * step / mirror)

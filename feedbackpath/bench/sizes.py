@@ -24,12 +24,12 @@ def measure_layers(workload: Workload) -> list[LayerSize]:
     step = TrainingStep(workload, "fa", EXAMPLES, Arithmetic())
     assert step.path is not None
     weights = step.path.weights
-    counter, sends_back = UseCounter(weights), dict[str, bool]()
+    sends_back: dict[str, bool] = {}
     hooks = [
         weight.layer.register_forward_pre_hook(partial(_note, sends_back, weight.name)) for weight in weights
     ]
-    step.loss()
-    counter.stop()
+    with UseCounter(weights) as counter:
+        step.loss()
     for hook in hooks:
         hook.remove()
     return [_size(weight, counter.uses[weight.name], sends_back[weight.name]) for weight in weights]

@@ -2,7 +2,8 @@
 
 import weakref
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from feedbackpath.core.layers import UntiedWeight
 
 
 class Part(Protocol):
-    """Something that rules of one path share, such as mirror mode; made when it is first asked for."""
+    """Something that the rules of one path share, such as mirror mode; made when it is first asked for."""
 
     def __init__(self, context: "RuleContext") -> None:
         """Belong to a path."""
@@ -42,8 +43,8 @@ class RuleContext:
         seed: The seed.
         steps: How many times ``path.step()`` has been called, the call that is going on included.
         activations: What was given.
-        state: A rule's own state, by the name of the weight: plain values and tensors. It is a part of
-            ``path.state_dict()``, so it survives a resume.
+        state: What rules have to remember, by the name of the weight: plain values and tensors.
+        is_measuring: Whether the model runs to be measured at the moment, and not to be trained.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class RuleContext:
         self.steps = 0
         self.activations = dict(activations or {})
         self.state: dict[str, dict[str, Any]] = {}
+        self.is_measuring = False
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self._parts: dict[str, Any] = {}
         self._loaded: dict[str, Any] = {}
@@ -69,7 +71,7 @@ class RuleContext:
         return model
 
     def attach(self, model: nn.Module) -> Self:
-        """Belong to a model: needed after a path was loaded from a pickle."""
+        """Belong to a model: needed after a path was copied or loaded from a pickle."""
         self._model = weakref.ref(model)
         return self
 
@@ -78,9 +80,8 @@ class RuleContext:
 
         The same on every process, and after a resume the same again.
         """
-        return generator_of(
-            f"{self.seed}/{purpose}/{self.steps}/{weight.name}/{weight.feedback_name}", weight.weight.device
-        )
+        key = f"{self.seed}/{purpose}/{self.steps}/{weight.name}/{weight.feedback_name}"
+        return generator_of(key, weight.weight.device)
 
     def part(self, kind: type[P]) -> P:
         """Return the one part of that kind; it is made when it is first asked for."""
@@ -90,6 +91,15 @@ class RuleContext:
             if name in self._loaded:
                 self._parts[name].load_state_dict(self._loaded.pop(name))
         return self._parts[name]  # type: ignore[no-any-return]
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Say that the model runs to be measured, and not to be trained, for a while."""
+        before, self.is_measuring = self.is_measuring, True
+        try:
+            yield
+        finally:
+            self.is_measuring = before
 
     def close(self) -> None:
         """Let all parts take their hooks off the model."""
@@ -102,15 +112,22 @@ class RuleContext:
         return {"seed": self.seed, "steps": self.steps, "parts": parts, "rules": self.state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the state that ``state_dict`` returned; a part that is not there yet gets its own later."""
+        """Take up the state that ``state_dict`` returned.
+
+        The state of a part that is not there yet is kept until it is made. A part that was made after
+        ``state`` was taken is let go.
+        """
         self.seed, self.steps = state["seed"], state["steps"]
         self.state = {name: dict(values) for name, values in state["rules"].items()}
         self._loaded = dict(state["parts"])
-        for name in self._parts.keys() & self._loaded.keys():
-            self._parts[name].load_state_dict(self._loaded.pop(name))
+        for name in list(self._parts):
+            if name in self._loaded:
+                self._parts[name].load_state_dict(self._loaded.pop(name))
+            else:
+                self._parts.pop(name).close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy belongs to no model, and has no parts: those are its path's."""
+        """Let a copy belong to no model, and have no parts, only their state."""
         return {**self.__dict__, "_model": None, "_parts": {}, "_loaded": self.state_dict()["parts"]}
 
 

@@ -129,6 +129,7 @@ def outputs_tapped(weights: Sequence[UntiedWeight]) -> Iterator[dict[str, list[G
 def left_as_it_was(weights: Sequence[UntiedWeight], model: nn.Module) -> Iterator[None]:
     """Let a model run, eagerly, and take back what that changes: running statistics and random numbers."""
     with (
+        weights[0].layer.untied.context.measuring(),
         _buffers_restored(model),
         _random_numbers_restored(weights),
         torch.compiler.set_stance("force_eager"),

@@ -1,7 +1,7 @@
 """Mirror mode by hand: what ``path.mirror``, ``path.mirror_from_input`` and ``path.plan`` do."""
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,27 +13,28 @@ from feedbackpath.mirror import one_input
 from feedbackpath.mirror.cost import UseCounter
 from feedbackpath.mirror.mode import MirrorMode
 from feedbackpath.mirror.plan import LayerPlan, make_plan
-from feedbackpath.mirror.settings import Mirror
+from feedbackpath.mirror.settings import Mirror, refuse_no_count
 
-Groups = Sequence[tuple[Any, list[UntiedWeight]]]
-"""Rules, and the weights that each governs."""
+Groups = Sequence[tuple[object, Sequence[UntiedWeight]]]
+"""Rules, each with the weights that it governs. A rule that mirrors has its settings in ``mirror``."""
 
 
 def mirror(
     context: RuleContext,
     groups: Groups,
-    steps: int | None,
-    settings: Mirror | None,
-    until_angle_deg: float | None,
-    most_steps: int,
+    steps: int | None = None,
+    settings: Mirror | None = None,
+    *,
+    until_angle_deg: float | None = None,
+    most_steps: int = 1000,
 ) -> None:
-    """Mirror by hand.
+    """Go into mirror mode: before training, in a pause, at any time.
 
     Where some layers' rule mirrors by itself, only those are mirrored, unless ``settings`` are given.
 
     Args:
-        context: Of the path.
-        groups: The weights that can be mirrored, by rule.
+        context: What a rule may know of the path.
+        groups: What may be mirrored.
         steps: Passes through all layers; None: as many as a first mirroring takes.
         settings: How to mirror; None: as the layer's rule does, or by default settings.
         until_angle_deg: Begin anew, and go on with each layer until its B is so near to W, in degrees,
@@ -41,21 +42,22 @@ def mirror(
         most_steps: Passes after which to give up on that, with a warning that names the layers.
 
     Raises:
-        RuleError: Both ``steps`` and ``until_angle_deg`` are given, or a number makes no sense.
+        RuleError: Both ``steps`` and ``until_angle_deg`` are given, or the angle makes no sense, or a number
+            of passes is no whole number of at least 1.
 
     Warns:
         MirrorWarning: Neurons do not answer, or a layer is too wide to get to ``until_angle_deg``.
     """
+    mode = context.part(MirrorMode)
+    refuse_no_count("mirror: most_steps", most_steps)
     if steps is not None:
-        _refuse_no_count("mirror", "steps", steps)
-    _refuse_no_count("mirror", "most_steps", most_steps)
+        refuse_no_count("mirror: steps", steps)
     if until_angle_deg is not None and (steps is not None or not 0 < until_angle_deg < 90):
         raise RuleError(
             f"mirror: give steps or until_angle_deg, between 0 and 90 degrees; not {steps} and "
             f"{until_angle_deg}"
         )
-    mode = context.part(MirrorMode)
-    for weights, how in _settings_of(groups, settings):
+    for weights, how in _choose(groups, settings):
         if until_angle_deg is not None:
             mode.run_until(weights, how, until_angle_deg, most_steps)
         else:
@@ -66,23 +68,23 @@ def mirror_from_input(
     context: RuleContext,
     groups: Groups,
     run: Callable[[], object],
-    steps: int,
-    settings: Mirror | None,
+    steps: int = 1,
+    settings: Mirror | None = None,
     *,
-    decorrelate: bool,
+    decorrelate: bool = False,
 ) -> None:
     """Drive the whole model with one noisy input, and let every B learn at once (Appendix C.4).
 
     B goes to ``W C / v``, with C the covariance of the inputs that the layer itself sees and v their mean
     variance: to W in the first layer alone. Whether that will do: docs/one-input.md.
 
-    BatchNorm uses the statistics of the noise. Forward weights, gradients, running statistics and the
-    global random numbers stay as they were; what ``run`` draws from these depends on the path's seed, and
+    BatchNorm uses the statistics of the noise. Buffers and random numbers change as in any forward pass; the
+    caller takes that back. What ``run`` draws from the global random numbers depends on the path's seed, and
     on how often it has mirrored, alone.
 
     Args:
-        context: Of the path.
-        groups: The weights that can be mirrored, by rule.
+        context: What a rule may know of the path.
+        groups: What may be mirrored.
         run: Runs the model forward on a minibatch of noise.
         steps: Forward passes, from which B learns together.
         settings: What B makes of it: ``reading``, ``forgetting``, ``rate`` and ``decay``; the noise is
@@ -91,7 +93,8 @@ def mirror_from_input(
             synapse can do that by itself: it takes all inputs of a neuron together.
 
     Raises:
-        RuleError: ``run`` leaves layers out, or some of them cannot be mirrored so.
+        RuleError: ``run`` leaves layers out, or some of them cannot be mirrored so, or ``steps`` is no whole
+            number of at least 1.
 
     Warns:
         MirrorWarning: Neurons do not answer.
@@ -109,35 +112,33 @@ def mirror_from_input(
         >>> {name: angle < 10 for name, angle in path.matrix_angles().items()}
         {'0': True, '3': True}
     """
-    _refuse_no_count("mirror_from_input", "steps", steps)
     how = settings or Mirror()
-    weights = [weight for group, _ in _settings_of(groups, how) for weight in group]
-    one_input.mirror_from_input(
-        context.part(MirrorMode), weights, run, how, steps=steps, decorrelate=decorrelate
-    )
+    weights = [weight for group, _ in _choose(groups, how) for weight in group]
+    mode = context.part(MirrorMode)
+    one_input.mirror_from_input(mode, weights, run, how, steps=steps, decorrelate=decorrelate)
 
 
 def plan(
     context: RuleContext,
     groups: Groups,
-    every: Sequence[UntiedWeight],
+    weights: Sequence[UntiedWeight],
     compute_loss: Callable[[], Tensor],
-    settings: Mirror | None,
+    settings: Mirror | None = None,
     *,
-    scale: float,
+    scale: float = 1.0,
 ) -> list[LayerPlan]:
     """Say what mirror mode will do with each layer: samples, angle, FLOPs, and how often.
 
     Args:
-        context: Of the path.
-        groups: The weights that can be mirrored, by rule.
-        every: All untied weights of the model.
+        context: What a rule may know of the path.
+        groups: What may be mirrored.
+        weights: All weights of the path: a step's FLOPs are theirs.
         compute_loss: Runs the model forward on a minibatch of training; tells how much a step computes.
         settings: How to mirror; None: as the layer's rule does, or by default settings.
         scale: How many times as many samples a training step has.
 
     Raises:
-        RuleError: The activations of some layers cannot be found.
+        RuleError: The activations of some layers cannot be found, or ``scale`` is not above 0.
 
     Example:
         >>> import feedbackpath as fp
@@ -148,43 +149,28 @@ def plan(
         >>> [(layer.name, layer.samples) for layer in plan]
         [('0', 512), ('2', 512)]
     """
-    plans = []
-    counter = UseCounter(every)
-    try:
-        with torch.enable_grad():
-            compute_loss()
-    finally:
-        counter.stop()
-    uses = {name: scale * count for name, count in counter.share().items()}
+    if not 0 < scale < math.inf:
+        raise RuleError(f"plan: scale must be above 0 and finite, not {scale}")
     mode = context.part(MirrorMode)
-    for weights, how in _settings_of(groups, settings):
-        mode.find_activations(weights)
-        plans += make_plan(weights, how, mode.activations, uses)
+    with context.measuring(), torch.enable_grad(), UseCounter(weights) as counter:
+        compute_loss()
+    uses = {name: scale * count for name, count in counter.share().items()}
+    plans = []
+    for group, how in _choose(groups, settings):
+        mode.find_activations(group)
+        plans += make_plan(group, how, mode.activations, uses)
     return plans
 
 
-def _settings_of(groups: Groups, settings: Mirror | None) -> list[tuple[list[UntiedWeight], Mirror]]:
+def _choose(groups: Groups, settings: Mirror | None) -> list[tuple[Sequence[UntiedWeight], Mirror]]:
     """Return groups of weights, and how to mirror them."""
-    if settings is None and any(_own_settings(rule) for rule, _ in groups):
-        groups = [group for group in groups if _own_settings(group[0])]
-    chosen = [(weights, settings or _own_settings(rule) or Mirror()) for rule, weights in groups]
-    unable = [
-        repr(weight.name) for weights, _ in chosen for weight in weights if weight.kind.as_matrix is None
-    ]
+    of_rules = [(weights, getattr(rule, "mirror", None)) for rule, weights in groups]
+    mirroring = [(weights, how) for weights, how in of_rules if isinstance(how, Mirror)]
+    chosen = mirroring if settings is None and mirroring else [(w, settings or Mirror()) for w, _ in of_rules]
+    unable = [repr(weight.name) for group, _ in chosen for weight in group if weight.kind.as_matrix is None]
     if unable:
         raise RuleError(
             f"mirror mode cannot run the layers of {', '.join(unable)}: tell it how by "
-            "fp.register_layer(..., "
-            "as_matrix=...), or give them the rule 'bp' by overrides="
+            "fp.register_layer(..., as_matrix=...), or give them the rule 'bp' by overrides="
         )
     return chosen
-
-
-def _own_settings(rule: Any) -> Mirror | None:
-    settings = getattr(rule, "mirror", None)
-    return settings if isinstance(settings, Mirror) else None
-
-
-def _refuse_no_count(name: str, argument: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise RuleError(f"{name}: {argument} must be a whole number of at least 1, not {value!r}")

@@ -8,7 +8,7 @@ stays equal on all of them bit for bit.
 import torch
 
 from feedbackpath.core.pytorch import has_processes
-from feedbackpath.mirror.estimator import Estimate
+from feedbackpath.mirror.covariance import Estimate
 from feedbackpath.mirror.settings import Mirror
 
 

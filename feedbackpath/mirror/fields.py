@@ -10,6 +10,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from feedbackpath.core.layers import UntiedWeight, is_channels_last
 
+MAP_POSITIONS = 64  # positions in a noise map: 64 along a line, 8 x 8 in a plane, 4 x 4 x 4 in space
+
 
 class ConvGeometry(NamedTuple):
     """How a convolution walks over its input; the tuples hold one number for each spatial dimension."""
@@ -20,9 +22,6 @@ class ConvGeometry(NamedTuple):
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
-
-
-MAP_POSITIONS = 64  # positions in a noise map: 64 along a line, 8 x 8 in a plane, 4 x 4 x 4 in space
 
 
 def as_matrix(tensor: Tensor, weight: UntiedWeight) -> Tensor:
@@ -112,22 +111,6 @@ def unpadded(layer: _ConvNd) -> ConvGeometry:
     return ConvGeometry(layer.stride, zeros, layer.dilation, layer.transposed, zeros, layer.groups)
 
 
-def pad_as_layer(layer: _ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Return the input of a convolution's operation, padded as far as need be, and the padding that is left.
-
-    Where the layer pads in another way than by zeros, it has done so before.
-    """
-    no_padding = (0,) * len(layer.kernel_size)
-    if layer.padding_mode != "zeros" or layer.padding == "valid":
-        return x, no_padding
-    if layer.padding != "same":
-        return x, tuple(int(padding) for padding in layer.padding)
-    totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-    # As torch does: an odd total puts its one extra zero at the end, dimensions listed last first.
-    extra = [side for total in reversed(totals) for side in (0, total % 2)]
-    return F.pad(x, extra) if any(extra) else x, tuple(total // 2 for total in totals)
-
-
 def map_side(layer: _ConvNd) -> int:
     """Return how many positions a noise map has along each dimension."""
     return round(math.pow(MAP_POSITIONS, 1 / len(layer.kernel_size)))
@@ -140,3 +123,21 @@ def map_size(layer: _ConvNd) -> list[int]:
         return [side] * len(layer.kernel_size)
     sizes = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
     return [(side - 1) * stride + dilation * (kernel - 1) + 1 for kernel, stride, dilation in sizes]
+
+
+def pad_input(layer: _ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Do the padding that ``ConvGeometry`` cannot tell of; return what is left for the convolution to do.
+
+    ``x`` is the input of the layer's operation: where that pads in another way than by zeros, it has done so.
+    """
+    none = (0,) * len(layer.kernel_size)
+    if layer.padding_mode != "zeros":
+        return x, none
+    if not isinstance(layer.padding, str):
+        return x, layer.padding
+    if layer.padding == "valid":
+        return x, none
+    totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    # As torch does: an odd total puts its one extra zero at the end, dimensions listed last first.
+    extra = [side for total in reversed(totals) for side in (0, total % 2)]
+    return F.pad(x, extra) if any(extra) else x, tuple(total // 2 for total in totals)

@@ -8,13 +8,12 @@ passes left, and a neuron's drive z = W x has the variance sigma^2 |w|^2::
 """
 
 import math
-import warnings
 
-from feedbackpath.errors import MirrorWarning
 from feedbackpath.mirror import fields
+from feedbackpath.mirror.context import MirrorContext
+from feedbackpath.mirror.covariance import Estimate
 from feedbackpath.mirror.designs import RELU_SPREAD
 from feedbackpath.mirror.devices import count_devices
-from feedbackpath.mirror.estimator import Estimate
 from feedbackpath.mirror.settings import Mirror
 
 LOWEST_GAIN, HIGHEST_GAIN = 0.5, 2.0
@@ -39,24 +38,33 @@ def estimate_gain(found: Estimate) -> float:
     return float(product / square)  # both still hold sigma^2
 
 
-def has_strange_gain(found: Estimate, settings: Mirror) -> bool:
-    """Warn, and say so, where the gain of a B lies outside [0.5, 2] by more than chance explains.
+def check_gain(context: MirrorContext, found: Estimate, settings: Mirror) -> None:
+    """Warn once of a layer whose gain lies outside [0.5, 2] by more than chance explains.
+
+    Looked at once a memory, when B has settled; the ``"calibrated"`` reading settles at 1 and is not.
+
+    Args:
+        context: What mirror mode knows of the path.
+        found: What the present pass found, from which B has not learnt yet.
+        settings: How the layer is mirrored.
 
     Warns:
         MirrorWarning: Names the layer, its gain, and settings that would bring it to 1.
     """
+    name = found.weight.name
+    is_settled = (context.passes.get(name, 0) + 1) % settings.memory_passes == 0
+    if settings.reading == "calibrated" or not is_settled:
+        return
     gain = estimate_gain(found)
     margin = 1.0 + TOLERANCE + STANDARD_ERRORS * _scatter(found, settings)
-    if not (gain < LOWEST_GAIN / margin or gain > HIGHEST_GAIN * margin):
-        return False
-    warnings.warn(
-        f"mirror mode: the gain of {found.weight.name!r} is {gain:.2g}, outside [{LOWEST_GAIN:g}, "
-        f"{HIGHEST_GAIN:g}], and scales the errors that it sends back; use the 'calibrated' reading, which "
-        f"settles at 1, or {_remedy(gain, settings)}",
-        MirrorWarning,
-        stacklevel=2,
-    )
-    return True
+    if gain < LOWEST_GAIN / margin or gain > HIGHEST_GAIN * margin:
+        context.warn_once(
+            "gain",
+            name,
+            f"the gain of {name!r} is {gain:.2g}, outside [{LOWEST_GAIN:g}, {HIGHEST_GAIN:g}], and scales "
+            "the errors that it sends back; use the 'calibrated' reading, which settles at 1, or "
+            f"{_remedy(gain, settings)}",
+        )
 
 
 def _scatter(found: Estimate, settings: Mirror) -> float:

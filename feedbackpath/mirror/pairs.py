@@ -20,8 +20,8 @@ from torch import Tensor
 
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.mirror import fields
+from feedbackpath.mirror.covariance import LEAST_SLOPE
 from feedbackpath.mirror.designs import draw_signs
-from feedbackpath.mirror.estimator import LEAST_SLOPE
 from feedbackpath.mirror.settings import Mirror
 
 PAIR = 2  # inputs that fire together

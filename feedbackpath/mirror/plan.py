@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation, is_channelwise, odd_slope
-from feedbackpath.mirror.cost import code_length, mirror_budget, mirror_flops, mirror_work, step_flops
+from feedbackpath.mirror.cost import code_length, step_flops
 from feedbackpath.mirror.designs import RELU_SPREAD, OrthogonalCodes, spread_of
 from feedbackpath.mirror.devices import count_devices
+from feedbackpath.mirror.schedule import plan_turns
 from feedbackpath.mirror.settings import Mirror
 
 
@@ -52,33 +53,27 @@ def make_plan(
     """
     step = sum(step_flops(weight, uses.get(weight.name, 0.0)) for weight in weights)
     slopes = {weight.name: odd_slope(activations[weight.name]) for weight in weights}
-    between = _steps_between(weights, settings, slopes, uses)
-    return [
-        _plan_layer(weight, settings, activations[weight.name], slopes[weight.name], step, between)
-        for weight in weights
-    ]
+    turns = plan_turns(weights, settings, slopes, uses)
+    plans = []
+    for weight, flops in zip(weights, turns.flops, strict=True):
+        inputs = fields.inputs_in_mirror_mode(weight, settings.field)
+        spread = _spread(activations[weight.name], settings)
+        plans.append(
+            LayerPlan(
+                weight.name,
+                inputs,
+                _count_samples(weight, settings, slopes[weight.name], inputs),
+                settings.expected_angle_deg(inputs, spread, count_devices(settings)),
+                flops,
+                flops / step if step else float("nan"),
+                turns.steps_between,
+            )
+        )
+    return plans
 
 
-def _plan_layer(
-    weight: UntiedWeight,
-    settings: Mirror,
-    activation: Activation,
-    slope: float | None,
-    step: float,
-    between: float,
-) -> LayerPlan:
-    inputs = fields.inputs_in_mirror_mode(weight, settings.field)
-    spread = RELU_SPREAD if is_channelwise(activation) else spread_of(activation, settings.deviation)
-    flops, devices = mirror_flops(weight, settings, slope), count_devices(settings)
-    return LayerPlan(
-        weight.name,
-        inputs,
-        _count_samples(weight, settings, slope, inputs),
-        settings.expected_angle_deg(inputs, spread, devices),
-        flops,
-        flops / step if step else float("nan"),
-        between,
-    )
+def _spread(activation: Activation, settings: Mirror) -> float:
+    return RELU_SPREAD if is_channelwise(activation) else spread_of(activation, settings.deviation)
 
 
 def _count_samples(weight: UntiedWeight, settings: Mirror, slope: float | None, inputs: int) -> int:
@@ -86,21 +81,3 @@ def _count_samples(weight: UntiedWeight, settings: Mirror, slope: float | None, 
     if isinstance(settings.design, OrthogonalCodes):
         return settings.design.samples_for(inputs, 0.0, length=code_length(weight, settings, slope))
     return settings.samples_for(inputs, count_devices(settings))
-
-
-def _steps_between(
-    weights: Sequence[UntiedWeight],
-    settings: Mirror,
-    slopes: Mapping[str, float | None],
-    uses: Mapping[str, float],
-) -> float:
-    """Return how long a layer waits for its turn, on average."""
-    when = settings.when
-    if when.layers == "turn":
-        return float(when.every * len(weights))
-    if when.layers == "alternate":
-        return 2.0 * when.every
-    if when.layers == "all" or when.cost_share is None:
-        return float(when.every)
-    work = sum(mirror_work(weight, settings, slopes[weight.name]) for weight in weights)
-    return max(float(when.every), work / mirror_budget(weights, uses, when.cost_share))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -22,10 +23,12 @@ class When:
             be all; ``"all"``: all of them; ``"turn"``: one after the other; ``"alternate"``: every second
             layer at once, then the others (Appendix C.4).
         every: Steps from one time to the next.
-        cost_share: With ``"drift"``: mirroring's share of a training step's work, on average; None: all
-            layers, whatever it costs. Work is counted as ``feedbackpath.mirror.cost`` does: a
-            step's over all devices, so that training does not depend on their number. Where all fire the
-            same noise, each of D devices then spends up to D times that share of its own time.
+        cost_share: With ``"drift"``: mirroring's FLOPs as a share of a training step's, on average; None:
+            all layers, whatever it costs. FLOPs are counted as Appendix B does, two for each product that is
+            added up (``feedbackpath.mirror.cost``). They follow from the sizes and uses of layers, so the
+            same layers are mirrored on every machine. A step's are those of all devices together, so that
+            training does not depend on their number. Where all devices fire the same noise, each of D
+            devices spends up to D times that share of its own FLOPs.
         within_deg: With ``"drift"`` and orthogonal codes: mirror layers that have most likely moved by this
             much, whatever the share; None: the share holds, and small batches may leave B further behind.
             Independent noise moves B by more than W does, and keeps to the share.
@@ -42,8 +45,7 @@ class When:
     def __post_init__(self) -> None:
         """Refuse settings that make no sense."""
         _refuse_unknown_names(self)
-        if self.every < 1:
-            raise RuleError(f"When: every must be at least 1, not {self.every}")
+        refuse_no_count("When: every", self.every)
         if self.cost_share is not None and not self.cost_share > 0:
             raise RuleError(f"When: cost_share must be above 0, not {self.cost_share}")
         if self.within_deg is not None and not self.within_deg > 0:
@@ -130,8 +132,8 @@ class Mirror:
                 f"Mirror: across_devices='averaged' is for independent noise; {self.noise!r} codes are exact "
                 "on one device, so leave it at 'same'"
             )
-        if self.samples is not None and self.samples < 2:
-            raise RuleError(f"Mirror: samples must be at least 2, not {self.samples}")
+        if self.samples is not None:
+            refuse_no_count("Mirror: samples", self.samples, least=2)
 
     @classmethod
     def paper(cls, **changes: Any) -> "Mirror":
@@ -217,6 +219,18 @@ class Mirror:
         share = self.share_replaced
         effective = self.total_samples_for(fan_in, devices) * (2.0 - share) / share
         return self.design.expected_angle_deg(fan_in, math.ceil(effective), spread)
+
+
+def refuse_no_count(what: str, value: object, least: int = 1) -> None:
+    """Refuse what is no whole number of at least ``least``: it would do nothing, or something else.
+
+    Raises:
+        RuleError: Says ``what`` has to be one.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise RuleError(f"{what} must be a whole number, not {value!r}")
+    if int(value) < least:
+        raise RuleError(f"{what} must be at least {least}, not {value}")
 
 
 def _refuse_unknown_names(settings: Any) -> None:

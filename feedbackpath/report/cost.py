@@ -16,7 +16,7 @@ from feedbackpath.bench.extrapolation import (
 from feedbackpath.bench.sizes import measure_layers
 from feedbackpath.bench.workloads import Workload
 
-TIME_SHARE = 0.05  # of a step, that the mirror's default share of its work comes to
+TIME_SHARE = 0.05  # of a step's time, that a mirror takes at most if it keeps to its goal
 
 
 def tables_of_cost(growth: Mapping[str, Any]) -> dict[str, str]:
