@@ -23,20 +23,17 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from feedbackpath import FeedbackPath, Mirror, register_rule, untie
-from feedbackpath.measure.angles import angle_deg, left_as_it_was
-from feedbackpath.core.context import RuleContext
+from feedbackpath import FeedbackPath, Mirror, RuleContext, UntiedWeight, register_rule, untie
 from feedbackpath.data import Dataset, load_dataset, minibatches
 from feedbackpath.jobs import run_job
-from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.measure.angles import angle_deg, left_as_it_was
 from feedbackpath.mirror import MirrorMode
 from feedbackpath.mirror.one_input import Seen, look, mirror_from_input
 from feedbackpath.mirror.readings import learn
 from feedbackpath.mirror.settings import Reading, When
 from feedbackpath.models import build_model
 from feedbackpath.report.live import LiveView
-from feedbackpath.rules import Rule, WeightMirror, draw_feedback
-from feedbackpath.rules.base import FeedbackKind
+from feedbackpath.rules import Rule, WeightMirror
 from feedbackpath.train.config import CompareConfig
 
 DATA, CLASSES = "glyphs", 10
@@ -57,17 +54,12 @@ NETWORKS = {  # network, norm: forward passes of noise
 
 
 @dataclass(frozen=True)
-class OneInput:
+class OneInput(Rule):
     """After each update, one forward pass of noise through the whole network, from which every B learns."""
 
     name: ClassVar[str] = "one-input"
-    feedback_kind: ClassVar[FeedbackKind] = "own"
     decorrelate: ClassVar[bool] = False
     reading: ClassVar[Reading] = "calibrated"
-
-    def start(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
-        """Draw every B at random."""
-        draw_feedback(weights, context)
 
     def step(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
         """Mirror all layers at once."""

@@ -100,8 +100,7 @@ class FeedbackPath:
     ) -> None:
         self.model, self.rules, self.context = model, dict(rules), context
         self.layers, self.weights, self.groups = parts.layers, parts.weights, parts.groups
-        self._parts = parts
-        self._is_retied = False
+        self._parts, self._is_retied = parts, False
 
     def step(self) -> None:
         """Do what the rules do after an update of the forward weights: mirror, take signs, or nothing.
@@ -132,14 +131,8 @@ class FeedbackPath:
         """
         from feedbackpath.mirror import by_hand
 
-        by_hand.mirror(
-            self.context,
-            self._to_mirror(),
-            steps,
-            settings,
-            until_angle_deg=until_angle_deg,
-            most_steps=most_steps,
-        )
+        groups = self._to_mirror()
+        by_hand.mirror(self.context, groups, steps, settings, until_angle_deg, most_steps)
 
     def mirror_from_input(
         self,
@@ -204,9 +197,8 @@ class FeedbackPath:
     def delta_angles(self, compute_loss: Callable[[], Tensor]) -> dict[str, float]:
         """Return each layer's angle between its delta through B and through W, in degrees.
 
-        Args:
-            compute_loss: Runs the model forward on the same minibatch each time, and returns the loss, a
-                scalar. Gradients, running statistics and random numbers are left as they were.
+        ``compute_loss`` runs the model forward on the same minibatch each time, and returns the loss. Gradients,
+        running statistics and random numbers are left as they were.
         """
         self._refuse_retied()
         return angles.delta_angles(self.weights, self.model, compute_loss)

@@ -188,6 +188,33 @@ def test_a_loss_of_another_model_is_refused():
         path.delta_angles(lambda: other(MLP.inputs()[0]).sum())
 
 
+def test_another_minibatch_the_second_time_is_refused():
+    """The model runs twice; angles between the errors of two minibatches say nothing."""
+    model = MLP.build()
+    path = fp.untie(model, "fa")
+    batches = iter(torch.randn(4, 5, 6, dtype=torch.float64))
+    with pytest.raises(fp.UntieError, match="let it run the same minibatch each time"):
+        path.delta_angles(lambda: model(next(batches)).square().sum())
+    assert all(layer.untied.taps == () for layer in path.layers.values())
+
+
+def test_the_second_run_draws_the_random_numbers_of_the_first():
+    model = nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.5), nn.Linear(9, 3))
+    path = fp.untie(model, "bp")
+    x = torch.randn(5, 6)
+    assert set(path.delta_angles(lambda: model(x + torch.randn(5, 6)).square().sum()).values()) == {0.0}
+
+
+def test_a_model_run_whole_under_reentrant_checkpointing_shows_no_layer():
+    model = MLP.build()
+    path = fp.untie(model, "fa")
+    x = MLP.inputs()[0]
+    with pytest.raises(fp.UntieError, match="reentrant checkpointing"):
+        path.delta_angles(
+            lambda: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=True).square().sum()
+        )
+
+
 def test_layers_that_learn_nothing_and_pass_nothing_back_are_absent():
     model = MLP.build()
     model[0].requires_grad_(False)

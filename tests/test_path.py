@@ -9,6 +9,7 @@ from problems import MLP, make_mlp, make_nested, make_shared, make_tied
 from torch import nn
 
 import feedbackpath as fp
+from feedbackpath.core.modules import tapped
 
 LEARNED = ["kp", "mirror-kp"]
 
@@ -278,3 +279,40 @@ def test_what_is_no_rule_is_named(rule, message):
 def test_an_activation_pattern_that_matches_nothing_is_refused():
     with pytest.raises(fp.UntieError, match="'nope' matches no layer"):
         fp.untie(make_mlp(), "wm", activations={"nope": torch.tanh})
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, "3", True])
+def test_steps_of_mirroring_are_counted_in_whole_numbers(steps):
+    path = fp.untie(make_mlp(), "wm")
+    before = [b.detach().clone() for _, _, b in path.pairs()]
+    with pytest.raises(fp.RuleError, match=f"mirror: steps must be .*, not {steps!r}"):
+        path.mirror(steps=steps)
+    with pytest.raises(fp.RuleError, match=f"mirror: most_steps must be .*, not {steps!r}"):
+        path.mirror(until_angle_deg=5, most_steps=steps)
+    assert all(torch.equal(b, old) for (_, _, b), old in zip(path.pairs(), before, strict=True))
+
+
+def test_the_state_of_a_path_has_four_parts():
+    path = fp.untie(make_mlp(), "wm", seed=3)
+    path.mirror(steps=2)
+    path.step()
+    state = path.state_dict()
+    assert state.keys() == {"seed", "steps", "parts", "rules"}
+    assert (state["seed"], state["steps"], state["rules"]) == (3, 1, {})
+    assert state["parts"].keys() == {"MirrorMode"}
+    assert fp.untie(make_mlp(), "fa").state_dict()["parts"] == {}
+
+
+def test_taps_are_shown_the_signals_of_each_weight():
+    """Weight, input, output, and which rows of W met activity there."""
+    path = fp.untie(nn.MultiheadAttention(8, 2), "fa")
+    x, y, seen = torch.randn(5, 3, 8), torch.randn(4, 3, 8), []
+    with tapped(path.layers.values(), lambda *shown: seen.append(shown)):
+        path.model(x, y, y)
+    packed = [one for one in seen if one[0].name == "in_proj_weight" or one[0] is path.weights[0]]
+    assert sorted((rows.start, rows.stop) for *_, rows in packed) == [(0, 8), (8, 24)]
+    for weight, given, output, rows in seen:
+        part = weight.weight[rows]
+        bias = weight.layer.in_proj_bias[rows] if weight is path.weights[0] else weight.layer.bias
+        torch.testing.assert_close(output.flatten(0, -2), given.flatten(0, -2) @ part.t() + bias)
+    assert all(layer.untied.taps == () for layer in path.layers.values())

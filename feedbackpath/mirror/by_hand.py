@@ -24,7 +24,6 @@ def mirror(
     groups: Groups,
     steps: int | None = None,
     settings: Mirror | None = None,
-    *,
     until_angle_deg: float | None = None,
     most_steps: int = 1000,
 ) -> None:
