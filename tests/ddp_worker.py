@@ -108,7 +108,7 @@ def run_replaced(rank, world_size, folder):
         found = {way: train_replaced(replace, rank) for way, replace in REPLACED.items()}
         found["root"] = train_replaced(lambda model: model, rank, is_root=True)
         found["root, deepcopied"] = train_replaced(copy.deepcopy, rank, is_root=True)
-        with mock.patch.object(pytorch, "_find", lambda path: None):  # a PyTorch without callbacks at the end
+        with mock.patch.object(pytorch, "_find", return_value=None):  # a PyTorch without callbacks at the end
             found["without callbacks"] = train_replaced(lambda model: model, rank)
         torch.save(found, f"{folder}/{rank}.pt")
     finally:

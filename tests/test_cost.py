@@ -86,10 +86,10 @@ def test_learned_feedback_weights_take_the_optimizers_calls_and_no_others(model,
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_delta_angles_take_one_pass_forward_two_back_and_no_weights_gradient(model):
+def test_delta_angles_take_two_passes_forward_two_back_and_no_weights_gradient(model):
     step = TrainingStep(find_workload(model), "fa", 8, Arithmetic())
     with FlopCounterMode(display=False) as forward:
         step.loss()
     with FlopCounterMode(display=False) as measuring:
         step.path.delta_angles(step.loss)
-    assert measuring.get_total_flops() < 3 * forward.get_total_flops()
+    assert measuring.get_total_flops() < 4 * forward.get_total_flops()

@@ -1,4 +1,4 @@
-"""Faults that were found once, each with siblings: copies under DDP, half-way failures, subclasses, hashes."""
+"""Faults that were found once, each with siblings: copies under DDP, failures half way, subclasses."""
 
 import copy
 import pickle
@@ -195,9 +195,13 @@ HALF_WAY = {
     "fixed": (with_last(FixedLinear), "fa", {}, TypeError),
     "stubborn": (with_last(StubbornLinear), "fa", {}, RuntimeError),
     "start": (with_last(nn.Linear), Failing("start"), {}, ZeroDivisionError),
-    "start of the second": (with_last(nn.Linear), "kp", {"overrides": {"3": Failing("start")}}, ZeroDivisionError),
+    "start of the second": (
+        with_last(nn.Linear), "kp", {"overrides": {"3": Failing("start")}}, ZeroDivisionError
+    ),
     "attach": (with_last(nn.Linear), Failing("attach"), {}, ZeroDivisionError),
-    "attach of the second": (with_last(nn.Linear), "kp", {"overrides": {"3": Failing("attach")}}, ZeroDivisionError),
+    "attach of the second": (
+        with_last(nn.Linear), "kp", {"overrides": {"3": Failing("attach")}}, ZeroDivisionError
+    ),
     "serves": (with_last(nn.Linear), Failing("serves"), {}, ZeroDivisionError),
     "part": (with_last(nn.Linear), WithFailingPart(), {}, ZeroDivisionError),
     "no norm": (with_last(nn.Linear), "kp", {"batchnorm_feedback": "sigma"}, fp.UntieError),
@@ -224,7 +228,9 @@ def describe(model):
         name: len(getattr(p, "_post_accumulate_grad_hooks", None) or ()) + len(p._backward_hooks or ())
         for name, p in model.named_parameters()
     }
-    values = [(name, id(p), p.requires_grad, p.detach().clone().tolist()) for name, p in model.named_parameters()]
+    values = [
+        (name, id(p), p.requires_grad, p.detach().clone().tolist()) for name, p in model.named_parameters()
+    ]
     return modules, hooks, values, list(model.state_dict())
 
 
@@ -241,7 +247,9 @@ def test_untying_that_fails_half_way_leaves_the_model_as_it_was(case):
         assert describe(model) == before
     x = torch.randn(4, 6, requires_grad=True)
     (expected,) = torch.autograd.grad(copy.deepcopy(model)(x).square().sum(), x)
-    if "layer" in str(error) or isinstance(model[3], (FinalLinear, SealedLinear, FixedLinear, StubbornLinear)):
+    if "layer" in str(error) or isinstance(
+        model[3], (FinalLinear, SealedLinear, FixedLinear, StubbornLinear)
+    ):
         model[3] = nn.Linear(6, 6)  # what stood in the way
         (expected,) = torch.autograd.grad(copy.deepcopy(model)(x).square().sum(), x)
     path = fp.untie(model, "kp")
@@ -321,7 +329,9 @@ SUBCLASSED = {
     "named": lambda: nn.Sequential(Named(6, 6), nn.ReLU(), Named(6, 3)),
     "own forward": lambda: nn.Sequential(Doubling(6, 6), nn.ReLU(), Doubling(6, 3, times=3.0)),
     "own model": Model,
-    "convolution": lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 2), nn.Flatten(), Named(8, 3)),
+    "convolution": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 2), nn.Flatten(), Named(8, 3)
+    ),
     "norm": lambda: nn.Sequential(Named(6, 6), nn.BatchNorm1d(6), nn.ReLU(), Named(6, 3)),
     "root": lambda: Doubling(6, 3),
 }
@@ -357,7 +367,9 @@ def test_subclassed_layers_pickle_and_copy(case, rule, tmp_path):
         assert len(found) == len(expected)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True)), way
         again = copy.deepcopy(double)
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(run_once(again, x), expected, strict=True))
+        assert all(
+            torch.equal(ours, theirs) for ours, theirs in zip(run_once(again, x), expected, strict=True)
+        )
 
 
 def test_one_class_is_made_of_each_subclass():
@@ -485,7 +497,9 @@ def test_a_batchnorm_with_a_forward_pass_of_its_own_is_refused_by_name():
     for norm in (ClippedNorm(6), nn.SyncBatchNorm(6)):
         model = nn.Sequential(sigma_net(nn.BatchNorm1d(6)), norm)
         before = describe(model)
-        with pytest.raises(fp.UntieError, match=rf"'1' \({type(norm).__name__}\) .* leave batchnorm_feedback at"):
+        with pytest.raises(
+            fp.UntieError, match=rf"'1' \({type(norm).__name__}\) .* leave batchnorm_feedback at"
+        ):
             fp.untie(model, "kp", batchnorm_feedback="sigma")
         assert describe(model) == before
         fp.untie(model, "kp").retie()
@@ -547,7 +561,7 @@ def test_a_tied_head_that_does_not_run_is_no_optimizer_made_too_early(heads, mak
 
 @pytest.mark.filterwarnings("ignore:the weights of 'head' are shared")
 def test_a_gradient_that_was_thrown_away_is_no_optimizer_made_too_early():
-    """B got a gradient once, which no update followed; the update that came belongs to the embedding alone."""
+    """B got a gradient once, which no update followed; the one that came belongs to the embedding alone."""
     model = Tied()
     path = fp.untie(model, "kp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
@@ -621,11 +635,9 @@ class Compared(fp.Rule):
 def test_a_rule_without_a_hash_is_refused_in_one_line(rule, as_override):
     model = make_mlp()
     message = rf"the rule {type(rule).__name__} has no hash, .*: make it a frozen dataclass"
+    given, overrides = ("fa", {"0": rule}) if as_override else (rule, None)
     with pytest.raises(fp.RuleError, match=message) as raised:
-        if as_override:
-            fp.untie(model, "fa", overrides={"0": rule})
-        else:
-            fp.untie(model, rule)
+        fp.untie(model, given, overrides=overrides)
     assert "\n" not in str(raised.value)
     assert type(model[0]) is nn.Linear
     with pytest.raises(fp.RuleError, match="has no hash"):
@@ -737,7 +749,11 @@ def test_broadcasting_into_a_checkpointed_part_trains_all_layers_or_is_refused(r
 
         def forward(self, x):
             h = self.first(x).tanh()
-            h = checkpoint(self.middle, h, use_reentrant=reentrant) if self.is_checkpointed else self.middle(h)
+            h = (
+                checkpoint(self.middle, h, use_reentrant=reentrant)
+                if self.is_checkpointed
+                else self.middle(h)
+            )
             return self.last(h)
 
     torch.manual_seed(1)

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import feedbackpath as fp
-from feedbackpath.mirror import MirrorMode
 from feedbackpath import cli
 from feedbackpath.mirror import MirrorMode
 from feedbackpath.mirror.designs import DESIGNS
@@ -247,4 +246,4 @@ def test_a_measurement_that_is_broken_off_leaves_no_hook_behind(measure):
         measure(path, model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert not path.context.is_measuring
-    assert all(layer.tap is None for layer in path.layers.values())
+    assert all(layer.untied.taps == () for layer in path.layers.values())

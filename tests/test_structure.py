@@ -173,7 +173,11 @@ def test_a_rule_fits_on_a_few_screens():
 
 def test_the_path_is_short_and_names_no_rule():
     path = ROOT / "path.py"
-    assert not {file.name for file in GRAPH[path] if room_of(file) == "rules"} - {"__init__.py", "base.py", "choice.py"}
+    assert not {file.name for file in GRAPH[path] if room_of(file) == "rules"} - {
+        "__init__.py",
+        "base.py",
+        "choice.py",
+    }
     assert lines_beyond(250, [path]) == {}
 
 
@@ -189,7 +193,7 @@ def own_names(trees):
 
 
 def torchs_names(trees):
-    """Return the names inside PyTorch that are used: what ``_find`` looks up, and attributes of torch's objects."""
+    """Return the names inside PyTorch that are used: by ``_find``, or as attributes of objects."""
     own = set(own_names(trees))
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_find":
@@ -220,7 +224,9 @@ def packages_after(statement):
 def test_the_core_imports_torch_and_numpy_alone():
     names = sorted(path.stem for path in (ROOT / "core").glob("*.py") if path.stem != "__init__")
     files = ", ".join(f"feedbackpath.core.{name}" for name in names)
-    loaded = packages_after(f"import {files}") - packages_after("import torch, numpy") - sys.stdlib_module_names
+    loaded = (
+        packages_after(f"import {files}") - packages_after("import torch, numpy") - sys.stdlib_module_names
+    )
     assert loaded == {"feedbackpath"}
 
 
@@ -233,7 +239,9 @@ def test_rules_that_do_not_mirror_do_not_load_the_mirror():
 
 
 def test_the_core_imports_nothing_heavy():
-    loaded = packages_after("import feedbackpath; feedbackpath.untie, feedbackpath.RULES, feedbackpath.Mirror")
+    loaded = packages_after(
+        "import feedbackpath; feedbackpath.untie, feedbackpath.RULES, feedbackpath.Mirror"
+    )
     assert "torch" in loaded
     assert not loaded & HEAVY
 

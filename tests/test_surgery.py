@@ -167,7 +167,9 @@ def test_every_module_with_a_matrix_is_converted_whatever_it_computes(case, rule
 def test_layers_that_a_rule_does_not_serve_are_named(case, rule):
     make, name, kind = MORE[case]
     named = rf"'{name}' \({kind}, by {rule}\)"
-    with pytest.warns(fp.UnconvertedLayerWarning, match=f"no untied form exists for {named}: errors still go back"):
+    with pytest.warns(
+        fp.UnconvertedLayerWarning, match=f"no untied form exists for {named}: errors still go back"
+    ):
         path = fp.untie(make(), rule, activations={"*": lambda y: y})
     assert len(path.layers) == 1
     assert name not in path.layers
