@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from feedbackpath.audit import audit
+from feedbackpath.auditing import audit
 from feedbackpath.bench.workloads import Arithmetic, TrainingStep, find_workload
 
 MODEL, BATCH_SIZE, REPETITIONS = "resnet18", 8, 3

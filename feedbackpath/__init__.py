@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from feedbackpath.audit import AuditError, Report, audit
+    from feedbackpath.auditing import AuditError, Report, audit
     from feedbackpath.core.context import RuleContext
     from feedbackpath.core.layers import UntiedWeight, register_layer
     from feedbackpath.core.passage import forward_passage
@@ -82,7 +82,7 @@ _HOMES = {
     "core.sendback": ("Broadcast", "Local", "SendBack", "Target"),
     "mirror": ("Mirror", "When"),
     "path": ("FeedbackPath", "untie"),
-    "audit": ("AuditError", "Report", "audit"),
+    "auditing": ("AuditError", "Report", "audit"),
 }
 
 

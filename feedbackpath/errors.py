@@ -1,5 +1,7 @@
 """The errors and warnings that users meet; each says what was wrong, where, and what to do next."""
 
+import sys
+
 
 class UserError(ValueError):
     """Something the user can mend; the command line prints it as one line and exits with code 2."""
@@ -35,3 +37,11 @@ class MirrorWarning(UserWarning):
 
 class KolenPollackWarning(UserWarning):
     """An optimizer under which Kolen-Pollack feedback weights would not converge to the forward ones."""
+
+
+def level_outside() -> int:
+    """Return the ``stacklevel`` by which the caller's warning points at the line that called the library."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("feedbackpath."):
+        level, frame = level + 1, frame.f_back
+    return level

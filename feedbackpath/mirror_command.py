@@ -76,7 +76,8 @@ def _refuse_flags_of(mode: str, given: dict[str, Any]) -> None:
 def _run_study(out: Path, parts: str, settings: dict[str, Any], *, resume: bool) -> int:
     from feedbackpath.jobs import Interrupted
     from feedbackpath.jobs.mirror_study import StudySettings, run_study
-    from feedbackpath.report.study import describe_cell, rich_study_table, write_study_figures
+    from feedbackpath.report.study import describe_cell, rich_study_table
+    from feedbackpath.report.study_figures import write_study_figures
 
     console = Console()
     chosen = StudySettings(tuple(parts.split(",")), **settings)

@@ -197,8 +197,8 @@ class FeedbackPath:
     def delta_angles(self, compute_loss: Callable[[], Tensor]) -> dict[str, float]:
         """Return each layer's angle between its delta through B and through W, in degrees.
 
-        ``compute_loss`` runs the model forward on the same minibatch each time, and returns the loss. Gradients,
-        running statistics and random numbers are left as they were.
+        ``compute_loss`` runs the model forward on the same minibatch each time, and returns the loss.
+        Gradients, running statistics and random numbers are left as they were.
         """
         self._refuse_retied()
         return angles.delta_angles(self.weights, self.model, compute_loss)

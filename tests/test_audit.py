@@ -11,7 +11,7 @@ from leaks import LEAKS, UNSEEN_BY_OPERATORS, Task
 from torch import nn
 
 import feedbackpath as fp
-from feedbackpath.audit.locality import OWN, UNMOVED
+from feedbackpath.auditing.locality import OWN, UNMOVED
 from feedbackpath.mirror.designs import DESIGNS
 from feedbackpath.models import build_model
 

@@ -695,7 +695,7 @@ def test_the_audit_can_be_called_whatever_was_imported_before():
     """``feedbackpath.audit`` is a function, and a package of that name holds it."""
     import importlib
 
-    importlib.import_module("feedbackpath.audit.report")
+    importlib.import_module("feedbackpath.auditing.report")
     assert callable(fp.audit)
     assert callable(importlib.import_module("feedbackpath").audit)
 

@@ -23,8 +23,8 @@ from feedbackpath.report.study import (
     markdown_study_table,
     read_study,
     study_rows,
-    write_study_figures,
 )
+from feedbackpath.report.study_figures import write_study_figures
 
 TINY = {"model": "mlp", "data": "digits", "epochs": 1, "samples_per_epoch": 64}
 FLAGS = ["--model", "mlp", "--data", "digits", "--epochs", "1", "--samples-per-epoch", "64"]

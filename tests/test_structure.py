@@ -19,7 +19,7 @@ LEVELS = {
     "rules": 3,
     "measure": 4,
     "path": 5,
-    "audit": 6,
+    "auditing": 6,
     "feedbackpath": 6,  # the package itself, which offers all of the above
     "bench": 7,
     "train": 7,

@@ -1,6 +1,5 @@
 """The sizes of a model's layers, read off the model: what the cost model goes by."""
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 from feedbackpath.bench.cost_model import LayerSize
 from feedbackpath.bench.workloads import Arithmetic, TrainingStep, Workload
 from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.core.modules import tapped
 from feedbackpath.mirror.cost import UseCounter
 
 EXAMPLES = 2  # BatchNorm needs two
@@ -25,23 +25,18 @@ def measure_layers(workload: Workload) -> list[LayerSize]:
     assert step.path is not None
     weights = step.path.weights
     sends_back: dict[str, bool] = {}
-    hooks = [
-        weight.layer.register_forward_pre_hook(partial(_note, sends_back, weight.name)) for weight in weights
-    ]
-    with UseCounter(weights) as counter:
+
+    def note(weight: UntiedWeight, x: Tensor, output: Tensor, rows: slice) -> None:
+        sends_back[weight.name] = x.requires_grad
+
+    with tapped([weight.layer for weight in weights], note), UseCounter(weights) as counter:
         step.loss()
-    for hook in hooks:
-        hook.remove()
     return [_size(weight, counter.uses[weight.name], sends_back[weight.name]) for weight in weights]
 
 
 def count_parameters(workload: Workload) -> int:
     """Return the values of a network's parameters."""
     return sum(parameter.numel() for parameter in workload.build().parameters())
-
-
-def _note(sends_back: dict[str, bool], name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    sends_back[name] = inputs[0].requires_grad
 
 
 def _size(weight: UntiedWeight, uses: float, sends_back: bool) -> LayerSize:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from feedbackpath.core.batchnorm import SigmaBatchNorm
 from feedbackpath.core.context import RuleContext
-from feedbackpath.core.layers import UntiedWeight, kind_of
+from feedbackpath.core.layers import UntiedWeight, is_torchs_own, kind_of
 from feedbackpath.core.modules import FeedbackModule
 from feedbackpath.core.surgery import (
     has_own_forward,
@@ -44,13 +44,15 @@ class Assembly:
 
     def undo(self, context: RuleContext) -> None:
         """Give back the plain modules."""
-        for rule, group in self.groups:
-            rule.detach(group, context)
-        context.close()
-        for module in self.modules:
-            retie_module(module)
-        for norm in self.norms:
-            retie_norm(norm)
+        try:
+            for rule, group in self.groups:
+                rule.detach(group, context)
+            context.close()
+        finally:
+            for module in self.modules:
+                retie_module(module)
+            for norm in self.norms:
+                retie_norm(norm)
 
 
 def assemble(
@@ -103,8 +105,7 @@ def _govern(module: FeedbackModule, rule: Any, context: RuleContext) -> None:
     untied = module.untied
     untied.rule, untied.context = rule, context
     untied.send_back, untied.is_tied = rule.send_back, rule.is_tied
-    if rule.after_backward is not None:
-        untied.taps = (_tell_rule,)
+    untied.tells_rule = rule.after_backward is not None
 
 
 def _make_feedback(made: Assembly) -> None:
@@ -158,9 +159,10 @@ def _is_watched(module: FeedbackModule, is_model: bool) -> bool:
 
 def _is_one_product(module: FeedbackModule) -> bool:
     """Whether a layer can go the short way: torch's own product, B in W's place, no more to tell its rule."""
-    untied, kind = module.untied, kind_of(module)
-    is_plain = kind.is_one_product and not has_own_forward(module) and len(untied.weights) == 1
-    return is_plain and untied.is_watched and untied.send_back.is_local and untied.rule.gradients is None
+    untied = module.untied
+    is_plain = kind_of(module).is_one_product and is_torchs_own(module.plain_type)
+    is_local = untied.send_back.is_local and untied.rule.gradients is None and not untied.tells_rule
+    return is_plain and untied.is_watched and is_local
 
 
 def _new_feedback(weight: UntiedWeight, rule: Any) -> nn.Parameter | None:
@@ -171,14 +173,3 @@ def _new_feedback(weight: UntiedWeight, rule: Any) -> nn.Parameter | None:
     w = weight.weight
     empty = torch.empty_like(w) if shape == w.shape else w.new_empty(shape)
     return nn.Parameter(empty.detach(), requires_grad=rule.learns and w.requires_grad)
-
-
-def _tell_rule(weight: UntiedWeight, x: Tensor, output: Tensor, rows: slice) -> None:
-    """Tell a rule of the error that arrives at an output, when it does."""
-    untied = weight.layer.untied
-    if output.requires_grad:
-        output.register_hook(  # type: ignore[no-untyped-call]
-            lambda delta: untied.rule.after_backward(
-                weight, x.detach(), output.detach(), delta, untied.context
-            )
-        )

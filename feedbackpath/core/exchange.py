@@ -316,7 +316,8 @@ def _is_scale(args: tuple[Any, ...], kwargs: dict[str, Any], pairs: Sequence[Kno
 def _show(one: Known, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, exchange: Exchange) -> None:
     """Show the signals of an operation to whoever listens to its weight's layer."""
     for origin in one.origins:
-        taps = origin.layer.__dict__["untied"].taps
+        untied = origin.layer.__dict__["untied"]
+        taps = (*untied.taps, tell_rule) if untied.tells_rule else untied.taps
         if taps:
             tensors = tensors_in((args, kwargs))
             x = next((tensor for tensor in tensors if exchange.look_up(tensor) is None), tensors[0])
@@ -340,3 +341,14 @@ def _warn_of_product(met: Sequence[Known], name: str) -> None:
         UnconvertedLayerWarning,
         stacklevel=2,
     )
+
+
+def tell_rule(weight: UntiedWeight, x: Tensor, output: Tensor, rows: slice) -> None:
+    """Tell a rule of the error that arrives at an output, when it does."""
+    untied = weight.layer.untied
+    if output.requires_grad:
+        output.register_hook(  # type: ignore[no-untyped-call]
+            lambda delta: untied.rule.after_backward(
+                weight, x.detach(), output.detach(), delta, untied.context
+            )
+        )

@@ -134,6 +134,16 @@ def kind_of(layer: nn.Module) -> LayerKind:
     return next((KINDS[base] for base in type(layer).__mro__ if base in KINDS), UNKNOWN)
 
 
+def is_torchs_own(layer_type: type[nn.Module]) -> bool:
+    """Whether a class is a layer of torch's, or a subclass that computes nothing in another way."""
+    base = next((base for base in layer_type.__mro__ if base in KINDS), None)
+    if base is None:
+        return False
+    told = ("__init__", "__module__", "__doc__", "extra_repr", "reset_parameters")
+    own = [kind.__dict__ for kind in layer_type.__mro__[: layer_type.__mro__.index(base)]]
+    return not any(callable(value) and name not in told for names in own for name, value in names.items())
+
+
 def register_layer(
     layer_type: type[nn.Module],
     *,

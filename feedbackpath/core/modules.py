@@ -37,7 +37,8 @@ class Untied:
         is_tied: Whether B is W itself.
         is_watched: Whether its forward pass may let a weight meet activity, or has to lead a broadcast.
         is_one_product: Whether all that it does is torch's own product of an input and one weight.
-        taps: Called with (weight, input, output, rows of W) whenever one of its weights meets activity.
+        taps: Called with (weight, input, output, rows of W) when one of its weights meets activity; not copied.
+        tells_rule: Whether its rule is told of errors as they arrive.
         memo: What its rule keeps with it.
     """
 
@@ -50,7 +51,12 @@ class Untied:
     is_watched: bool = False
     is_one_product: bool = False
     taps: tuple[Tap, ...] = ()
+    tells_rule: bool = False
     memo: dict[str, Any] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Let those who listen to a module not listen to its copies."""
+        return {**self.__dict__, "taps": ()}
 
     def gradients_of(self, weight: UntiedWeight) -> Callable[[Tensor], tuple[Tensor, Tensor | None]] | None:
         """Return what the rule makes of an outer product; None: W and B get it as it is."""
@@ -80,7 +86,7 @@ class FeedbackModule(nn.Module):
     """
 
     plain_type: ClassVar[type[nn.Module]]
-    untied: Untied
+    untied: Untied = Untied()  # of a module that was built from such a class, and not untied: it does nothing
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward pass, and send errors back through feedback weights."""
@@ -92,9 +98,8 @@ class FeedbackModule(nn.Module):
         exchange = running.traced if is_traced and torch.compiler.is_compiling() else running.exchange
         if untied.is_one_product and not (untied.taps or is_traced or running.is_backprop):
             weight = untied.weights[0]
-            w = self._parameters.get(weight.weight_name)  # None where it was pruned, or is a replica's
-            b = self._parameters[weight.feedback_name]
-            if w is not None and b is not None and not torch.is_autocast_enabled(w.device.type):
+            w, b = getattr(self, weight.weight_name), getattr(self, weight.feedback_name)
+            if not torch.is_autocast_enabled(w.device.type):
                 output = multiply(self, w, b, args, kwargs)
                 if output is not None:
                     return output

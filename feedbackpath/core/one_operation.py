@@ -117,7 +117,9 @@ def saving(
         if form is None:
             return tensor  # type: ignore[no-any-return]
         shape, stride, dtype = form
-        part: Tensor = tensor.detach().as_strided(shape, stride)
+        if torch.is_grad_enabled():  # this backward pass is differentiated itself: what that gives goes to W
+            tensor = tensor.detach()
+        part: Tensor = tensor.as_strided(shape, stride)
         return part if part.dtype is dtype else part.to(dtype)
 
     if outer is None:
@@ -249,10 +251,10 @@ class _TakeValue(torch.autograd.Function):
 def _laid_out_as(w: Tensor, b: Tensor | None) -> Tensor:
     """Return B with its values in the order of W's memory: B itself, if it is laid out alike."""
     assert b is not None
-    b = b.detach()
     if b.stride() == w.stride():
         return b
-    return torch.empty_strided(w.shape, w.stride(), dtype=b.dtype, device=b.device).copy_(b)
+    alike = torch.empty_strided(w.shape, w.stride(), dtype=b.dtype, device=b.device)
+    return alike.copy_(b.detach())
 
 
 def _cast_in_the_open(w: Tensor) -> Tensor:

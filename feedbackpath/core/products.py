@@ -40,8 +40,12 @@ def multiply(
         return None
     x = args[0]
     if isinstance(layer, nn.Linear):
-        # Of more dimensions, the output would be a view, which may not be changed in place.
-        return _linear(x, w, b, layer.bias) if x.dim() == 2 and x.dtype == w.dtype else None
+        if x.dtype != w.dtype or x.dim() < 2 or not x.is_contiguous():
+            return None
+        if x.dim() == 2:
+            return _linear(x, w, b, layer.bias)
+        # As torch does. The view is made outside: one that a function returns may not be changed in place.
+        return _linear(x.flatten(0, -2), w, b, layer.bias).view(*x.shape[:-1], len(w))
     padding = layer.padding
     if layer.padding_mode != "zeros" or isinstance(padding, str) or x.dim() != w.dim() or x.dtype != w.dtype:
         return None

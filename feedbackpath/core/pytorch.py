@@ -30,6 +30,7 @@ def _find(path: str) -> Any:
 _top_hooks = _find("_C._autograd._top_saved_tensors_default_hooks")
 _transforms = _find("_C._are_functorch_transforms_active")
 _lazy_clone = _find("_lazy_clone")
+_engine = _find("autograd.Variable._execution_engine")
 _graph_task = _find("_C._current_graph_task_id")
 
 
@@ -98,14 +99,15 @@ def share(gradient: Tensor) -> Tensor:
 def after_backward(call: Callable[[], None]) -> None:
     """Call something when the backward pass that is running has ended, after all that was so queued before.
 
-    Fallback: at once.
+    Without ``can_wait`` there is no such thing.
     """
-    engine = _find("autograd.Variable._execution_engine")
-    if engine is None:
-        call()
-    else:
-        # DistributedDataParallel queues its own end, perhaps after this: queueing anew goes behind it.
-        engine.queue_callback(lambda: engine.queue_callback(call))
+    # DistributedDataParallel queues its own end, perhaps after this: queueing anew goes behind it.
+    _engine.queue_callback(lambda: _engine.queue_callback(call))
+
+
+def can_wait() -> bool:
+    """Whether ``after_backward`` works. Fallback: it does not, and B is sent between devices as W is."""
+    return _engine is not None
 
 
 def random_state(like: Tensor) -> Tensor:

@@ -130,9 +130,14 @@ class Broadcast(_OneInput):
         return None
 
     def _connect(self, weight: UntiedWeight, x: Tensor, y: Tensor, exchange: "Exchange") -> Tensor:
-        if not pytorch.is_in_backward():  # checkpointing recomputes a layer whose error is on its way
+        if not pytorch.is_in_backward():
             exchange.deliveries.append((x, weight))
-        return y
+        elif pytorch.outer_hooks() is None:
+            raise RuleError(
+                f"{weight.name!r} runs under reentrant checkpointing, where the error of the model's output "
+                "cannot reach it: checkpoint with use_reentrant=False"
+            )
+        return y  # else checkpointing recomputes a layer whose error is on its way
 
 
 @dataclass(frozen=True)

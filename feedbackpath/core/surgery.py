@@ -51,7 +51,7 @@ def survey(model: nn.Module) -> Survey:
 
 def is_patched(module: nn.Module) -> bool:
     """Whether someone has put another forward pass on this very object, past its class."""
-    return not vars(module).keys().isdisjoint(("forward", "_conv_forward", "_call_impl"))
+    return "forward" in vars(module)
 
 
 def untie_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[FeedbackModule]:
@@ -74,15 +74,20 @@ def _untie_module(module: nn.Module, own: list[UntiedWeight], below: list[Untied
     module.__class__ = kind
     assert isinstance(module, FeedbackModule)
     module.untied = Untied(own, below)
-    for weight in own:
-        module.register_parameter(weight.feedback_name, None)
+    try:
+        for weight in own:
+            module.register_parameter(weight.feedback_name, None)
+    except BaseException:
+        retie_module(module)
+        raise
     return module
 
 
 def retie_module(module: FeedbackModule) -> None:
     """Turn an untied module back into the plain one that it was."""
     for weight in module.untied.weights:
-        delattr(module, weight.feedback_name)
+        if hasattr(module, weight.feedback_name):
+            delattr(module, weight.feedback_name)
     del module.untied
     module.__class__ = module.plain_type  # type: ignore[assignment]
 
@@ -136,7 +141,7 @@ def _find_faults(model: nn.Module) -> Iterator[str]:
     if isinstance(model, wrappers) or type(model).__name__ == "FullyShardedDataParallel":
         yield f"the model is wrapped in {type(model).__name__}: untie model.module first, then wrap"
         return
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+    if type(model).__name__ == "OptimizedModule" or getattr(model, "_compiled_call_impl", None) is not None:
         yield "the model is compiled: untie the plain model first, then compile"
         return
     if isinstance(model, torch.jit.ScriptModule):

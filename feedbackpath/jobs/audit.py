@@ -1,6 +1,6 @@
 """Audit a rule on a network, and the README's table of verdicts."""
 
-from feedbackpath.audit import Report, audit
+from feedbackpath.auditing import Report, audit
 from feedbackpath.bench.workloads import Arithmetic, TrainingStep, find_workload
 from feedbackpath.rules import RULES
 

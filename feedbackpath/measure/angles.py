@@ -97,9 +97,10 @@ def _deltas(
     """Return each layer's delta, over all the times that it ran, and the loss."""
     with left_as_it_was(weights, model), outputs_tapped(weights) as outputs, torch.enable_grad():
         loss = compute_loss()
-        edges = [edge for of_layer in outputs.values() for edge in of_layer]
+        seen = {name: list(edges) for name, edges in outputs.items()}  # a recomputation would add to them
+        edges = [edge for of_layer in seen.values() for edge in of_layer]
         found = iter(torch.autograd.grad(loss, edges, allow_unused=True) if edges else ())
-    deltas = {name: [next(found) for _ in of_layer] for name, of_layer in outputs.items()}
+    deltas = {name: [next(found) for _ in of_layer] for name, of_layer in seen.items()}
     reached = {name: [delta for delta in parts if delta is not None] for name, parts in deltas.items()}
     together = {
         name: torch.cat([delta.flatten() for delta in parts]) for name, parts in reached.items() if parts

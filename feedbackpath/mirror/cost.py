@@ -5,12 +5,10 @@ added up. Nothing else counts, so they are functions of layers' sizes and uses, 
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
@@ -60,7 +58,7 @@ def mirror_flops(weight: UntiedWeight, settings: Mirror, slope: float | None) ->
 class UseCounter:
     """Counts how often each weight's values are used while a model runs.
 
-    Use it as a context manager, or call ``stop``: its hooks stay on the layers until then.
+    Use it as a context manager, or call ``stop``: it listens to the layers until then.
 
     Args:
         weights: The weights to count.
@@ -73,24 +71,24 @@ class UseCounter:
     def __init__(self, weights: Sequence[UntiedWeight], path: RuleContext | None = None) -> None:
         self.uses: dict[str, float] = {}
         self._path = path
-        self._hooks: list[RemovableHandle] = []
-        for weight in weights:
-            count = partial(self._count, weight.name, weight.transposed)
-            self._hooks.append(weight.layer.register_forward_hook(count, with_kwargs=True))
+        self._names = {(id(weight.layer), weight.weight_name): weight.name for weight in weights}
+        self._layers: list[Any] = list({id(weight.layer): weight.layer for weight in weights}.values())
+        for layer in self._layers:
+            layer.untied.taps = (*layer.untied.taps, self._count)
 
     def __enter__(self) -> Self:
         """Count on."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take the hooks away, whatever happened."""
+        """Listen no longer, whatever happened."""
         self.stop()
 
     def stop(self) -> None:
-        """Take the hooks away."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        """Listen no longer."""
+        for layer in self._layers:
+            layer.untied.taps = tuple(tap for tap in layer.untied.taps if tap != self._count)
+        self._layers.clear()
 
     def share(self) -> dict[str, float]:
         """Return the counts, added up over the processes of a job: all then have the same.
@@ -107,29 +105,21 @@ class UseCounter:
 
     def __getstate__(self) -> dict[str, Any]:
         """Let a copy, which comes along with a copy of the layers, count nothing."""
-        return {**self.__dict__, "_hooks": [], "_path": None}
+        return {**self.__dict__, "_layers": [], "_path": None}
 
-    def _count(
-        self,
-        name: str,
-        is_transposed: bool,
-        layer: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-    ) -> None:
-        """Note the positions at which a layer was used: of the output, or, transposed, of the input."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self._hooks:
+    def _count(self, weight: UntiedWeight, x: Tensor, output: Tensor, rows: slice) -> None:
+        """Note the positions at which a weight was used: of the output, or, transposed, of the input.
+
+        Where a part of a packed weight is used, its values are that part of all.
+        """
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self._layers:
             return
         if self._path is not None and self._path.is_measuring:
             return
-        signal = _first_tensor((*args, *kwargs.values())) if is_transposed else _first_tensor((output,))
-        kernel_dims = len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else 0
-        channels = signal.shape[-1 - kernel_dims]
-        self.uses[name] = self.uses.get(name, 0.0) + signal.numel() / channels
-
-
-def _first_tensor(values: Sequence[Any]) -> Tensor:
-    """Return the first tensor of what a layer was called with, or of what it returned."""
-    flat = (part for value in values for part in (value if isinstance(value, tuple) else (value,)))
-    return next(part for part in flat if isinstance(part, Tensor))
+        signal = x if weight.transposed else output
+        kernel_dims = len(weight.layer.kernel_size) if hasattr(weight.layer, "kernel_size") else 0
+        positions = signal.numel() / signal.shape[-1 - kernel_dims]
+        size = len(weight.weight)
+        share = len(range(*rows.indices(size))) / size
+        name = self._names[id(weight.layer), weight.weight_name]
+        self.uses[name] = self.uses.get(name, 0.0) + positions * share

@@ -10,7 +10,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from feedbackpath.errors import ConfigError
-from feedbackpath.report import replace_file
 from feedbackpath.report.curves import mean_and_error
 from feedbackpath.report.table import format_angle, format_with_error, to_markdown
 
@@ -144,16 +143,6 @@ def rich_study_table(study: dict[str, Any]) -> Table:
 def markdown_study_table(study: dict[str, Any]) -> str:
     """Return the table in Markdown."""
     return to_markdown(STUDY_COLUMNS, study_rows(study))
-
-
-def write_study_figures(study: dict[str, Any], folder: Path) -> list[Path]:
-    """Write ``figures/*.png`` and ``figures/*.pdf`` of a study into a folder; return the files."""
-    from feedbackpath.report.study_figures import render_study  # heavy, and not needed for tables
-
-    files = {folder / "figures" / name: content for name, content in render_study(study).items()}
-    for path, content in files.items():
-        replace_file(path, content)
-    return list(files)
 
 
 def _row(group: Group) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -14,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 
+from feedbackpath.report import replace_file
 from feedbackpath.report.curves import mean_and_error
 from feedbackpath.report.figures import FIGURE_STYLE, KINDS, PAGE_WIDTH, error_axis, render, scale_angles
 from feedbackpath.report.study import Group, group_trainings
@@ -25,6 +27,14 @@ ASIDE = {"gaussian": 0.93, "signs": 1.075}  # points of laws that agree stand si
 OTHER_COLOUR = "#666666"
 EXACT = "orthogonal"
 SAMPLE_TICKS = (256, 2048, 32768)
+
+
+def write_study_figures(study: dict[str, Any], folder: Path) -> list[Path]:
+    """Write ``figures/*.png`` and ``figures/*.pdf`` of a study into a folder; return the files."""
+    files = {folder / "figures" / name: content for name, content in render_study(study).items()}
+    for path, content in files.items():
+        replace_file(path, content)
+    return list(files)
 
 
 def render_study(study: dict[str, Any]) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from feedbackpath.core.context import RuleContext
-from feedbackpath.errors import KolenPollackWarning, RuleError
+from feedbackpath.errors import KolenPollackWarning, RuleError, level_outside
 from feedbackpath.rules.base import Rule, Weights, draw_feedback
 from feedbackpath.rules.shared_reduction import SharedReduction, weights_used_elsewhere
 from feedbackpath.rules.update_watch import UpdateWatch
@@ -57,7 +57,7 @@ class KolenPollack(Rule):
                 "bring them "
                 "together; untie the weights, or override the rule for these layers",
                 KolenPollackWarning,
-                stacklevel=5,
+                stacklevel=level_outside(),
             )
         if self.gradients is None:  # else W and B have each its own
             context.part(SharedReduction).begin([weight for weight in weights if weight not in shared])

@@ -11,6 +11,7 @@ from typing import ClassVar
 from feedbackpath.core.context import RuleContext
 from feedbackpath.errors import RuleError
 from feedbackpath.mirror import Mirror, MirrorMode
+from feedbackpath.mirror.settings import refuse_no_count
 from feedbackpath.rules.base import Weights
 from feedbackpath.rules.kolen_pollack import KolenPollack
 from feedbackpath.rules.weight_mirror import can_mirror
@@ -39,8 +40,8 @@ class MirrorKolenPollack(KolenPollack):
 
     def __post_init__(self) -> None:
         """Refuse readings that settle elsewhere than at W: Kolen-Pollack would keep what they leave."""
-        if self.every is not None and self.every < 1:
-            raise RuleError(f"mirror-kp: every must be at least 1, not {self.every}")
+        if self.every is not None:
+            refuse_no_count("mirror-kp: every", self.every)
         if self.mirror.reading != "calibrated":
             raise RuleError(f"mirror-kp needs the 'calibrated' reading, not {self.mirror.reading!r}")
 

@@ -42,6 +42,8 @@ class SharedReduction:
 
     def begin(self, weights: Weights) -> None:
         """Leave the feedback weights of a model out of what is sent; ``attach`` then shares gradients."""
+        if not pytorch.can_wait():
+            return
         model = self._context.model
         if not self._has_begun:
             self._before, self._has_begun = getattr(model, IGNORED, None), True

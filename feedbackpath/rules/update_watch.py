@@ -42,6 +42,8 @@ class UpdateWatch:
             return
         forgotten, was_updated = [], False
         for weight in weights:
+            if weight.feedback.grad is None:
+                continue  # nothing of this step was for it to learn
             now = version_of(weight.weight), version_of(weight.feedback)
             before = self._at_backward.get(id(weight.weight), now)
             was_updated |= now[0] > before[0]

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from feedbackpath.audit.subject import (
+from feedbackpath.auditing.subject import (
     Subject,
     deltas_seen,
     differing,

@@ -1,6 +1,6 @@
 """The proof that a training step transports no weight: see ``audit``."""
 
-from feedbackpath.audit.report import AuditError, Crossing, Finding, Report
-from feedbackpath.audit.run import audit
+from feedbackpath.auditing.report import AuditError, Crossing, Finding, Report
+from feedbackpath.auditing.run import audit
 
 __all__ = ["AuditError", "Crossing", "Finding", "Report", "audit"]

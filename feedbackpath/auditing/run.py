@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from feedbackpath.audit.locality import describe_locality
-from feedbackpath.audit.replay import CORRUPTIONS, Record, Replay
-from feedbackpath.audit.report import AuditError, Crossing, Finding, Report
-from feedbackpath.audit.subject import Stateful, Subject, deltas_seen, differing, forward_passes_seen
-from feedbackpath.audit.watch import Watch, declared_kinds
+from feedbackpath.auditing.locality import describe_locality
+from feedbackpath.auditing.replay import CORRUPTIONS, Record, Replay
+from feedbackpath.auditing.report import AuditError, Crossing, Finding, Report
+from feedbackpath.auditing.subject import Stateful, Subject, deltas_seen, differing, forward_passes_seen
+from feedbackpath.auditing.watch import Watch, declared_kinds
 from feedbackpath.core.passage import LISTENERS
 from feedbackpath.path import FeedbackPath
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from feedbackpath.audit.ledger import ACTIVITY, CONSTANT, FEEDBACK, Ledger, Made, join
-from feedbackpath.audit.report import Finding
-from feedbackpath.audit.subject import Subject
+from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, FEEDBACK, Ledger, Made, join
+from feedbackpath.auditing.report import Finding
+from feedbackpath.auditing.subject import Subject
 
 RANDOM = ("normal_", "uniform_", "bernoulli_", "random_", "exponential_", "randn", "rand", "randint",
           "randperm", "bernoulli", "normal", "native_dropout", "multinomial")  # fmt: skip
@@ -210,7 +210,7 @@ def _call_site() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch.", "feedbackpath.audit", "contextlib")) and module != "torch":
+        if not module.startswith(("torch.", "feedbackpath.auditing", "contextlib")) and module != "torch":
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "an unknown line"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feedbackpath.audit.replay import Record, Replay
-from feedbackpath.audit.subject import Subject
+from feedbackpath.auditing.replay import Record, Replay
+from feedbackpath.auditing.subject import Subject
 
 STRENGTH = 1.5  # of a disturbed neuron's signal
 ROUNDING = 8  # units in the last place of B
