@@ -160,9 +160,9 @@ def _is_watched(module: FeedbackModule, is_model: bool) -> bool:
 def _is_one_product(module: FeedbackModule) -> bool:
     """Whether a layer can go the short way: torch's own product, B in W's place, no more to tell its rule."""
     untied = module.untied
-    is_plain = kind_of(module).is_one_product and is_torchs_own(module.plain_type)
-    is_local = untied.send_back.is_local and untied.rule.gradients is None and not untied.tells_rule
-    return is_plain and untied.is_watched and is_local
+    if not untied.weights or not untied.is_watched or untied.tells_rule or untied.rule.gradients is not None:
+        return False
+    return untied.send_back.is_local and kind_of(module).is_one_product and is_torchs_own(module.plain_type)
 
 
 def _new_feedback(weight: UntiedWeight, rule: Any) -> nn.Parameter | None:

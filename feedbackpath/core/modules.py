@@ -37,7 +37,7 @@ class Untied:
         is_tied: Whether B is W itself.
         is_watched: Whether its forward pass may let a weight meet activity, or has to lead a broadcast.
         is_one_product: Whether all that it does is torch's own product of an input and one weight.
-        taps: Called with (weight, input, output, rows of W) when one of its weights meets activity; not copied.
+        taps: Called with (weight, input, output, rows of W) when a weight of its meets activity; not copied.
         tells_rule: Whether its rule is told of errors as they arrive.
         memo: What its rule keeps with it.
     """

@@ -57,7 +57,8 @@ def multiply(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, b)
+        asks_x, asks_w, asks_b, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if asks_w or asks_b else None, b if asks_x else None)
         ctx.w = w
         return F.linear(x, w, bias)
 
@@ -99,7 +100,7 @@ class _Convolution(torch.autograd.Function):
 def _saved(ctx: Any) -> tuple[Tensor, Tensor]:
     """Return x and B; where this backward pass is differentiated itself, that goes to W as well."""
     x, b = ctx.saved_tensors
-    return x, swap(ctx.w, b, None) if torch.is_grad_enabled() else b
+    return x, swap(ctx.w, b, None) if b is not None and torch.is_grad_enabled() else b
 
 
 # What ``apply`` comes to where nothing is traced, without looking once more whether that is so.

@@ -37,7 +37,8 @@ _graph_task = _find("_C._current_graph_task_id")
 def outer_hooks() -> Hooks | None:
     """Return the saved-tensor hooks that are in force: those of checkpointing or ``save_on_cpu``, say.
 
-    Fallback: none. Tensors saved by untied operations then go past such hooks.
+    Fallback: none. Tensors saved by untied operations then go past such hooks, and a rule that broadcasts errors
+    is refused under checkpointing.
     """
     return None if _top_hooks is None else _top_hooks(True)
 
@@ -53,7 +54,7 @@ def is_traced() -> bool:
 def is_in_backward() -> bool:
     """Whether a backward pass is running in this thread: checkpointing recomputes a forward pass in it.
 
-    Fallback: no.
+    Fallback: no. A rule that broadcasts errors then fails under checkpointing, with an error of torch's.
     """
     return _graph_task is not None and not torch.compiler.is_compiling() and _graph_task() != -1
 
