@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from feedbackpath.core.assembly import Assembly, assemble, refuse_changed_flags
+from feedbackpath.core.assembly import Assembly, assemble, refuse_changed_flags, refuse_sharded
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.surgery import survey
@@ -236,10 +236,7 @@ class FeedbackPath:
         self.context.attach(self.model)
 
     def retie(self) -> nn.Module:
-        """Give back plain torch modules, with the forward weights as they are now; return the model.
-
-        A path can be retied once.
-        """
+        """Give back plain torch modules, with the forward weights as they are now; return the model."""
         self._refuse_retied()
         self._is_retied = True
         self._parts.undo(self.context)
@@ -248,3 +245,4 @@ class FeedbackPath:
     def _refuse_retied(self) -> None:
         if self._is_retied:
             raise UntieError("this path has been retied already: untie the model again for a new one")
+        refuse_sharded(self.weights)

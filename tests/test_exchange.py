@@ -1,4 +1,4 @@
-"""Errors go through B, whatever reads the weight and however the model is run, and never in silence through W."""
+"""Errors go through B, whatever reads the weight and however the model is run: never in silence through W."""
 
 import copy
 import gc

@@ -780,3 +780,24 @@ def test_warnings_name_the_line_that_called_untie(rule):
         fp.untie(Tied(), rule, activations={"*": torch.relu})
     found = [(one.category, one.filename) for one in caught]
     assert found == [(fp.UnconvertedLayerWarning, __file__), (fp.KolenPollackWarning, __file__)]
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp"])
+def test_sharded_weights_are_refused(rule, tmp_path):
+    """FSDP gives each process a part of W and of B: angles, mirrors and steps of one part would be wrong."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        path = fp.untie(model, rule)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        model(torch.randn(4, 6)).square().sum().backward()
+        for use in (path.step, path.matrix_angles, path.gains, path.mirror, lambda: list(path.pairs())):
+            with pytest.raises(fp.UntieError, match="'0' is sharded .* use DistributedDataParallel"):
+                use()
+        with pytest.raises(fp.UntieError, match="sharded"):
+            fp.untie(fully_shard(nn.Sequential(nn.Linear(6, 8)), mesh=init_device_mesh("cpu", (1,))), rule)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -229,14 +229,19 @@ def test_what_is_shared_is_written_to_apart(lacking):
     assert torch.equal(shared, torch.arange(6.0) + 1.0)
 
 
-def test_what_is_called_after_a_backward_pass_is_called_once(lacking):
+def test_what_waits_for_a_backward_pass_is_called_once_or_nothing_waits(lacking):
+    """Where nothing can wait for W's average, B is averaged between devices by itself."""
+    model = nn.Linear(3, 2)
+    fp.untie(model, "kp")
+    assert hasattr(model, "_ddp_params_and_buffers_to_ignore") == pytorch.can_wait()
+    if not pytorch.can_wait():
+        return
     calls = []
     x = torch.ones(3, requires_grad=True)
     y = 2 * x
     y.register_hook(lambda _: pytorch.after_backward(lambda: calls.append(x.grad is not None)))
     y.sum().backward()
-    assert len(calls) == 1
-    assert calls == [True] or pytorch._find is find_nothing  # the fallback: at once
+    assert calls == [True]
 
 
 def test_random_numbers_are_drawn_once_more_and_go_on():

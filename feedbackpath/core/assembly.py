@@ -147,6 +147,20 @@ def refuse_changed_flags(groups: Sequence[tuple[Any, list[UntiedWeight]]]) -> No
                 )
 
 
+def refuse_sharded(weights: Sequence[UntiedWeight]) -> None:
+    """Refuse weights that were sharded after they were untied: a process sees its own part of each alone.
+
+    Raises:
+        UntieError: Names the first such weight.
+    """
+    for weight in weights:
+        if hasattr(weight.weight, "full_tensor"):
+            raise UntieError(
+                f"the weight of {weight.name!r} is sharded over processes (FSDP, tensor parallelism), and "
+                "rules, mirrors and measures would see one part of it: use DistributedDataParallel"
+            )
+
+
 def _is_watched(module: FeedbackModule, is_model: bool) -> bool:
     """Whether a weight may meet activity in a module's own forward pass, or a broadcast begins there."""
     below = [weight.layer.untied for weight in module.untied.below]
@@ -160,7 +174,7 @@ def _is_watched(module: FeedbackModule, is_model: bool) -> bool:
 def _is_one_product(module: FeedbackModule) -> bool:
     """Whether a layer can go the short way: torch's own product, B in W's place, no more to tell its rule."""
     untied = module.untied
-    if not untied.weights or not untied.is_watched or untied.tells_rule or untied.rule.gradients is not None:
+    if not (untied.weights and untied.is_watched) or untied.tells_rule or untied.rule.gradients is not None:
         return False
     return untied.send_back.is_local and kind_of(module).is_one_product and is_torchs_own(module.plain_type)
 

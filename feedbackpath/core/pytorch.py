@@ -37,8 +37,8 @@ _graph_task = _find("_C._current_graph_task_id")
 def outer_hooks() -> Hooks | None:
     """Return the saved-tensor hooks that are in force: those of checkpointing or ``save_on_cpu``, say.
 
-    Fallback: none. Tensors saved by untied operations then go past such hooks, and a rule that broadcasts errors
-    is refused under checkpointing.
+    Fallback: none. Tensors saved by untied operations then go past such hooks, and a rule that broadcasts
+    errors is refused under checkpointing.
     """
     return None if _top_hooks is None else _top_hooks(True)
 

@@ -175,7 +175,7 @@ def _find_faults_of(where: str, module: nn.Module) -> Iterator[str]:
         yield f"{where} is on the meta device and has no values yet: load its weights first"
     elif any(parameter.is_complex() and parameter.dim() > 1 for parameter in parameters):
         yield f"{where} has complex weights, which have no untied form: split real and imaginary parts"
-    elif any(type(parameter.data).__name__ == "DTensor" for parameter in parameters):
+    elif any(hasattr(parameter, "full_tensor") for parameter in parameters):
         yield f"{where} is sharded (FSDP, tensor parallelism), which has no untied form; use DDP"
     else:
         for weight in kind_of(module).weights(module).values():
