@@ -593,3 +593,93 @@ def test_a_layer_that_came_after_untie_is_named():
     model.second = nn.Linear(12, 4)
     with pytest.warns(fp.UnconvertedLayerWarning, match=r"of shape \[4, 12\] that has no feedback weight"):
         model(torch.randn(3, 6))
+
+
+class Reader(nn.Module):
+    """A module that reads matrices of its own in some way."""
+
+    last = ()
+
+    def __init__(self, parameters, run):
+        super().__init__()
+        for name, shape in parameters.items():
+            is_list = isinstance(shape, list)
+            made = [nn.Parameter(torch.randn(size)) for size in (shape if is_list else [shape])]
+            setattr(self, name, nn.ParameterList(made) if is_list else made[0])
+        self.run = run
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def mix_experts(m, x):
+    chosen = x.argmax(-1) % 3
+    return torch.bmm(x.unsqueeze(1), m.w[chosen]).squeeze(1)
+
+
+def use_lists(m, x):
+    for w in m.ws:
+        x = torch.tanh(x @ w)
+    with torch.device("cpu"):
+        return x + torch.zeros(6, dtype=x.dtype)
+
+
+READERS = {
+    "experts": ({"w": (3, 6, 6)}, mix_experts),
+    "a list": ({"ws": [(6, 6), (6, 6)]}, use_lists),
+    "learned queries": (
+        {"q": (4, 6), "k": (6, 6)},
+        lambda m, x: (m.q @ F.linear(x, m.k).t()).softmax(-1) @ x,
+    ),
+    "a raw table": ({"t": (9, 6), "w": (6, 6)}, lambda m, x: (m.t[torch.arange(5)] + x) @ m.w @ m.t.t()),
+    "distances": ({"w": (4, 6)}, lambda m, x: torch.cdist(x, m.w)),
+    "a learned memory": (
+        {"k": (1, 1, 7, 6), "v": (1, 1, 7, 6)},
+        lambda m, x: F.scaled_dot_product_attention(x[None, None], m.k, m.v)[0, 0],
+    ),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_modules_that_read_matrices_of_their_own(reader):
+    def make():
+        torch.manual_seed(1)
+        return Reader(*READERS[reader]).double()
+
+    x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    plain, model = make(), make()
+    output, expected = gradients(plain, x)
+    path = fp.untie(model, "fa")
+    found_output, random = gradients(model, x)
+    assert torch.equal(found_output, output)
+    assert difference(random["x"], expected["x"]) > 0.05
+    kept = copy.deepcopy(model.state_dict())
+    _, destroyed = gradients(model, x, None, destroy(path))
+    assert torch.equal(destroyed["x"], random["x"])
+    model.load_state_dict(kept)
+    let_feedback_be_weights(path)
+    _, ours = gradients(model, x)
+    assert all(difference(ours[name], expected[name]) < 1e-12 for name in expected)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: F.cosine_similarity(x[:, None], m.w[None], -1),
+        lambda m, x: F.pairwise_distance(x[:, None], m.w[None]),
+        lambda m, x: F.triplet_margin_loss(x, m.w, m.w.flip(0)),
+    ],
+)
+def test_what_hides_a_copy_of_a_weight_is_refused_or_goes_through_feedback(run):
+    torch.manual_seed(1)
+    plain = Reader({"w": (5, 6)}, run).double()
+    model = copy.deepcopy(plain)
+    fp.untie(model, "fa")
+    x = torch.randn(5, 6, dtype=torch.float64)
+    _, expected = gradients(plain, x)
+    try:
+        _, found = gradients(model, x)
+    except fp.UntieError as error:
+        assert "cannot be led through a feedback weight here: leave the layer to backprop" in str(error)  # noqa: PT017
+    else:
+        assert difference(found["x"], expected["x"]) > 0.05

@@ -23,6 +23,7 @@ from feedbackpath.core.operations import (
     LINEAR_IN_EACH,
     PRODUCTS,
     RECURRENT,
+    SAVES_WEIGHTS_AS_THEY_ARE,
     Call,
     replaced,
     run,
@@ -78,11 +79,9 @@ def exchange_saved(
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(*saving(places, saved, keeps_outputs=name not in PRODUCTS)):
         output = _run_without_cudnn(func, args, kwargs) if name in RECURRENT else run(func, args, kwargs)
-    if (
-        name not in RECURRENT
-        and not places.keys() <= set(saved)
-        and _hides_a_copy(args, kwargs, output, places, saved)
-    ):
+    # One that is linear takes each weight once. Another may have saved W, and a copy of W as well.
+    is_clear = name in SAVES_WEIGHTS_AS_THEY_ARE or (name in LINEAR_IN_EACH and places.keys() <= set(saved))
+    if not is_clear and _hides_a_copy(args, kwargs, output, places, saved):
         return write_twice(func, name, args, kwargs, pairs)
     return output
 

@@ -26,6 +26,8 @@ PRODUCTS = (
 SCALES = _names("mul mul_ multiply __mul__ __rmul__ __imul__ div div_ divide true_divide __truediv__")
 LINEAR_IN_EACH = PRODUCTS | SCALES
 RECURRENT = _names("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
+# Not linear in a weight, but they save it as it is, and no copy of it.
+SAVES_WEIGHTS_AS_THEY_ARE = RECURRENT | {"scaled_dot_product_attention"}
 # Their first argument is activity, even where it is a parameter: a learned query, say.
 INPUT_FIRST = RECURRENT | _CONVOLUTIONS | {"linear"}
 # Autocast casts their weights, on every device.
