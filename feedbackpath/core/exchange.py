@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 from feedbackpath.core import pytorch
@@ -108,7 +109,9 @@ class Exchange(TorchFunctionMode):
         if is_plain:
             by_id = self._by_id
             for arg in args:
-                if id(arg) in by_id or isinstance(arg, (list, tuple)) or type(arg) is nn.Parameter:
+                kind = type(arg)
+                is_many = isinstance(arg, (list, tuple)) and kind is not torch.Size
+                if is_many or id(arg) in by_id or (kind is Parameter and arg.dim() > 1):
                     is_plain = False
         if kwargs:
             for arg in kwargs.values():

@@ -100,7 +100,13 @@ class FeedbackModule(nn.Module):
             weight = untied.weights[0]
             w, b = getattr(self, weight.weight_name), getattr(self, weight.feedback_name)
             if not torch.is_autocast_enabled(w.device.type):
-                output = multiply(self, w, b, args, kwargs)
+                if exchange is not None:
+                    exchange.is_aside = True
+                try:
+                    output = multiply(self, w, b, args, kwargs)
+                finally:
+                    if exchange is not None:
+                        exchange.is_aside = False
                 if output is not None:
                     return output
         send_back = LOCAL if running.is_backprop else untied.send_back
