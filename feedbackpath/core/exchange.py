@@ -103,7 +103,9 @@ class Exchange(TorchFunctionMode):
         self, func: Call, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one operation of the forward pass."""
-        if self.is_aside or (not self.is_traced and torch.compiler.is_compiling()):
+        if self.is_aside:
+            return func(*args, **(kwargs or {}))
+        if not self.is_traced and torch.compiler.is_compiling():
             return run(func, args, kwargs or {})  # a part that is compiled by itself watches for itself
         is_plain = not self.is_traced and len(args) > 0 and isinstance(args[0], Tensor)
         if is_plain:
@@ -118,7 +120,7 @@ class Exchange(TorchFunctionMode):
                 if isinstance(arg, (Tensor, list, tuple, dict)):
                     is_plain = False
         if is_plain:
-            return run(func, args, kwargs or {})
+            return func(*args, **(kwargs or {}))
         return self._run_with_care(func, args, kwargs or {})
 
     def _run_with_care(self, func: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

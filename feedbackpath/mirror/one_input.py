@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.modules import tapped
 from feedbackpath.core.passage import forward_passage
+from feedbackpath.core.pytorch import seed_devices
 from feedbackpath.errors import RuleError
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation
@@ -84,7 +85,7 @@ def look(
     context.find_activations(weights)
     seen = [Seen(weight, context.activations[weight.name], with_inputs) for weight in weights]
     key = f"{context.path.seed}/{context.passes.get(weights[0].name, 0)}/one input"
-    torch.manual_seed(zlib.crc32(key.encode()))
+    seed_devices(zlib.crc32(key.encode()), {weight.weight.device for weight in weights})
     with (
         context.path.measuring(),
         _norms_in_training(context.path.model),
