@@ -121,8 +121,7 @@ def _make_feedback(made: Assembly) -> None:
         if known_rule != rule:
             raise UntieError(
                 f"{weight.name!r} shares its weight with a layer under another rule ({known_rule.name}, "
-                f"{rule.name}); "
-                "give both the same rule"
+                f"{rule.name}); give both the same rule"
             )
         setattr(weight.layer, weight.feedback_name, feedback)
     made.groups = list(groups.items())

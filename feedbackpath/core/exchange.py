@@ -168,8 +168,8 @@ class Exchange(TorchFunctionMode):
                 named.add(id(stranger))
                 warnings.warn(
                     f"a weight of shape {list(stranger.shape)} that has no feedback weight goes into "
-                    f"{name}: errors "
-                    "go back through it as in backprop; untie the model after its last layer is in place",
+                    f"{name}: errors go back through it as in backprop; "
+                    "untie the model after its last layer is in place",
                     UnconvertedLayerWarning,
                     stacklevel=2,
                 )

@@ -132,9 +132,8 @@ def _refuse_changed(tensor: Tensor, version: int, is_feedback: bool) -> None:
     what = "a feedback weight" if is_feedback else "an input of an untied layer"
     raise RuntimeError(
         "one of the variables needed for gradient computation has been modified by an inplace operation: "
-        f"{what} of "
-        f"shape {list(tensor.shape)} is at version {pytorch.version_of(tensor)}; expected version "
-        f"{version} instead"
+        f"{what} of shape {list(tensor.shape)} is at version {pytorch.version_of(tensor)}; "
+        f"expected version {version} instead"
     )
 
 
@@ -154,8 +153,7 @@ def write_twice(
         raise UntieError(
             f"the weight of {names} goes into {name}, whose backward pass cannot be led through a feedback "
             "weight here: leave the layer to backprop, untie(..., overrides={path: 'bp'}), or run it "
-            "eagerly, "
-            "without torch.compile, torch.func or autocast"
+            "eagerly, without torch.compile, torch.func or autocast"
         )
     with torch.no_grad():
         value = run(func, args, kwargs)
@@ -174,7 +172,7 @@ def _hand(one: Known) -> Tensor:
     return _Split.apply(one.tensor, one.feedback, gradients)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _gradients_of(one: Known) -> Callable[[Tensor], tuple[Tensor, Tensor | None]] | None:
+def _gradients_of(one: Known) -> Gradients | None:
     """Return what a rule makes of the outer product for W and for B; None: both get it as it is."""
     return one.origins[0].layer.__dict__["untied"].gradients_of(one.origins[0]) if one.origins else None
 

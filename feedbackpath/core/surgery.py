@@ -65,7 +65,7 @@ def untie_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator
     for module in list(model.modules()):
         below = [weight for part in module.modules() for weight in weights.get(id(part), ())]
         own = weights.get(id(module), [])
-        if own or (below and not is_patched(module) and (module is model or _has_own_forward(module))):
+        if own or (below and not is_patched(module) and (module is model or has_own_forward(module))):
             yield _untie_module(module, own, below)
 
 
@@ -98,9 +98,6 @@ def has_own_forward(module: nn.Module) -> bool:
     return not plain.forward.__module__.startswith("torch.nn.")
 
 
-_has_own_forward = has_own_forward
-
-
 def send_back_sigma(model: nn.Module) -> list[SigmaBatchNorm]:
     """Turn a model's BatchNorm layers, in place, into ones that send back their scale alone.
 
@@ -122,8 +119,7 @@ def send_back_sigma(model: nn.Module) -> list[SigmaBatchNorm]:
     if refused:
         raise UntieError(
             f"batchnorm_feedback='sigma': {', '.join(refused)} compute more than BatchNorm does, in a "
-            "forward pass of "
-            "their own; replace them by torch's, or leave batchnorm_feedback at 'autograd'"
+            "forward pass of their own; replace them by torch's, or leave batchnorm_feedback at 'autograd'"
         )
     for norm in norms.values():
         norm.__class__ = sigma_type(type(norm))  # type: ignore[assignment]
@@ -147,12 +143,6 @@ def _find_faults(model: nn.Module) -> Iterator[str]:
     if isinstance(model, torch.jit.ScriptModule):
         yield "the model is a TorchScript module, whose layers are fixed: untie the Python model"
         return
-    if (
-        isinstance(model, FeedbackModule)
-        and not isinstance(model, SigmaBatchNorm)
-        and not model.untied.weights
-    ):
-        pass  # its layers are named below
     for name, module in model.named_modules():
         yield from _find_faults_of(f"{name!r} ({type(module).__name__})", module)
 
@@ -168,8 +158,7 @@ def _find_faults_of(where: str, module: nn.Module) -> Iterator[str]:
     elif _has_parametrized_weight(module, names):
         yield (
             f"{where} computes its weight from other parameters (weight_norm, spectral_norm, parametrize): "
-            "remove the "
-            "parametrization first"
+            "remove the parametrization first"
         )
     elif any(parameter.is_meta for parameter in parameters):
         yield f"{where} is on the meta device and has no values yet: load its weights first"
