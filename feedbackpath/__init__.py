@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from feedbackpath.auditing import AuditError, Report, audit
     from feedbackpath.core.context import RuleContext
     from feedbackpath.core.layers import UntiedWeight, register_layer
-    from feedbackpath.core.passage import forward_passage
     from feedbackpath.core.sendback import Broadcast, Local, SendBack, Target
     from feedbackpath.errors import (
         ConfigError,
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
         UserError,
     )
     from feedbackpath.mirror import Mirror, When
+    from feedbackpath.mirror.passage import forward_passage
     from feedbackpath.path import FeedbackPath, untie
     from feedbackpath.rules import (
         RULES,
@@ -78,7 +78,7 @@ __all__ = [
 _HOMES = {
     "core.context": ("RuleContext",),
     "core.layers": ("UntiedWeight", "register_layer"),
-    "core.passage": ("forward_passage",),
+    "mirror.passage": ("forward_passage",),
     "core.sendback": ("Broadcast", "Local", "SendBack", "Target"),
     "mirror": ("Mirror", "When"),
     "path": ("FeedbackPath", "untie"),

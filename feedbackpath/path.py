@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from feedbackpath.core.assembly import Assembly, assemble, refuse_changed_flags, refuse_sharded
+from feedbackpath.core.assembly import Assembly, assemble
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.surgery import survey
 from feedbackpath.errors import UnconvertedLayerWarning, UntieError
 from feedbackpath.measure import angles
 from feedbackpath.rules import Rule
+from feedbackpath.rules.checks import name_newcomers, plain_layers, refuse_changed_flags, refuse_sharded
 from feedbackpath.rules.choice import choose_rules, find_unserved, refuse_unmatched
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class FeedbackPath:
     ) -> None:
         self.model, self.rules, self.context = model, dict(rules), context
         self.layers, self.weights, self.groups = parts.layers, parts.weights, parts.groups
-        self._parts, self._is_retied = parts, False
+        self._parts, self._is_retied, self._left_out = parts, False, plain_layers(model)
 
     def step(self) -> None:
         """Do what the rules do after an update of the forward weights: mirror, take signs, or nothing.
@@ -114,6 +115,7 @@ class FeedbackPath:
         self._refuse_retied()
         refuse_changed_flags(self.groups)
         self.context.steps += 1
+        name_newcomers(self.model, self._left_out, self.context.steps)
         for rule, group in self.groups:
             rule.step(group, self.context)
 

@@ -19,7 +19,7 @@ from feedbackpath.auditing.subject import (
     forward_passes_seen,
     preserve_version,
 )
-from feedbackpath.core.passage import LISTENERS
+from feedbackpath.mirror.passage import LISTENERS
 
 Corruption = Literal["none", "noise", "nan"]
 CORRUPTIONS: tuple[Corruption, ...] = ("noise", "nan")

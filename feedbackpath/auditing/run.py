@@ -14,7 +14,7 @@ from feedbackpath.auditing.replay import CORRUPTIONS, Record, Replay
 from feedbackpath.auditing.report import AuditError, Crossing, Finding, Report
 from feedbackpath.auditing.subject import Stateful, Subject, deltas_seen, differing, forward_passes_seen
 from feedbackpath.auditing.watch import Watch, declared_kinds
-from feedbackpath.core.passage import LISTENERS
+from feedbackpath.mirror.passage import LISTENERS
 from feedbackpath.path import FeedbackPath
 
 Step = Callable[[], object]

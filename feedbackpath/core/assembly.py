@@ -3,7 +3,7 @@
 Nothing here knows a rule by name. What it asks of one is in ``feedbackpath.rules.base.Rule``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +15,12 @@ from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight, is_torchs_own, kind_of
 from feedbackpath.core.modules import FeedbackModule
 from feedbackpath.core.surgery import (
-    has_own_forward,
     retie_module,
     retie_norm,
     send_back_sigma,
     untie_modules,
 )
-from feedbackpath.errors import RuleError, UntieError
+from feedbackpath.errors import UntieError
 
 
 @dataclass
@@ -123,41 +122,8 @@ def _make_feedback(made: Assembly) -> None:
                 f"{weight.name!r} shares its weight with a layer under another rule ({known_rule.name}, "
                 f"{rule.name}); give both the same rule"
             )
-        setattr(weight.layer, weight.feedback_name, feedback)
+        weight.layer.register_parameter(weight.feedback_name, feedback)
     made.groups = list(groups.items())
-
-
-def refuse_changed_flags(groups: Sequence[tuple[Any, list[UntiedWeight]]]) -> None:
-    """Refuse a B whose ``requires_grad`` was switched, as ``model.requires_grad_(True)`` does to all.
-
-    A fixed B would turn into a Kolen-Pollack one in silence, or a frozen W's B would go on learning.
-
-    Raises:
-        RuleError: Names the first such weight, and how to set it back.
-    """
-    for rule, group in groups:
-        for weight in () if rule.is_tied else group:
-            expected = rule.learns and weight.weight.requires_grad
-            if weight.has_feedback and weight.feedback.requires_grad != expected:
-                raise RuleError(
-                    f"requires_grad of the feedback weight of {weight.name!r} was changed, so that "
-                    f"{rule.name} no longer holds: set it back by "
-                    f".{weight.feedback_name}.requires_grad_({expected})"
-                )
-
-
-def refuse_sharded(weights: Sequence[UntiedWeight]) -> None:
-    """Refuse weights that were sharded after they were untied: a process sees its own part of each alone.
-
-    Raises:
-        UntieError: Names the first such weight.
-    """
-    for weight in weights:
-        if hasattr(weight.weight, "full_tensor"):
-            raise UntieError(
-                f"the weight of {weight.name!r} is sharded over processes (FSDP, tensor parallelism), and "
-                "rules, mirrors and measures would see one part of it: use DistributedDataParallel"
-            )
 
 
 def _is_watched(module: FeedbackModule, is_model: bool) -> bool:
@@ -167,7 +133,7 @@ def _is_watched(module: FeedbackModule, is_model: bool) -> bool:
         return True
     if module.untied.weights and not module.untied.is_tied:
         return True
-    return has_own_forward(module) and any(not untied.is_tied for untied in below)
+    return not module.untied.is_quiet and any(not untied.is_tied for untied in below)
 
 
 def _is_one_product(module: FeedbackModule) -> bool:

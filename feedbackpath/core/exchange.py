@@ -22,24 +22,11 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
+from feedbackpath.core import operations as ops
 from feedbackpath.core import pytorch
-from feedbackpath.core.layers import UntiedWeight, is_matrix
+from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.one_operation import Known, exchange_saved, write_twice
-from feedbackpath.core.operations import (
-    ADDITIVE,
-    AT_RANDOM,
-    INPUT_FIRST,
-    NO_VALUES,
-    NO_WEIGHTS,
-    PRODUCTS,
-    SCALES,
-    SHAPED_ALIKE,
-    Call,
-    name_of,
-    replaced,
-    run,
-    tensors_in,
-)  # fmt: skip
+from feedbackpath.core.operations import Args, Call, Kwargs, is_matrix, name_of, replaced, run, tensors_in
 from feedbackpath.errors import UnconvertedLayerWarning
 
 
@@ -100,7 +87,7 @@ class Exchange(TorchFunctionMode):
             self._by_id[id(one.tensor)] = one
 
     def __torch_function__(
-        self, func: Call, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Call, types: Any, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
         """Run one operation of the forward pass."""
         if self.is_aside:
@@ -123,32 +110,36 @@ class Exchange(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         return self._run_with_care(func, args, kwargs or {})
 
-    def _run_with_care(self, func: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_with_care(self, func: Call, args: Args, kwargs: Kwargs) -> Any:
         tensors = tensors_in((args, kwargs))
+        if not self.is_traced:
+            self._note_strangers(tensors)
         looked_up = [self.look_up(tensor) for tensor in tensors]
         met = [one for one in looked_up if one is not None]
         name = name_of(func)
-        if name in PRODUCTS and not self.is_traced:
-            self._name_strangers(tensors, name)
+        strangers = [one.tensor for one in met if one.is_stranger]
+        if strangers and name in ops.PRODUCTS and len(strangers) < len(tensors):
+            self._name_strangers(strangers, name)
         if not any(one.origins for one in met):
             output = run(func, args, kwargs)
             if len(met) == len(tensors):
-                self._learn(output, None, (), is_signal="rand" in name or any(one.is_signal for one in met))
+                is_signal = "rand" in name or any(one.is_signal for one in met)
+                self._learn(output, None, is_signal=is_signal, is_stranger=bool(strangers))
             return output
         if func is F.multi_head_attention_forward:
             with self:
                 return pytorch.attention(*args, **kwargs)
-        if name in NO_WEIGHTS:
+        if name in ops.NO_WEIGHTS:
             return run(func, args, kwargs)
-        if name in SHAPED_ALIKE:
+        if name in ops.SHAPED_ALIKE:
             output = run(func, args, kwargs)
-            self._learn(output, None, (), is_signal="rand" in name)
+            self._learn(output, None, is_signal="rand" in name)
             return output
-        if name in INPUT_FIRST:
+        if name in ops.INPUT_FIRST:
             x = args[0] if args else kwargs.get("input")
             met = [one for one in met if one.tensor is not x]
         elif all(self._holds_no_activity(tensor) for tensor in tensors):
-            if name not in PRODUCTS:
+            if name not in ops.PRODUCTS:
                 return self._derive(func, name, args, kwargs, met)
             definite = [one for one in met if one.origins and not one.is_signal]
             if len(definite) == len([one for one in met if one.origins or one.is_signal]):
@@ -156,30 +147,28 @@ class Exchange(TorchFunctionMode):
             met = definite
         return self._meet(func, name, args, kwargs, met)
 
-    def _name_strangers(self, tensors: Sequence[Tensor], name: str) -> None:
-        """Warn of a weight that came into the model after it was untied: errors go back through it."""
-        strangers = [
-            t for t in tensors if type(t) is nn.Parameter and is_matrix(t) and self.look_up(t) is None
-        ]
-        for stranger in strangers:
-            self._note(Known(stranger, None))
-            named = self._model.__dict__["untied"].memo.setdefault("strangers", set())
-            if id(stranger) not in named:
-                named.add(id(stranger))
+    def _note_strangers(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            if type(tensor) is Parameter and is_matrix(tensor) and self.look_up(tensor) is None:
+                is_feedback = any(one.feedback is tensor for one in self.known)  # in a part that was compiled
+                self._note(Known(tensor, None, is_stranger=not is_feedback))
+
+    def _name_strangers(self, strangers: Sequence[Tensor], name: str) -> None:
+        """Warn of weights without feedback weights that meet activity: errors go back through them."""
+        named = self._model.__dict__["untied"].memo.setdefault("strangers", set())
+        for shape in {tuple(stranger.shape) for stranger in strangers}:
+            if (shape, name) not in named:
+                named.add((shape, name))
                 warnings.warn(
-                    f"a weight of shape {list(stranger.shape)} that has no feedback weight goes into "
-                    f"{name}: errors go back through it as in backprop; "
-                    "untie the model after its last layer is in place",
+                    f"a weight of shape {list(shape)} that has no feedback weight goes into "
+                    f"{name}: errors go back through it as in backprop; untie the model after its last layer "
+                    "is in place, and let a layer of its own share the weight of a table that is read back",
                     UnconvertedLayerWarning,
                     stacklevel=2,
                 )
 
     def _holds_no_activity(self, tensor: Tensor) -> bool:
-        if (
-            isinstance(tensor, nn.Parameter)
-            or not tensor.is_floating_point()
-            or self.look_up(tensor) is not None
-        ):
+        if isinstance(tensor, Parameter) or not tensor.is_floating_point() or self.look_up(tensor):
             return True
         if not self._has_buffers:
             self._has_buffers = True
@@ -188,34 +177,32 @@ class Exchange(TorchFunctionMode):
                     self._note(Known(buffer, None))
         return self.look_up(tensor) is not None
 
-    def _learn(
-        self, output: Any, beside: Any, origins: tuple[UntiedWeight, ...], *, is_signal: bool = False
-    ) -> None:
+    def _learn(self, output: Any, beside: Any, *origins: UntiedWeight, **told: bool) -> None:
         """Know what came of an operation without activity, and its partners."""
         partners = tensors_in(beside)
         for number, tensor in enumerate(tensors_in(output)):
             if tensor.is_floating_point() and self.look_up(tensor) is None:
-                partner = partners[number] if partners else None
-                self._note(Known(tensor, partner, origins, is_signal=is_signal))
+                self._note(Known(tensor, partners[number] if partners else None, origins, **told))
 
-    def _derive(
-        self, func: Call, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], met: Sequence[Known]
-    ) -> Any:
+    def _derive(self, func: Call, name: str, args: Args, kwargs: Kwargs, met: Sequence[Known]) -> Any:
         """Run an operation on weights alone, and the same one on their partners."""
-        if name in NO_VALUES:
+        if name in ops.NO_VALUES:
             return run(func, args, kwargs)
-        if name in PRODUCTS and len({one.origins for one in met if one.origins}) > 1:
+        if name in ops.PRODUCTS and len({one.origins for one in met if one.origins}) > 1:
             _warn_of_product(met, name)
         origins = tuple(dict.fromkeys([origin for one in met for origin in one.origins]))
         partners = [(one.tensor, one.feedback) for one in met if one.feedback is not None]
         is_looked_up = any(not tensor.is_floating_point() for tensor in tensors_in((args, kwargs)))
-        is_signal = is_looked_up or name in PRODUCTS or any(one.is_signal for one in met)
+        told = {
+            "is_signal": is_looked_up or name in ops.PRODUCTS or any(one.is_signal for one in met),
+            "is_stranger": any(one.is_stranger for one in met),
+        }
         writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or "out" in kwargs
         if not partners or (writes and met[0].is_whole):  # B is not written to because W is
             output = run(func, args, kwargs)
-            self._learn(output, None, origins, is_signal=is_signal)
+            self._learn(output, None, *origins, **told)
             return output
-        if name in AT_RANDOM:
+        if name in ops.AT_RANDOM:
             state = pytorch.random_state(met[0].tensor)
             output = run(func, args, kwargs)
             with pytorch.random_numbers_from(state, met[0].tensor):
@@ -223,19 +210,17 @@ class Exchange(TorchFunctionMode):
         else:
             output = run(func, args, kwargs)
             beside = run(func, *replaced((args, kwargs), partners))
-        self._learn(output, beside, origins, is_signal=is_signal)
+        self._learn(output, beside, *origins, **told)
         return output
 
-    def _meet(
-        self, func: Call, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], met: Sequence[Known]
-    ) -> Any:
+    def _meet(self, func: Call, name: str, args: Args, kwargs: Kwargs, met: Sequence[Known]) -> Any:
         """Run an operation in which weights meet activity."""
         pairs = [one for one in met if one.feedback is not None]
         if (
             not pairs
-            or name in ADDITIVE
+            or name in ops.ADDITIVE
             or not torch.is_grad_enabled()
-            or (name in SCALES and _is_scale(args, kwargs, pairs))
+            or (name in ops.SCALES and _is_scale(args, kwargs, pairs))
         ):
             output = run(func, args, kwargs)
         elif pytorch.is_traced():
@@ -287,7 +272,7 @@ def as_plain() -> Iterator[None]:
         RUNNING.is_off = before
 
 
-def watch(forward: Call, args: tuple[Any, ...], exchange: Exchange) -> Any:
+def watch(forward: Call, args: Args, exchange: Exchange) -> Any:
     """Run a forward pass under an exchange."""
     if not torch.compiler.is_compiling():
         return _watch_eagerly(forward, args, exchange)
@@ -300,7 +285,7 @@ def watch(forward: Call, args: tuple[Any, ...], exchange: Exchange) -> Any:
 
 
 @pytorch.uncompiled
-def _watch_eagerly(forward: Call, args: tuple[Any, ...], exchange: Exchange) -> Any:
+def _watch_eagerly(forward: Call, args: Args, exchange: Exchange) -> Any:
     RUNNING.exchange = exchange
     exchange.run_eagerly()
     try:
@@ -310,7 +295,7 @@ def _watch_eagerly(forward: Call, args: tuple[Any, ...], exchange: Exchange) -> 
         RUNNING.exchange = None
 
 
-def _is_scale(args: tuple[Any, ...], kwargs: dict[str, Any], pairs: Sequence[Known]) -> bool:
+def _is_scale(args: Args, kwargs: Kwargs, pairs: Sequence[Known]) -> bool:
     """Whether a product multiplies each activity by a number of its own, and fans none out."""
     tensors = tensors_in((args, kwargs))
     activities = [tensor.shape for tensor in tensors if not any(tensor is one.tensor for one in pairs)]
@@ -318,7 +303,7 @@ def _is_scale(args: tuple[Any, ...], kwargs: dict[str, Any], pairs: Sequence[Kno
     return bool(broadcast(*[tensor.shape for tensor in tensors]) == broadcast(*activities))
 
 
-def _show(one: Known, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, exchange: Exchange) -> None:
+def _show(one: Known, args: Args, kwargs: Kwargs, output: Any, exchange: Exchange) -> None:
     """Show the signals of an operation to whoever listens to its weight's layer."""
     for origin in one.origins:
         untied = origin.layer.__dict__["untied"]

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from feedbackpath.core.operations import is_matrix
 from feedbackpath.core.usage import is_only_added
 from feedbackpath.errors import RuleError, UntieError
 
@@ -119,14 +120,6 @@ def feedback_name_of(weight_name: str) -> str:
         ('feedback', 'weight_hh_l0_feedback')
     """
     return "feedback" if weight_name == "weight" else f"{weight_name}_feedback"
-
-
-def is_matrix(parameter: Tensor) -> bool:
-    """Whether at least two of a parameter's dimensions are larger than 1, and its values are real numbers.
-
-    A scale for each channel, ``[1, C, 1, 1]``, is none.
-    """
-    return sum(size > 1 for size in parameter.shape) > 1 and parameter.is_floating_point()
 
 
 def kind_of(layer: nn.Module) -> LayerKind:

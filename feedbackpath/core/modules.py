@@ -20,6 +20,7 @@ from feedbackpath.core.exchange import RUNNING, Exchange, watch
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.products import multiply
 from feedbackpath.core.sendback import LOCAL, SendBack, broadcast_error
+from feedbackpath.core.usage import is_plain
 
 Tap = Callable[[UntiedWeight, Tensor, Tensor, slice], None]
 
@@ -35,6 +36,7 @@ class Untied:
         context: What that rule may know.
         send_back: Who carries the error to its input.
         is_tied: Whether B is W itself.
+        is_quiet: Whether its code takes up no weight but inside the layer that owns it.
         is_watched: Whether its forward pass may let a weight meet activity, or has to lead a broadcast.
         is_one_product: Whether all that it does is torch's own product of an input and one weight.
         taps: Called with (weight, input, output, rows of W) when a weight of its meets activity; not copied.
@@ -48,6 +50,7 @@ class Untied:
     context: RuleContext | None = None
     send_back: SendBack = LOCAL
     is_tied: bool = False
+    is_quiet: bool = False
     is_watched: bool = False
     is_one_product: bool = False
     taps: tuple[Tap, ...] = ()
@@ -92,7 +95,8 @@ class FeedbackModule(nn.Module):
         """Run the module's own forward pass, and send errors back through feedback weights."""
         untied, running = self.untied, RUNNING
         forward = super().forward
-        if running.is_off or not (untied.is_watched or untied.taps) or not torch.is_grad_enabled():
+        is_watched = untied.is_watched or untied.taps or nn.Parameter in map(type, (*args, *kwargs.values()))
+        if running.is_off or not is_watched or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         is_traced = pytorch.is_traced()
         exchange = running.traced if is_traced and torch.compiler.is_compiling() else running.exchange
@@ -116,6 +120,12 @@ class FeedbackModule(nn.Module):
         exchange = Exchange(untied.below, self)
         output = watch(send_back.run, (self, forward, args, kwargs, exchange), exchange)
         return broadcast_error(output, exchange.deliveries)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a module that is given something new has to be watched from then on."""
+        if self.untied.is_quiet and name != "untied" and not is_plain(value):
+            self.untied.is_quiet, self.untied.is_watched = False, True
+        super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the plain class: this one is made when it is needed."""
@@ -163,8 +173,8 @@ def untied_type(plain: type[nn.Module], owns_weights: bool) -> type[FeedbackModu
     key = plain, owns_weights
     if key not in _UNTIED_TYPES:
         name = f"Feedback{plain.__name__}" if owns_weights else plain.__name__
-        body = {"plain_type": plain, "plain_forward": plain.forward}
-        body |= {"__module__": plain.__module__, "__doc__": plain.__doc__}
+        told = {"__module__": plain.__module__, "__doc__": plain.__doc__}
+        body = {"plain_type": plain, "plain_forward": plain.forward, **told}
         _UNTIED_TYPES[key] = cast(type[FeedbackModule], type(name, (FeedbackModule, plain), body))
     return _UNTIED_TYPES[key]
 

@@ -16,19 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from feedbackpath.core import operations as ops
 from feedbackpath.core import pytorch
 from feedbackpath.core.layers import UntiedWeight
-from feedbackpath.core.operations import (
-    CAST_BY_AUTOCAST,
-    LINEAR_IN_EACH,
-    PRODUCTS,
-    RECURRENT,
-    SAVES_WEIGHTS_AS_THEY_ARE,
-    Call,
-    replaced,
-    run,
-    tensors_in,
-)  # fmt: skip
+from feedbackpath.core.operations import Args, Call, Kwargs, replaced, run, tensors_in
 from feedbackpath.errors import UntieError
 
 Gradients = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -43,6 +34,7 @@ class Known(NamedTuple):
         origins: The weights that it was made of; none: a constant.
         is_whole: Whether it is W itself.
         is_signal: Whether it may stand for activity: random numbers, rows that were looked up.
+        is_stranger: Whether it is a matrix without feedback weights, or was made of one.
     """
 
     tensor: Tensor
@@ -50,11 +42,10 @@ class Known(NamedTuple):
     origins: tuple[UntiedWeight, ...] = ()
     is_whole: bool = False
     is_signal: bool = False
+    is_stranger: bool = False
 
 
-def exchange_saved(
-    func: Call, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], pairs: Sequence[Known]
-) -> Any:
+def exchange_saved(func: Call, name: str, args: Args, kwargs: Kwargs, pairs: Sequence[Known]) -> Any:
     """Run an operation whose backward pass uses B where autograd would use W.
 
     Args:
@@ -68,7 +59,7 @@ def exchange_saved(
         UntieError: The operation keeps a copy of W that cannot be told from activity.
     """
     handed = [_hand(one) for one in pairs]
-    if name in CAST_BY_AUTOCAST:
+    if name in ops.CAST_BY_AUTOCAST:
         handed = [_cast_in_the_open(w) for w in handed]
     given = [(one.tensor, w) for one, w in zip(pairs, handed, strict=True) if w is not one.tensor]
     if given:
@@ -77,10 +68,14 @@ def exchange_saved(
         w.data_ptr(): _laid_out_as(one.tensor, one.feedback) for one, w in zip(pairs, handed, strict=True)
     }
     saved: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(*saving(places, saved, keeps_outputs=name not in PRODUCTS)):
-        output = _run_without_cudnn(func, args, kwargs) if name in RECURRENT else run(func, args, kwargs)
+    with torch.autograd.graph.saved_tensors_hooks(
+        *saving(places, saved, keeps_outputs=name not in ops.PRODUCTS)
+    ):
+        output = _run_without_cudnn(func, args, kwargs) if name in ops.RECURRENT else run(func, args, kwargs)
     # One that is linear takes each weight once. Another may have saved W, and a copy of W as well.
-    is_clear = name in SAVES_WEIGHTS_AS_THEY_ARE or (name in LINEAR_IN_EACH and places.keys() <= set(saved))
+    is_clear = name in ops.SAVES_WEIGHTS_AS_THEY_ARE or (
+        name in ops.LINEAR_IN_EACH and places.keys() <= set(saved)
+    )
     if not is_clear and _hides_a_copy(args, kwargs, output, places, saved):
         return write_twice(func, name, args, kwargs, pairs)
     return output
@@ -137,9 +132,7 @@ def _refuse_changed(tensor: Tensor, version: int, is_feedback: bool) -> None:
     )
 
 
-def write_twice(
-    func: Call, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], pairs: Sequence[Known]
-) -> Tensor:
+def write_twice(func: Call, name: str, args: Args, kwargs: Kwargs, pairs: Sequence[Known]) -> Tensor:
     """Run an operation through W for its value, and through B for its gradients.
 
     ``value = op(x, W)`` and ``graph = op(x, B)``: the error at ``graph`` is that at the output, so x gets
@@ -148,7 +141,7 @@ def write_twice(
     Raises:
         UntieError: The operation is not linear in W and in its input.
     """
-    if name not in LINEAR_IN_EACH:
+    if name not in ops.LINEAR_IN_EACH:
         names = ", ".join([repr(origin.name) for one in pairs for origin in one.origins])
         raise UntieError(
             f"the weight of {names} goes into {name}, whose backward pass cannot be led through a feedback "
@@ -157,7 +150,7 @@ def write_twice(
         )
     with torch.no_grad():
         value = run(func, args, kwargs)
-    swapped = [(one.tensor, swap(one.tensor, one.feedback, _gradients_of(one))) for one in pairs]
+    swapped = [(one.tensor, swap(one.tensor, one.feedback, _gradients_of(one), False)) for one in pairs]
     graph = run(func, *replaced((args, kwargs), swapped))
     return _TakeValue.apply(graph, value)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -167,9 +160,7 @@ def _hand(one: Known) -> Tensor:
     gradients = _gradients_of(one)
     if one.feedback is None or not (one.feedback.requires_grad or gradients is not None):
         return one.tensor
-    if gradients is None:
-        return _Share.apply(one.tensor, one.feedback)  # type: ignore[no-any-return, no-untyped-call]
-    return _Split.apply(one.tensor, one.feedback, gradients)  # type: ignore[no-any-return, no-untyped-call]
+    return swap(one.tensor, one.feedback, gradients, True)
 
 
 def _gradients_of(one: Known) -> Gradients | None:
@@ -177,41 +168,17 @@ def _gradients_of(one: Known) -> Gradients | None:
     return one.origins[0].layer.__dict__["untied"].gradients_of(one.origins[0]) if one.origins else None
 
 
-class _Share(torch.autograd.Function):
-    """Hand W on as it is; its gradient goes to B as well."""
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, b: Tensor) -> Tensor:
-        return w.view_as(w)
-
-    @staticmethod
-    def backward(ctx: Any, *deltas: Tensor) -> Any:
-        (delta,) = deltas
-        return delta, pytorch.share(delta)
-
-
-class _Split(torch.autograd.Function):
-    """Hand W on as it is; a rule says what of its gradient goes to W and what to B."""
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, b: Tensor, gradients: Any) -> Tensor:
-        ctx.gradients = gradients
-        return w.view_as(w)
-
-    @staticmethod
-    def backward(ctx: Any, *deltas: Tensor) -> Any:
-        for_w, for_b = ctx.gradients(*deltas)
-        return for_w, for_b if ctx.needs_input_grad[1] else None, None
-
-
 class _Swap(torch.autograd.Function):
-    """Hand B on in W's place; the gradient goes to W, and to B where it learns."""
+    """Hand a tensor on in W's place: W itself, or B. The gradient goes to W, and to B where it learns.
+
+    ``gradients``: what a rule makes of it for W and for B; None: both get it as it is.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(w: Tensor, b: Tensor, gradients: Any) -> Tensor:
-        return b.view_as(b)
+    def forward(w: Tensor, b: Tensor, gradients: Gradients | None, hands_w: bool) -> Tensor:
+        return w.view_as(w) if hands_w else b.view_as(b)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -220,8 +187,11 @@ class _Swap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *deltas: Tensor) -> Any:
         (delta,) = deltas
-        for_w, for_b = (delta, delta.clone()) if ctx.gradients is None else ctx.gradients(delta)
-        return for_w, for_b if ctx.needs_input_grad[1] else None, None
+        if ctx.gradients is not None:
+            for_w, for_b = ctx.gradients(delta)
+        else:
+            for_w, for_b = delta, pytorch.share(delta) if ctx.needs_input_grad[1] else None
+        return for_w, for_b if ctx.needs_input_grad[1] else None, None, None
 
 
 swap: Callable[..., Tensor] = _Swap.apply
@@ -262,18 +232,14 @@ def _cast_in_the_open(w: Tensor) -> Tensor:
     return w.to(torch.get_autocast_dtype(device))
 
 
-def _run_without_cudnn(func: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run_without_cudnn(func: Call, args: Args, kwargs: Kwargs) -> Any:
     """Run a recurrent layer: cuDNN packs its weights into one buffer, whose parts cannot be exchanged."""
     with torch.backends.cudnn.flags(enabled=False):
         return run(func, args, kwargs)
 
 
 def _hides_a_copy(
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    output: Any,
-    weights: Mapping[int, Tensor],
-    saved: Sequence[int],
+    args: Args, kwargs: Kwargs, output: Any, weights: Mapping[int, Tensor], saved: Sequence[int]
 ) -> bool:
     """Whether an operation may have saved a copy of W: something that is none of its arguments or results."""
     arguments = tensors_in((args, kwargs))

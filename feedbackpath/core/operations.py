@@ -7,25 +7,28 @@ import torch
 from torch import Tensor
 
 Call = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
-def _names(text: str) -> frozenset[str]:
+def names_in(text: str) -> frozenset[str]:
+    """Return the words of a text."""
     return frozenset(text.split())
 
 
-_CONVOLUTIONS = _names("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
-_MATRIX = _names("matmul __matmul__ __rmatmul__ mm bmm addmm addbmm baddbmm einsum")
+_CONVOLUTIONS = names_in("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
+_MATRIX = names_in("matmul __matmul__ __rmatmul__ mm bmm addmm addbmm baddbmm einsum")
 # A sum over products of a weight and a signal, linear in each.
 PRODUCTS = (
     _CONVOLUTIONS
     | _MATRIX
-    | _names("linear bilinear mv addmv tensordot dot vdot inner outer ger kron chain_matmul multi_dot")
-    | _names("linalg_multi_dot linalg_vecdot vecdot")
+    | names_in("linear bilinear mv addmv tensordot dot vdot inner outer ger kron chain_matmul multi_dot")
+    | names_in("linalg_multi_dot linalg_vecdot vecdot")
 )
 # One product for each pair of values.
-SCALES = _names("mul mul_ multiply __mul__ __rmul__ __imul__ div div_ divide true_divide __truediv__")
+SCALES = names_in("mul mul_ multiply __mul__ __rmul__ __imul__ div div_ divide true_divide __truediv__")
 LINEAR_IN_EACH = PRODUCTS | SCALES
-RECURRENT = _names("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
+RECURRENT = names_in("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
 # Not linear in a weight, but they save it as it is, and no copy of it.
 SAVES_WEIGHTS_AS_THEY_ARE = RECURRENT | {"scaled_dot_product_attention"}
 # Their first argument is activity, even where it is a parameter: a learned query, say.
@@ -33,24 +36,32 @@ INPUT_FIRST = RECURRENT | _CONVOLUTIONS | {"linear"}
 # Autocast casts their weights, on every device.
 CAST_BY_AUTOCAST = RECURRENT | _CONVOLUTIONS | _MATRIX | {"linear"}
 # What they take of a weight is looked up, or scales each neuron by its own number.
-NO_WEIGHTS = _names("embedding embedding_bag layer_norm rms_norm group_norm batch_norm instance_norm")
+NO_WEIGHTS = names_in("embedding embedding_bag layer_norm rms_norm group_norm batch_norm instance_norm")
 # They take a tensor's shape, or draw at random: what comes out is made of no weight.
-SHAPED_ALIKE = _names(
+SHAPED_ALIKE = names_in(
     """zeros_like ones_like empty_like full_like rand_like randn_like randint_like
     new_zeros new_ones new_empty new_full new_tensor new_empty_strided"""
 )
-AT_RANDOM = _names(
+AT_RANDOM = names_in(
     """dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout
     bernoulli normal poisson"""
 )
 # They multiply nothing: no error passes through a weight there.
-ADDITIVE = _names(
+ADDITIVE = names_in(
     """add add_ sub sub_ subtract rsub __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__
     cat concat stack hstack vstack where maximum minimum
     __setitem__ index_put index_put_ copy_ scatter scatter_add"""
 )
 # What they return is no value of a weight.
-NO_VALUES = _names("grad _grad grad_fn register_hook requires_grad_ retain_grad backward")
+NO_VALUES = names_in("grad _grad grad_fn register_hook requires_grad_ retain_grad backward")
+
+
+def is_matrix(parameter: Tensor) -> bool:
+    """Whether at least two of a parameter's dimensions are larger than 1, and its values are real numbers.
+
+    A scale for each channel, ``[1, C, 1, 1]``, is none.
+    """
+    return sum(size > 1 for size in parameter.shape) > 1 and parameter.is_floating_point()
 
 
 def name_of(func: Call) -> str:
@@ -61,7 +72,7 @@ def name_of(func: Call) -> str:
     return name
 
 
-def run(func: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def run(func: Call, args: Args, kwargs: Mapping[str, Any]) -> Any:
     """Run an operation."""
     if func is torch.Tensor.unflatten and torch.compiler.is_compiling():
         return args[0].unflatten(*args[1:], **kwargs)  # Dynamo cannot follow its call of super()

@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from feedbackpath.core import pytorch
 from feedbackpath.core.layers import TransposedConvolution
 from feedbackpath.core.one_operation import swap
+from feedbackpath.core.operations import Args, Kwargs
 
 Gradients = tuple[Tensor | None, ...]
 
 
-def multiply(
-    layer: Any, w: Tensor, b: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
+def multiply(layer: Any, w: Tensor, b: Tensor, args: Args, kwargs: Kwargs) -> Tensor | None:
     """Return what a layer makes of its input; None where it has to go the long way.
 
     Args:
@@ -100,7 +99,7 @@ class _Convolution(torch.autograd.Function):
 def _saved(ctx: Any) -> tuple[Tensor, Tensor]:
     """Return x and B; where this backward pass is differentiated itself, that goes to W as well."""
     x, b = ctx.saved_tensors
-    return x, swap(ctx.w, b, None) if b is not None and torch.is_grad_enabled() else b
+    return x, swap(ctx.w, b, None, False) if b is not None and torch.is_grad_enabled() else b
 
 
 # What ``apply`` comes to where nothing is traced, without looking once more whether that is so.

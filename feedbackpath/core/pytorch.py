@@ -89,7 +89,7 @@ def share(gradient: Tensor) -> Tensor:
     Autograd would copy a tensor that goes to two parameters. So would whoever clips or unscales gradients in
     place; an update only reads them. Fallback: a copy.
     """
-    if _lazy_clone is None or type(gradient) is not Tensor or torch.is_grad_enabled():
+    if _lazy_clone is None or type(gradient) is not Tensor or torch.is_grad_enabled() or is_traced():
         return gradient.clone()
     try:
         return _lazy_clone(gradient)  # type: ignore[no-any-return]

@@ -2,9 +2,9 @@
 
 With delta the error at a layer's output, e that at the model's output, x a layer's input and y its output::
 
-    Local       dx = op'(delta, B)              in W's place: feedback alignment, Kolen-Pollack, the weight
-    mirror Broadcast   dx = e B                        straight from the model's output: direct feedback
-    alignment Target      dx = g(y) - g(y - delta)        y - delta is the layer's target: target propagation
+    Local       dx = op'(delta, B)          in W's place (feedback alignment, Kolen-Pollack, the mirror)
+    Broadcast   dx = e B                    straight from the model's output (direct feedback alignment)
+    Target      dx = g(y) - g(y - delta)    y - delta is the layer's target (target propagation)
 """
 
 from collections.abc import Callable
@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from feedbackpath.core import pytorch
 from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.core.operations import Args, Call, Kwargs
 from feedbackpath.errors import RuleError
 
 if TYPE_CHECKING:
     from feedbackpath.core.exchange import Exchange
-
-Forward = Callable[..., Any]
 
 
 class SendBack(Protocol):
@@ -38,14 +37,7 @@ class SendBack(Protocol):
     def feedback_shape(self, weight: UntiedWeight) -> torch.Size | None:
         """Return the shape of B; None: it shows when the model first runs."""
 
-    def run(
-        self,
-        layer: nn.Module,
-        forward: Forward,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        exchange: "Exchange",
-    ) -> Any:
+    def run(self, layer: nn.Module, forward: Call, args: Args, kwargs: Kwargs, exchange: "Exchange") -> Any:
         """Run a layer's own forward pass, with gradients that go back as this object says."""
 
     def serves(self, weights: list[UntiedWeight]) -> bool:
@@ -67,14 +59,7 @@ class Local:
         """Any layer."""
         return True
 
-    def run(
-        self,
-        layer: nn.Module,
-        forward: Forward,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        exchange: "Exchange",
-    ) -> Any:
+    def run(self, layer: nn.Module, forward: Call, args: Args, kwargs: Kwargs, exchange: "Exchange") -> Any:
         """Run the forward pass: the exchange sees to each operation in it."""
         return forward(*args, **kwargs)
 
@@ -91,14 +76,7 @@ class _OneInput:
         """Layers with one weight: a linear layer or a convolution."""
         return len(weights) == 1
 
-    def run(
-        self,
-        layer: nn.Module,
-        forward: Forward,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        exchange: "Exchange",
-    ) -> Any:
+    def run(self, layer: nn.Module, forward: Call, args: Args, kwargs: Kwargs, exchange: "Exchange") -> Any:
         """Run the layer on an input that sends nothing back by itself."""
         x = args[0] if args else kwargs.get("input")
         if not isinstance(x, Tensor) or not x.requires_grad:

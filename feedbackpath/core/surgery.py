@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from feedbackpath.core.batchnorm import SigmaBatchNorm, sigma_type
-from feedbackpath.core.layers import UntiedWeight, kind_of, list_weights
+from feedbackpath.core.layers import kind_of, list_weights
 from feedbackpath.core.modules import FeedbackModule, Untied, untied_type
+from feedbackpath.core.usage import quiet_modules
 from feedbackpath.errors import UntieError
 
 
@@ -62,20 +63,20 @@ def untie_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator
         layers: Paths to the layers that get feedback weights.
     """
     weights = {id(layer): list_weights(name, layer) for name, layer in layers.items()}
+    quiet = quiet_modules(model)
     for module in list(model.modules()):
         below = [weight for part in module.modules() for weight in weights.get(id(part), ())]
         own = weights.get(id(module), [])
-        if own or (below and not is_patched(module) and (module is model or has_own_forward(module))):
-            yield _untie_module(module, own, below)
+        if own or (below and not is_patched(module) and (module is model or id(module) not in quiet)):
+            yield _untie_module(module, Untied(own, below, is_quiet=id(module) in quiet))
 
 
-def _untie_module(module: nn.Module, own: list[UntiedWeight], below: list[UntiedWeight]) -> FeedbackModule:
-    kind = untied_type(type(module), bool(own))
-    module.__class__ = kind
+def _untie_module(module: nn.Module, untied: Untied) -> FeedbackModule:
+    module.__class__ = untied_type(type(module), bool(untied.weights))
     assert isinstance(module, FeedbackModule)
-    module.untied = Untied(own, below)
+    module.untied = untied
     try:
-        for weight in own:
+        for weight in untied.weights:
             module.register_parameter(weight.feedback_name, None)
     except BaseException:
         retie_module(module)
@@ -90,12 +91,6 @@ def retie_module(module: FeedbackModule) -> None:
             delattr(module, weight.feedback_name)
     del module.untied
     module.__class__ = module.plain_type  # type: ignore[assignment]
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether a module's forward pass is not torch's own: it may read the weights of modules below it."""
-    plain = module.plain_type if isinstance(module, FeedbackModule) else type(module)
-    return not plain.forward.__module__.startswith("torch.nn.")
 
 
 def send_back_sigma(model: nn.Module) -> list[SigmaBatchNorm]:
@@ -148,14 +143,15 @@ def _find_faults(model: nn.Module) -> Iterator[str]:
 
 
 def _find_faults_of(where: str, module: nn.Module) -> Iterator[str]:
-    parameters = list(module.parameters(recurse=False))
-    names = {name for name, _ in module.named_parameters(recurse=False)}
+    named = dict(module.named_parameters(recurse=False))
+    parameters = named.values()
+    is_computed = any(name.endswith(("weight_g", "weight_v", "weight_orig")) for name in named)
     if isinstance(module, FeedbackModule):
         if module.untied.weights:
             yield f"{where} is untied already: call path.retie() first"
     elif any(nn.parameter.is_lazy(parameter) for parameter in parameters):
         yield f"{where} is lazy and has no weights yet: run one forward pass first"
-    elif _has_parametrized_weight(module, names):
+    elif is_computed or torch.nn.utils.parametrize.is_parametrized(module):
         yield (
             f"{where} computes its weight from other parameters (weight_norm, spectral_norm, parametrize): "
             "remove the parametrization first"
@@ -170,9 +166,3 @@ def _find_faults_of(where: str, module: nn.Module) -> Iterator[str]:
         for weight in kind_of(module).weights(module).values():
             if hasattr(module, weight):
                 yield f"{where} has an attribute named {weight!r} already: rename it first"
-
-
-def _has_parametrized_weight(module: nn.Module, names: set[str]) -> bool:
-    if torch.nn.utils.parametrize.is_parametrized(module):
-        return True
-    return any(name.endswith(("weight_g", "weight_v", "weight_orig")) for name in names)

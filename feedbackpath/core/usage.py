@@ -1,39 +1,44 @@
-"""How a module's own code uses a parameter: whether it only ever adds it, so that no error passes through it.
+"""What a module's own code does with parameters, read off that code without running it.
 
-A position embedding is a matrix that is added to a signal. It needs no feedback weight, and that can be read
-off the module's code. Where the code cannot be read, or says anything else, a parameter counts as one that
-multiplies.
+Two questions are asked. A position embedding is a matrix that is added to a signal: no error passes through
+it, and it needs no feedback weight (``is_only_added``). A network that only calls its layers never holds one
+of their weights in its hands, so that nobody has to watch each of its operations (``quiet_modules``). Where
+code cannot be read, or says anything else, the answer is no.
 """
 
 import ast
 import inspect
+import math
 import textwrap
+import types
+from collections.abc import Iterator
+from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from feedbackpath.core.operations import is_matrix, names_in
 
 # They show a parameter in another shape, or a part of it.
-_SHOWN = frozenset(
-    [
-        "expand",
-        "repeat",
-        "unsqueeze",
-        "squeeze",
-        "view",
-        "reshape",
-        "to",
-        "type_as",
-        "flatten",
-        "permute",
-        "transpose",
-        "contiguous",
-        "float",
-        "half",
-        "double",
-        "bfloat16",
-        "interpolate",
-    ]
+_SHOWN = names_in(
+    """expand repeat unsqueeze squeeze view reshape to type_as flatten permute transpose contiguous
+    float half double bfloat16 interpolate"""
 )
-_JOINED = frozenset(["cat", "concat", "stack", "embedding"])
+_JOINED = names_in("cat concat stack embedding")
+# Where operations come from. None of them takes a weight out of a module.
+_OPERATIONS = (torch, nn, F, torch.linalg, torch.fft, torch.special, torch.utils.checkpoint, math)
+_BUILTINS = names_in(
+    """len range zip enumerate reversed sum min max abs round pow int float bool str tuple list isinstance
+    print ValueError RuntimeError TypeError AssertionError NotImplementedError"""
+)
+_PLAIN = (bool, int, float, str, torch.Size, torch.dtype, torch.device, types.NoneType)
+# What may be read of a value that is not known: if it is a module or a container, no weight has such a name.
+_OF_TENSORS = frozenset(name for name in dir(Tensor) if not name.startswith("_")) | {"append"}
+_NOT_IN_A_PASS = names_in("__init__ __repr__ __annotate__ __annotate_func__ __getstate__ __setstate__")
+_UNKNOWN, _REFUSED = object(), object()
+_Parents = dict[ast.AST, ast.AST]
 
 
 def is_only_added(module: nn.Module, name: str) -> bool:
@@ -46,32 +51,191 @@ def is_only_added(module: nn.Module, name: str) -> bool:
         >>> is_only_added(Positions(), "positions")  # doctest: +SKIP
         True
     """
-    parents: dict[ast.AST, ast.AST] = {}
     uses = []
-    for method in _code_of(type(module)):
+    for method in _methods_of(type(module)):
         own = method.args.args[0].arg if method.args.args else "self"
-        for node in ast.walk(method):
-            parents |= dict.fromkeys(ast.iter_child_nodes(node), node)
-            if _reads(node, own, name):
-                uses.append(node)
-    return bool(uses) and all(_is_added(use, parents) for use in uses)
+        parents = _parents_in(method)
+        uses += [_is_added(node, parents, own) for node in parents if _reads(node, own, name)]
+    return bool(uses) and all(uses)
 
 
-def _code_of(kind: type) -> tuple[ast.FunctionDef, ...]:
-    """Return the methods of a class, of which the constructor says nothing of how signals pass."""
-    methods = []
-    for base in kind.__mro__:
-        if base is nn.Module or base.__module__.startswith("torch."):
-            break
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError, IndentationError):
-            return ()
-        found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-        methods += [
-            node for node in found if not node.name.startswith(("__init__", "reset", "init", "_init"))
-        ]
-    return tuple(methods)
+def quiet_modules(model: nn.Module) -> set[int]:
+    """Return the ids of the modules whose forward pass takes up no weight but inside the layer that owns it.
+
+    Such code calls modules, torch's operations, methods of tensors, and functions of which the same is true.
+    """
+    known = {id(module) for module in model.modules()}
+    own = {id(module): _Reading(module, known).is_quiet() for module in model.modules()}
+    return {id(module) for module in model.modules() if all(own[id(part)] for part in module.modules())}
+
+
+class _Reading:
+    """Reads the forward pass of a module, and whatever it calls."""
+
+    def __init__(self, module: nn.Module, known: set[int]) -> None:
+        self._module, self._known = module, known
+        self._called: list[tuple[types.FunctionType, nn.Module | None]] = []  # grows while it is read
+
+    def is_quiet(self) -> bool:
+        """Whether no weight is taken up in it."""
+        module = self._module
+        held = [*vars(module).items(), *module.named_parameters(recurse=False)]
+        for kind in _own_bases(type(module)):
+            held += vars(kind).items()
+        if isinstance(module, (nn.ParameterList, nn.ParameterDict)) or "forward" in vars(module):
+            return False
+        if any(_may_hide_a_weight(name, value) for name, value in held):
+            return False
+        self._called = [(type(module).forward, module)]  # type: ignore[list-item]
+        return all(self._calls_quietly(function, owner) for function, owner in self._called)
+
+    def _calls_quietly(self, function: types.FunctionType, owner: nn.Module | None) -> bool:
+        if function.__module__.startswith("torch."):
+            return function.__name__ in ("forward", "_forward_unimplemented")
+        if not isinstance(function, types.FunctionType):
+            return False
+        tree = _tree_of(function)
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        is_bare = not (function.__code__.co_freevars or hasattr(function, "__wrapped__"))
+        if (
+            not isinstance(tree, ast.FunctionDef)
+            or not is_bare
+            or not all(is_plain(default) for default in defaults)
+        ):
+            return False
+        scope = _Scope(tree, function.__globals__, owner)
+        return all(self._allows(node, scope) for node in scope.parents)
+
+    def _allows(self, node: ast.AST, scope: "_Scope") -> bool:
+        """Whether an expression holds no weight, as far as it alone shows."""
+        if isinstance(node, (ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal, ast.ClassDef)):
+            return False
+        if not isinstance(node, (ast.Attribute, ast.Name)):
+            return True
+        if not isinstance(node.ctx, ast.Load):
+            return isinstance(node, ast.Name) and node.id != scope.own
+        value = scope.value_of(node)
+        if isinstance(value, nn.Module):
+            return id(value) in self._known
+        if isinstance(value, Tensor):
+            return not is_matrix(value) or scope.is_added_to_activity(node)
+        if value is _UNKNOWN or is_plain(value) or _is_operation(value):
+            return True
+        function = getattr(value, "__func__", value)
+        if not isinstance(function, types.FunctionType):
+            return False
+        if (function, getattr(value, "__self__", None)) not in self._called:
+            self._called.append((function, getattr(value, "__self__", None)))
+        return True
+
+
+class _Scope:
+    """What names stand for in the code of one function.
+
+    Args:
+        tree: Its code.
+        outside: The names of the file that it stands in.
+        owner: The module whose method it is.
+    """
+
+    def __init__(self, tree: ast.FunctionDef, outside: dict[str, Any], owner: nn.Module | None) -> None:
+        self.parents = _parents_in(tree)
+        self.owner, self._outside = owner, outside
+        self.own = tree.args.args[0].arg if owner is not None and tree.args.args else None
+        self._local = {node.arg for node in self.parents if isinstance(node, ast.arg)}
+        self._local |= {
+            n.id for n in self.parents if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        }
+        self._local |= {node.name for node in self.parents if isinstance(node, ast.FunctionDef)}
+
+    def value_of(self, node: ast.AST) -> Any:
+        """Return what an expression stands for.
+
+        ``_UNKNOWN``: a value that is made as the code runs; ``_REFUSED``: nothing that is looked into.
+        """
+        if isinstance(node, ast.Name):
+            if node.id == self.own:
+                return self.owner
+            is_harmless = node.id in self._local or node.id in _BUILTINS
+            return self._outside.get(node.id, _UNKNOWN if is_harmless else _REFUSED)
+        if not isinstance(node, ast.Attribute):
+            return _UNKNOWN
+        holder = self.value_of(node.value)
+        if isinstance(holder, nn.Module):
+            return _held_by(holder, node.attr)
+        if isinstance(holder, types.ModuleType):
+            return getattr(holder, node.attr, _REFUSED) if holder in _OPERATIONS else _REFUSED
+        is_value = holder is _UNKNOWN or isinstance(holder, Tensor) or is_plain(holder)
+        return _UNKNOWN if is_value and node.attr in _OF_TENSORS else _REFUSED
+
+    def is_added_to_activity(self, node: ast.AST) -> bool:
+        """Whether an expression is added to what a module has just computed."""
+        parent = self.parents[node]
+        if not (isinstance(parent, ast.BinOp) and isinstance(parent.op, ast.Add)):
+            return False
+        other = parent.left if parent.right is node else parent.right
+        return isinstance(other, ast.Call) and isinstance(self.value_of(other.func), nn.Module)
+
+
+def _held_by(module: nn.Module, name: str) -> Any:
+    parameters, buffers = module.named_parameters(recurse=False), module.named_buffers(recurse=False)
+    held = vars(module) | dict(parameters) | dict(buffers) | dict(module.named_children())
+    if name in held:
+        return held[name]
+    found = inspect.getattr_static(type(module), name, _REFUSED)
+    return types.MethodType(found, module) if isinstance(found, types.FunctionType) else found
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number, a name, a size and so on: nothing that holds a weight or runs."""
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(is_plain, value)))
+
+
+def _is_operation(value: Any) -> bool:
+    """Whether something is torch's own operation, or one of the modules that operations are taken from."""
+    if isinstance(value, types.ModuleType):
+        return value in _OPERATIONS
+    return any(getattr(source, getattr(value, "__name__", ""), None) is value for source in _OPERATIONS)
+
+
+def _may_hide_a_weight(name: str, value: Any) -> bool:
+    """Whether code could get at an attribute of a module without naming it as a module's."""
+    is_implicit = name.startswith("__") and callable(value) and name not in _NOT_IN_A_PASS
+    return is_implicit or (name in _OF_TENSORS and not is_plain(value))
+
+
+def _tree_of(code: Any) -> ast.stmt | None:
+    """Return the code of a function or class, without its annotations; None: it cannot be read."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(code))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return None
+    for node in ast.walk(tree):
+        vars(node).update(dict.fromkeys({"annotation", "returns"} & vars(node).keys()))
+    return tree
+
+
+def _own_bases(kind: type) -> list[type]:
+    """Return a class and its bases that are not torch's."""
+    return [base for base in kind.__mro__ if base is not object and not base.__module__.startswith("torch.")]
+
+
+def _methods_of(kind: type) -> Iterator[ast.FunctionDef]:
+    """Yield the methods of a class; none where the code of one of its bases cannot be read.
+
+    Constructors say nothing of how signals pass.
+    """
+    trees = [tree for base in _own_bases(kind) if (tree := _tree_of(base)) is not None]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    for node in nodes if len(trees) == len(_own_bases(kind)) else ():
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith(
+            ("__init__", "reset", "init", "_init")
+        ):
+            yield node
+
+
+def _parents_in(tree: ast.AST) -> _Parents:
+    return {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
 
 
 def _reads(node: ast.AST, own: str, name: str) -> bool:
@@ -81,23 +245,25 @@ def _reads(node: ast.AST, own: str, name: str) -> bool:
     return isinstance(node.value, ast.Name) and node.value.id == own
 
 
-def _is_added(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+def _is_added(node: ast.AST, parents: _Parents, own: str) -> bool:
     """Follow a value outwards to the operation that takes it up."""
     parent = parents.get(node)
-    if isinstance(parent, ast.BinOp):
-        return isinstance(parent.op, (ast.Add, ast.Sub))
+    if isinstance(parent, ast.BinOp):  # with what is made of the module's own parameters it stays a weight
+        other = parent.left if parent.right is node else parent.right
+        names = {name.id for name in ast.walk(other) if isinstance(name, ast.Name)}
+        return isinstance(parent.op, (ast.Add, ast.Sub)) and names != {own}
     if isinstance(parent, ast.AugAssign):
         return isinstance(parent.op, (ast.Add, ast.Sub))
     if isinstance(parent, ast.Subscript):
-        return parent.value is node and _is_added(parent, parents)
+        return parent.value is node and _is_added(parent, parents, own)
     if isinstance(parent, ast.Attribute):
         call = parents.get(parent)
         if parent.attr in ("shape", "dtype", "device", "size", "dim", "ndim"):
             return True
         is_shown = parent.attr in _SHOWN and isinstance(call, ast.Call) and call.func is parent
-        return is_shown and call is not None and _is_added(call, parents)
+        return is_shown and call is not None and _is_added(call, parents, own)
     if isinstance(parent, (ast.List, ast.Tuple)):
-        return _is_added(parent, parents)
+        return _is_added(parent, parents, own)
     if isinstance(parent, ast.Call) and node is not parent.func:
         function = parent.func
         called = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from feedbackpath.core.layers import UntiedWeight
-from feedbackpath.core.passage import forward_passage
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.codes import estimate_with_codes
 from feedbackpath.mirror.context import MirrorContext
@@ -17,6 +16,7 @@ from feedbackpath.mirror.designs import Design
 from feedbackpath.mirror.devices import average_over_devices, count_devices, own_rank
 from feedbackpath.mirror.noise import estimate_with_noise
 from feedbackpath.mirror.pairs import Pairs, can_pair
+from feedbackpath.mirror.passage import forward_passage
 from feedbackpath.mirror.rates import RATES
 from feedbackpath.mirror.settings import Mirror
 

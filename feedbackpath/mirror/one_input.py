@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.modules import tapped
-from feedbackpath.core.passage import forward_passage
 from feedbackpath.core.pytorch import seed_devices
 from feedbackpath.errors import RuleError
 from feedbackpath.mirror import fields
@@ -27,6 +26,7 @@ from feedbackpath.mirror.activations import Activation
 from feedbackpath.mirror.context import MirrorContext
 from feedbackpath.mirror.covariance import Estimate
 from feedbackpath.mirror.moments import Moments, measure
+from feedbackpath.mirror.passage import forward_passage
 from feedbackpath.mirror.readings import learn
 from feedbackpath.mirror.settings import Mirror, refuse_no_count
 
