@@ -81,12 +81,13 @@ def evaluate(
     found = job(folder, which, device=device, devices=1, num_nodes=1, **changes)
     console = Console()
     console.print(
-        f"{found['rule']} seed {found['seed']}, {found['epoch']} epochs, {which} checkpoint of {folder}"
+        f"{found.run.rule} seed {found.run.seed}, {len(found.run.history)} epochs, {which} checkpoint of {folder}"
     )
-    console.print(f"validation error {found['validation_error']:.2f}%, test error {found['test_error']:.2f}%")
-    for layer, angle in found["matrix_angle_deg"].items():
+    name, unit = found.metric.name, found.metric.unit
+    console.print(f"validation {name} {found.validation:.2f}{unit}, test {name} {found.test:.2f}{unit}")
+    for layer, angle in found.matrix_angle_deg.items():
         console.print(
-            f"  {layer}: matrix angle {angle:.2f}°, gain {found['gain'][layer]:.3f}", highlight=False
+            f"  {layer}: matrix angle {angle:.2f}°, gain {found.gain[layer]:.3f}", highlight=False
         )
     return DONE
 
@@ -120,7 +121,7 @@ def _run(settings: CompareConfig | RunConfig, out: Path, *, resume: bool) -> int
         return stop.exit_code
     console.print(rich_table(results))
     console.print(f"results, figures and report.html are in {out}")
-    return DIVERGED if any(run["status"] == "diverged" for run in results["runs"]) else DONE
+    return DIVERGED if any(run.status == "diverged" for run in results.runs) else DONE
 
 
 def _is_main_process() -> bool:

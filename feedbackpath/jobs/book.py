@@ -1,7 +1,11 @@
-"""The book of a job: what its folder holds, in memory and on disk."""
+"""The book of a job: what its folder holds, in memory and on disk.
 
-import json
+What a run goes on from is its newest checkpoint, and everything else is made from that: its entry, the network's
+file, the best checkpoint, the table, the figures. So whatever a kill has left behind, a resume makes it right.
+"""
+
 import platform
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -9,19 +13,29 @@ from typing import Any
 import torch
 
 from feedbackpath.errors import ConfigError
-from feedbackpath.report import SCHEMA, read_results, summarise, write_report
-from feedbackpath.report.table import describe_divergence
+from feedbackpath.report import summarise, write_report
 from feedbackpath.report.tensorboard import TensorBoardLog
-from feedbackpath.train.checkpoint import Checkpoints, write_json, write_json_lines, write_model, write_text
+from feedbackpath.tasks import Task
 from feedbackpath.train.config import CompareConfig, RunConfig, TrainConfig
 from feedbackpath.train.loop import Diverged, Measured, State
+from feedbackpath.train.results import (
+    Best,
+    DataFacts,
+    Divergence,
+    Metric,
+    Results,
+    Run,
+    entry_to_json,
+    read_results,
+)
+from feedbackpath.train.store import Checkpoints, write_json, write_json_lines, write_model, write_text
 
 FREE_TO_CHANGE = {  # on --resume; all else decides the numbers
     "rules", "seeds", "num_threads", "num_workers", "device", "devices", "num_nodes",
     "checkpoint_steps", "keep_checkpoints", "data_dir",
 }  # fmt: skip
 FREE_TO_MOVE = {"source"}  # among the data's facts: a checksum says whether it is the same data
-ENDED = ("finished", "diverged")
+PAGE_SHARE = 20  # while a job runs, its page takes at most one part in so many of the time
 
 
 class ResultsBook:
@@ -30,9 +44,10 @@ class ResultsBook:
     Args:
         out: The job's folder.
         config: The settings.
-        facts: What the data says of itself.
+        task: What is learned; its data says whether it is the same.
         command: The command line.
         resume: Whether to go on with what the folder holds.
+        keeps_models: Whether the folder is to hold trained networks, not results alone.
 
     Raises:
         ConfigError: The folder holds results already, of another job or without ``resume``.
@@ -42,114 +57,111 @@ class ResultsBook:
         self,
         out: Path,
         config: CompareConfig | RunConfig,
-        facts: dict[str, Any],
+        task: Task,
         command: str,
         *,
         resume: bool,
     ) -> None:
-        self.out, self.is_writer = out, False
+        self.out, self.is_writer, self.keeps_models = out, False, isinstance(config, RunConfig)
         self.tensorboard: TensorBoardLog | None = None
+        self._page_is_due = 0.0
         old = read_results(out) if (out / "results.json").exists() else None
+        if old is not None and not resume:
+            raise ConfigError(
+                f"{out} holds results already: go on with them by --resume, or choose another --out"
+            )
+        facts = DataFacts(**{"name": config.data, **task.facts})
         if old is not None:
-            if not resume:
-                raise ConfigError(
-                    f"{out} holds results already: go on with them by --resume, or choose another --out"
-                )
             _refuse_other_settings(out, config, old, facts)
-        wanted = [(rule, s) for s in range(config.seed, config.seed + config.seeds) for rule in config.rules]
-        runs = {(run["rule"], run["seed"]): run for run in (old or {}).get("runs", [])}
-        for rule, seed in wanted:
-            runs.setdefault((rule, seed), _new_run(rule, seed))
+        seeds = range(config.seed, config.seed + config.seeds)
+        runs = {(run.rule, run.seed): run for run in (old.runs if old else [])}
+        for rule, seed in [(rule, seed) for seed in seeds for rule in config.rules]:
+            runs.setdefault((rule, seed), Run(rule=rule, seed=seed))
         if isinstance(config, CompareConfig):  # rules that an earlier call has run stay part of the job
             config = config.model_copy(update={"rules": tuple(dict.fromkeys(rule for rule, _ in runs))})
         self.config = config
-        self.results: dict[str, Any] = {
-            "schema": SCHEMA,
-            "command": command,
-            "versions": describe_versions(),
-            "device": describe_device(config),
-            "data": {"name": config.data, **facts},
-            "model": config.model,
-            "config": config.model_dump(mode="json"),
-            "runs": list(runs.values()),
-            "summary": {},
-        }
-
-    @property
-    def keeps_models(self) -> bool:
-        """Whether the folder is to hold trained networks, not results alone."""
-        return isinstance(self.config, RunConfig)
+        self.results = Results(
+            command=command,
+            versions=describe_versions(),
+            device=describe_device(config),
+            data=facts,
+            model=config.model,
+            metric=Metric(name=task.metric, unit=task.unit, lower_is_better=task.lower_is_better),
+            config=config.model_dump(mode="json"),
+            runs=list(runs.values()),
+        )
 
     def open(self, *, is_writer: bool) -> None:
         """Begin to write, in the one process that does."""
         self.is_writer = is_writer
         if is_writer:
             write_text(self.out / "config.yaml", self.config.to_yaml())
+            for run in self.results.runs:
+                if run.status == "finished" and not self.keeps_models:
+                    self.checkpoints_of(run).remove()  # a kill may have come before that
             if self.keeps_models:
                 self.tensorboard = TensorBoardLog(self.out / "tensorboard")
         self.save()
 
-    def run_of(self, rule: str, seed: int) -> dict[str, Any]:
-        """Return the entry of a run."""
-        return next(run for run in self.results["runs"] if (run["rule"], run["seed"]) == (rule, seed))
-
-    def checkpoints_of(self, run: dict[str, Any]) -> Checkpoints:
+    def checkpoints_of(self, run: Run) -> Checkpoints:
         """Return where a run keeps what it needs to go on."""
-        folder = self.out / "checkpoints" / f"{run['rule']}-seed{run['seed']}"
-        return Checkpoints(folder, keep=self.config.keep_checkpoints)
+        return checkpoints_of(self.out, self.config, run.rule, run.seed, self.results.data)
 
-    def take_up(self, run: dict[str, Any]) -> tuple[State | None, list[str]]:
-        """Return the state that a run left, or None, with notes on damaged ones; set its history to it."""
+    def take_up(self, run: Run) -> tuple[State | None, list[str]]:
+        """Return the state that a run left, or None, with notes on damaged ones; set everything to it.
+
+        Raises:
+            ConfigError: The checkpoint is of other settings, or of another rule, seed or data.
+        """
         kept, damaged = self.checkpoints_of(run).load_newest()
-        run |= _new_run(run["rule"], run["seed"]) if kept is None else kept["run"]
-        run["status"] = "running"
+        found = Run(rule=run.rule, seed=run.seed) if kept is None else Run.model_validate(kept["run"])
+        _become(run, found)
+        run.status = "running"
+        if kept is not None and self.is_writer:
+            self._write_networks(run, kept["state"])
+        self._write_page()
         onward = "going on from the one before" if kept else "beginning this run anew"
         notes = [f"checkpoint {path} is damaged: {onward}" for path in damaged]
         return None if kept is None else kept["state"], notes
 
-    def record(self, run: dict[str, Any], measured: Measured) -> None:
+    def record(self, run: Run, measured: Measured) -> None:
         """Enter a measurement and keep the state, so that the run can go on from here."""
-        run["seconds"] += measured.record["seconds"]
-        if measured.epoch == 0:
-            run["start"] = measured.record
+        entry = measured.entry
+        run.seconds += entry.seconds
+        if entry.epoch == 0:
+            run.start = entry
         else:
-            run["history"].append(measured.record)
-            run["test_error"] = measured.record["test_error"]
-        is_best = _enter_if_best(run, measured.record)
+            run.history.append(entry)
+            run.test = entry.test
+        _enter_if_best(run, self.results.metric)
         self.save_state(run, measured.state)
-        if self.is_writer and is_best:
-            self.checkpoints_of(run).save_best({"run": run, "state": measured.state})
-        if self.is_writer and self.keeps_models:
-            write_model(self.out / "model.safetensors", measured.state["model"])
-            write_report(self.results, self.out, figures=False)
+        if self.is_writer:
+            self._write_networks(run, measured.state)
+            self._write_page()
         if self.tensorboard is not None:
-            self.tensorboard.add(run, measured.record)
+            self.tensorboard.add(run, entry, self.results.metric)
 
-    def save_state(self, run: dict[str, Any], state: State) -> None:
+    def save_state(self, run: Run, state: State) -> None:
         """Keep a state to go on from."""
         if self.is_writer:
-            position = (state["epoch"], state["consumed"])
-            self.checkpoints_of(run).save({"run": run, "state": state}, position)
+            content = {"run": run.model_dump(mode="json"), "state": state}
+            self.checkpoints_of(run).save(content, (state["epoch"], state["consumed"]))
         self.save()
 
-    def record_divergence(self, run: dict[str, Any], event: Diverged) -> str:
-        """Enter where a run diverged, and return that as a line for people."""
-        run["diverged_epoch"] = event.epoch
-        run["divergence"] = {
-            "step": event.step,
-            "learning_rate": event.learning_rate,
-            "origin": event.origin,
-        }
-        return f"{run['rule']} seed {run['seed']} {describe_divergence(run)}"
+    def record_divergence(self, run: Run, event: Diverged) -> None:
+        """Enter where a run diverged."""
+        run.diverged_epoch = event.epoch
+        run.divergence = Divergence(
+            step=event.step, learning_rate=event.learning_rate, origin=event.origin
+        )
 
-    def end(self, run: dict[str, Any], status: str) -> None:
+    def end(self, run: Run, status: Any) -> None:
         """Enter how a run ended; one that finished needs no checkpoint any more, if only results count."""
-        run["status"] = status
+        run.status = status
+        self.save()
         if self.is_writer and status == "finished" and not self.keeps_models:
             self.checkpoints_of(run).remove()
-        self.save()
-        if self.is_writer:
-            write_report(self.results, self.out, figures=False)
+        self._write_page(now=True)
 
     def close(self) -> None:
         """Write everything, figures too."""
@@ -161,54 +173,78 @@ class ResultsBook:
 
     def save(self) -> None:
         """Write ``results.json`` and ``history.jsonl``."""
-        self.results["summary"] = summarise(self.results["runs"])
+        self.results.summary = summarise(self.results.runs)
         if not self.is_writer:
             return
-        write_json(self.out / "results.json", self.results)
+        write_json(self.out / "results.json", self.results.to_json())
         lines = [
-            {"rule": run["rule"], "seed": run["seed"], **entry}
-            for run in self.results["runs"]
-            for entry in run["history"]
+            {"rule": run.rule, "seed": run.seed, **entry_to_json(entry, self.results.metric)}
+            for run in self.results.runs
+            for entry in run.history
         ]
         write_json_lines(self.out / "history.jsonl", lines)
 
+    def _write_networks(self, run: Run, state: State) -> None:
+        """Write the network as of a state, and keep the state as the best one if its epoch is the best."""
+        is_epochs_end = state["consumed"] == 0
+        if run.best is not None and is_epochs_end and run.best.epoch == state["epoch"] - 1:
+            self.checkpoints_of(run).save_best({"run": run.model_dump(mode="json"), "state": state})
+        if self.keeps_models:
+            write_model(self.out / "model.safetensors", state["model"])
 
-def _enter_if_best(run: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Note the epoch of the lowest validation error; whether this one is it."""
-    error, best = record.get("validation_error"), run.get("best")
-    if error is None or record["epoch"] == 0 or (best and best["validation_error"] <= error):
-        return False
-    run["best"] = {name: record[name] for name in ("epoch", "validation_error", "test_error")}
-    return True
+    def _write_page(self, *, now: bool = False) -> None:
+        """Write the page, unless it was written a moment ago: it takes half a second."""
+        started = time.perf_counter()
+        if not self.is_writer or (started < self._page_is_due and not now):
+            return
+        write_report(self.results, self.out, figures=False)
+        ended = time.perf_counter()
+        self._page_is_due = ended + PAGE_SHARE * (ended - started)
 
 
-def _new_run(rule: str, seed: int) -> dict[str, Any]:
-    return {
-        "rule": rule,
-        "seed": seed,
-        "status": "waiting",
-        "test_error": None,
-        "seconds": 0.0,
-        "history": [],
-    }
+def checkpoints_of(
+    out: Path, config: TrainConfig, rule: str, seed: int, data: DataFacts
+) -> Checkpoints:
+    """Return where a run of a job keeps what it needs to go on, and refuses what is of another."""
+    settings = config.model_dump(mode="json", exclude=FREE_TO_CHANGE | {"rule", "seed"})
+    facts = {f"the data's {name}": value for name, value in _facts_that_count(data).items()}
+    fingerprint = {"rule": rule, "seed": seed, **settings, **facts}
+    return Checkpoints(out / "checkpoints" / f"{rule}-seed{seed}", fingerprint, config.keep_checkpoints)
+
+
+def _become(run: Run, other: Run) -> None:
+    for name in type(run).model_fields:
+        setattr(run, name, getattr(other, name))
+
+
+def _enter_if_best(run: Run, metric: Metric) -> None:
+    """Note the epoch with the best validation metric."""
+    entry = run.history[-1] if run.history else None
+    if entry is None or entry.validation is None:
+        return
+    sign = 1 if metric.lower_is_better else -1
+    if run.best is None or sign * entry.validation < sign * run.best.validation:
+        run.best = Best(epoch=entry.epoch, validation=entry.validation, test=entry.test)
+
+
+def _facts_that_count(data: DataFacts) -> dict[str, Any]:
+    return data.model_dump(mode="json", exclude=FREE_TO_MOVE)
 
 
 def _refuse_other_settings(
-    out: Path, config: CompareConfig | RunConfig, old: dict[str, Any], facts: dict[str, Any]
+    out: Path, config: CompareConfig | RunConfig, old: Results, facts: DataFacts
 ) -> None:
     """Refuse to mix results of different settings or data in one folder."""
-    new = config.model_dump(mode="json")
-    there = type(config)().model_dump(mode="json") | old["config"]  # an older version had fewer settings
+    new = config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
+    there = type(config)().model_dump(mode="json") | old.config  # an older version had fewer settings
     differing = [
-        f"{name} ({there[name]!r} there, {new[name]!r} now)"
-        for name in new
-        if name not in FREE_TO_CHANGE and new[name] != there[name]
+        f"{name} ({there[name]!r} there, {new[name]!r} now)" for name in new if new[name] != there[name]
     ]
-    data = json.loads(json.dumps({"name": config.data, **facts}))
+    known, data = _facts_that_count(old.data), _facts_that_count(facts)
     differing += [
-        f"the data's {name} ({old['data'].get(name)!r} there, {data.get(name)!r} now)"
-        for name in dict.fromkeys([*old["data"], *data])
-        if name not in FREE_TO_MOVE and old["data"].get(name) != data.get(name)
+        f"the data's {name} ({known.get(name)!r} there, {data.get(name)!r} now)"
+        for name in dict.fromkeys([*known, *data])
+        if known.get(name) != data.get(name)
     ]
     if differing:
         raise ConfigError(f"{out} was run with other settings: {', '.join(differing)}; choose another --out")

@@ -1,50 +1,67 @@
 """Evaluate a trained network that a run has kept."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from feedbackpath.errors import ConfigError
-from feedbackpath.jobs.run import load_data
-from feedbackpath.train.checkpoint import Checkpoints
+from feedbackpath.jobs.book import checkpoints_of
+from feedbackpath.jobs.run import make_task
 from feedbackpath.train.config import read_run
 from feedbackpath.train.engine import Engine
-from feedbackpath.train.loop import Run
+from feedbackpath.train.loop import Training
+from feedbackpath.train.results import DataFacts, Metric, Run
 
 Which = Literal["last", "best"]
 
 
-def evaluate(folder: Path, which: Which = "last", **changes: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured anew.
+
+    Attributes:
+        run: The run's entry as of the checkpoint.
+        metric: What it was judged by.
+        validation: The metric on the validation split.
+        test: The metric on the test split.
+        matrix_angle_deg: Each layer's angle between B and W, in degrees.
+        gain: Each layer's gain.
+    """
+
+    run: Run
+    metric: Metric
+    validation: float
+    test: float
+    matrix_angle_deg: dict[str, float]
+    gain: dict[str, float]
+
+
+def evaluate(folder: Path, which: Which = "last", **changes: Any) -> Evaluation:
     """Measure a run's network anew.
 
     Args:
         folder: The run's folder, made by ``feedbackpath train``.
-        which: The newest checkpoint, or the one with the lowest validation error.
+        which: The newest checkpoint, or the one with the best validation metric.
         changes: Settings that differ from the run's: ``data_dir``, ``device``, ``num_threads``.
-
-    Returns:
-        Rule, seed, epochs done, errors in percent on both splits, and each layer's angle and gain.
 
     Raises:
         ConfigError: The folder holds no run, or no checkpoint of that kind.
         CheckpointError: The checkpoint is damaged.
     """
     config = read_run(folder, **changes)
-    kept = _load(Checkpoints(folder / "checkpoints" / f"{config.rule}-seed{config.seed}"), which)
+    task = make_task(config, config.seed)
+    facts = DataFacts(**{"name": config.data, **task.facts})
+    checkpoints = checkpoints_of(folder, config, config.rule, config.seed, facts)
+    kept = checkpoints.load_best() if which == "best" else checkpoints.load_newest()[0]
     if kept is None:
         raise ConfigError(f"{folder} holds no {which} checkpoint; run feedbackpath train --resume {folder}")
-    dataset = load_data(config, config.seed)
-    run = Run(config, config.rule, config.seed, dataset, Engine(config))
-    run.load_state(kept["state"])
-    return {
-        "rule": config.rule,
-        "seed": config.seed,
-        "epoch": len(kept["run"]["history"]),
-        "validation_error": run.error_percent(dataset.validation),
-        "test_error": run.error_percent(dataset.test),
-        "matrix_angle_deg": run.path.matrix_angles(),
-        "gain": run.path.gains(),
-    }
-
-
-def _load(checkpoints: Checkpoints, which: Which) -> dict[str, Any] | None:
-    return checkpoints.load_best() if which == "best" else checkpoints.load_newest()[0]
+    training = Training(config, config.rule, config.seed, task, Engine(config))
+    training.load_state(kept["state"])
+    return Evaluation(
+        Run.model_validate(kept["run"]),
+        Metric(name=task.metric, unit=task.unit, lower_is_better=task.lower_is_better),
+        training.measure_metric(task.validation),
+        training.measure_metric(task.test),
+        training.path.matrix_angles(),
+        training.path.gains(),
+    )

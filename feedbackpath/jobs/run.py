@@ -1,24 +1,28 @@
 """Run a job: every rule and seed of a config through the one training loop."""
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from feedbackpath.data import Dataset, load_dataset
-from feedbackpath.jobs.book import ENDED, ResultsBook
+from feedbackpath.errors import UserError
+from feedbackpath.jobs.book import ResultsBook
 from feedbackpath.jobs.signals import Interrupted, StopRequest
 from feedbackpath.report.live import LiveView
+from feedbackpath.report.table import describe_divergence
+from feedbackpath.tasks import Task, load_task
 from feedbackpath.train.build import make_network, make_path
 from feedbackpath.train.config import CompareConfig, RunConfig, TrainConfig
 from feedbackpath.train.engine import Engine
 from feedbackpath.train.loop import Diverged, Measured, Paused, Step, train
+from feedbackpath.train.results import Results
 from feedbackpath.train.rules import make_rule
+from feedbackpath.train.store import locked
 
 
 def run_job(
     config: CompareConfig | RunConfig, out: Path, *, resume: bool, command: str, view: LiveView
-) -> dict[str, Any]:
+) -> Results:
     """Train by every rule and seed of a config and keep results, figures and a page in a folder.
 
     Where the config asks for several devices, every process runs this; the main one writes and shows.
@@ -31,10 +35,11 @@ def run_job(
         view: Where progress is shown.
 
     Returns:
-        The content of ``results.json``.
+        What ``results.json`` holds.
 
     Raises:
-        ConfigError: The folder holds another job's results, or a setting names what does not exist.
+        ConfigError: The folder holds another job's results, or another process works in it, or a setting names
+            what does not exist.
         DataError: The data is missing or damaged.
         CheckpointError: A checkpoint could not be written.
         Interrupted: SIGINT or SIGTERM came; a checkpoint of the last step is kept.
@@ -44,25 +49,41 @@ def run_job(
     engine = Engine(config)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    first_data = load_data(config, config.seed)
+    first_task = make_task(config, config.seed)
     for rule in config.rules:  # refuses what cannot be built before anything is written
-        make_path(config, rule, config.seed, make_network(config, config.seed, first_data))
-    book = ResultsBook(out, config, first_data.facts, command, resume=resume)
-    engine.gather(None)  # every process has looked at the folder before the main one writes into it
-    book.open(is_writer=engine.is_main)
-    with StopRequest() as stop, view:
+        make_path(config, rule, config.seed, make_network(config, config.seed, first_task))
+    with ExitStack() as stack:
+        _take_folder(stack, out, engine)
+        book = ResultsBook(out, config, first_task, command, resume=resume)
+        engine.gather(None)  # every process has looked at the folder before the main one writes into it
+        book.open(is_writer=engine.is_main)
+        stop = stack.enter_context(StopRequest())
+        stack.enter_context(view)
         for seed in range(config.seed, config.seed + config.seeds):
-            dataset = first_data if seed == config.seed else load_data(config, seed)
+            task = first_task if seed == config.seed else make_task(config, seed)
             for rule in config.rules:
-                if book.run_of(rule, seed)["status"] not in ENDED:
-                    _train_and_record(book, rule, seed, dataset, engine, stop, view)
-    book.close()
+                if not book.results.run_of(rule, seed).is_ended:
+                    _train_and_record(book, rule, seed, task, engine, stop, view)
+        book.close()
     return book.results
 
 
-def load_data(config: TrainConfig, seed: int) -> Dataset:
-    """Load the data of a config for a seed."""
-    return load_dataset(
+def _take_folder(stack: ExitStack, out: Path, engine: Engine) -> None:
+    """Keep other jobs out of the folder until this one ends; every process is told where that fails."""
+    refusal: UserError | None = None
+    if engine.is_main:
+        try:
+            stack.enter_context(locked(out))
+        except UserError as error:
+            refusal = error
+    for found in engine.gather(refusal):
+        if found is not None:
+            raise found
+
+
+def make_task(config: TrainConfig, seed: int) -> Task:
+    """Load the task of a config for a seed."""
+    return load_task(
         config.data,
         data_dir=config.data_dir,
         seed=seed,
@@ -77,18 +98,18 @@ def _train_and_record(
     book: ResultsBook,
     rule: str,
     seed: int,
-    dataset: Dataset,
+    task: Task,
     engine: Engine,
     stop: StopRequest,
     view: LiveView,
 ) -> None:
-    run = book.run_of(rule, seed)
+    run = book.results.run_of(rule, seed)
     state, notes = book.take_up(run)
     for note in notes:
         view.show_note(note)
     view.start_run(book.results, run)
     status = "finished"
-    events = train(book.config, rule, seed, dataset, engine, state=state, must_stop=lambda: bool(stop))
+    events = train(book.config, rule, seed, task, engine, state=state, must_stop=lambda: bool(stop))
     try:
         for event in events:
             if isinstance(event, Step):
@@ -102,7 +123,8 @@ def _train_and_record(
                     raise Interrupted(128 + max(engine.gather(stop.number)))
             elif isinstance(event, Diverged):
                 status = "diverged"
-                view.show_note(book.record_divergence(run, event))
+                book.record_divergence(run, event)
+                view.show_note(f"{run.rule} seed {run.seed} {describe_divergence(run)}")
     except Interrupted:
         book.end(run, "interrupted")
         book.close()

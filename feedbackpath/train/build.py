@@ -3,16 +3,16 @@
 import torch
 from torch import nn
 
-from feedbackpath.data import Dataset
 from feedbackpath.errors import ConfigError
 from feedbackpath.models import build_model
 from feedbackpath.path import FeedbackPath, untie
+from feedbackpath.tasks import Task
 from feedbackpath.train.config import TrainConfig
 from feedbackpath.train.rules import make_rule
 
 
-def make_network(config: TrainConfig, seed: int, dataset: Dataset) -> nn.Module:
-    """Build the network of a config for a dataset; the weights depend on the seed alone.
+def make_network(config: TrainConfig, seed: int, task: Task) -> nn.Module:
+    """Build the network of a config for a task; the weights depend on the seed alone.
 
     Raises:
         ConfigError: There is no such model, or it cannot take the data.
@@ -21,8 +21,8 @@ def make_network(config: TrainConfig, seed: int, dataset: Dataset) -> nn.Module:
     try:
         return build_model(
             config.model,
-            sample_shape=dataset.sample_shape,
-            num_classes=dataset.num_classes,
+            sample_shape=task.sample_shape,
+            num_classes=task.num_classes,
             norm=config.norm,
         )
     except ValueError as error:

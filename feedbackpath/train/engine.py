@@ -72,7 +72,9 @@ class Engine:
         return cast(nn.Module, cast(Any, model).to(memory_format=self._memory_format))
 
     def place(self, x: Tensor) -> Tensor:
-        """Move a batch of inputs to this process's device, in the network's type and memory format."""
+        """Move a batch to this process's device, numbers in the network's type, images in its memory format."""
+        if not x.is_floating_point():
+            return x.to(self.device)
         if x.dim() != 4:
             return x.to(self.device, self.dtype)
         return x.to(self.device, self.dtype, memory_format=self._memory_format)

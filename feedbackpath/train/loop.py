@@ -8,14 +8,15 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from feedbackpath.data import UNREADABLE, Dataset, Split, minibatches
+from feedbackpath.data import Split, minibatches
+from feedbackpath.tasks import Task
 from feedbackpath.train.build import make_network, make_optimizer, make_path
 from feedbackpath.train.config import TrainConfig
 from feedbackpath.train.divergence import LOSS_ITSELF, find_origin
 from feedbackpath.train.engine import Engine
+from feedbackpath.train.results import Entry, Layers
 from feedbackpath.train.schedule import learning_rate
 
 EVALUATION_BATCH = 500
@@ -32,18 +33,17 @@ class Step:
     step: int
     num_steps: int
     loss: float | None
-    images_per_second: float
+    samples_per_second: float
 
 
 @dataclass(frozen=True)
 class Measured:
     """The network was measured: before the first epoch (epoch 0) and after each.
 
-    ``record`` is a history entry of ``results.json``; ``state`` is what a checkpoint holds.
+    ``state`` is what a checkpoint holds.
     """
 
-    epoch: int
-    record: dict[str, Any]
+    entry: Entry
     state: State = field(repr=False)
 
 
@@ -73,7 +73,7 @@ def train(
     config: TrainConfig,
     rule: str,
     seed: int,
-    dataset: Dataset,
+    task: Task,
     engine: Engine,
     *,
     state: State | None = None,
@@ -88,13 +88,13 @@ def train(
         config: The settings.
         rule: The rule's name.
         seed: The seed of weights, feedback weights, order and augmentation.
-        dataset: The data, made for the same seed.
+        task: Data, loss and metric, made for the same seed.
         engine: This process's part of the job.
         state: The state of an earlier event to go on from; the events after it are the same, bit for bit,
             as if the run had not been broken.
         must_stop: Asked after each step; the run ends where it says yes on any process.
     """
-    run = Run(config, rule, seed, dataset, engine, must_stop)
+    run = Training(config, rule, seed, task, engine, must_stop)
     if state is None:
         yield run.begin()
     else:
@@ -121,7 +121,7 @@ class _Tally:
         return self.loss_sum / max(self.samples - self.unreadable, 1)
 
 
-class Run:
+class Training:
     """A network, its feedback path and its optimizer while they train.
 
     Its position is ``(epoch, consumed)``: the epoch that is going on, from 1, and the samples of it that
@@ -133,20 +133,20 @@ class Run:
         config: TrainConfig,
         rule: str,
         seed: int,
-        dataset: Dataset,
+        task: Task,
         engine: Engine,
         must_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.config, self.seed, self.dataset, self.engine = config, seed, dataset, engine
+        self.config, self.seed, self.task, self.engine = config, seed, task, engine
         self.must_stop, self.is_stopping = must_stop, False
-        self.model = engine.place_model(make_network(config, seed, dataset))
+        self.model = engine.place_model(make_network(config, seed, task))
         self.path = make_path(config, rule, seed, self.model)
         self.optimizer = make_optimizer(self.model, config)
         self.path.check_optimizer(self.optimizer)
         self.wrapped_model, self.wrapped_optimizer = engine.set_up(self.model, self.optimizer)
         self.mirror_epochs = config.mirror_epochs if self.path.mirrors else 0
         # A last minibatch of one sample is left out: BatchNorm has no variance there.
-        self.steps_per_epoch = math.ceil((len(dataset.train) - 1) / config.batch_size)
+        self.steps_per_epoch = math.ceil((len(task.train) - 1) / config.batch_size)
         num_steps = max(config.epochs - self.mirror_epochs, 0) * self.steps_per_epoch
         self.num_steps = min(num_steps, config.max_steps or num_steps)
         self.epoch, self.consumed, self.step = 1, 0, 0
@@ -209,15 +209,15 @@ class Run:
 
     def _mirror_steps(self) -> Iterator[Event]:
         """Go through as many passes of mirror mode as the epoch has minibatches (Appendix D.2)."""
-        while self.consumed < len(self.dataset.train) - 1:
+        while self.consumed < len(self.task.train) - 1:
             self.path.mirror(steps=1)
-            self._count(min(self.config.batch_size, len(self.dataset.train) - self.consumed))
+            self._count(min(self.config.batch_size, len(self.task.train) - self.consumed))
             (stop,) = self.engine.sum([self.must_stop()])
             self.is_stopping = stop > 0
             yield Step(self.epoch, self.step, self.num_steps, None, self._speed())
 
     def _training_steps(self) -> Iterator[Event]:
-        for x, y in self._batches(self.dataset.train, start=self.consumed):
+        for x, y in self._batches(self.task.train, start=self.consumed):
             if self.step >= self.num_steps:
                 return
             yield self._train_step(x, y)
@@ -229,8 +229,7 @@ class Run:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        expected = min(self.config.batch_size, len(self.dataset.train) - self.consumed)
-        x, y = x[y != UNREADABLE], y[y != UNREADABLE]
+        expected = min(self.config.batch_size, len(self.task.train) - self.consumed)
         self.optimizer.zero_grad()
         own_sum = self._accumulate_gradients(x, y, expected)
         loss_sum, samples, stop = self.engine.sum([own_sum, len(y), self.must_stop()])
@@ -286,7 +285,7 @@ class Run:
 
     def _is_time_to_save(self) -> bool:
         every = self.config.checkpoint_steps
-        is_epochs_end = self.consumed >= len(self.dataset.train) - 1
+        is_epochs_end = self.consumed >= len(self.task.train) - 1
         return every is not None and self.step % every == 0 and not is_epochs_end
 
     def _end_epoch(self, loss: float | None, started: float) -> Measured:
@@ -294,50 +293,46 @@ class Run:
         self.epoch, self.consumed, self.tally = epoch + 1, 0, _Tally()
         measured = self._measure(epoch, loss, started)
         if self.config.on_bad_image == "skip":
-            measured.record["unreadable_images"] = unreadable
+            measured.entry.unreadable_images = unreadable
         return measured
 
     def _measure(self, epoch: int, train_loss: float | None, started: float) -> Measured:
-        """Measure errors, angles and gains."""
+        """Measure the metric, angles and gains."""
         self.engine.share_buffers(self.model)
-        record: dict[str, Any] = {
-            "epoch": epoch,
-            "train_loss": train_loss,
-            "test_error": self.error_percent(getattr(self.dataset, self.config.evaluate_on)),
-        }
-        if self.config.select_best:
-            record["validation_error"] = self.error_percent(self.dataset.validation)
-        record |= {
-            "matrix_angle_deg": self.path.matrix_angles(),
-            "delta_angle_deg": self._delta_angles(epoch),
-            "gain": self.path.gains(),
-            "seconds": time.perf_counter() - started,
-        }
-        return Measured(epoch, record, self.state())
+        entry = Entry(
+            epoch=epoch,
+            train_loss=train_loss,
+            test=self.measure_metric(getattr(self.task, self.config.evaluate_on)),
+            validation=self.measure_metric(self.task.validation) if self.config.select_best else None,
+            matrix_angle_deg=_finite(self.path.matrix_angles()),
+            delta_angle_deg=_finite(self._delta_angles(epoch)),
+            gain=_finite(self.path.gains()),
+        )
+        entry.seconds = time.perf_counter() - started
+        return Measured(entry, self.state())
 
     def _delta_angles(self, epoch: int) -> dict[str, float]:
         """Measure on a minibatch of training data, in training mode, as the network is trained."""
         self.model.train()
-        num_samples = min(self.config.batch_size, MEASURED_SAMPLES, len(self.dataset.train))
-        x, y = next(self._batches(self.dataset.train, epoch=epoch, num_samples=num_samples))
-        x, y = x[y != UNREADABLE], y[y != UNREADABLE]
+        num_samples = min(self.config.batch_size, MEASURED_SAMPLES, len(self.task.train))
+        x, y = next(self._batches(self.task.train, epoch=epoch, num_samples=num_samples))
         return self.path.delta_angles(lambda: self._loss(self.model, x, y)) if len(y) else {}
 
     @torch.no_grad()
-    def error_percent(self, split: Split) -> float:
-        """Return the share of a split that is classified wrongly, every process taking its share."""
+    def measure_metric(self, split: Split) -> float:
+        """Return the mean of the task's score over a split, every process taking its share."""
         self.model.eval()
-        wrong = 0
+        total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         for x, y in self._batches(split, epoch=0, batch_size=EVALUATION_BATCH, shuffle=False):
             if len(y):
                 with self.engine.autocast():
-                    wrong += int((self.model(self.engine.place(x)).argmax(1) != y).sum())
-        (total,) = self.engine.sum([wrong])
-        return 100.0 * total / len(split)
+                    total += self.task.score(self.model(self.engine.place(x)), self.engine.place(y)).sum()
+        (summed,) = self.engine.sum([total])
+        return summed / len(split)
 
     def _loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with self.engine.autocast():
-            return F.cross_entropy(model(self.engine.place(x)), y)
+            return self.task.loss(model(self.engine.place(x)), self.engine.place(y))
 
     def _batches(
         self, split: Split, *, epoch: int | None = None, batch_size: int | None = None, **options: Any
@@ -355,3 +350,7 @@ class Run:
         )
         for x, y in batches:
             yield split.prepare(x.to(self.engine.device)), y.to(self.engine.device)
+
+
+def _finite(numbers: dict[str, float]) -> Layers:
+    return {layer: number if math.isfinite(number) else None for layer, number in numbers.items()}

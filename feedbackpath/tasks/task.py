@@ -1,0 +1,160 @@
+"""A task: data, loss and metric. Image classification is the one that a plain dataset stands for."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from feedbackpath.data import DATASETS, Dataset, load_dataset
+from feedbackpath.data.dataset import check_samples_per_epoch, stream_positions
+from feedbackpath.errors import DataError
+
+Samples = tuple[Tensor, Tensor]
+"""Inputs ``[N, ...]`` and targets ``[N, ...]``."""
+
+
+def wrong_percent(output: Tensor, target: Tensor) -> Tensor:
+    """Return 100 for each sample that is classified wrongly, else 0: its mean is the error in percent."""
+    return 100.0 * (output.argmax(-1) != target).double()
+
+
+@dataclass(frozen=True)
+class Task(Dataset):
+    """Data, loss and metric.
+
+    The fields of the data come first: ``name``, ``num_classes`` (outputs of the network), ``sample_shape``,
+    ``train``, ``validation``, ``test`` and ``facts``.
+
+    Attributes:
+        loss: Returns the mean loss of a minibatch, given the network's output and the targets.
+        score: Returns a number for each sample, ``[N]``, given output and targets. The metric is its mean.
+        metric: What the metric is called: ``error`` gives ``test_error`` in result files.
+        unit: What follows its numbers.
+        lower_is_better: Which end is good.
+    """
+
+    loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy
+    score: Callable[[Any, Tensor], Tensor] = wrong_percent
+    metric: str = "error"
+    unit: str = "%"
+    lower_is_better: bool = True
+
+    @classmethod
+    def of_tensors(
+        cls,
+        name: str,
+        *,
+        train: Samples,
+        validation: Samples,
+        test: Samples,
+        num_outputs: int,
+        samples_per_epoch: int | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Make a task of tensors in memory.
+
+        Args:
+            name: Its name.
+            train: What to learn from.
+            validation: What to choose hyperparameters by.
+            test: What to report.
+            num_outputs: Outputs of the network.
+            samples_per_epoch: Training samples an epoch; all of them by default.
+            settings: ``loss``, ``score``, ``metric``, ``unit``, ``lower_is_better``.
+
+        Raises:
+            DataError: Inputs and targets differ in number, or there are none.
+
+        Example:
+            >>> x, y = torch.randn(60, 3), torch.randn(60, 1)
+            >>> parts = {"train": (x[:40], y[:40]), "validation": (x[40:50], y[40:50]), "test": (x[50:], y[50:])}
+            >>> squares = lambda output, y: (output - y).square().mean(1)
+            >>> task = Task.of_tensors(
+            ...     "lines", **parts, num_outputs=1, loss=F.mse_loss, score=squares, metric="mse", unit=""
+            ... )
+            >>> task.sample_shape, len(task.train)
+            ((3,), 40)
+        """
+        digest = hashlib.sha256()
+        for part, (x, y) in {"train": train, "validation": validation, "test": test}.items():
+            if len(x) != len(y) or not len(x):
+                raise DataError(f"{name}: {part} has {len(x)} inputs and {len(y)} targets; give as many of both")
+            for tensor in (x, y):
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        size = check_samples_per_epoch(samples_per_epoch, default=len(train[0]))
+        return cls(
+            name,
+            num_outputs,
+            tuple(train[0].shape[1:]),  # type: ignore[arg-type]
+            train=TensorSplit(*train, size),
+            validation=TensorSplit(*validation, len(validation[0])),
+            test=TensorSplit(*test, len(test[0])),
+            facts={"checksum": digest.hexdigest(), "samples_per_epoch": size},
+            **settings,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSplit:
+    """Samples in memory as tensors.
+
+    Attributes:
+        x: Inputs ``[M, ...]``.
+        y: Targets ``[M, ...]``.
+        samples_per_epoch: Samples an epoch; where it is not M, epochs walk through them in turn.
+    """
+
+    x: Tensor
+    y: Tensor
+    samples_per_epoch: int
+
+    def __len__(self) -> int:
+        return self.samples_per_epoch
+
+    def batch(self, indices: Tensor, epoch: int) -> Samples:
+        """Return some samples of an epoch."""
+        rows = stream_positions(indices, epoch, self.samples_per_epoch, len(self.x))
+        return self.x[rows], self.y[rows]
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Return ``x``: it needs nothing."""
+        return x
+
+
+def register_task(name: str, make: Callable[..., Dataset]) -> None:
+    """Give a task of one's own a name, so that ``--data NAME`` finds it.
+
+    Args:
+        name: Its name.
+        make: Returns it, or a `Dataset` of images and classes. It is called with ``seed=``, and with those of
+            ``data_dir``, ``num_classes``, ``samples_per_epoch``, ``image_size`` and ``on_bad_image`` that are
+            given; one that it does not take is refused. What does not depend on the seed may be the same each
+            time: validation and test data have to be.
+
+    Raises:
+        DataError: The name is taken.
+    """
+    if name in DATASETS and DATASETS[name] is not make:
+        raise DataError(f"there is a dataset {name!r} already: choose another name")
+    DATASETS[name] = make
+
+
+def load_task(name: str, **options: Any) -> Task:
+    """Load a task by its name; a plain dataset is one of classification, judged by the error in percent.
+
+    Args:
+        name: A key of `feedbackpath.data.DATASETS`.
+        options: See `feedbackpath.data.load_dataset`.
+
+    Raises:
+        DataError: There is none, it does not take such an option, or its files are missing or damaged.
+    """
+    data = load_dataset(name, **options)
+    if isinstance(data, Task):
+        return data
+    return Task(**{field.name: getattr(data, field.name) for field in dataclasses.fields(Dataset)})
