@@ -348,6 +348,15 @@ def test_the_networks_of_the_library_are_quiet(name):
     assert id(model) in quiet_modules(model)
 
 
+@pytest.mark.parametrize("rule", fp.RULES)
+def test_no_rule_makes_a_quiet_network_watched(rule):
+    model = build_model("mlp", sample_shape=(1, 4, 4), num_classes=3)
+    path = fp.untie(model, rule)
+    model(torch.randn(2, 1, 4, 4)).sum().backward()
+    path.step()
+    assert not model.untied.is_watched
+
+
 def test_what_is_put_into_a_quiet_module_is_watched():
     model = Calls()
     fp.untie(model, "fa")

@@ -55,7 +55,8 @@ class SharedReduction:
         names = [f"{path}.{name}" for path, module in model.named_modules()
                  for name, p in module.named_parameters(recurse=False) if id(p) in ids]  # fmt: skip
         names += [name.removeprefix(".") for name in names if name.startswith(".")]
-        setattr(model, IGNORED, [*(getattr(model, IGNORED, None) or ()), *names])
+        # Past setattr: a module that is given something new is watched from then on.
+        vars(model)[IGNORED] = [*(getattr(model, IGNORED, None) or ()), *names]
 
     def attach(self, weights: Weights) -> None:
         """Hook on to weights that are new: those of a model that was untied, copied or loaded."""
@@ -73,7 +74,7 @@ class SharedReduction:
             if self._before is None:
                 delattr(model, IGNORED)
             else:
-                setattr(model, IGNORED, self._before)
+                vars(model)[IGNORED] = self._before
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing has to be resumed."""
