@@ -32,7 +32,7 @@ from feedbackpath.train.store import Checkpoints, write_json, write_json_lines, 
 
 FREE_TO_CHANGE = {  # on --resume; all else decides the numbers
     "rules", "seeds", "num_threads", "num_workers", "device", "devices", "num_nodes",
-    "checkpoint_steps", "keep_checkpoints", "data_dir",
+    "checkpoint_steps", "keep_checkpoints", "data_dir", "imports",
 }  # fmt: skip
 FREE_TO_MOVE = {"source"}  # among the data's facts: a checksum says whether it is the same data
 PAGE_SHARE = 20  # while a job runs, its page takes at most one part in so many of the time
@@ -173,16 +173,8 @@ class ResultsBook:
 
     def save(self) -> None:
         """Write ``results.json`` and ``history.jsonl``."""
-        self.results.summary = summarise(self.results.runs)
-        if not self.is_writer:
-            return
-        write_json(self.out / "results.json", self.results.to_json())
-        lines = [
-            {"rule": run.rule, "seed": run.seed, **entry_to_json(entry, self.results.metric)}
-            for run in self.results.runs
-            for entry in run.history
-        ]
-        write_json_lines(self.out / "history.jsonl", lines)
+        if self.is_writer:
+            write_results(self.results, self.out)
 
     def _write_networks(self, run: Run, state: State) -> None:
         """Write the network as of a state, and keep the state as the best one if its epoch is the best."""
@@ -202,11 +194,24 @@ class ResultsBook:
         self._page_is_due = ended + PAGE_SHARE * (ended - started)
 
 
+def write_results(results: Results, folder: Path) -> None:
+    """Write ``results.json`` and ``history.jsonl``, after averaging what has finished."""
+    results.summary = summarise(results.runs)
+    write_json(folder / "results.json", results.to_json())
+    lines = [
+        {"rule": run.rule, "seed": run.seed, **entry_to_json(entry, results.metric)}
+        for run in results.runs
+        for entry in run.history
+    ]
+    write_json_lines(folder / "history.jsonl", lines)
+
+
 def checkpoints_of(
     out: Path, config: TrainConfig, rule: str, seed: int, data: DataFacts
 ) -> Checkpoints:
     """Return where a run of a job keeps what it needs to go on, and refuses what is of another."""
-    settings = config.model_dump(mode="json", exclude=FREE_TO_CHANGE | {"rule", "seed"})
+    own = config.for_rule(rule)
+    settings = own.model_dump(mode="json", exclude=FREE_TO_CHANGE | {"rule", "seed", "by_rule"})
     facts = {f"the data's {name}": value for name, value in _facts_that_count(data).items()}
     fingerprint = {"rule": rule, "seed": seed, **settings, **facts}
     return Checkpoints(out / "checkpoints" / f"{rule}-seed{seed}", fingerprint, config.keep_checkpoints)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from feedbackpath.errors import ConfigError
 from feedbackpath.jobs.book import checkpoints_of
+from feedbackpath.jobs.imports import import_files
 from feedbackpath.jobs.run import make_task
 from feedbackpath.train.config import read_run
 from feedbackpath.train.engine import Engine
@@ -49,6 +50,7 @@ def evaluate(folder: Path, which: Which = "last", **changes: Any) -> Evaluation:
         CheckpointError: The checkpoint is damaged.
     """
     config = read_run(folder, **changes)
+    import_files(config.imports)
     task = make_task(config, config.seed)
     facts = DataFacts(**{"name": config.data, **task.facts})
     checkpoints = checkpoints_of(folder, config, config.rule, config.seed, facts)

@@ -7,6 +7,7 @@ import torch
 
 from feedbackpath.errors import UserError
 from feedbackpath.jobs.book import ResultsBook
+from feedbackpath.jobs.imports import import_files
 from feedbackpath.jobs.signals import Interrupted, StopRequest
 from feedbackpath.report.live import LiveView
 from feedbackpath.report.table import describe_divergence
@@ -44,6 +45,7 @@ def run_job(
         CheckpointError: A checkpoint could not be written.
         Interrupted: SIGINT or SIGTERM came; a checkpoint of the last step is kept.
     """
+    import_files(config.imports)
     for rule, settings in config.rule_settings.items():
         make_rule(rule, settings)
     engine = Engine(config)
@@ -109,7 +111,7 @@ def _train_and_record(
         view.show_note(note)
     view.start_run(book.results, run)
     status = "finished"
-    events = train(book.config, rule, seed, task, engine, state=state, must_stop=lambda: bool(stop))
+    events = train(book.config.for_rule(rule), rule, seed, task, engine, state=state, must_stop=lambda: bool(stop))
     try:
         for event in events:
             if isinstance(event, Step):

@@ -1,8 +1,8 @@
 """What a rule is: how feedback weights begin, who carries the error, and what happens when."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,10 +28,11 @@ class Rule:
         is_mirrorable: Whether mirroring makes sense: not where B is W, or is computed from it.
         gradients: ``gradients(weight, product, context)`` returns what W and what B get of an outer product
             ``delta x^T``; None: both get it as it is.
-        after_backward: ``after_backward(weight, x, output, delta, context)`` is called in each backward pass
-        when
-            the error delta arrives at the output of the operation in which W met activity; None: never. With
-            it, the input x of each layer is kept until then.
+        after_backward: ``after_backward(weight, x, output, delta, context)`` is called in each backward pass,
+            when the error delta arrives at the output of the operation in which W met activity; None: never.
+            With it, the input x of each layer is kept until then.
+        search_space: What ``feedbackpath tune`` searches for this rule beside learning rate and weight decay:
+            names of settings to ``("log", low, high)``, ``("linear", low, high)`` or ``("choice", a, b)``.
     """
 
     name: ClassVar[str]
@@ -41,6 +42,7 @@ class Rule:
     is_mirrorable: ClassVar[bool] = True
     gradients: ClassVar[Callable[..., tuple[Tensor, Tensor | None]] | None] = None
     after_backward: ClassVar[Callable[..., None] | None] = None
+    search_space: ClassVar[Mapping[str, Sequence[Any]]] = {}
 
     def serves(self, weights: Weights) -> bool:
         """Whether the rule can govern a layer with these weights; else it keeps backprop, and is named."""

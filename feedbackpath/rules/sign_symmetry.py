@@ -6,6 +6,7 @@ compare with. B = M * sign(W), refreshed after every update of W: one bit a weig
 
 import math
 from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -44,6 +45,9 @@ class SignSymmetry(Rule):
 
     name: ClassVar[str] = "ss"
     is_mirrorable: ClassVar[bool] = False
+    search_space: ClassVar[Mapping[str, Sequence[str]]] = {
+        "magnitude": ("choice", "uniform", "fixed", "batchwise"), "scale": ("choice", "xavier", "he"),
+    }  # fmt: skip
     magnitude: Literal["uniform", "fixed", "batchwise"] = "uniform"
     scale: Literal["xavier", "he"] = "xavier"
 

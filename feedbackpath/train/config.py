@@ -2,11 +2,13 @@
 
 import difflib
 import os
+import re
+from collections.abc import Set
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from feedbackpath.errors import ConfigError
@@ -14,80 +16,186 @@ from feedbackpath.errors import ConfigError
 Config = TypeVar("Config", bound="TrainConfig")
 
 
-class TrainConfig(BaseModel):
+def _section(name: str, number: int) -> Any:
+    """Return what puts a setting under a heading of the help."""
+    return Parameter(group=Group(name, sort_key=number))
+
+
+DATA, NETWORK = _section("Data", 1), _section("Network", 2)
+OPTIMIZER, SCHEDULE = _section("Optimizer", 3), _section("Schedule", 4)
+RULES, MACHINE, KEPT = _section("Rules", 0), _section("Machine", 5), _section("What is kept", 6)
+IN_A_FILE = Parameter(parse=False)  # no flag: it takes a mapping
+
+
+class DataSettings(BaseModel):
+    """What is learned from."""
+
+    data: Annotated[str, DATA] = Field(
+        "glyphs", description="glyphs, digits, mnist, fashion-mnist, cifar10, cifar100, imagenet or your own"
+    )
+    data_dir: Annotated[Path | None, DATA] = Field(
+        None, description="folder of the data files (--data DIR says the same)"
+    )
+    classes: Annotated[int | None, DATA] = Field(
+        None, ge=2, description="number of glyph classes (200 unless given)"
+    )
+    image_size: Annotated[int | None, DATA] = Field(
+        None, ge=8, description="side of the images in pixels (imagenet: 224)"
+    )
+    samples_per_epoch: Annotated[int | None, DATA] = Field(None, ge=2, description="training samples an epoch")
+    on_bad_image: Annotated[Literal["error", "skip"] | None, DATA] = Field(
+        None, description="an unreadable training image stops the run (error), or is counted (imagenet)"
+    )
+    evaluate_on: Annotated[Literal["test", "validation"], DATA] = Field(
+        "test", description="split of the reported metric; choose settings on validation"
+    )
+    num_workers: Annotated[int, DATA] = Field(
+        0, ge=0, description="processes that read the data of each device"
+    )
+
+
+class NetworkSettings(BaseModel):
+    """What learns."""
+
+    model: Annotated[str, NETWORK] = Field(
+        "resnet8",
+        description="mlp, lenet, transformer, resnet8, resnet20, resnet56, resnet18, resnet50 or your own",
+    )
+    norm: Annotated[Literal["after", "before"], NETWORK] = Field(
+        "after", description="BatchNorm after the ReLU, or before it"
+    )
+    batchnorm_feedback: Annotated[Literal["autograd", "sigma"], NETWORK] = Field(
+        "autograd", description="what BatchNorm sends back: the whole gradient, or delta times gamma / sigma"
+    )
+    sync_batchnorm: Annotated[bool, NETWORK] = Field(
+        False, description="BatchNorm statistics over all devices (CUDA)"
+    )
+
+
+class OptimizerSettings(BaseModel):
+    """How an update is made."""
+
+    optimizer: Annotated[Literal["sgd", "adamw"], OPTIMIZER] = Field("sgd", description="optimizer")
+    lr: Annotated[float, OPTIMIZER] = Field(0.2, gt=0, description="highest learning rate")
+    lr_batch_size: Annotated[int | None, OPTIMIZER] = Field(
+        None, ge=1, description="lr is for batches of so many samples, and follows --batch-size"
+    )
+    momentum: Annotated[float, OPTIMIZER] = Field(0.9, ge=0, lt=1, description="momentum (sgd)")
+    nesterov: Annotated[bool, OPTIMIZER] = Field(True, description="Nesterov's form of momentum (sgd)")
+    weight_decay: Annotated[float, OPTIMIZER] = Field(
+        2e-3, ge=0, description="L2 penalty (sgd) or decoupled decay (adamw)"
+    )
+    clip_norm: Annotated[float | None, OPTIMIZER] = Field(
+        None, gt=0, description="largest gradient norm, that of W alone"
+    )
+    batch_size: Annotated[int, OPTIMIZER] = Field(128, ge=2, description="samples a step, over all devices")
+    micro_batch_size: Annotated[int | None, OPTIMIZER] = Field(
+        None, ge=1, description="samples at once on a device; more are accumulated (all unless given)"
+    )
+
+
+class ScheduleSettings(BaseModel):
+    """How long, and with what learning rate when."""
+
+    seed: Annotated[int, SCHEDULE] = Field(0, ge=0, lt=2**32, description="first seed")
+    epochs: Annotated[int, SCHEDULE] = Field(6, ge=1, description="epochs")
+    mirror_epochs: Annotated[int, SCHEDULE] = Field(
+        0, ge=0, description="of the epochs, so many at first in mirror mode alone (rules that mirror)"
+    )
+    max_steps: Annotated[int | None, SCHEDULE] = Field(
+        None, ge=1, description="stop after so many training steps"
+    )
+    schedule: Annotated[Literal["cosine", "constant", "steps"], SCHEDULE] = Field(
+        "cosine", description="learning rate after warm-up; steps: a tenth after each of the milestones"
+    )
+    milestones: Annotated[tuple[int, ...], SCHEDULE, Parameter(negative="")] = Field(
+        (32, 62, 82), description="epochs after which --schedule steps divides the rate by 10, by commas"
+    )
+    warmup_epochs: Annotated[float, SCHEDULE] = Field(0.5, ge=0, description="epochs of linear warm-up")
+
+
+class MachineSettings(BaseModel):
+    """Where it runs."""
+
+    device: Annotated[str, MACHINE] = Field("cpu", description="torch device")
+    devices: Annotated[int, MACHINE] = Field(
+        1, ge=1, description="devices of a machine; under torchrun: what it started"
+    )
+    num_nodes: Annotated[int, MACHINE] = Field(
+        1, ge=1, description="machines (SLURM; torchrun knows by itself)"
+    )
+    precision: Annotated[Literal["32-true", "64-true", "bf16-mixed"], MACHINE] = Field(
+        "32-true", description="arithmetic"
+    )
+    channels_last: Annotated[bool, MACHINE] = Field(
+        True, description="memory format of images and convolutions"
+    )
+    compile: Annotated[bool, MACHINE] = Field(False, description="run the network under torch.compile")
+    num_threads: Annotated[int | None, MACHINE] = Field(
+        None, ge=1, le=4096, description="CPU threads of torch"
+    )
+
+
+class KeptSettings(BaseModel):
+    """What is left on disk."""
+
+    select_best: Annotated[bool, KEPT] = Field(
+        False, description="measure the validation metric too, and keep the best checkpoint by it"
+    )
+    checkpoint_steps: Annotated[int | None, KEPT] = Field(
+        None, ge=1, description="keep a checkpoint every so many steps too, not only after each epoch"
+    )
+    keep_checkpoints: Annotated[int, KEPT] = Field(
+        2, ge=1, description="newest checkpoints of a run that are kept"
+    )
+
+
+class TrainConfig(
+    KeptSettings, MachineSettings, ScheduleSettings, OptimizerSettings, NetworkSettings, DataSettings
+):
     """Everything that decides the numbers of training, whatever the rule."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: str = Field(
-        "glyphs", description="glyphs, digits, mnist, fashion-mnist, cifar10, cifar100 or imagenet"
+    imports: Annotated[tuple[Path, ...], RULES, Parameter(name="--import", negative="")] = Field(
+        (), description="Python file that registers rules, layers, models or tasks of your own"
     )
-    data_dir: Path | None = Field(None, description="folder of the data files (--data DIR says the same)")
-    classes: int | None = Field(None, ge=2, description="number of glyph classes (200 unless given)")
-    image_size: int | None = Field(None, ge=8, description="side of the images in pixels (imagenet: 224)")
-    on_bad_image: Literal["error", "skip"] | None = Field(
-        None, description="an unreadable training image stops the run (error), or is counted (imagenet)"
-    )
-    num_workers: int = Field(0, ge=0, description="processes that read the data of each device")
-    model: str = Field(
-        "resnet8", description="mlp, lenet, transformer, resnet8, resnet20, resnet56, resnet18 or resnet50"
-    )
-    norm: Literal["after", "before"] = Field("after", description="BatchNorm after the ReLU, or before it")
-    batchnorm_feedback: Literal["autograd", "sigma"] = Field(
-        "autograd", description="what BatchNorm sends back: the whole gradient, or delta times gamma / sigma"
-    )
-    sync_batchnorm: bool = Field(False, description="BatchNorm statistics over all devices (CUDA)")
-    seed: int = Field(0, ge=0, lt=2**32, description="first seed")
-    epochs: int = Field(6, ge=1, description="epochs")
-    mirror_epochs: int = Field(
-        0, ge=0, description="of the epochs, so many at first in mirror mode alone (rules that mirror)"
-    )
-    samples_per_epoch: int | None = Field(None, ge=2, description="training samples an epoch")
-    max_steps: int | None = Field(None, ge=1, description="stop after so many training steps")
-    batch_size: int = Field(128, ge=2, description="samples a step, over all devices")
-    micro_batch_size: int | None = Field(
-        None, ge=1, description="samples at once on a device; more are accumulated (all unless given)"
-    )
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="optimizer")
-    lr: float = Field(0.2, gt=0, description="highest learning rate")
-    lr_batch_size: int | None = Field(
-        None, ge=1, description="lr is for batches of so many samples, and follows --batch-size"
-    )
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum (sgd)")
-    nesterov: bool = Field(True, description="Nesterov's form of momentum (sgd)")
-    weight_decay: float = Field(2e-3, ge=0, description="L2 penalty (sgd) or decoupled decay (adamw)")
-    schedule: Literal["cosine", "constant", "steps"] = Field(
-        "cosine", description="learning rate after warm-up; steps: a tenth after each of the milestones"
-    )
-    milestones: Annotated[tuple[int, ...], Parameter(parse=False)] = Field(
-        (32, 62, 82), description="epochs after which the schedule `steps` divides the learning rate by 10"
-    )
-    warmup_epochs: float = Field(0.5, ge=0, description="epochs of linear warm-up")
-    clip_norm: float | None = Field(None, gt=0, description="largest gradient norm, that of W alone")
-    evaluate_on: Literal["test", "validation"] = Field(
-        "test", description="split of the reported error; choose settings on validation"
-    )
-    select_best: bool = Field(
-        False, description="measure the validation error too, and keep the best checkpoint by it"
-    )
-    device: str = Field("cpu", description="torch device")
-    devices: int = Field(1, ge=1, description="devices of a machine; under torchrun: what it started")
-    num_nodes: int = Field(1, ge=1, description="machines (SLURM; torchrun knows by itself)")
-    precision: Literal["32-true", "64-true", "bf16-mixed"] = Field("32-true", description="arithmetic")
-    channels_last: bool = Field(True, description="memory format of images and convolutions")
-    compile: bool = Field(False, description="run the network under torch.compile")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads of torch")
-    checkpoint_steps: int | None = Field(
-        None, ge=1, description="keep a checkpoint every so many steps too, not only after each epoch"
-    )
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints of a run that are kept")
-    overrides: Annotated[dict[str, str], Parameter(parse=False)] = Field(
+    overrides: Annotated[dict[str, str], IN_A_FILE] = Field(
         default_factory=dict, description="layer patterns to rules, over every rule (in a file only)"
     )
-    rule_settings: Annotated[dict[str, dict[str, Any]], Parameter(parse=False)] = Field(
+    rule_settings: Annotated[dict[str, dict[str, Any]], IN_A_FILE] = Field(
         default_factory=dict,
         description="rule names to settings that differ from its defaults (in a file only)",
     )
+    by_rule: Annotated[dict[str, dict[str, Any]], IN_A_FILE] = Field(
+        default_factory=dict,
+        description="rule names to optimizer settings of that rule alone, as `tune` writes (in a file only)",
+    )
+
+    @field_validator("milestones", mode="before")
+    @classmethod
+    def _split_numbers(cls, value: Any) -> Any:
+        parts = [value] if isinstance(value, str | int) else list(value)
+        return tuple(part for joined in parts for part in str(joined).split(",") if part.strip())
+
+    @field_validator("imports")
+    @classmethod
+    def _keep_places(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        return tuple(file.resolve() for file in value)  # a run goes on from any folder
+
+    @field_validator("by_rule")
+    @classmethod
+    def _know_settings(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for rule, settings in value.items():
+            for name in settings:
+                if name not in OptimizerSettings.model_fields | {"warmup_epochs": None}:
+                    raise ValueError(f"{rule} may have optimizer settings of its own, and {name} is none")
+        return value
+
+    def for_rule(self, rule: str) -> Self:
+        """Return the settings that hold for a rule: those of ``by_rule`` go before the others."""
+        own = self.by_rule.get(rule)
+        return type(self).model_validate(self.model_dump() | own | {"by_rule": {}}) if own else self
 
     @model_validator(mode="before")
     @classmethod
@@ -105,17 +213,21 @@ class TrainConfig(BaseModel):
         return self.lr * (self.batch_size / self.lr_batch_size if self.lr_batch_size else 1.0)
 
     def to_yaml(self) -> str:
-        """Return the whole config as a file that ``read_config`` reads."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """Return the whole config, section by section, as a file that ``read_config`` reads."""
+        values, text = self.model_dump(mode="json"), ""
+        for section in (DataSettings, NetworkSettings, OptimizerSettings, ScheduleSettings, MachineSettings):
+            own = {name: values.pop(name) for name in section.model_fields}
+            text += f"# {(section.__doc__ or '').rstrip('.')}\n{yaml.safe_dump(own, sort_keys=False)}\n"
+        return f"{text}# The rest\n{yaml.safe_dump(values, sort_keys=False)}"
 
 
 class CompareConfig(TrainConfig):
     """The settings of a comparison; the same for every rule."""
 
-    rules: Annotated[tuple[str, ...], Parameter(negative="")] = Field(
+    rules: Annotated[tuple[str, ...], RULES, Parameter(negative="")] = Field(
         ("bp", "fa", "ss", "kp", "wm"), description="rules to compare, by commas"
     )
-    seeds: int = Field(1, ge=1, description="number of seeds, counted up from --seed")
+    seeds: Annotated[int, RULES] = Field(1, ge=1, description="number of seeds, counted up from --seed")
 
     @field_validator("rules", mode="before")
     @classmethod
@@ -136,9 +248,9 @@ class CompareConfig(TrainConfig):
 class RunConfig(TrainConfig):
     """The settings of one run: one rule, one seed."""
 
-    rule: str = Field("bp", description="rule to train by")
-    select_best: bool = Field(
-        True, description="measure the validation error too, and keep the best checkpoint by it"
+    rule: Annotated[str, RULES] = Field("bp", description="rule to train by")
+    select_best: Annotated[bool, KEPT] = Field(
+        True, description="measure the validation metric too, and keep the best checkpoint by it"
     )
 
     @property
@@ -184,9 +296,34 @@ def merge_config(flags: Config, file: Path | None, recipe: Config | None = None)
     settings = read_config(file, kind) if file is not None else {}
     base = recipe.model_dump(include=recipe.model_fields_set) if recipe is not None else {}
     try:
-        return kind(**(base | settings | given))
+        merged = kind(**(base | settings | given))
     except ValidationError as error:
         raise ConfigError(f"config file {file}: {first_fault(error)}") from None
+    differing = {name for name, value in settings.items() if value != kind.model_fields[name].default}
+    refuse_without_effect(merged, flags.model_fields_set | differing)
+    return merged
+
+
+def refuse_without_effect(config: TrainConfig, given: Set[str]) -> None:
+    """Refuse settings that change nothing in this run: whoever gives one expects something of it.
+
+    Raises:
+        ConfigError: Names the first, and why.
+    """
+    has_norm = re.match("mlp|lenet|transformer", config.model) is None
+    has_maps = re.match("mlp|transformer", config.model) is None
+    idle = {
+        "norm": (not has_norm, f"{config.model} has no BatchNorm"),
+        "batchnorm_feedback": (not has_norm, f"{config.model} has no BatchNorm"),
+        "sync_batchnorm": (not has_norm, f"{config.model} has no BatchNorm"),
+        "channels_last": (not has_maps, f"{config.model} has no convolution"),
+        "momentum": (config.optimizer != "sgd", "it belongs to --optimizer sgd"),
+        "nesterov": (config.optimizer != "sgd" or not config.momentum, "it belongs to sgd with momentum"),
+        "milestones": (config.schedule != "steps", "it belongs to --schedule steps"),
+    }
+    for name, (is_idle, why) in idle.items():
+        if is_idle and name in given:
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect here: {why}; leave it out")
 
 
 def read_run(folder: Path, **changes: Any) -> RunConfig:
@@ -201,9 +338,25 @@ def read_run(folder: Path, **changes: Any) -> RunConfig:
     return merge_config(RunConfig(**changes), file)
 
 
+_IN_WORDS = {
+    "greater_than_equal": "it must be at least {ge}",
+    "greater_than": "it must be more than {gt}",
+    "less_than_equal": "it must be at most {le}",
+    "less_than": "it must be less than {lt}",
+    "literal_error": "choose {expected}",
+    "extra_forbidden": "there is no such setting",
+    "int_from_float": "it must be a whole number",
+    **dict.fromkeys(("int_parsing", "int_type", "int_parsing_size"), "it must be a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type", "finite_number"), "it must be a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "it must be true or false"),
+    **dict.fromkeys(("string_type", "path_type"), "it must be text"),
+    "dict_type": "it must map names to values",
+}
+
+
 def first_fault(error: ValidationError) -> str:
-    """Return what pydantic found wrong first, as one line that names the setting."""
+    """Return what was found wrong first, as one line that names the setting."""
     fault = error.errors(include_url=False)[0]
     setting = ".".join(str(part) for part in fault["loc"]).replace("_", "-")
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"{setting}: {message}, not {fault['input']!r}"
+    words = _IN_WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+    return f"{setting} is {fault['input']!r}: {words.format(**fault.get('ctx', {}))}"

@@ -124,7 +124,6 @@ class Results(_Typed):
 
     layout: int = Field(SCHEMA, alias="schema", description="version of this layout")
     command: str = Field("", description="the command line that made it")
-    imports: list[str] = Field(default_factory=list, description="the files given by --import")
     versions: dict[str, str] = Field(default_factory=dict, description="of what numbers may depend on")
     device: str = ""
     data: DataFacts = Field(default_factory=DataFacts)

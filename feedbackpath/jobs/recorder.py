@@ -1,0 +1,165 @@
+"""Numbers of a training loop of one's own, in the same table, figures and page as the library's runs."""
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from feedbackpath.errors import ConfigError
+from feedbackpath.jobs.book import describe_versions, write_results
+from feedbackpath.path import FeedbackPath
+from feedbackpath.report import write_report
+from feedbackpath.train.results import DataFacts, Entry, Metric, Results, Run, read_results
+from feedbackpath.train.store import locked
+
+
+class Recorder:
+    """Writes what a loop of one's own measures into a folder: ``results.json``, a page, figures.
+
+    Runs of several rules and seeds share a folder, one recorder each; ``feedbackpath report`` reads it.
+
+    Args:
+        folder: The folder; made if it is not there.
+        rule: The run's rule.
+        seed: The run's seed.
+        metric: What the run is judged by, such as ``"test_error"``.
+        unit: What follows its numbers.
+        lower_is_better: Which end is good.
+        model: The network's name, for titles.
+        data: The data's name, for titles.
+        config: Settings that the page should show.
+        resume: Go on with this rule and seed if the folder holds them; an epoch that comes again replaces the
+            one that was there, and all after it.
+
+    Raises:
+        ConfigError: The folder is in use, holds this rule and seed already, or numbers of another metric.
+
+    Example:
+        >>> import tempfile
+        >>> with Recorder(tempfile.mkdtemp(), rule="kp", metric="test_error") as record:
+        ...     record.epoch(1, train_loss=0.3, value=4.2)
+        ...     record.epoch(2, train_loss=0.2, value=3.6)
+        >>> record.results.runs[0].test
+        3.6
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        rule: str,
+        seed: int = 0,
+        metric: str = "test_error",
+        unit: str = "%",
+        lower_is_better: bool = True,
+        model: str = "",
+        data: str = "",
+        config: dict[str, Any] | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self._stack = ExitStack()
+        self._stack.enter_context(locked(self.folder))
+        judged_by = Metric(name=metric.removeprefix("test_"), unit=unit, lower_is_better=lower_is_better)
+        try:
+            self._take_up(rule, seed, judged_by, resume=resume)
+        except BaseException:
+            self._stack.close()
+            raise
+        self._mark = time.perf_counter()
+        self._titles = {"model": model, "data": DataFacts(name=data), "config": config or {}}
+        self._save()
+
+    def epoch(
+        self,
+        number: int,
+        *,
+        value: float,
+        train_loss: float | None = None,
+        validation: float | None = None,
+        path: FeedbackPath | None = None,
+        delta_angle_deg: dict[str, float] | None = None,
+    ) -> None:
+        """Enter what was measured after an epoch, or with number 0 before the first.
+
+        Args:
+            number: The epoch.
+            value: The metric on the test split.
+            train_loss: Mean training loss of the epoch.
+            validation: The metric on the validation split.
+            path: Whose matrix angles and gains are entered.
+            delta_angle_deg: What ``path.delta_angles`` returned.
+        """
+        if not self.run.history and number not in (0, 1) and self.run.start is None:
+            raise ConfigError(f"the first epoch of {self.run.name} is {number}: begin with 1, or with 0 before it")
+        now = time.perf_counter()
+        entry = Entry(
+            epoch=number,
+            train_loss=train_loss,
+            test=value,
+            validation=validation,
+            matrix_angle_deg=dict(path.matrix_angles()) if path else {},
+            delta_angle_deg=dict(delta_angle_deg or {}),
+            gain=dict(path.gains()) if path else {},
+            seconds=now - self._mark,
+        )
+        if number == 0:
+            self.run.start, self.run.history = entry, []
+        else:
+            self.run.history = [old for old in self.run.history if old.epoch < number] + [entry]
+            self.run.test = value
+        self.run.seconds += entry.seconds
+        self._save()
+        write_report(self.results, self.folder, figures=False)
+        self._mark = time.perf_counter()
+
+    def close(self, status: str = "finished") -> None:
+        """End the run and write the figures.
+
+        Args:
+            status: ``"finished"``, ``"interrupted"`` or ``"diverged"``.
+        """
+        self.run.status = status  # type: ignore[assignment]
+        if status == "diverged":
+            self.run.diverged_epoch = len(self.run.history) + 1
+        self._save()
+        write_report(self.results, self.folder)
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close("finished" if kind is None else "interrupted")
+
+    def _take_up(self, rule: str, seed: int, metric: Metric, *, resume: bool) -> None:
+        self.results = Results(runs=[], metric=metric, versions=describe_versions())
+        if (self.folder / "results.json").exists():
+            self.results = read_results(self.folder)
+        if self.results.runs and self.results.metric != metric:
+            raise ConfigError(
+                f"{self.folder} holds test_{self.results.metric.name} ({self.results.metric.unit!r}), not "
+                f"test_{metric.name} ({metric.unit!r}): choose another folder"
+            )
+        found = [run for run in self.results.runs if (run.rule, run.seed) == (rule, seed)]
+        if found and not resume:
+            raise ConfigError(
+                f"{self.folder} holds {rule}, seed {seed} already: choose another seed or folder, or pass "
+                "resume=True"
+            )
+        self.run = found[0] if found else Run(rule=rule, seed=seed)
+        if not found:
+            self.results.runs.append(self.run)
+        self.run.status = "running"
+
+    def _save(self) -> None:
+        """Write the results; other recorders of this process may have written theirs meanwhile."""
+        if (self.folder / "results.json").exists():
+            theirs = read_results(self.folder)
+            others = [run for run in theirs.runs if (run.rule, run.seed) != (self.run.rule, self.run.seed)]
+            self.results = theirs.model_copy(update={"runs": [*others, self.run]})
+        self.results = self.results.model_copy(update={k: v for k, v in self._titles.items() if v})
+        write_results(self.results, self.folder)

@@ -1,0 +1,258 @@
+"""Tuning: the same number of trials for every rule, on validation data alone.
+
+Each rule has a declared search space: learning rate and weight decay, which all share, and what its class adds by
+``search_space``. Trial k of every rule takes the k-th point of one scrambled Sobol sequence (Sobol 1967; Owen
+1998), so that learning rates and decays are the same for all, and nobody gets a better search than another. The
+test split is never looked at.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from feedbackpath.errors import ConfigError
+from feedbackpath.jobs.imports import import_files
+from feedbackpath.jobs.run import make_task
+from feedbackpath.jobs.signals import Interrupted, StopRequest
+from feedbackpath.rules import RULES, resolve_rule
+from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.engine import Engine
+from feedbackpath.train.loop import Diverged, Measured, Paused, train
+from feedbackpath.train.results import Metric
+from feedbackpath.train.store import locked, write_json, write_text
+
+Span = Sequence[Any]
+"""``("log", low, high)``, ``("linear", low, high)`` or ``("choice", one, another, ...)``."""
+
+SHARED: dict[str, dict[str, Span]] = {
+    "sgd": {"lr": ("log", 0.01, 1.0), "weight_decay": ("log", 1e-4, 1e-2)},
+    "adamw": {"lr": ("log", 1e-4, 1e-2), "weight_decay": ("log", 1e-2, 1.0)},
+}
+"""What is searched for every rule, by optimizer."""
+
+
+class Trial(BaseModel):
+    """One training run of the search."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rule: str
+    number: int
+    settings: dict[str, Any] = Field(description="of the optimizer; those after a dot are the rule's own")
+    status: Literal["finished", "diverged"]
+    validation: float | None = Field(description="the metric on validation data after the last epoch")
+    seconds: float
+
+
+class Search(BaseModel):
+    """The content of ``tune.json``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    command: str
+    metric: Metric
+    seed: int
+    trials_per_rule: int
+    spaces: dict[str, dict[str, list[Any]]] = Field(description="the search space of each rule")
+    config: dict[str, Any]
+    data: dict[str, Any]
+    trials: list[Trial] = Field(default_factory=list)
+
+    def best(self, rule: str) -> Trial | None:
+        """Return the trial of a rule with the best validation metric, the first of equals."""
+        done = [trial for trial in self.trials if trial.rule == rule and trial.validation is not None]
+        sign = 1 if self.metric.lower_is_better else -1
+        return min(done, key=lambda trial: sign * float(trial.validation or 0.0), default=None)
+
+
+def space_of(rule: str, config: CompareConfig) -> dict[str, Span]:
+    """Return a rule's search space: what all share, then its own.
+
+    Raises:
+        ConfigError: The rule declares a span that makes no sense.
+    """
+    own: Mapping[str, Span] = RULES[resolve_rule(rule).name].search_space
+    space = SHARED[config.optimizer] | {f"{rule}.{name}": span for name, span in own.items()}
+    for name, span in space.items():
+        kind, *values = span
+        is_range = kind in ("log", "linear") and len(values) == 2 and values[0] < values[1]
+        if not (is_range or (kind == "choice" and values)) or (kind == "log" and values[0] <= 0):
+            raise ConfigError(
+                f"search space of {rule}: {name} is {span!r}; give ('log', low, high), ('linear', low, high) "
+                "or ('choice', one, another)"
+            )
+    return space
+
+
+def point_of(space: Mapping[str, Span], number: int, seed: int) -> dict[str, Any]:
+    """Return the settings of a trial: a point of a Sobol sequence, the same in shared dimensions for all rules.
+
+    Example:
+        >>> point = point_of({"lr": ("log", 0.01, 1.0)}, number=0, seed=0)
+        >>> 0.01 <= point["lr"] <= 1.0
+        True
+    """
+    engine = torch.quasirandom.SobolEngine(MOST_SETTINGS, scramble=True, seed=seed)
+    shares = engine.draw(number + 1)[number].tolist()
+    return {name: _value_at(span, share) for (name, span), share in zip(space.items(), shares, strict=False)}
+
+
+MOST_SETTINGS = 16  # dimensions of the sequence: fixed, so that more settings leave the first ones as they are
+
+
+def _value_at(span: Span, share: float) -> Any:
+    kind, *values = span
+    if kind == "choice":
+        return values[min(int(share * len(values)), len(values) - 1)]
+    low, high = values
+    return float(f"{low * (high / low) ** share if kind == 'log' else low + (high - low) * share:.3g}")
+
+
+def tune(
+    config: CompareConfig,
+    out: Path,
+    *,
+    trials: int,
+    resume: bool,
+    command: str,
+    tell: Callable[[Search, Trial], None],
+) -> Search:
+    """Search settings for every rule of a config, and keep every trial in ``tune.json``.
+
+    ``chosen.yaml`` has each rule's best settings, for ``feedbackpath compare --config``.
+
+    Args:
+        config: The settings that are not searched; its first seed is that of all trials.
+        out: The folder.
+        trials: Trials of each rule.
+        resume: Go on with what the folder holds, if it holds anything.
+        command: The command line, for the result file.
+        tell: Called after each trial.
+
+    Raises:
+        ConfigError: The folder holds another search, or is in use.
+        Interrupted: SIGINT or SIGTERM came; finished trials are kept.
+    """
+    import_files(config.imports)
+    engine = Engine(config)
+    if engine.world_size > 1:
+        raise ConfigError("tune trains on one device: start several, each with rules and a folder of its own")
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    task = make_task(config, config.seed)
+    spaces = {rule: space_of(rule, config) for rule in config.rules}
+    search = Search(
+        command=command,
+        metric=Metric(name=task.metric, unit=task.unit, lower_is_better=task.lower_is_better),
+        seed=config.seed,
+        trials_per_rule=trials,
+        spaces={rule: {name: list(span) for name, span in space.items()} for rule, space in spaces.items()},
+        config=config.model_dump(mode="json"),
+        data={"name": config.data, **task.facts},
+    )
+    with locked(out), StopRequest() as stop:
+        if (out / "tune.json").exists():
+            search.trials = _kept_trials(out, search, resume=resume)
+        done = {(trial.rule, trial.number) for trial in search.trials}
+        for number in range(trials):
+            for rule in config.rules:
+                if (rule, number) in done:
+                    continue
+                trial = _try(config, rule, number, point_of(spaces[rule], number, config.seed), task, engine, stop)
+                search.trials.append(trial)
+                _write(search, out)
+                tell(search, trial)
+        _write(search, out)
+    return search
+
+
+def settings_for(config: CompareConfig, rule: str, point: Mapping[str, Any]) -> CompareConfig:
+    """Return a config with a trial's settings, those of the rule among ``rule_settings``."""
+    own = {name.removeprefix(f"{rule}."): value for name, value in point.items() if "." in name}
+    shared = {name: value for name, value in point.items() if "." not in name}
+    rule_settings = config.rule_settings | ({rule: config.rule_settings.get(rule, {}) | own} if own else {})
+    changed = {"rule_settings": rule_settings, "by_rule": config.by_rule | {rule: shared}}
+    return CompareConfig.model_validate(config.model_dump() | changed)
+
+
+def _try(
+    config: CompareConfig,
+    rule: str,
+    number: int,
+    point: dict[str, Any],
+    task: Any,
+    engine: Engine,
+    stop: StopRequest,
+) -> Trial:
+    """Train once and measure on validation data."""
+    started = time.perf_counter()
+    settings = settings_for(config, rule, point).for_rule(rule).model_copy(update={"evaluate_on": "validation"})
+    value, status = None, "finished"
+    for event in train(settings, rule, config.seed, task, engine, must_stop=lambda: bool(stop)):
+        if isinstance(event, Measured):
+            value = event.entry.test
+        elif isinstance(event, Diverged):
+            value, status = None, "diverged"
+        elif isinstance(event, Paused) and event.is_last:
+            raise Interrupted(128 + stop.number)
+    return Trial(
+        rule=rule,
+        number=number,
+        settings=point,
+        status=status,  # type: ignore[arg-type]
+        validation=value,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _kept_trials(out: Path, search: Search, *, resume: bool) -> list[Trial]:
+    if not resume:
+        raise ConfigError(f"{out} holds a search already: go on with it by --resume, or choose another --out")
+    kept = Search.model_validate_json((out / "tune.json").read_text(encoding="utf-8"))
+    for name in ("seed", "config", "data", "metric"):
+        there, now = kept.model_dump(mode="json")[name], search.model_dump(mode="json")[name]
+        if isinstance(there, dict):
+            free = {"rules", "num_threads", "num_workers", "device", "data_dir", "source"}
+            there = {key: value for key, value in there.items() if key not in free}
+            now = {key: value for key, value in now.items() if key not in free}
+        if there != now:
+            raise ConfigError(f"{out} holds a search with another {name}; choose another --out")
+    for rule, space in kept.spaces.items():
+        if search.spaces.setdefault(rule, space) != space:
+            raise ConfigError(f"{out} holds a search of {rule} over another space; choose another --out")
+    return kept.trials
+
+
+def _write(search: Search, out: Path) -> None:
+    write_json(out / "tune.json", search.model_dump(mode="json"))
+    by_rule: dict[str, dict[str, Any]] = {}
+    rule_settings: dict[str, dict[str, Any]] = {}
+    for rule in search.spaces:
+        best = search.best(rule)
+        for name, value in (best.settings if best else {}).items():
+            place = rule_settings if "." in name else by_rule
+            place.setdefault(rule, {})[name.split(".")[-1]] = value
+    chosen = {"by_rule": by_rule} | ({"rule_settings": rule_settings} if rule_settings else {})
+    header = f"# Best of {search.trials_per_rule} trials each, by {search.metric.name} on validation data\n"
+    write_text(out / "chosen.yaml", header + yaml.safe_dump(chosen, sort_keys=False))
+
+
+class Row(NamedTuple):
+    """A line of the table that ``tune`` prints."""
+
+    rule: str
+    trials: int
+    best: Trial | None
+
+
+def rows_of(search: Search) -> list[Row]:
+    """Return each rule's number of trials and its best one."""
+    return [
+        Row(rule, sum(trial.rule == rule for trial in search.trials), search.best(rule))
+        for rule in search.spaces
+    ]

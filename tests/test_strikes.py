@@ -1,0 +1,58 @@
+"""Nothing is lost whichever file operation a kill or a full disk hits: a resume leaves what a whole run leaves."""
+
+import io
+from pathlib import Path
+
+import file_strikes
+import pytest
+from rich.console import Console
+
+from feedbackpath.jobs import run_job
+from feedbackpath.report.live import LiveView
+from feedbackpath.train.config import CompareConfig, RunConfig
+
+SMALL = {
+    "data": "digits", "model": "mlp", "epochs": 2, "samples_per_epoch": 256, "batch_size": 64, "lr": 0.05,
+    "num_threads": 1,
+}  # fmt: skip
+JOBS = {
+    "train": RunConfig(**SMALL, rule="kp", checkpoint_steps=2),
+    "compare": CompareConfig(**SMALL, rules=("bp", "kp")),
+}
+
+
+def job_of(config, out: Path):
+    def run() -> int:
+        view = LiveView(Console(file=io.StringIO()))
+        run_job(config, out, resume=(out / "results.json").exists(), command="", view=view)
+        return 0
+
+    return run
+
+
+def strike_everywhere(tmp_path, kind, how, choose):
+    config = JOBS[kind]
+    operations = file_strikes.operations_in(job_of(config, tmp_path / "whole"), tmp_path / "whole")
+    whole = file_strikes.contents_of(tmp_path / "whole")
+    for number in choose(operations):
+        out = tmp_path / f"struck-{number}"
+        code = file_strikes.strike(job_of(config, out), out, number, how)
+        assert code == (137 if how == "kill" else 2), (number, operations[number])
+        assert file_strikes.strike(job_of(config, out), out, 10**9, "kill") == 0, (number, operations[number])
+        found = file_strikes.contents_of(out)
+        assert found.keys() == whole.keys(), (number, operations[number])
+        differing = [name for name in whole if found[name] != whole[name]]
+        assert not differing, (number, operations[number])
+
+
+@pytest.mark.parametrize("how", ["kill", "full"])
+@pytest.mark.parametrize("kind", JOBS)
+def test_a_strike_at_one_file_operation_of_each_kind(tmp_path, kind, how):
+    strike_everywhere(tmp_path, kind, how, file_strikes.first_of_each_kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["kill", "full"])
+@pytest.mark.parametrize("kind", JOBS)
+def test_a_strike_between_every_two_file_operations(tmp_path, kind, how):
+    strike_everywhere(tmp_path, kind, how, lambda operations: range(len(operations)))
