@@ -21,8 +21,10 @@ if TYPE_CHECKING:
         UntieError,
         UserError,
     )
+    from feedbackpath.jobs.recorder import Recorder
     from feedbackpath.mirror import Mirror, When
     from feedbackpath.mirror.passage import forward_passage
+    from feedbackpath.models import register_model
     from feedbackpath.path import FeedbackPath, untie
     from feedbackpath.rules import (
         RULES,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
         draw_feedback,
         register_rule,
     )
+    from feedbackpath.tasks import Task, register_task
 
 __version__ = "0.1.0"
 __all__ = [
@@ -55,6 +58,7 @@ __all__ = [
     "MirrorFeedbackAlignment",
     "MirrorKolenPollack",
     "MirrorWarning",
+    "Recorder",
     "Report",
     "Rule",
     "RuleContext",
@@ -62,6 +66,7 @@ __all__ = [
     "SendBack",
     "SignSymmetry",
     "Target",
+    "Task",
     "UnconvertedLayerWarning",
     "UntieError",
     "UntiedWeight",
@@ -72,7 +77,9 @@ __all__ = [
     "draw_feedback",
     "forward_passage",
     "register_layer",
+    "register_model",
     "register_rule",
+    "register_task",
     "untie",
 ]
 _HOMES = {
@@ -80,7 +87,10 @@ _HOMES = {
     "core.layers": ("UntiedWeight", "register_layer"),
     "mirror.passage": ("forward_passage",),
     "core.sendback": ("Broadcast", "Local", "SendBack", "Target"),
+    "jobs.recorder": ("Recorder",),
     "mirror": ("Mirror", "When"),
+    "models": ("register_model",),
+    "tasks": ("Task", "register_task"),
     "path": ("FeedbackPath", "untie"),
     "auditing": ("AuditError", "Report", "audit"),
 }

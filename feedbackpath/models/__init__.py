@@ -1,5 +1,6 @@
 """Plain networks with no learning rule inside, and the table of their names."""
 
+import inspect
 import re
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -8,13 +9,14 @@ from typing import get_args
 
 from torch import nn
 
+from feedbackpath.errors import ConfigError
 from feedbackpath.models.lenet import LeNet
 from feedbackpath.models.mlp import MLP
 from feedbackpath.models.resnet import BasicBlock, Bottleneck, Norm, ResNet
 from feedbackpath.models.resnet_cifar import CifarResNet
 from feedbackpath.models.transformer import RowTransformer
 
-__all__ = ["MLP", "MODELS", "CifarResNet", "LeNet", "Norm", "ResNet", "RowTransformer", "build_model"]
+__all__ = ["MLP", "MODELS", "CifarResNet", "LeNet", "Norm", "ResNet", "RowTransformer", "build_model", "register_model"]
 
 Builder = Callable[[tuple[int, int, int], int, Norm], nn.Module]
 """Makes a model from the shape ``(C, H, W)`` of a sample, the number of classes and BatchNorm's place."""
@@ -46,13 +48,37 @@ def build_model(
         Conv2d(64, 128, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), bias=False)
     """
     builder = find_builder(name)
-    if len(sample_shape) != 3 or min(sample_shape) < 1:
+    takes_images = name not in _USERS and not name.startswith("mlp")
+    if min(sample_shape) < 1 or (takes_images and len(sample_shape) != 3):
         raise ValueError(f"model {name}: sample_shape must be (channels, height, width), got {sample_shape}")
     if num_classes < 1:
         raise ValueError(f"model {name}: num_classes must be at least 1, got {num_classes}")
     if norm not in get_args(Norm):
         raise ValueError(f"model {name}: norm must be 'after' or 'before' the ReLU, got {norm!r}")
     return builder(sample_shape, num_classes, norm)
+
+
+def register_model(name: str, make: Callable[..., nn.Module]) -> None:
+    """Give a network of one's own a name, so that ``--model NAME`` finds it.
+
+    Args:
+        name: Its name.
+        make: Returns it with fresh weights from PyTorch's random generator. It is called with those of
+            ``sample_shape``, ``num_classes`` (outputs) and ``norm`` that it takes.
+
+    Raises:
+        ConfigError: The name is taken.
+    """
+    taken = inspect.signature(make).parameters.keys()
+
+    def build(sample_shape: tuple[int, int, int], num_classes: int, norm: Norm) -> nn.Module:
+        known = {"sample_shape": sample_shape, "num_classes": num_classes, "norm": norm}
+        return make(**{option: value for option, value in known.items() if option in taken})
+
+    if name in MODELS:
+        raise ConfigError(f"there is a model {name!r} already: choose another name")
+    MODELS[name] = build
+    _USERS.add(name)
 
 
 def find_builder(name: str) -> Builder:
@@ -105,6 +131,7 @@ def _resnet(block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, int, 
     )
 
 
+_USERS: set[str] = set()  # names of networks that users registered
 SIZED: dict[str, Callable[[int], Builder]] = {"mlp": _mlp, "transformer": _transformer}
 MODELS: dict[str, Builder] = {
     "mlp": _mlp(),
