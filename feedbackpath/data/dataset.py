@@ -82,8 +82,10 @@ def minibatches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterate over an epoch, in an order that is a pure function of (seed, epoch).
 
-    The last batch may be short. When shuffling, which is for training, it is left out if it would hold
-    a single sample, on which batch normalisation cannot compute a variance; evaluation sees every sample.
+    The last batch may be short. Shuffling is for training: batch normalisation has no variance over a single
+    sample, so a last batch of one is left out, and a small batch is shared by fewer processes, none of which
+    gets a single one. Images that could not be read are left out too. Evaluation sees every sample, and one
+    that could not be read has the label `UNREADABLE`, which no network predicts.
 
     Args:
         split: The samples.
@@ -95,11 +97,12 @@ def minibatches(
         start: Samples of the epoch's order that were consumed already, to resume in mid-epoch.
         num_workers: Processes that read samples ahead; 0 reads them in this one.
         rank: Which of several processes that train together this is.
-        world_size: How many they are; each gets every `world_size`-th sample of a batch, of the last batch
+        world_size: How many they are; each gets every `world_size`-th sample of a batch, of a small batch
             perhaps none.
 
     Returns:
-        An iterator over inputs `[N, C, H, W]`, as the split's `batch` returns them, and labels, int64 `[N]`.
+        An iterator over this process's inputs `[N, C, H, W]`, as the split's `batch` returns them, and their
+        labels, int64 `[N]`.
 
     Raises:
         ValueError: If `batch_size` is below 1, or `num_samples` or `start` is outside the split.
@@ -122,8 +125,21 @@ def minibatches(
     order = permutation(len(split), seed, epoch) if shuffle else torch.arange(len(split))
     batches = torch.split(order[start:stop], batch_size) if start < stop else ()
     smallest = min(2, batch_size) if shuffle else 1
-    own = [batch[rank::world_size] for batch in batches if len(batch) >= smallest]
-    return map_in_order(partial(split.batch, epoch=epoch), own, num_workers)
+    own = [_share(batch, smallest, rank, world_size) for batch in batches if len(batch) >= smallest]
+    read = partial(_read_readable, split) if shuffle else split.batch
+    return map_in_order(partial(read, epoch=epoch), own, num_workers)
+
+
+def _share(batch: Tensor, smallest: int, rank: int, world_size: int) -> Tensor:
+    """Return a process's part of a batch: at least ``smallest`` samples, or none."""
+    num_sharing = min(world_size, len(batch) // smallest)
+    return batch[rank::num_sharing] if rank < num_sharing else batch[:0]
+
+
+def _read_readable(split: Split, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    x, y = split.batch(indices, epoch)
+    is_readable = y != UNREADABLE
+    return x[is_readable], y[is_readable]
 
 
 def stream_positions(indices: Tensor, epoch: int, samples_per_epoch: int, num_items: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from feedbackpath.data import UNREADABLE, Dataset, Split, minibatches
+from feedbackpath.data import Dataset, Split, minibatches
 from feedbackpath.train.build import make_network, make_optimizer, make_path
 from feedbackpath.train.config import TrainConfig
 from feedbackpath.train.divergence import LOSS_ITSELF, find_origin
@@ -230,7 +230,6 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         expected = min(self.config.batch_size, len(self.dataset.train) - self.consumed)
-        x, y = x[y != UNREADABLE], y[y != UNREADABLE]
         self.optimizer.zero_grad()
         own_sum = self._accumulate_gradients(x, y, expected)
         loss_sum, samples, stop = self.engine.sum([own_sum, len(y), self.must_stop()])
@@ -320,7 +319,6 @@ class Run:
         self.model.train()
         num_samples = min(self.config.batch_size, MEASURED_SAMPLES, len(self.dataset.train))
         x, y = next(self._batches(self.dataset.train, epoch=epoch, num_samples=num_samples))
-        x, y = x[y != UNREADABLE], y[y != UNREADABLE]
         return self.path.delta_angles(lambda: self._loss(self.model, x, y)) if len(y) else {}
 
     @torch.no_grad()
