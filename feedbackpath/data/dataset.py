@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from feedbackpath.data.counter import permutation, uniform
 from feedbackpath.data.workers import map_in_order
-from feedbackpath.errors import DataError
 
 Augmentation = Callable[[Tensor, Tensor], Tensor]
 """From images `[N, C, H, W]` and numbers in [0, 1) `[N, 3]` to images of the same shape."""
+
+Samples = tuple[Tensor, Tensor]
+"""Inputs `[N, C, H, W]` and labels, int64 `[N]`."""
 
 UNREADABLE = -1
 """The label of an image that could not be read, where those are to be counted and left out."""
@@ -27,7 +29,7 @@ class Split(Protocol):
         """Return the number of samples of an epoch."""
         ...
 
-    def batch(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor, epoch: int) -> Samples:
         """Return some samples of an epoch; the others of a batch do not matter.
 
         Args:
@@ -40,8 +42,8 @@ class Split(Protocol):
         ...
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Turn what `batch` returned into float32 inputs; runs on the device that trains."""
-        ...
+        """Turn what `batch` returned into float32 inputs, on the device that trains; most need nothing."""
+        return x
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def minibatches(
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[Samples]:
     """Iterate over an epoch, in an order that is a pure function of (seed, epoch).
 
     The last batch may be short. Shuffling is for training: batch normalisation has no variance over a single
@@ -136,7 +138,7 @@ def _share(batch: Tensor, smallest: int, rank: int, world_size: int) -> Tensor:
     return batch[rank::num_sharing] if rank < num_sharing else batch[:0]
 
 
-def _read_readable(split: Split, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+def _read_readable(split: Split, indices: Tensor, epoch: int) -> Samples:
     x, y = split.batch(indices, epoch)
     is_readable = y != UNREADABLE
     return x[is_readable], y[is_readable]
@@ -147,9 +149,6 @@ def stream_positions(indices: Tensor, epoch: int, samples_per_epoch: int, num_it
 
     Every item comes up equally often in the long run, whether an epoch is shorter or longer than the list.
 
-    Raises:
-        IndexError: If an index is outside [0, samples_per_epoch).
-
     Example:
         >>> stream_positions(torch.arange(3), epoch=1, samples_per_epoch=3, num_items=5)
         tensor([3, 4, 0])
@@ -159,45 +158,22 @@ def stream_positions(indices: Tensor, epoch: int, samples_per_epoch: int, num_it
     return (indices + epoch * samples_per_epoch) % num_items
 
 
-def check_samples_per_epoch(samples_per_epoch: int | None, *, default: int) -> int:
-    """Return the number of samples asked for, or the default, and refuse one below 1.
-
-    Raises:
-        DataError: If it is below 1.
-    """
-    if samples_per_epoch is None:
-        return default
-    if samples_per_epoch < 1:
-        raise DataError(f"samples_per_epoch is {samples_per_epoch}; it must be at least 1")
-    return samples_per_epoch
-
-
 @dataclass(frozen=True, eq=False)
-class ArraySplit:
-    """Images held in memory as bytes, normalised, and perhaps augmented, when asked for.
+class ArraySplit(Split):
+    """Images held in memory as bytes, perhaps augmented, and normalised when asked for."""
 
-    Attributes:
-        images: uint8 `[M, C, H, W]`.
-        labels: int64 `[M]`.
-        mean: Subtracted from the bytes, `[C, 1, 1]`.
-        std: What the difference is divided by, `[C, 1, 1]`.
-        samples_per_epoch: Samples an epoch; where it is not M, epochs walk through the images in turn.
-        seed: Chooses the augmentation.
-        augment: Changes a batch of bytes before it is normalised.
-    """
-
-    images: Tensor
-    labels: Tensor
-    mean: Tensor
-    std: Tensor
-    samples_per_epoch: int
-    seed: int = 0
+    images: Tensor  # uint8 `[M, C, H, W]`
+    labels: Tensor  # int64 `[M]`
+    mean: Tensor  # subtracted from the bytes, `[C, 1, 1]`
+    std: Tensor  # what the difference is divided by, `[C, 1, 1]`
+    samples_per_epoch: int  # where it is not M, epochs walk through the images in turn
+    seed: int = 0  # chooses the augmentation
     augment: Augmentation | None = None
 
     def __len__(self) -> int:
         return self.samples_per_epoch
 
-    def batch(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor, epoch: int) -> Samples:
         """Return some samples of an epoch: see `Split.batch`."""
         rows = stream_positions(indices, epoch, self.samples_per_epoch, len(self.images))
         images = self.images[rows]
@@ -205,28 +181,13 @@ class ArraySplit:
             images = self.augment(images, uniform(indices, 3, self.seed, epoch))
         return (images.float() - self.mean) / self.std, self.labels[rows]
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """Return ``x``: it is normalised already."""
-        return x
-
-
-@dataclass(frozen=True, eq=False)
-class LabelledImages:
-    """Images, uint8 `[M, C, H, W]`, and their labels, int64 `[M]`."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __getitem__(self, rows: Tensor | slice) -> "LabelledImages":
-        return LabelledImages(self.images[rows], self.labels[rows])
-
 
 def array_dataset(
     name: str,
+    train: Samples,
+    validation: Samples,
+    test: Samples,
     *,
-    train: LabelledImages,
-    validation: LabelledImages,
-    test: LabelledImages,
     num_classes: int,
     mean: Sequence[float],
     std: Sequence[float],
@@ -235,47 +196,28 @@ def array_dataset(
     samples_per_epoch: int | None,
     augment: Augmentation | None = None,
 ) -> Dataset:
-    """Make a dataset of images held in memory.
+    """Make a dataset of images held in memory; only those of training are augmented.
 
-    Args:
-        name: Its name in `DATASETS`.
-        train: Images to learn from.
-        validation: Images to choose hyperparameters by.
-        test: Images to report on.
-        num_classes: How many classes.
-        mean: Of the bytes, one number a channel.
-        std: Of the bytes, one number a channel.
-        source: Where the images were read.
-        seed: Chooses the training augmentation.
-        samples_per_epoch: Training samples an epoch; all of them by default.
-        augment: For the training images only.
+    ``mean`` and ``std`` are of the bytes, one number a channel.
     """
     digest = hashlib.sha256()
-    for part in (train, validation, test):
-        digest.update(part.images.contiguous().numpy().data)
-        digest.update(part.labels.contiguous().numpy().data)
+    for part in (*train, *validation, *test):
+        digest.update(part.contiguous().numpy().data)
     centre, spread = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
-
-    def split(part: LabelledImages) -> ArraySplit:
-        return ArraySplit(part.images, part.labels, centre, spread, len(part.images))
-
-    num_samples = check_samples_per_epoch(samples_per_epoch, default=len(train.images))
-    _, channels, height, width = train.images.shape
+    sizes = {"train": len(train[1]), "validation": len(validation[1]), "test": len(test[1])}
+    num_samples = samples_per_epoch or sizes["train"]
+    _, channels, height, width = train[0].shape
     return Dataset(
         name,
         num_classes,
         (channels, height, width),
-        train=replace(split(train), samples_per_epoch=num_samples, seed=seed, augment=augment),
-        validation=split(validation),
-        test=split(test),
+        train=ArraySplit(*train, centre, spread, num_samples, seed, augment),
+        validation=ArraySplit(*validation, centre, spread, sizes["validation"]),
+        test=ArraySplit(*test, centre, spread, sizes["test"]),
         facts={
             "source": source,
             "checksum": digest.hexdigest(),
             "samples_per_epoch": num_samples,
-            "sizes": {
-                "train": len(train.images),
-                "validation": len(validation.images),
-                "test": len(test.images),
-            },
+            "sizes": sizes,
         },
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from feedbackpath.data.counter import uniform
 from feedbackpath.data.crops import NUM_DRAWS, centre_view, normalise, random_view
-from feedbackpath.data.dataset import UNREADABLE, Dataset, check_samples_per_epoch, stream_positions
+from feedbackpath.data.dataset import UNREADABLE, Dataset, stream_positions
 from feedbackpath.data.decode import UnreadableImageError, describe_decoders
 from feedbackpath.data.image_sets import ImageSet, Numbers
 from feedbackpath.data.layouts import LAYOUTS, ImageFolder, open_folder
@@ -123,7 +123,7 @@ def load_imagenet(
     folder = open_folder(data_dir)
     _refuse_empty_classes(folder)
     train, validation = hold_out(folder.train.labels)
-    num_samples = check_samples_per_epoch(samples_per_epoch, default=len(train))
+    num_samples = samples_per_epoch or len(train)
     test = torch.arange(len(folder.test.labels))
     return Dataset(
         "imagenet",
