@@ -22,8 +22,7 @@ from sklearn.datasets import load_sample_images
 
 from feedbackpath.data import decode, load_dataset
 from feedbackpath.data.counter import uniform
-from feedbackpath.data.crops import NUM_DRAWS, random_box
-from feedbackpath.data.imagenet import ImageSplit
+from feedbackpath.data.imagenet import NUM_DRAWS, ImageSplit, random_box
 
 NUM_IMAGES, BATCH_SIZE, REPETITIONS, IMAGE_SIZE = 64, 8, 20, 224
 WIDTH, HEIGHT, QUALITY = 500, 375, 97

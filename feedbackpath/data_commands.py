@@ -11,9 +11,15 @@ from cyclopts.validators import Number
 from rich.console import Console
 from rich.progress import Progress
 
-from feedbackpath.data.check import Problem, check_images, find_empty_classes
 from feedbackpath.data.layouts import ImageFolder, open_folder
-from feedbackpath.data.shrink import Shrinking, prepare_copy, shrink_images
+from feedbackpath.data.upkeep import (
+    Problem,
+    Shrinking,
+    check_images,
+    find_empty_classes,
+    prepare_copy,
+    shrink_images,
+)
 from feedbackpath.jobs.signals import StopRequest
 
 CLEAN, PROBLEMS = 0, 2

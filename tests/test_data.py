@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from feedbackpath.data import DATASETS, load_dataset, minibatches
+from feedbackpath.data import DATASETS, UNREADABLE, load_dataset, minibatches
 from feedbackpath.data.counter import permutation, uniform
 from feedbackpath.data.dataset import ArraySplit, stream_positions
 from feedbackpath.errors import DataError
@@ -76,6 +76,37 @@ def test_minibatches_in_order_keep_a_last_batch_of_one():
 def test_shuffled_minibatches_leave_out_a_last_batch_of_one_unless_all_are():
     assert [len(batch) for batch in epoch_labels(make_split(5, 5))] == [4]
     assert len(epoch_labels(make_split(5, 5), batch_size=1)) == 5
+
+
+@pytest.mark.parametrize(
+    ("num_images", "world_size", "sizes"),
+    [(3, 2, [3, 0]), (4, 2, [2, 2]), (5, 3, [3, 2, 0]), (7, 3, [3, 2, 2]), (7, 4, [3, 2, 2, 0])],
+)
+def test_no_process_trains_on_a_single_sample(num_images, world_size, sizes):
+    split, options = make_split(num_images, num_images), {"batch_size": 8, "world_size": world_size}
+    (whole,) = epoch_labels(split, batch_size=8)
+    shares = [epoch_labels(split, rank=rank, **options)[0] for rank in range(world_size)]
+    assert [len(share) for share in shares] == sizes
+    assert sorted(sum(shares, [])) == sorted(whole)
+    if num_images >= 2 * world_size:
+        assert shares == [whole[rank::world_size] for rank in range(world_size)]
+
+
+def test_processes_evaluate_on_every_so_many_samples_even_on_one():
+    shares = [epoch_labels(make_split(5, 5), shuffle=False, rank=r, world_size=3) for r in range(3)]
+    assert shares == [[[0, 3], [4]], [[1], []], [[2], []]]
+
+
+def test_a_batch_size_of_one_leaves_all_processes_but_one_without():
+    shares = [epoch_labels(make_split(3, 3), batch_size=1, rank=r, world_size=2) for r in range(2)]
+    assert [[len(batch) for batch in share] for share in shares] == [[1, 1, 1], [0, 0, 0]]
+
+
+def test_training_leaves_unreadable_samples_out_and_evaluation_does_not():
+    split = make_split()
+    split.labels[[2, 5]] = UNREADABLE
+    assert sorted(sum(epoch_labels(split), [])) == [0, 1, 3, 4, 6, 7, 8, 9]
+    assert epoch_labels(split, shuffle=False)[0] == [0, 1, UNREADABLE, 3]
 
 
 def test_minibatches_stop_and_resume_within_the_same_order():

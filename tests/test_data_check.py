@@ -16,10 +16,9 @@ from image_folders import (
 from PIL import Image
 
 from feedbackpath import cli
-from feedbackpath.data import load_dataset
-from feedbackpath.data import shrink as shrinking
+from feedbackpath.data import load_dataset, upkeep
 from feedbackpath.data.layouts import KAGGLE_LABELS
-from feedbackpath.data.shrink import Shrinking, shrink_image
+from feedbackpath.data.upkeep import Shrinking, shrink_image
 
 SMALL = {"classes": 3, "train": 6, "val": 2}
 
@@ -76,7 +75,7 @@ def test_shrink_keeps_the_layout_and_makes_images_small(tmp_path, capsys, num_wo
     root, out = make_class_folders(tmp_path / "in", **SMALL), tmp_path / "out"
     code, output = call(capsys, "shrink", root, out, "--size", 40, "--num-workers", num_workers)
     assert (code, output.out.splitlines()[0]) == (0, "24 images, 0 problems")
-    assert {str(file) for file in files_of(out)} == {str(file) for file in files_of(root)} | {shrinking.NOTE}
+    assert {str(file) for file in files_of(out)} == {str(file) for file in files_of(root)} | {upkeep.NOTE}
     for file in files_of(root):
         with Image.open(out / file) as small, Image.open(root / file) as large:
             assert (small.size, small.format) == ((48, 40), "JPEG")
@@ -145,9 +144,9 @@ def test_shrink_goes_on_with_what_it_began(tmp_path, capsys, monkeypatch):
     lost, kept = out / files_of(root)[0], out / files_of(root)[1]
     lost.unlink()
     made = []
-    real = shrinking.shrink_image
+    real = upkeep.shrink_image
     monkeypatch.setattr(
-        shrinking, "shrink_image", lambda raw, name, how: made.append(name) or real(raw, name, how)
+        upkeep, "shrink_image", lambda raw, name, how: made.append(name) or real(raw, name, how)
     )
     time = kept.stat().st_mtime_ns
     assert call(capsys, "shrink", root, out, "--size", 40)[0] == 0
@@ -162,7 +161,7 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
     def fail(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shrinking.os, "replace", fail)
+    monkeypatch.setattr(upkeep.os, "replace", fail)
     code, output = call(capsys, "shrink", root, out, "--size", 40)
     assert code == 2
     assert "cannot be written (No space left on device): make room" in output.err

@@ -10,9 +10,8 @@ from PIL import Image
 
 from feedbackpath.data import decode as decoding
 from feedbackpath.data.counter import uniform
-from feedbackpath.data.crops import NUM_DRAWS, centre_view, normalise, random_box, random_view
-from feedbackpath.data.decode import JPEG_MAGIC, UnreadableImageError, decode, image_format
-from feedbackpath.data.jpeg import shorten
+from feedbackpath.data.decode import JPEG_MAGIC, UnreadableImageError, decode, image_format, shorten
+from feedbackpath.data.imagenet import NUM_DRAWS, centre_view, random_box, random_view
 
 PHOTOGRAPH = cut_photograph(3, (300, 220))
 RAW = encode(PHOTOGRAPH)
@@ -193,11 +192,3 @@ def test_the_format_is_read_from_the_bytes(kind):
 
 def test_no_format_is_none():
     assert image_format(b"a text") is None
-
-
-def test_normalise():
-    x = torch.tensor([0, 255], dtype=torch.uint8).expand(1, 3, 1, 2)
-    reference = (torch.tensor([0.0, 1.0])[None] - torch.tensor([[0.485], [0.456], [0.406]])) / torch.tensor(
-        [[0.229], [0.224], [0.225]]
-    )
-    torch.testing.assert_close(normalise(x)[0, :, 0], reference)

@@ -174,13 +174,17 @@ def test_an_unreadable_image_is_one_line_that_names_it(tmp_path, num_workers):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_unreadable_images_are_counted_when_they_are_to_be_skipped(tmp_path, num_workers):
+def test_unreadable_images_are_left_out_or_marked_when_they_are_to_be_skipped(tmp_path, num_workers):
     root = make_class_folders(tmp_path, classes=2, train=10, val=2)
     for place in (0, 3):
         (root / "train" / "n00000001" / f"n00000001_{place}.JPEG").write_bytes(b"nothing")
     train = load(root, on_bad_image="skip").train
-    batches = list(minibatches(train, batch_size=6, seed=0, epoch=0, shuffle=True, num_workers=num_workers))
-    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    options = {"batch_size": 6, "seed": 0, "epoch": 0, "num_workers": num_workers}
+    trained, evaluated = (list(minibatches(train, shuffle=shuffle, **options)) for shuffle in (True, False))
+    x, y = (torch.cat(parts) for parts in zip(*trained, strict=True))
+    assert sorted(y.tolist()) == [0] * 9 + [1] * 7
+    assert x.flatten(1).any(1).all()
+    x, y = (torch.cat(parts) for parts in zip(*evaluated, strict=True))
     assert sorted(y.tolist()) == [UNREADABLE] * 2 + [0] * 9 + [1] * 7
     assert not x[y == UNREADABLE].any()
     assert x[y != UNREADABLE].flatten(1).any(1).all()

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from feedbackpath.models import MLP, MODELS, build_model
-from feedbackpath.models.resnet_cifar import SubsampleAndPad
+from feedbackpath.models.resnet import SubsampleAndPad
 
 RESNETS = [name for name in MODELS if name.startswith("resnet")]
 
@@ -147,7 +147,7 @@ def test_basic_block_before_is_the_textbook_block():
 
 def test_shortcut_without_weights_keeps_every_second_pixel_and_appends_zeros():
     x = torch.randn(2, 4, 5, 7)
-    shortcut = SubsampleAndPad(3)(x)
+    shortcut = SubsampleAndPad(4, 7, stride=2)(x)
     torch.testing.assert_close(shortcut[:, :4], x[:, :, ::2, ::2])
     assert shortcut.shape == (2, 7, 3, 4)
     assert not shortcut[:, 4:].any()

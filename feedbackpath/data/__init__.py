@@ -3,13 +3,13 @@
 import difflib
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from feedbackpath.data.cifar import load_cifar10, load_cifar100
 from feedbackpath.data.dataset import UNREADABLE, Dataset, Split, minibatches
 from feedbackpath.data.digits import load_digits
+from feedbackpath.data.files import SOURCES, load_files
 from feedbackpath.data.glyphs import load_glyphs
-from feedbackpath.data.idx import load_fashion_mnist, load_mnist
 from feedbackpath.data.imagenet import load_imagenet
 from feedbackpath.errors import DataError
 
@@ -18,10 +18,7 @@ __all__ = ["DATASETS", "UNREADABLE", "Dataset", "Split", "load_dataset", "miniba
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "glyphs": load_glyphs,
     "digits": load_digits,
-    "mnist": load_mnist,
-    "fashion-mnist": load_fashion_mnist,
-    "cifar10": load_cifar10,
-    "cifar100": load_cifar100,
+    **{name: partial(load_files, name) for name in SOURCES},
     "imagenet": load_imagenet,
 }
 
@@ -40,12 +37,13 @@ def load_dataset(
 
     Args:
         name: Which.
-        data_dir: Where its files are, for a dataset that is read from files.
+        data_dir: Where its files are, for a dataset that is read from files: the folder itself, or that which
+            torchvision has them in. Fashion-MNIST is also read from Debian's package.
         seed: Chooses the training samples of glyphs and the augmentation of others, never the splits.
-        num_classes: How many classes, for a dataset that can be had with more or fewer: glyphs.
-        samples_per_epoch: Training samples an epoch.
+        num_classes: How many classes, 2 to 1000, of glyphs: fewer are the first of more.
+        samples_per_epoch: Training samples an epoch; by default all, or 25,000 of glyphs, which are endless.
         image_size: Pixels a side, for a dataset of photographs: imagenet.
-        on_bad_image: Whether an image file that cannot be read is an ``error``, or is given the label
+        on_bad_image: Whether an image that cannot be read is an ``error``, or is black with the label
             `UNREADABLE`, to ``skip`` and count it: imagenet.
 
     Raises:
@@ -61,9 +59,10 @@ def load_dataset(
         close = difflib.get_close_matches(name, DATASETS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise DataError(f"there is no dataset {name!r}: {hint}choose from {', '.join(DATASETS)}")
-    folder = None if data_dir is None else Path(data_dir)
+    if samples_per_epoch is not None and samples_per_epoch < 1:
+        raise DataError(f"samples_per_epoch is {samples_per_epoch}; it must be at least 1")
     options = {
-        "data_dir": folder,
+        "data_dir": None if data_dir is None else Path(data_dir),
         "num_classes": num_classes,
         "samples_per_epoch": samples_per_epoch,
         "image_size": image_size,

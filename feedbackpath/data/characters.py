@@ -63,23 +63,17 @@ Look = npt.NDArray[np.float32]
 
 
 def open_face(name: str) -> FreeTypeFont:
-    """Open a face by its name in `FACES`.
-
-    Raises:
-        DataError: If matplotlib's font folder does not hold it.
-    """
+    """Open a face by its name in `FACES`."""
     from PIL import ImageFont
 
-    path = _font_file(name)
     # Basic layout: a character is drawn the same whether or not Pillow was built with a text shaper.
-    return ImageFont.truetype(path, FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(_font_file(name), FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
 
 
 def draw(character: str, face: FreeTypeFont) -> Mask:
     """Draw a character so that the longer side of its ink is `INK_SIZE` pixels, in the middle of a mask.
 
-    Returns:
-        How much of each pixel is ink, from 0 to 255, `[MASK_SIZE, MASK_SIZE]`.
+    A mask says how much of each pixel is ink, from 0 to 255, `[MASK_SIZE, MASK_SIZE]`.
     """
     from PIL import Image, ImageDraw, ImageOps
 
@@ -93,10 +87,7 @@ def draw(character: str, face: FreeTypeFont) -> Mask:
 
 
 def choose_characters(count: int, face_names: Sequence[str]) -> str:
-    """Choose the first characters, in a fixed order, that in none of some faces resemble one before them.
-
-    Returns:
-        `count` characters, or all there are if those are fewer.
+    """Choose the first `count` characters, or fewer, that in none of some faces resemble one before them.
 
     Example:
         >>> choose_characters(20, ["sans", "serif-italic"])

@@ -28,15 +28,10 @@ def _hash(indices: Tensor, key: tuple[int, ...]) -> _Bits:
 
 
 def uniform(indices: Tensor, num_draws: int, *key: int) -> Tensor:
-    """Draw numbers in [0, 1) that depend on nothing but the key, the index and the number of the draw.
+    """Draw numbers in [0, 1) for samples `[N]`, float32 `[N, num_draws]`.
 
-    Args:
-        indices: The samples to draw for, int64 `[N]`.
-        num_draws: How many numbers a sample gets; asking for more leaves the first ones as they were.
-        key: Any integers, say (seed, split, epoch).
-
-    Returns:
-        float32 `[N, num_draws]`.
+    They depend on nothing but the key, say (seed, split, epoch), the index of the sample and the number of
+    the draw: asking for more leaves the first ones as they were.
 
     Example:
         >>> both = uniform(torch.tensor([3, 5]), 4, 0, 1)
@@ -50,10 +45,5 @@ def uniform(indices: Tensor, num_draws: int, *key: int) -> Tensor:
 
 
 def permutation(length: int, *key: int) -> Tensor:
-    """Return the numbers below `length` in an order that depends on nothing but the key, int64 `[length]`.
-
-    Example:
-        >>> permutation(5, 0).tolist() == permutation(5, 0).tolist()
-        True
-    """
+    """Return the numbers below `length` in an order that depends on nothing but the key, int64 `[length]`."""
     return torch.from_numpy(np.argsort(_hash(torch.arange(length), key), kind="stable"))

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from feedbackpath.data.counter import permutation, uniform
 from feedbackpath.data.workers import map_in_order
-from feedbackpath.errors import DataError
 
 Augmentation = Callable[[Tensor, Tensor], Tensor]
 """From images `[N, C, H, W]` and numbers in [0, 1) `[N, 3]` to images of the same shape."""
+
+Samples = tuple[Tensor, Tensor]
+"""Inputs `[N, C, H, W]` and labels, int64 `[N]`."""
 
 UNREADABLE = -1
 """The label of an image that could not be read, where those are to be counted and left out."""
@@ -27,7 +29,7 @@ class Split(Protocol):
         """Return the number of samples of an epoch."""
         ...
 
-    def batch(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor, epoch: int) -> Samples:
         """Return some samples of an epoch; the others of a batch do not matter.
 
         Args:
@@ -40,8 +42,8 @@ class Split(Protocol):
         ...
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Turn what `batch` returned into float32 inputs; runs on the device that trains."""
-        ...
+        """Turn what `batch` returned into float32 inputs, on the device that trains; most need nothing."""
+        return x
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,13 @@ def minibatches(
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[Samples]:
     """Iterate over an epoch, in an order that is a pure function of (seed, epoch).
 
-    The last batch may be short. When shuffling, which is for training, it is left out if it would hold
-    a single sample, on which batch normalisation cannot compute a variance; evaluation sees every sample.
+    The last batch may be short. Shuffling is for training: batch normalisation has no variance over a single
+    sample, so a last batch of one is left out, and a small batch is shared by fewer processes, none of which
+    gets a single one. Images that could not be read are left out too. Evaluation sees every sample, and one
+    that could not be read has the label `UNREADABLE`, which no network predicts.
 
     Args:
         split: The samples.
@@ -95,11 +99,12 @@ def minibatches(
         start: Samples of the epoch's order that were consumed already, to resume in mid-epoch.
         num_workers: Processes that read samples ahead; 0 reads them in this one.
         rank: Which of several processes that train together this is.
-        world_size: How many they are; each gets every `world_size`-th sample of a batch, of the last batch
+        world_size: How many they are; each gets every `world_size`-th sample of a batch, of a small batch
             perhaps none.
 
     Returns:
-        An iterator over inputs `[N, C, H, W]`, as the split's `batch` returns them, and labels, int64 `[N]`.
+        An iterator over this process's inputs `[N, C, H, W]`, as the split's `batch` returns them, and their
+        labels, int64 `[N]`.
 
     Raises:
         ValueError: If `batch_size` is below 1, or `num_samples` or `start` is outside the split.
@@ -122,17 +127,29 @@ def minibatches(
     order = permutation(len(split), seed, epoch) if shuffle else torch.arange(len(split))
     batches = torch.split(order[start:stop], batch_size) if start < stop else ()
     smallest = min(2, batch_size) if shuffle else 1
-    own = [batch[rank::world_size] for batch in batches if len(batch) >= smallest]
-    return map_in_order(partial(split.batch, epoch=epoch), own, num_workers)
+    own = [_share(batch, smallest, rank, world_size) for batch in batches if len(batch) >= smallest]
+    read = partial(_read_readable, split) if shuffle else split.batch
+    return map_in_order(partial(read, epoch=epoch), own, num_workers)
+
+
+def _share(batch: Tensor, smallest: int, rank: int, world_size: int) -> Tensor:
+    """Return a process's part of a batch: at least ``smallest`` samples, or none."""
+    num_sharing = min(world_size, len(batch) // smallest)
+    return batch[rank::num_sharing] if rank < num_sharing else batch[:0]
+
+
+def _read_readable(split: Split, indices: Tensor, epoch: int) -> Samples:
+    x, y = split.batch(indices, epoch)
+    if y.is_floating_point() or y.dim() != 1:  # no labels of images
+        return x, y
+    is_readable = y != UNREADABLE
+    return x[is_readable], y[is_readable]
 
 
 def stream_positions(indices: Tensor, epoch: int, samples_per_epoch: int, num_items: int) -> Tensor:
     """Map the samples of an epoch onto a list of items that is walked round and round, epoch after epoch.
 
     Every item comes up equally often in the long run, whether an epoch is shorter or longer than the list.
-
-    Raises:
-        IndexError: If an index is outside [0, samples_per_epoch).
 
     Example:
         >>> stream_positions(torch.arange(3), epoch=1, samples_per_epoch=3, num_items=5)
@@ -143,45 +160,22 @@ def stream_positions(indices: Tensor, epoch: int, samples_per_epoch: int, num_it
     return (indices + epoch * samples_per_epoch) % num_items
 
 
-def check_samples_per_epoch(samples_per_epoch: int | None, *, default: int) -> int:
-    """Return the number of samples asked for, or the default, and refuse one below 1.
-
-    Raises:
-        DataError: If it is below 1.
-    """
-    if samples_per_epoch is None:
-        return default
-    if samples_per_epoch < 1:
-        raise DataError(f"samples_per_epoch is {samples_per_epoch}; it must be at least 1")
-    return samples_per_epoch
-
-
 @dataclass(frozen=True, eq=False)
-class ArraySplit:
-    """Images held in memory as bytes, normalised, and perhaps augmented, when asked for.
+class ArraySplit(Split):
+    """Images held in memory as bytes, perhaps augmented, and normalised when asked for."""
 
-    Attributes:
-        images: uint8 `[M, C, H, W]`.
-        labels: int64 `[M]`.
-        mean: Subtracted from the bytes, `[C, 1, 1]`.
-        std: What the difference is divided by, `[C, 1, 1]`.
-        samples_per_epoch: Samples an epoch; where it is not M, epochs walk through the images in turn.
-        seed: Chooses the augmentation.
-        augment: Changes a batch of bytes before it is normalised.
-    """
-
-    images: Tensor
-    labels: Tensor
-    mean: Tensor
-    std: Tensor
-    samples_per_epoch: int
-    seed: int = 0
+    images: Tensor  # uint8 `[M, C, H, W]`
+    labels: Tensor  # int64 `[M]`
+    mean: Tensor  # subtracted from the bytes, `[C, 1, 1]`
+    std: Tensor  # what the difference is divided by, `[C, 1, 1]`
+    samples_per_epoch: int  # where it is not M, epochs walk through the images in turn
+    seed: int = 0  # chooses the augmentation
     augment: Augmentation | None = None
 
     def __len__(self) -> int:
         return self.samples_per_epoch
 
-    def batch(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor, epoch: int) -> Samples:
         """Return some samples of an epoch: see `Split.batch`."""
         rows = stream_positions(indices, epoch, self.samples_per_epoch, len(self.images))
         images = self.images[rows]
@@ -189,28 +183,13 @@ class ArraySplit:
             images = self.augment(images, uniform(indices, 3, self.seed, epoch))
         return (images.float() - self.mean) / self.std, self.labels[rows]
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """Return ``x``: it is normalised already."""
-        return x
-
-
-@dataclass(frozen=True, eq=False)
-class LabelledImages:
-    """Images, uint8 `[M, C, H, W]`, and their labels, int64 `[M]`."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __getitem__(self, rows: Tensor | slice) -> "LabelledImages":
-        return LabelledImages(self.images[rows], self.labels[rows])
-
 
 def array_dataset(
     name: str,
+    train: Samples,
+    validation: Samples,
+    test: Samples,
     *,
-    train: LabelledImages,
-    validation: LabelledImages,
-    test: LabelledImages,
     num_classes: int,
     mean: Sequence[float],
     std: Sequence[float],
@@ -219,47 +198,28 @@ def array_dataset(
     samples_per_epoch: int | None,
     augment: Augmentation | None = None,
 ) -> Dataset:
-    """Make a dataset of images held in memory.
+    """Make a dataset of images held in memory; only those of training are augmented.
 
-    Args:
-        name: Its name in `DATASETS`.
-        train: Images to learn from.
-        validation: Images to choose hyperparameters by.
-        test: Images to report on.
-        num_classes: How many classes.
-        mean: Of the bytes, one number a channel.
-        std: Of the bytes, one number a channel.
-        source: Where the images were read.
-        seed: Chooses the training augmentation.
-        samples_per_epoch: Training samples an epoch; all of them by default.
-        augment: For the training images only.
+    ``mean`` and ``std`` are of the bytes, one number a channel.
     """
     digest = hashlib.sha256()
-    for part in (train, validation, test):
-        digest.update(part.images.contiguous().numpy().data)
-        digest.update(part.labels.contiguous().numpy().data)
+    for part in (*train, *validation, *test):
+        digest.update(part.contiguous().numpy().data)
     centre, spread = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
-
-    def split(part: LabelledImages) -> ArraySplit:
-        return ArraySplit(part.images, part.labels, centre, spread, len(part.images))
-
-    num_samples = check_samples_per_epoch(samples_per_epoch, default=len(train.images))
-    _, channels, height, width = train.images.shape
+    sizes = {"train": len(train[1]), "validation": len(validation[1]), "test": len(test[1])}
+    num_samples = samples_per_epoch or sizes["train"]
+    _, channels, height, width = train[0].shape
     return Dataset(
         name,
         num_classes,
         (channels, height, width),
-        train=replace(split(train), samples_per_epoch=num_samples, seed=seed, augment=augment),
-        validation=split(validation),
-        test=split(test),
+        train=ArraySplit(*train, centre, spread, num_samples, seed, augment),
+        validation=ArraySplit(*validation, centre, spread, sizes["validation"]),
+        test=ArraySplit(*test, centre, spread, sizes["test"]),
         facts={
             "source": source,
             "checksum": digest.hexdigest(),
             "samples_per_epoch": num_samples,
-            "sizes": {
-                "train": len(train.images),
-                "validation": len(validation.images),
-                "test": len(test.images),
-            },
+            "sizes": sizes,
         },
     )

@@ -4,6 +4,10 @@ Both decode a JPEG with the same library, libjpeg-turbo, down to the lower edge 
 and resize with PyTorch's antialiased bilinear filter, on bytes: the same pixels to within one grey level of
 Pillow's own `crop` and `resize`. Nothing is decoded at reduced scale, which was slower and changed pixels.
 
+A baseline JPEG (ITU-T T.81) holds its blocks row by row from the top, and its frame header says how many
+rows of pixels there are. With a smaller number there, the blocks below are never decoded: a crop costs what
+lies above its lower edge.
+
 As is usual for ImageNet, EXIF orientation is ignored. Grey, palette, CMYK and 16-bit images become RGB; an
 alpha channel is dropped.
 """
@@ -21,8 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from feedbackpath.data.jpeg import shorten
-
 if TYPE_CHECKING:  # Pillow is imported where it is used: other datasets do without
     from PIL.Image import Image
     from PIL.ImageFile import ImageFile
@@ -33,28 +35,30 @@ Box = tuple[int, int, int, int]
 Pixels = npt.NDArray[np.uint8]
 """`[H, W, 3]`."""
 
+ChooseBox = Callable[[int, int], Box]
+"""From the width and height of an image to the part that is wanted."""
+
 JPEG_MAGIC = b"\xff\xd8\xff"
+END_OF_JPEG = b"\xff\xd9"
+BASELINE = (0xC0, 0xC1)  # frame headers whose blocks come in one pass; others take several over the image
+NO_SEGMENT = (0xDA, 0xFF)  # the scan itself, and fill bytes, which files hardly ever have
 JPEG_COLOURS = ("YCbCr", "Gray", "RGB")  # others simplejpeg would take for RGB: Pillow converts them
 
 
 class UnreadableImageError(Exception):
-    """Bytes that are no image, or only a part of one.
-
-    Attributes:
-        is_truncated: Whether they begin as an image does.
-    """
+    """Bytes that are no image, or only a part of one: ``is_truncated`` if they begin as an image does."""
 
     def __init__(self, reason: str, *, is_truncated: bool = False) -> None:
         super().__init__(reason)
         self.is_truncated = is_truncated
 
 
-def decode(raw: bytes, choose_box: Callable[[int, int], Box] | None = None) -> Pixels:
+def decode(raw: bytes, choose_box: ChooseBox | None = None) -> Pixels:
     """Decode an image to RGB.
 
     Args:
         raw: The bytes of an image file of any format that Pillow reads.
-        choose_box: From width and height to the part that is wanted; the whole by default.
+        choose_box: Says which part is wanted; the whole by default.
 
     Returns:
         uint8 `[H, W, 3]`, perhaps a view of more.
@@ -62,12 +66,29 @@ def decode(raw: bytes, choose_box: Callable[[int, int], Box] | None = None) -> P
     Raises:
         UnreadableImageError: It cannot be decoded, or does not go on to its end.
     """
-    pixels = _decode_jpeg(raw, choose_box) if raw.startswith(JPEG_MAGIC) and find_simplejpeg() else None
-    return decode_with_pillow(raw, choose_box) if pixels is None else pixels
+    pixels = _decode_by_simplejpeg(raw, choose_box) if raw.startswith(JPEG_MAGIC) else None
+    return _decode_by_pillow(raw, choose_box) if pixels is None else pixels
 
 
-def decode_with_pillow(raw: bytes, choose_box: Callable[[int, int], Box] | None = None) -> Pixels:
-    """Decode an image to RGB by Pillow alone: see `decode`."""
+def _decode_by_simplejpeg(raw: bytes, choose_box: ChooseBox | None) -> Pixels | None:
+    """Decode a JPEG; none if simplejpeg refuses, and Pillow shall say whether the file is sound."""
+    simplejpeg = find_simplejpeg()
+    if simplejpeg is None:
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(raw)
+        if colours not in JPEG_COLOURS:
+            return None
+        left, top, right, bottom = choose_box(width, height) if choose_box else (0, 0, width, height)
+        part = shorten(raw, bottom)
+        # What follows the last row of a shortened file is no fault of it.
+        pixels: Pixels = simplejpeg.decode_jpeg(part, "RGB", strict=part is raw)
+    except ValueError:
+        return None
+    return pixels[top:bottom, left:right]
+
+
+def _decode_by_pillow(raw: bytes, choose_box: ChooseBox | None) -> Pixels:
     image = _open(raw)
     box = choose_box(*image.size) if choose_box else None
     if box and image.format == "JPEG":
@@ -81,20 +102,7 @@ def decode_with_pillow(raw: bytes, choose_box: Callable[[int, int], Box] | None 
 
 
 def resize(pixels: Pixels, height: int, width: int) -> Tensor:
-    """Resize with an antialiased bilinear filter, on bytes.
-
-    Args:
-        pixels: uint8 `[H, W, 3]`.
-        height: Of the result.
-        width: Of the result.
-
-    Returns:
-        uint8 `[3, height, width]`.
-
-    Example:
-        >>> resize(np.full((40, 30, 3), 7, np.uint8), 8, 6).shape
-        torch.Size([3, 8, 6])
-    """
+    """Resize with an antialiased bilinear filter, on bytes, from `[H, W, 3]` to `[3, height, width]`."""
     # Channels last, so that PyTorch takes its vectorised kernel for bytes.
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     return F.interpolate(image, (height, width), mode="bilinear", antialias=True)[0]
@@ -112,23 +120,13 @@ def fit_short_side(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def describe_decoders() -> str:
-    """Return the names and versions of the decoders in use.
-
-    Example:
-        >>> describe_decoders().endswith(f"Pillow {version('Pillow')}")
-        True
-    """
+    """Return the names and versions of the decoders in use."""
     simplejpeg = f"simplejpeg {version('simplejpeg')}, " if find_simplejpeg() else ""
     return f"{simplejpeg}Pillow {version('Pillow')}"
 
 
 def image_format(raw: bytes) -> str | None:
-    """Return the format of an image, as Pillow calls it, by its bytes and not its name; none if unknown.
-
-    Example:
-        >>> image_format(JPEG_MAGIC + b"...")
-        'JPEG'
-    """
+    """Return the format of an image, as Pillow calls it, by its bytes and not its name; none if unknown."""
     if raw.startswith(JPEG_MAGIC):
         return "JPEG"
     try:
@@ -146,23 +144,6 @@ def find_simplejpeg() -> ModuleType | None:
         return None
     module: ModuleType = simplejpeg
     return module
-
-
-def _decode_jpeg(raw: bytes, choose_box: Callable[[int, int], Box] | None) -> Pixels | None:
-    """Decode by simplejpeg; none if it refuses, and Pillow shall say whether the file is sound."""
-    simplejpeg = find_simplejpeg()
-    assert simplejpeg is not None
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(raw)
-        if colours not in JPEG_COLOURS:
-            return None
-        left, top, right, bottom = choose_box(width, height) if choose_box else (0, 0, width, height)
-        part = shorten(raw, bottom)
-        # What follows the last row of a shortened file is no fault of it.
-        pixels: Pixels = simplejpeg.decode_jpeg(part, "RGB", strict=part is raw)
-    except ValueError:
-        return None
-    return pixels[top:bottom, left:right]
 
 
 def _open(raw: bytes) -> "ImageFile":
@@ -188,3 +169,34 @@ def _to_rgb(image: "Image") -> "Image":
     if "transparency" in image.info:  # Pillow warns where it drops that of a palette in one step
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def shorten(raw: bytes, num_rows: int) -> bytes:
+    """Return a JPEG whose first ``num_rows`` rows of pixels are those of ``raw``, to the last bit.
+
+    Two more are kept at least, for colours are interpolated between rows. A file that is progressive, is
+    damaged in its headers, or does not end as it should stays as it is, and the decoder says what is wrong.
+    """
+    frame = _find_frame(raw)
+    if frame is None or not raw.rstrip(b"\0").endswith(END_OF_JPEG):
+        return raw
+    height = int.from_bytes(raw[frame + 5 : frame + 7])
+    sampling = raw[frame + 11 : frame + 10 + 3 * raw[frame + 9] : 3]
+    block_rows = 8 * max(factors & 15 for factors in sampling)
+    kept = -(-(num_rows + 2) // block_rows) * block_rows
+    if kept >= height:  # 0 stands for a height that is given later
+        return raw
+    return raw[: frame + 5] + kept.to_bytes(2) + raw[frame + 7 :]
+
+
+def _find_frame(raw: bytes) -> int | None:
+    """Return where the frame header of a baseline JPEG begins, at its marker; None if there is none."""
+    position = 2
+    while position + 10 < len(raw) and raw[position] == 0xFF:
+        marker = raw[position + 1]
+        if marker in BASELINE:
+            return position
+        if marker in NO_SEGMENT:
+            return None
+        position += 2 + int.from_bytes(raw[position + 2 : position + 4])
+    return None

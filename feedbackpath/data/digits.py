@@ -3,25 +3,16 @@
 import torch
 
 from feedbackpath.data.counter import permutation
-from feedbackpath.data.dataset import Dataset, LabelledImages, array_dataset
+from feedbackpath.data.dataset import Dataset, array_dataset
 from feedbackpath.errors import DataError
 
-NUM_TRAIN = 1_200
-NUM_VALIDATION = 250  # the other 347 are the test
+SIZES = [1_200, 250, 347]  # training, validation and test
 SPLIT_SEED = 0  # of the order that the samples are split in; the same for every run
 MEAN, STD = 4.884, 6.017  # of the pixels, which are 0 to 16
 
 
 def load_digits(*, seed: int = 0, samples_per_epoch: int | None = None) -> Dataset:
-    """Read the digits that scikit-learn carries and split them, always in the same way.
-
-    Args:
-        seed: Changes nothing, as these samples are not augmented.
-        samples_per_epoch: Training samples an epoch, 1,200 by default.
-
-    Raises:
-        DataError: If scikit-learn is not installed.
-    """
+    """Read the digits that scikit-learn carries: see `load_dataset`. Nothing is augmented."""
     try:
         from sklearn.datasets import load_digits as read_digits
     except ImportError as error:
@@ -29,14 +20,12 @@ def load_digits(*, seed: int = 0, samples_per_epoch: int | None = None) -> Datas
             "digits: scikit-learn carries these data and is not installed: pip install 'feedbackpath[data]'"
         ) from error
     scans = read_digits()
-    samples = LabelledImages(
-        torch.from_numpy(scans.images).to(torch.uint8)[:, None], torch.from_numpy(scans.target).long()
-    )[permutation(len(scans.target), SPLIT_SEED)]
+    order = permutation(len(scans.target), SPLIT_SEED)
+    images = torch.from_numpy(scans.images).to(torch.uint8)[order, None]
+    labels = torch.from_numpy(scans.target).long()[order]
     return array_dataset(
         "digits",
-        train=samples[:NUM_TRAIN],
-        validation=samples[NUM_TRAIN : NUM_TRAIN + NUM_VALIDATION],
-        test=samples[NUM_TRAIN + NUM_VALIDATION :],
+        *zip(torch.split(images, SIZES), torch.split(labels, SIZES), strict=True),
         num_classes=10,
         mean=[MEAN],
         std=[STD],

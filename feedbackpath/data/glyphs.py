@@ -20,24 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from feedbackpath.data.characters import INK_SIZE, MASK_SIZE, choose_characters, draw, open_face
+from feedbackpath.data.characters import FACES, INK_SIZE, MASK_SIZE, choose_characters, draw, open_face
 from feedbackpath.data.counter import uniform
-from feedbackpath.data.dataset import Dataset, check_samples_per_epoch, stream_positions
+from feedbackpath.data.dataset import Dataset, Samples, Split, stream_positions
 from feedbackpath.errors import DataError
 
 TEST_FACES = ("sans-bold-oblique", "serif-italic")
 VALIDATION_FACES = ("mono-bold-oblique",)
-TRAIN_FACES = (
-    "sans",
-    "sans-bold",
-    "sans-oblique",
-    "mono",
-    "mono-bold",
-    "mono-oblique",
-    "serif",
-    "serif-bold",
-    "serif-bold-italic",
-)
+TRAIN_FACES = tuple(face for face in FACES if face not in TEST_FACES + VALIDATION_FACES)
 
 DEFAULT_CLASSES = 200
 MAX_CLASSES = 1000
@@ -51,103 +41,72 @@ MEAN_INK = 0.17  # of a frame
 PIXEL_STD = 0.36
 FIXED_SEED = 0  # of validation and test: they are the same whatever the seed of a run
 
-
-@dataclass(frozen=True)
-class Variation:
-    """How much samples of one class in one face differ; ranges are drawn from uniformly.
-
-    Attributes:
-        rotation_deg: Largest rotation either way.
-        scale: Longer side of the upright ink, as a share of the sample's side.
-        shear: Largest sideways move of the top per pixel of height, either way.
-        shift: Largest move of the middle either way and in either direction, in pixels.
-        contrast: Ink minus ground, before the sign is drawn.
-        ground: Largest brightness of the ground either way.
-        texture: Amplitude of the uneven ground.
-        noise: Amplitude of the pixel noise.
-    """
-
-    rotation_deg: float = 12.0
-    scale: tuple[float, float] = (0.62, 0.92)
-    shear: float = 0.15
-    shift: float = 2.0
-    contrast: tuple[float, float] = (0.4, 1.0)
-    ground: float = 0.3
-    texture: tuple[float, float] = (0.0, 0.4)
-    noise: tuple[float, float] = (0.05, 0.25)
+# How much samples of one class in one face differ. A pair is a range that is drawn from uniformly; a single
+# number is the largest value either way.
+ROTATION = math.radians(12)
+SCALE = (0.62, 0.92)  # longer side of the upright ink, as a share of the sample's side
+SHEAR = 0.15  # sideways move of the top per pixel of height
+SHIFT = 2.0  # of the middle, in either direction, in pixels
+CONTRAST = (0.4, 1.0)  # ink minus ground, before the sign is drawn
+GROUND = 0.3  # brightness of the ground
+TEXTURE = (0.0, 0.4)  # amplitude of the uneven ground
+NOISE = (0.05, 0.25)  # amplitude of the pixel noise
 
 
 @dataclass(frozen=True, eq=False)
-class GlyphSplit:
-    """Samples of characters, drawn when they are asked for.
+class GlyphSplit(Split):
+    """Samples of characters, drawn when they are asked for."""
 
-    Attributes:
-        masks: Ink of every class in every face, uint8 `[faces, classes, mask, mask]`.
-        samples_per_epoch: Samples an epoch; from one to the next they walk through classes and faces in turn.
-        key: What the random numbers are keyed with, beside the epoch and the index.
-        fixed: Whether all epochs are the same.
-        variation: How much the samples differ.
-    """
-
-    masks: Tensor
-    samples_per_epoch: int
-    key: tuple[int, ...]
-    fixed: bool
-    variation: Variation = Variation()
+    masks: Tensor  # ink of every class in every face, uint8 `[faces, classes, mask, mask]`
+    samples_per_epoch: int  # epochs walk through classes and faces in turn
+    key: tuple[int, ...]  # of the random numbers, beside the epoch and the index
+    fixed: bool  # whether all epochs are the same
 
     def __len__(self) -> int:
         return self.samples_per_epoch
 
-    def batch(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor, epoch: int) -> Samples:
         """Return some samples of an epoch: see `Split.batch`."""
         epoch = 0 if self.fixed else epoch
         num_faces, num_classes = self.masks.shape[:2]
         positions = stream_positions(indices, epoch, self.samples_per_epoch, num_faces * num_classes)
         ink = self.masks.flatten(0, 1)[positions, None].float() / 255
         draws = uniform(indices, 14, *self.key, epoch)
-        ink = _transform(ink, draws[:, :5], self.variation)
-        return _paint(ink, draws[:, 5:], self._fields, self.variation), positions % num_classes
-
-    def prepare(self, x: Tensor) -> Tensor:
-        """Return ``x``: it is rendered ready."""
-        return x
+        ink = _transform(ink, draws[:, :5])
+        return _paint(ink, draws[:, 5:], self._fields), positions % num_classes
 
     @cached_property
     def _fields(self) -> tuple[Tensor, Tensor]:
         return _random_field(8, *self.key), _random_field(1, *self.key)
 
 
-def _transform(ink: Tensor, draws: Tensor, variation: Variation) -> Tensor:
+def _transform(ink: Tensor, draws: Tensor) -> Tensor:
     """Rotate, scale, shear and shift masks `[N, 1, mask, mask]` into frames `[N, 1, 24, 24]`.
 
     `grid_sample` asks where in the mask a pixel of the frame comes from, so this is the inverse map.
     """
     angle, scale, shear, right, down = draws[:, :, None, None].unbind(1)
-    angle = _either_way(angle, math.radians(variation.rotation_deg))
-    shear = _either_way(shear, variation.shear)
-    zoom = (INK_SIZE / MASK_SIZE) / _between(scale, variation.scale)
+    angle = _either_way(angle, ROTATION)
+    shear = _either_way(shear, SHEAR)
+    zoom = (INK_SIZE / MASK_SIZE) / _between(scale, SCALE)
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
     # Written out: `affine_grid` takes as long for these small frames as all the rest of a batch.
-    across = _pixel_centres() - _either_way(right, 2 * variation.shift / SAMPLE_SIZE)
-    along = _pixel_centres()[:, None] - _either_way(down, 2 * variation.shift / SAMPLE_SIZE)
+    centres = (torch.arange(SAMPLE_SIZE) + 0.5) * (2 / SAMPLE_SIZE) - 1  # of the frame's pixels, -1 to 1
+    across = centres - _either_way(right, 2 * SHIFT / SAMPLE_SIZE)
+    along = centres[:, None] - _either_way(down, 2 * SHIFT / SAMPLE_SIZE)
     x = (cos + shear * sin) * across + (sin - shear * cos) * along
     y = cos * along - sin * across
     return F.grid_sample(ink, torch.stack([x, y], 1).movedim(1, -1), align_corners=False)
 
 
-def _pixel_centres() -> Tensor:
-    """Where the pixels of a frame are, from -1 to 1, `[24]`."""
-    return (torch.arange(SAMPLE_SIZE) + 0.5) * (2 / SAMPLE_SIZE) - 1
-
-
-def _paint(ink: Tensor, draws: Tensor, fields: tuple[Tensor, Tensor], variation: Variation) -> Tensor:
+def _paint(ink: Tensor, draws: Tensor, fields: tuple[Tensor, Tensor]) -> Tensor:
     """Give ink `[N, 1, 24, 24]` a brightness, lay it on a ground and normalise."""
     sign, contrast, ground, texture, noise = draws[:, :5, None, None, None].unbind(1)
     corners = (draws[:, 5:9] * (FIELD_SIZE - SAMPLE_SIZE + 1)).long()
-    contrast = _between(contrast, variation.contrast) * torch.where(sign < 0.5, -1.0, 1.0)
-    image = contrast * (ink - MEAN_INK) + _either_way(ground, variation.ground)
-    image += _between(texture, variation.texture) * _windows(fields[0], corners[:, :2])
-    image += _between(noise, variation.noise) * _windows(fields[1], corners[:, 2:])
+    contrast = _between(contrast, CONTRAST) * torch.where(sign < 0.5, -1.0, 1.0)
+    image = contrast * (ink - MEAN_INK) + _either_way(ground, GROUND)
+    image += _between(texture, TEXTURE) * _windows(fields[0], corners[:, :2])
+    image += _between(noise, NOISE) * _windows(fields[1], corners[:, 2:])
     return image / PIXEL_STD
 
 
@@ -174,28 +133,18 @@ def _either_way(draw: Tensor, largest: float) -> Tensor:
 
 
 def load_glyphs(
-    *, seed: int = 0, num_classes: int = DEFAULT_CLASSES, samples_per_epoch: int | None = None
+    *, seed: int = 0, num_classes: int = DEFAULT_CLASSES, samples_per_epoch: int = DEFAULT_SAMPLES_PER_EPOCH
 ) -> Dataset:
-    """Draw the characters and make the three splits.
-
-    Args:
-        seed: Chooses the training samples; validation and test are the same for every seed.
-        num_classes: How many characters, 2 to 1000. Fewer are the first of more.
-        samples_per_epoch: Training samples an epoch, 25,000 by default; every epoch's are new.
-
-    Raises:
-        DataError: If `num_classes` is out of range or matplotlib's DejaVu fonts are incomplete.
-    """
+    """Draw the characters and make the three splits: see `load_dataset`."""
     if not 2 <= num_classes <= MAX_CLASSES:
         raise DataError(f"glyphs: num_classes is {num_classes}; choose 2 to {MAX_CLASSES}")
-    num_samples = check_samples_per_epoch(samples_per_epoch, default=DEFAULT_SAMPLES_PER_EPOCH)
     characters = choose_characters(num_classes, TRAIN_FACES)
     if len(characters) < num_classes:
         raise DataError(f"glyphs: these fonts hold {len(characters)} distinct characters, not {num_classes}")
     train_masks, validation_masks, test_masks = (
         _draw_all(characters, faces) for faces in (TRAIN_FACES, VALIDATION_FACES, TEST_FACES)
     )
-    train = GlyphSplit(train_masks, num_samples, (seed, 0), fixed=False)
+    train = GlyphSplit(train_masks, samples_per_epoch, (seed, 0), fixed=False)
     validation = _fixed_split(validation_masks, MIN_VALIDATION_SAMPLES, 1)
     test = _fixed_split(test_masks, MIN_TEST_SAMPLES, 2)
     digest = hashlib.sha256(characters.encode())
@@ -211,7 +160,7 @@ def load_glyphs(
         facts={
             "source": f"DejaVu fonts of matplotlib {version('matplotlib')}, Pillow {version('Pillow')}",
             "checksum": digest.hexdigest(),
-            "samples_per_epoch": num_samples,
+            "samples_per_epoch": samples_per_epoch,
             "sizes": {"validation": len(validation), "test": len(test)},
             "faces": {"train": [*TRAIN_FACES], "validation": [*VALIDATION_FACES], "test": [*TEST_FACES]},
             "characters": characters,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,97 +13,51 @@ import numpy.typing as npt
 from feedbackpath.errors import DataError
 
 Numbers = npt.NDArray[np.int64]
-Names = npt.NDArray[np.bytes_]
-
-NO_PYARROW = "Parquet files are read by pyarrow, which is not installed: pip install 'feedbackpath[data]'"
-
-
-class ImageSet(Protocol):
-    """Encoded images and their classes."""
-
-    @property
-    def labels(self) -> Numbers:
-        """The classes, `[M]`."""
-        ...
-
-    def read(self, number: int) -> bytes:
-        """Return the bytes of an image.
-
-        Raises:
-            OSError: They cannot be read.
-        """
-        ...
-
-    def locate(self, number: int) -> str:
-        """Say where an image is, for messages."""
-        ...
-
-    def target(self, number: int) -> Path:
-        """Return the path of an image as a file, relative to the top folder of a copy."""
-        ...
-
-    def checksum(self) -> str:
-        """Return a digest of names, sizes and labels; the images are not read for it."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
 class FileSet:
-    """Images in files of their own.
-
-    Attributes:
-        root: The folder that names start from.
-        names: Paths relative to `root`. An array of bytes and not a list of paths: a million of those
-            would be copied into every worker process.
-        sizes: Bytes of each file, `[M]`.
-        labels: The classes, `[M]`.
-    """
+    """Images in files of their own."""
 
     root: Path
-    names: Names
-    sizes: Numbers
-    labels: Numbers
+    # Relative to `root`. Not a list of paths: a million of them would be copied into every worker process.
+    names: npt.NDArray[np.bytes_]
+    sizes: Numbers  # bytes of each file, `[M]`
+    labels: Numbers  # the classes, `[M]`
 
     def read(self, number: int) -> bytes:
-        """Return the bytes of an image: see `ImageSet.read`."""
+        """Return the bytes of an image; an `OSError` says why they cannot be read."""
         return (self.root / self.target(number)).read_bytes()
 
     def locate(self, number: int) -> str:
-        """Return the path of an image."""
+        """Say where an image is, for messages."""
         return str(self.root / self.target(number))
 
     def target(self, number: int) -> Path:
-        """Return the path of an image, relative to `root`."""
+        """Return the path of an image as a file, relative to the top folder, here or in a copy."""
         return Path(self.names[number].decode())
 
     def checksum(self) -> str:
-        """Return a digest of names, sizes and labels."""
+        """Return a digest of names, sizes and labels; the images are not read for it."""
         return _digest(b"\0".join(self.names), self.sizes, self.labels)
 
 
 @dataclass(frozen=True, eq=False)
 class ParquetSet:
-    """Images in the rows of Parquet files.
+    """Images in the rows of Parquet files; its methods are those of `FileSet`.
 
     An image is read with its whole row group, the least that pyarrow reads. The last group is kept at hand:
     images in order cost little, and images in any other order much.
-
-    Attributes:
-        split: The folder that the images would have as files: ``train`` or ``val``.
-        files: Where they are.
-        sizes: Bytes of each file.
-        groups: File, row group within the file, and first row within the set, of every row group `[G, 3]`.
-        labels: The classes, `[M]`.
     """
 
-    split: str
+    split: str  # the folder of the images in a copy as class folders: train or val
     files: tuple[Path, ...]
-    sizes: Numbers
-    groups: Numbers
-    labels: Numbers
+    sizes: Numbers  # bytes of each file
+    groups: Numbers  # file, row group within the file, and first row within the set, of every group `[G, 3]`
+    labels: Numbers  # the classes, `[M]`
 
     def read(self, number: int) -> bytes:
-        """Return the bytes of an image: see `ImageSet.read`."""
+        """Return the bytes of an image."""
         file, group, first = self._find(number)
         image = _read_group(self.files[file], group)[number - first].as_py()
         raw: bytes | None = image["bytes"] if isinstance(image, dict) else image
@@ -130,22 +84,22 @@ class ParquetSet:
         return found
 
 
+ImageSet = FileSet | ParquetSet
+
+
 def open_parquet(split: str, files: Sequence[Path]) -> ParquetSet:
     """Read where the images of Parquet files are, and their labels, but no images.
 
-    Args:
-        split: ``train`` or ``val``.
-        files: Each with a column `image`, of bytes or of structures with a field `bytes`, and a column
-            `label`, of whole numbers from 0.
-
-    Raises:
-        DataError: pyarrow is not installed, or a file is damaged or lacks a column.
+    Each file has a column `image`, of bytes or of structures with a field `bytes`, and a column `label`, of
+    whole numbers from 0.
     """
     try:
         import pyarrow as arrow
         from pyarrow import parquet
     except ImportError as error:
-        raise DataError(NO_PYARROW) from error
+        raise DataError(
+            "Parquet files are read by pyarrow, which is not installed: pip install 'feedbackpath[data]'"
+        ) from error
     groups, labels, num_rows = [], [], 0
     for place, path in enumerate(files):
         try:
@@ -165,12 +119,7 @@ def open_parquet(split: str, files: Sequence[Path]) -> ParquetSet:
 
 
 def class_name(label: int) -> str:
-    """Return the name of a class that has only a number, so that names sort as the numbers do.
-
-    Example:
-        >>> class_name(12)
-        '00012'
-    """
+    """Return the name of a class that has only a number, so that names sort as the numbers do."""
     return f"{label:05}"
 
 

@@ -23,45 +23,36 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """What a folder holds.
-
-    Attributes:
-        root: The folder.
-        layout: ``class folders``, ``kaggle`` or ``parquet``.
-        classes: Names in the order of their labels; for Parquet, which has none, their numbers.
-        train_folder: Where the folders of the classes are, relative to `root`; for Parquet, in a copy.
-        train: Images to learn from.
-        test: What ImageNet calls its validation images.
-    """
+    """What a folder holds."""
 
     root: Path
-    layout: str
-    classes: tuple[str, ...]
-    train_folder: Path
+    layout: str  # "class folders", "kaggle" or "parquet"
+    classes: tuple[str, ...]  # in the order of their labels; for Parquet, which has no names, numbers
+    train_folder: Path  # where the folders of the classes are, relative to `root`; for Parquet, in a copy
     train: ImageSet
-    test: ImageSet
+    test: ImageSet  # what ImageNet calls its validation images
+
+    def empty_classes(self) -> list[str]:
+        """Return the names of the classes without training images."""
+        counts = np.bincount(self.train.labels, minlength=len(self.classes))
+        return [name for name, count in zip(self.classes, counts, strict=True) if not count]
 
 
 def open_folder(root: Path) -> ImageFolder:
-    """Find the images of a folder and their classes; none is read.
-
-    Raises:
-        DataError: The folder has none of the layouts or several, or lacks a part of its layout.
-    """
+    """Find the images of a folder and their classes; none is read."""
     if not root.is_dir():
         raise DataError(f"imagenet: there is no folder {root}; give one with {LAYOUTS}")
-    openers = {
-        "class folders": (root / "train").is_dir(),
-        "kaggle": (root / KAGGLE_IMAGES).is_dir(),
-        "parquet": bool(_find_parquet(root, "train")),
-    }
-    found = [layout for layout, is_there in openers.items() if is_there]
+    candidates = [
+        ("class folders", _open_class_folders, (root / "train").is_dir()),
+        ("kaggle", _open_kaggle, (root / KAGGLE_IMAGES).is_dir()),
+        ("parquet", _open_parquet_folder, bool(_find_parquet(root, "train"))),
+    ]
+    found = {layout: opener for layout, opener, is_there in candidates if is_there}
     if len(found) != 1:
         what = " and ".join(found) or "no layout that is known"
         raise DataError(f"imagenet: {root} holds {what}; give a folder with one of these: {LAYOUTS}")
-    if found == ["parquet"]:
-        return _open_parquet_folder(root)
-    return _open_kaggle(root) if found == ["kaggle"] else _open_class_folders(root)
+    (opener,) = found.values()
+    return opener(root)
 
 
 def _open_class_folders(root: Path) -> ImageFolder:
@@ -138,34 +129,29 @@ def _list_classes(root: Path, folder: Path, classes: Sequence[str]) -> FileSet:
 
 def _make_set(root: Path, folder: Path, found: Sequence[tuple[str, int]], labels: Sequence[int]) -> FileSet:
     prefix = folder.relative_to(root)
-    names = np.array([str(prefix / name).encode() for name, _ in found], np.bytes_)
-    sizes = np.array([size for _, size in found], np.int64)
-    return FileSet(root, names, sizes, np.array(labels, np.int64))
+    names = [str(prefix / name).encode() for name, _ in found]
+    sizes = [size for _, size in found]
+    return FileSet(root, np.array(names, np.bytes_), np.array(sizes, np.int64), np.array(labels, np.int64))
 
 
 def _list_folders(folder: Path) -> tuple[str, ...]:
-    try:
-        with os.scandir(folder) as entries:
-            return tuple(sorted(entry.name for entry in entries if entry.is_dir() and _is_visible(entry)))
-    except OSError as error:
-        raise DataError(
-            f"imagenet: {folder} cannot be read ({error.strerror}): it must hold images"
-        ) from error
+    return tuple(entry.name for entry in _list_visible(folder) if entry.is_dir())
 
 
 def _list_files(folder: Path) -> list[tuple[str, int]]:
-    """Return the names and sizes of all visible files, by name; what is no image is found when it is read."""
+    """Return the names and sizes of all files; what is no image is found when it is read."""
+    return [(entry.name, entry.stat().st_size) for entry in _list_visible(folder) if entry.is_file()]
+
+
+def _list_visible(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            return sorted((e.name, e.stat().st_size) for e in entries if e.is_file() and _is_visible(e))
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
         raise DataError(
             f"imagenet: {folder} cannot be read ({error.strerror}): it must hold images"
         ) from error
-
-
-def _is_visible(entry: os.DirEntry[str]) -> bool:
-    return not entry.name.startswith(".")
+    return sorted(visible, key=lambda entry: entry.name)
 
 
 def _find_parquet(root: Path, split: str) -> list[Path]:

@@ -10,11 +10,8 @@ from typing import get_args
 from torch import nn
 
 from feedbackpath.errors import ConfigError
-from feedbackpath.models.lenet import LeNet
-from feedbackpath.models.mlp import MLP
-from feedbackpath.models.resnet import BasicBlock, Bottleneck, Norm, ResNet
-from feedbackpath.models.resnet_cifar import CifarResNet
-from feedbackpath.models.transformer import RowTransformer
+from feedbackpath.models.resnet import BasicBlock, Bottleneck, CifarResNet, Norm, ResNet
+from feedbackpath.models.small import MLP, LeNet, RowTransformer
 
 __all__ = ["MLP", "MODELS", "CifarResNet", "LeNet", "Norm", "ResNet", "RowTransformer", "build_model", "register_model"]
 
@@ -82,11 +79,7 @@ def register_model(name: str, make: Callable[..., nn.Module]) -> None:
 
 
 def find_builder(name: str) -> Builder:
-    """Return what builds the network called ``name``, of the table or of another depth or width.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Return what builds the network called ``name``, of the table or of another depth or width."""
     if name in MODELS:
         return MODELS[name]
     sized = re.fullmatch(r"(mlp|transformer|resnet([1-9]\d*))(?:x([1-9]\d*))?", name)

@@ -1,4 +1,6 @@
-"""Residual networks for ImageNet with torchvision's parameter names, BatchNorm before or after the ReLU.
+"""Residual networks for ImageNet and for small images, with BatchNorm before or after the ReLU.
+
+`ResNet` has torchvision's parameter names. `CifarResNet` is that of He et al. for images of about 32x32.
 
 ``norm="before"`` is the usual block (He et al. 2016: conv → BatchNorm → ReLU) with the stride of a bottleneck
 on its 3x3 convolution ("V1.5"), so torchvision's ResNet weights load with ``strict=True`` and mean the same.
@@ -18,13 +20,14 @@ References:
     Akrout et al. 2019, Deep learning without weight transport, https://arxiv.org/abs/1904.05391
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Norm = Literal["after", "before"]
+_MakeShortcut = Callable[[int, int, int], nn.Module]  # from the channels in, the channels out and the stride
 
 
 class BasicBlock(nn.Module):
@@ -54,7 +57,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[N, in_channels, H, W]`` to ``[N, channels, ceil(H/stride), ceil(W/stride)]``."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = rectify(self.conv1(x), self.bn1, self.norm)
+        x = _rectify(self.conv1(x), self.bn1, self.norm)
         return _rectify_and_add(self.conv2(x), self.bn2, shortcut, self.norm)
 
 
@@ -82,8 +85,8 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[N, in_channels, H, W]`` to ``[N, 4 * channels, ceil(H/stride), ceil(W/stride)]``."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = rectify(self.conv1(x), self.bn1, self.norm)
-        x = rectify(self.conv2(x), self.bn2, self.norm)
+        x = _rectify(self.conv1(x), self.bn1, self.norm)
+        x = _rectify(self.conv2(x), self.bn2, self.norm)
         return _rectify_and_add(self.conv3(x), self.bn3, shortcut, self.norm)
 
 
@@ -120,28 +123,82 @@ class ResNet(nn.Module):
         self.conv1 = _conv(in_channels, 64, kernel_size=7, stride=2)
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        outputs = [width * block.expansion for width in (64, 128, 256, 512)]
-        self.layer1 = _stage(block, 64, 64, depths[0], 1, norm)
-        self.layer2 = _stage(block, outputs[0], 128, depths[1], 2, norm)
-        self.layer3 = _stage(block, outputs[1], 256, depths[2], 2, norm)
-        self.layer4 = _stage(block, outputs[2], 512, depths[3], 2, norm)
-        self.fc = nn.Linear(outputs[3], num_classes)
-        initialise_convolutions(self)
+        out = block.expansion
+        self.layer1 = _stage(block, 64, 64, depths[0], 1, norm, _project)
+        self.layer2 = _stage(block, 64 * out, 128, depths[1], 2, norm, _project)
+        self.layer3 = _stage(block, 128 * out, 256, depths[2], 2, norm, _project)
+        self.layer4 = _stage(block, 256 * out, 512, depths[3], 2, norm, _project)
+        self.fc = nn.Linear(512 * out, num_classes)
+        _initialise_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``[N, C, H, W]`` to class scores ``[N, num_classes]``."""
-        x = self.maxpool(rectify(self.conv1(x), self.bn1, self.norm))
+        x = self.maxpool(_rectify(self.conv1(x), self.bn1, self.norm))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         scores: Tensor = self.fc(x.mean(dim=(2, 3)))
         return scores
 
 
-def rectify(x: Tensor, bn: nn.Module, norm: Norm) -> Tensor:
+class CifarResNet(nn.Module):
+    """A 3x3 stem, stages of blocks with 16, 32 and 64 channels times ``width``, mean pooling and ``fc``.
+
+    Args:
+        blocks_per_stage: The n of a depth of 6n+2.
+        in_channels: Channels of the images.
+        num_classes: Number of outputs.
+        norm: Whether BatchNorm comes after or before the ReLU.
+        width: How many times as many channels.
+
+    Example:
+        >>> import torch
+        >>> resnet20 = CifarResNet(3, in_channels=3, num_classes=10, norm="after")
+        >>> sum(p.numel() for p in resnet20.parameters())
+        269722
+        >>> resnet20(torch.zeros(2, 3, 33, 31)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self, blocks_per_stage: int, *, in_channels: int, num_classes: int, norm: Norm, width: int = 1
+    ) -> None:
+        super().__init__()
+        self.norm = norm
+        first, second, third = 16 * width, 32 * width, 64 * width
+        self.conv1 = _conv(in_channels, first, kernel_size=3)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.layer1 = _stage(BasicBlock, first, first, blocks_per_stage, 1, norm, SubsampleAndPad)
+        self.layer2 = _stage(BasicBlock, first, second, blocks_per_stage, 2, norm, SubsampleAndPad)
+        self.layer3 = _stage(BasicBlock, second, third, blocks_per_stage, 2, norm, SubsampleAndPad)
+        self.fc = nn.Linear(third, num_classes)
+        _initialise_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images ``[N, C, H, W]`` to class scores ``[N, num_classes]``."""
+        x = _rectify(self.conv1(x), self.bn1, self.norm)
+        x = self.layer3(self.layer2(self.layer1(x)))
+        scores: Tensor = self.fc(x.mean(dim=(2, 3)))
+        return scores
+
+
+class SubsampleAndPad(nn.Module):
+    """The shortcut without weights ("option A"): every so many pixels, and zeros for the new channels."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.new_channels = out_channels - in_channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[N, in_channels, H, W]`` to ``[N, out_channels, ceil(H/stride), ceil(W/stride)]``."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+
+
+def _rectify(x: Tensor, bn: nn.Module, norm: Norm) -> Tensor:
     """Normalise and rectify ``x``, in the order that ``norm`` names."""
     return F.relu(bn(x)) if norm == "before" else bn(F.relu(x))
 
 
-def initialise_convolutions(model: nn.Module) -> None:
+def _initialise_convolutions(model: nn.Module) -> None:
     """Draw convolutions from N(0, 2/fan_out), which keeps the scale of δ on its way back through ReLUs.
 
     BatchNorm (1 and 0) and linear layers keep PyTorch's own initial values, as in torchvision's ResNets.
@@ -172,13 +229,17 @@ def _stage(
     depth: int,
     stride: int,
     norm: Norm,
+    make_shortcut: _MakeShortcut,
 ) -> nn.Sequential:
     """Chain ``depth`` blocks, the first of which changes the number of channels and the resolution."""
     out_channels = channels * block.expansion
-    downsample = None
-    if stride != 1 or in_channels != out_channels:
-        downsample = nn.Sequential(
-            _conv(in_channels, out_channels, kernel_size=1, stride=stride), nn.BatchNorm2d(out_channels)
-        )
+    is_same = stride == 1 and in_channels == out_channels
+    downsample = None if is_same else make_shortcut(in_channels, out_channels, stride)
     first = block(in_channels, channels, stride, norm, downsample)
     return nn.Sequential(first, *(block(out_channels, channels, 1, norm, None) for _ in range(depth - 1)))
+
+
+def _project(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    return nn.Sequential(
+        _conv(in_channels, out_channels, kernel_size=1, stride=stride), nn.BatchNorm2d(out_channels)
+    )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from feedbackpath.data import DATASETS, Dataset, load_dataset
-from feedbackpath.data.dataset import check_samples_per_epoch, stream_positions
+from feedbackpath.data.dataset import stream_positions
 from feedbackpath.errors import DataError
 
 Samples = tuple[Tensor, Tensor]
@@ -86,7 +86,7 @@ class Task(Dataset):
                 raise DataError(f"{name}: {part} has {len(x)} inputs and {len(y)} targets; give as many of both")
             for tensor in (x, y):
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        size = check_samples_per_epoch(samples_per_epoch, default=len(train[0]))
+        size = samples_per_epoch or len(train[0])
         return cls(
             name,
             num_outputs,

@@ -1,0 +1,149 @@
+"""What is wrong with the images of a folder; and a copy of small ones, read several times as fast."""
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from feedbackpath.data.decode import UnreadableImageError, decode, fit_short_side, image_format, resize
+from feedbackpath.data.image_sets import FileSet, ImageSet
+from feedbackpath.data.layouts import KAGGLE_TEXTS, ImageFolder
+from feedbackpath.data.workers import map_in_order
+from feedbackpath.errors import DataError
+
+NOTE = "shrink.json"  # with the settings of a copy
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong."""
+
+    kind: str  # problems of one kind are listed together
+    where: str  # the file, the row of a Parquet file, or the folder
+    reason: str
+
+
+def check_images(images: ImageSet, num_workers: int = 0) -> Iterator[Problem | None]:
+    """Decode every image to its end, and return for each what is wrong with it, or none."""
+    return map_in_order(partial(_check_image, images), range(len(images.labels)), num_workers)
+
+
+def _check_image(images: ImageSet, number: int) -> Problem | None:
+    try:
+        raw = images.read(number)
+        decode(raw)
+    except (UnreadableImageError, OSError) as error:
+        return _make_problem(images, number, error)
+    if not isinstance(images, FileSet) or _has_right_ending(images.target(number), raw):
+        return None
+    return Problem("wrong ending", images.locate(number), f"it is {image_format(raw)}")
+
+
+def find_empty_classes(folder: ImageFolder) -> list[Problem]:
+    """Return the classes without training images."""
+    parent = folder.root / folder.train_folder
+    return [
+        Problem("empty class", str(parent / name), "it has no training images")
+        for name in folder.empty_classes()
+    ]
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """How images are shrunk."""
+
+    size: int = 256  # short side, in pixels; smaller images stay as they are
+    quality: int = 95  # of the JPEGs, 1 to 95
+
+
+def prepare_copy(folder: ImageFolder, out: Path, shrinking: Shrinking) -> None:
+    """Make the folders of a copy, or take up one that was begun with the same settings."""
+    source, target = folder.root.resolve(), out.resolve()
+    if source.is_relative_to(target) or target.is_relative_to(source):
+        raise DataError(
+            f"{out}: the copy cannot lie within {folder.root}, nor around it: choose another folder"
+        )
+    note = {"source": str(source), "size": shrinking.size, "quality": shrinking.quality}
+    path = out / NOTE
+    if path.exists():
+        begun = path.read_text(encoding="utf-8").strip()
+        if begun != json.dumps(note):
+            raise DataError(
+                f"{out} holds a copy made otherwise ({begun}): go on with the same, or choose another folder"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise DataError(f"{out} holds other files: choose an empty folder, or one that does not exist")
+    for name in folder.classes:
+        (out / folder.train_folder / name).mkdir(parents=True, exist_ok=True)
+    for name in KAGGLE_TEXTS:
+        if (folder.root / name).exists():
+            shutil.copyfile(folder.root / name, out / name)
+    path.write_text(json.dumps(note) + "\n", encoding="utf-8")
+
+
+def shrink_images(
+    images: ImageSet, out: Path, shrinking: Shrinking, num_workers: int = 0
+) -> Iterator[Problem | None]:
+    """Write the images that a copy lacks, and return for each what is wrong with it, or none."""
+    copy = partial(_copy_image, images, out, shrinking)
+    return map_in_order(copy, range(len(images.labels)), num_workers)
+
+
+def _copy_image(images: ImageSet, out: Path, shrinking: Shrinking, number: int) -> Problem | None:
+    target = out / images.target(number)
+    if target.exists():
+        return None
+    try:
+        shrunk = shrink_image(images.read(number), target, shrinking)
+    except (UnreadableImageError, OSError) as error:
+        return _make_problem(images, number, error)
+    part = target.with_name(f".{target.name}.part")  # hidden, so that it is no image if the process is killed
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(shrunk)
+        os.replace(part, target)
+    except OSError as error:
+        raise DataError(
+            f"{target}: cannot be written ({error.strerror}): make room, or choose another folder, and "
+            "run the command again"
+        ) from error
+    return None
+
+
+def shrink_image(raw: bytes, name: Path, shrinking: Shrinking) -> bytes:
+    """Return the bytes of an image whose short side is at most `size`.
+
+    One that is small enough, and is what its name says, is returned as it is. Others are decoded to RGB,
+    resized with an antialiased bilinear filter, and encoded in the format of their name, without EXIF data.
+    """
+    from PIL import Image
+
+    pixels = decode(raw)
+    height, width = pixels.shape[:2]
+    is_small = min(height, width) <= shrinking.size
+    if is_small and _has_right_ending(name, raw):
+        return raw
+    if not is_small:
+        pixels = resize(pixels, *fit_short_side(height, width, shrinking.size)).permute(1, 2, 0).numpy()
+    stream = io.BytesIO()
+    file_format = Image.registered_extensions().get(name.suffix.lower(), "JPEG")
+    Image.fromarray(pixels).save(stream, file_format, quality=shrinking.quality)
+    return stream.getvalue()
+
+
+def _make_problem(images: ImageSet, number: int, error: UnreadableImageError | OSError) -> Problem:
+    """Say of an image why it could not be read."""
+    is_truncated = isinstance(error, UnreadableImageError) and error.is_truncated
+    kind = "truncated or damaged" if is_truncated else "unreadable"
+    return Problem(kind, images.locate(number), getattr(error, "strerror", None) or str(error))
+
+
+def _has_right_ending(path: Path, raw: bytes) -> bool:
+    """Whether a file's name ends as its format has it."""
+    from PIL import Image
+
+    return Image.registered_extensions().get(path.suffix.lower()) == image_format(raw)
