@@ -22,4 +22,7 @@ def squared(output, y):
 
 
 fp.register_task("sine", sine)
-fp.register_model("curve", lambda: nn.Sequential(nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)))
+fp.register_model(
+    "curve",
+    lambda: nn.Sequential(nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)),
+)

@@ -86,9 +86,7 @@ def evaluate(
     name, unit = found.metric.name, found.metric.unit
     console.print(f"validation {name} {found.validation:.2f}{unit}, test {name} {found.test:.2f}{unit}")
     for layer, angle in found.matrix_angle_deg.items():
-        console.print(
-            f"  {layer}: matrix angle {angle:.2f}°, gain {found.gain[layer]:.3f}", highlight=False
-        )
+        console.print(f"  {layer}: matrix angle {angle:.2f}°, gain {found.gain[layer]:.3f}", highlight=False)
     return DONE
 
 

@@ -1,7 +1,8 @@
 """The book of a job: what its folder holds, in memory and on disk.
 
-What a run goes on from is its newest checkpoint, and everything else is made from that: its entry, the network's
-file, the best checkpoint, the table, the figures. So whatever a kill has left behind, a resume makes it right.
+What a run goes on from is its newest checkpoint, and everything else is made from that: its entry, the
+network's file, the best checkpoint, the table, the figures. Whatever a kill has left behind, a resume makes it
+right.
 """
 
 import platform
@@ -151,9 +152,7 @@ class ResultsBook:
     def record_divergence(self, run: Run, event: Diverged) -> None:
         """Enter where a run diverged."""
         run.diverged_epoch = event.epoch
-        run.divergence = Divergence(
-            step=event.step, learning_rate=event.learning_rate, origin=event.origin
-        )
+        run.divergence = Divergence(step=event.step, learning_rate=event.learning_rate, origin=event.origin)
 
     def end(self, run: Run, status: Any) -> None:
         """Enter how a run ended; one that finished needs no checkpoint any more, if only results count."""
@@ -206,9 +205,7 @@ def write_results(results: Results, folder: Path) -> None:
     write_json_lines(folder / "history.jsonl", lines)
 
 
-def checkpoints_of(
-    out: Path, config: TrainConfig, rule: str, seed: int, data: DataFacts
-) -> Checkpoints:
+def checkpoints_of(out: Path, config: TrainConfig, rule: str, seed: int, data: DataFacts) -> Checkpoints:
     """Return where a run of a job keeps what it needs to go on, and refuses what is of another."""
     own = config.for_rule(rule)
     settings = own.model_dump(mode="json", exclude=FREE_TO_CHANGE | {"rule", "seed", "by_rule"})

@@ -111,7 +111,9 @@ def _train_and_record(
         view.show_note(note)
     view.start_run(book.results, run)
     status = "finished"
-    events = train(book.config.for_rule(rule), rule, seed, task, engine, state=state, must_stop=lambda: bool(stop))
+    events = train(
+        book.config.for_rule(rule), rule, seed, task, engine, state=state, must_stop=lambda: bool(stop)
+    )
     try:
         for event in events:
             if isinstance(event, Step):

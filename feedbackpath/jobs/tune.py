@@ -102,7 +102,9 @@ def point_of(space: Mapping[str, Span], number: int, seed: int) -> dict[str, Any
     return {name: _value_at(span, share) for (name, span), share in zip(space.items(), shares, strict=False)}
 
 
-MOST_SETTINGS = 16  # dimensions of the sequence: fixed, so that more settings leave the first ones as they are
+MOST_SETTINGS = (
+    16  # dimensions of the sequence: fixed, so that more settings leave the first ones as they are
+)
 
 
 def _value_at(span: Span, share: float) -> Any:
@@ -163,7 +165,9 @@ def tune(
             for rule in config.rules:
                 if (rule, number) in done:
                     continue
-                trial = _try(config, rule, number, point_of(spaces[rule], number, config.seed), task, engine, stop)
+                trial = _try(
+                    config, rule, number, point_of(spaces[rule], number, config.seed), task, engine, stop
+                )
                 search.trials.append(trial)
                 _write(search, out)
                 tell(search, trial)
@@ -191,7 +195,9 @@ def _try(
 ) -> Trial:
     """Train once and measure on validation data."""
     started = time.perf_counter()
-    settings = settings_for(config, rule, point).for_rule(rule).model_copy(update={"evaluate_on": "validation"})
+    settings = (
+        settings_for(config, rule, point).for_rule(rule).model_copy(update={"evaluate_on": "validation"})
+    )
     value, status = None, "finished"
     for event in train(settings, rule, config.seed, task, engine, must_stop=lambda: bool(stop)):
         if isinstance(event, Measured):

@@ -13,7 +13,17 @@ from feedbackpath.errors import ConfigError
 from feedbackpath.models.resnet import BasicBlock, Bottleneck, CifarResNet, Norm, ResNet
 from feedbackpath.models.small import MLP, LeNet, RowTransformer
 
-__all__ = ["MLP", "MODELS", "CifarResNet", "LeNet", "Norm", "ResNet", "RowTransformer", "build_model", "register_model"]
+__all__ = [
+    "MLP",
+    "MODELS",
+    "CifarResNet",
+    "LeNet",
+    "Norm",
+    "ResNet",
+    "RowTransformer",
+    "build_model",
+    "register_model",
+]
 
 Builder = Callable[[tuple[int, int, int], int, Norm], nn.Module]
 """Makes a model from the shape ``(C, H, W)`` of a sample, the number of classes and BatchNorm's place."""

@@ -5,8 +5,8 @@ compare with. B = M * sign(W), refreshed after every update of W: one bit a weig
 """
 
 import math
-from dataclasses import dataclass
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch

@@ -83,7 +83,9 @@ class Task(Dataset):
         digest = hashlib.sha256()
         for part, (x, y) in {"train": train, "validation": validation, "test": test}.items():
             if len(x) != len(y) or not len(x):
-                raise DataError(f"{name}: {part} has {len(x)} inputs and {len(y)} targets; give as many of both")
+                raise DataError(
+                    f"{name}: {part} has {len(x)} inputs and {len(y)} targets; give as many of both"
+                )
             for tensor in (x, y):
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         size = samples_per_epoch or len(train[0])

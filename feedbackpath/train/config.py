@@ -42,7 +42,9 @@ class DataSettings(BaseModel):
     image_size: Annotated[int | None, DATA] = Field(
         None, ge=8, description="side of the images in pixels (imagenet: 224)"
     )
-    samples_per_epoch: Annotated[int | None, DATA] = Field(None, ge=2, description="training samples an epoch")
+    samples_per_epoch: Annotated[int | None, DATA] = Field(
+        None, ge=2, description="training samples an epoch"
+    )
     on_bad_image: Annotated[Literal["error", "skip"] | None, DATA] = Field(
         None, description="an unreadable training image stops the run (error), or is counted (imagenet)"
     )

@@ -44,10 +44,16 @@ class Entry(_Typed):
     """What was measured after an epoch, or (epoch 0) before the first."""
 
     epoch: int = Field(description="0: before training")
-    train_loss: float | None = Field(None, description="mean over the epoch's samples; none in mirror mode alone")
+    train_loss: float | None = Field(
+        None, description="mean over the epoch's samples; none in mirror mode alone"
+    )
     test: float | None = Field(None, description="the metric on the split that `evaluate_on` names")
-    validation: float | None = Field(None, description="the metric on the validation split, with `select_best`")
-    matrix_angle_deg: Layers = Field(default_factory=dict, description="angle between B and W, by layer, degrees")
+    validation: float | None = Field(
+        None, description="the metric on the validation split, with `select_best`"
+    )
+    matrix_angle_deg: Layers = Field(
+        default_factory=dict, description="angle between B and W, by layer, degrees"
+    )
     delta_angle_deg: Layers = Field(default_factory=dict, description="angle of delta to backprop's, degrees")
     gain: Layers = Field(default_factory=dict, description="<B, W> / <W, W>, by layer")
     seconds: float = Field(0.0, description="time of the epoch, measuring included")
@@ -198,7 +204,9 @@ def _renamed(value: Any, names: dict[str, str], sparse: set[str], depth: int = 0
     if not isinstance(value, dict):
         return value
     if depth == 0 and "runs" in value:
-        parts = {name: _renamed(value[name], names, sparse, 1) for name in ("runs", "summary") if name in value}
+        parts = {
+            name: _renamed(value[name], names, sparse, 1) for name in ("runs", "summary") if name in value
+        }
         return value | parts
     return {
         names.get(name, name): _renamed(item, names, sparse, depth + 1)
