@@ -42,7 +42,7 @@ class MyRule(fp.FeedbackAlignment):
     label: ClassVar[str] = "half-size feedback"
     colour: ClassVar[str] = "#882255"
 
-    def start(self, weights, context):
+    def start(self, weights: list[fp.UntiedWeight], context: fp.RuleContext) -> None:
         """Draw B, and halve it."""
         super().start(weights, context)
         with torch.no_grad():

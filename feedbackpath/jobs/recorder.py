@@ -92,9 +92,7 @@ class Recorder:
             delta_angle_deg: What ``path.delta_angles`` returned.
         """
         if not self.run.history and number not in (0, 1) and self.run.start is None:
-            raise ConfigError(
-                f"the first epoch of {self.run.name} is {number}: begin with 1, or with 0 before it"
-            )
+            raise ConfigError(f"the first epoch of {self.run.name} is {number}: begin with 1, or with 0")
         now = time.perf_counter()
         entry = Entry(
             epoch=number,

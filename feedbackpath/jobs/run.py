@@ -39,7 +39,7 @@ def run_job(
         What ``results.json`` holds.
 
     Raises:
-        ConfigError: The folder holds another job's results, or another process works in it, or a setting names
+        ConfigError: The folder holds another job's results, another process works in it, or a setting names
             what does not exist.
         DataError: The data is missing or damaged.
         CheckpointError: A checkpoint could not be written.

@@ -1,9 +1,9 @@
 """Tuning: the same number of trials for every rule, on validation data alone.
 
-Each rule has a declared search space: learning rate and weight decay, which all share, and what its class adds by
-``search_space``. Trial k of every rule takes the k-th point of one scrambled Sobol sequence (Sobol 1967; Owen
-1998), so that learning rates and decays are the same for all, and nobody gets a better search than another. The
-test split is never looked at.
+Each rule has a declared search space: learning rate and weight decay, which all share, and what its class adds
+by ``search_space``. Trial k of every rule takes the k-th point of one scrambled Sobol sequence (Sobol 1967; Owen
+1998): learning rates and decays are the same for all, and no rule gets a better search than another. The test
+split is never looked at.
 """
 
 import time
@@ -34,6 +34,9 @@ SHARED: dict[str, dict[str, Span]] = {
     "adamw": {"lr": ("log", 1e-4, 1e-2), "weight_decay": ("log", 1e-2, 1.0)},
 }
 """What is searched for every rule, by optimizer."""
+
+
+MOST_SETTINGS = 16  # dimensions of the sequence: fixed, so that further settings change none before them
 
 
 class Trial(BaseModel):
@@ -90,7 +93,7 @@ def space_of(rule: str, config: CompareConfig) -> dict[str, Span]:
 
 
 def point_of(space: Mapping[str, Span], number: int, seed: int) -> dict[str, Any]:
-    """Return the settings of a trial: a point of a Sobol sequence, the same in shared dimensions for all rules.
+    """Return the settings of a trial: a point of a Sobol sequence, the same for all rules in what they share.
 
     Example:
         >>> point = point_of({"lr": ("log", 0.01, 1.0)}, number=0, seed=0)

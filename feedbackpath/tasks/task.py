@@ -72,11 +72,10 @@ class Task(Dataset):
 
         Example:
             >>> x, y = torch.randn(60, 3), torch.randn(60, 1)
-            >>> parts = {"train": (x[:40], y[:40]), "validation": (x[40:50], y[40:50]), "test": (x[50:], y[50:])}
-            >>> squares = lambda output, y: (output - y).square().mean(1)
-            >>> task = Task.of_tensors(
-            ...     "lines", **parts, num_outputs=1, loss=F.mse_loss, score=squares, metric="mse", unit=""
-            ... )
+            >>> rows = {"train": slice(40), "validation": slice(40, 50), "test": slice(50, 60)}
+            >>> parts = {name: (x[own], y[own]) for name, own in rows.items()}
+            >>> judged = {"score": lambda output, y: (output - y).square().mean(1), "metric": "mse", "unit": ""}
+            >>> task = Task.of_tensors("lines", **parts, num_outputs=1, loss=F.mse_loss, **judged)
             >>> task.sample_shape, len(task.train)
             ((3,), 40)
         """

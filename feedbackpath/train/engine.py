@@ -72,7 +72,7 @@ class Engine:
         return cast(nn.Module, cast(Any, model).to(memory_format=self._memory_format))
 
     def place(self, x: Tensor) -> Tensor:
-        """Move a batch to this process's device, numbers in the network's type, images in its memory format."""
+        """Move a batch to this process's device: numbers in the network's type, images in its format."""
         if not x.is_floating_point():
             return x.to(self.device)
         if x.dim() != 4:
