@@ -1,5 +1,6 @@
 """What the documents say runs: every Python snippet, command line, config file and make target in them."""
 
+import importlib
 import inspect
 import json
 import re
@@ -12,6 +13,7 @@ from unittest import mock
 
 import pytest
 import yaml
+from cost_page import tables_of_cost
 
 import feedbackpath as fp
 from feedbackpath import audit_command, cli, commands, mirror_command
@@ -19,7 +21,6 @@ from feedbackpath.bench_command import bench
 from feedbackpath.jobs.audit import table_of_rules
 from feedbackpath.recipes import RECIPES
 from feedbackpath.report import markdown_table, read_results
-from feedbackpath.report.cost import tables_of_cost
 from feedbackpath.report.study import markdown_study_table, read_study
 from feedbackpath.train.config import CompareConfig, RunConfig, TrainConfig
 from feedbackpath.train.rules import make_rule
@@ -72,6 +73,15 @@ def test_command_lines_are_accepted(document):
         flags = bound.arguments.get("flags", CompareConfig())
         assert command.__name__ == {"eval": "evaluate"}.get(arguments[0], arguments[0])
         assert [make_rule(name, {}).name for name in flags.rules] == list(flags.rules)
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if calls_of("python", d)], ids=lambda d: d.name)
+def test_scripts_of_the_documents_exist_and_take_their_options(document):
+    for script, *arguments in calls_of("python", document):
+        assert (ROOT / script).exists()
+        if Path(script).parent.name == "benchmarks":
+            parse = getattr(importlib.import_module(Path(script).stem), "parse", None)
+            assert not arguments if parse is None else parse(arguments)
 
 
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d, "yaml")], ids=lambda d: d.name)
@@ -253,7 +263,6 @@ def test_tables_of_results_are_those_of_the_result_files(name):
 
 def test_tables_of_cost_are_those_of_the_result_file_and_of_the_model():
     page, growth = read("docs/cost.md"), json.loads(read("benchmarks/step-cost/growth.json"))
-    assert growth["command"] in " ".join(page.replace("\\\n", " ").split())
     for name, table in tables_of_cost(growth).items():
         marked = f"<!-- {name}:begin -->\n{table}<!-- {name}:end -->"
         assert marked in page, "write them anew: python benchmarks/cost_page.py"
