@@ -41,10 +41,13 @@ app.command(
     "feedbackpath.bench_command:bench",
     help="Measure what each rule costs beside plain PyTorch: time, memory and start-up.",
 )
-app.command(
-    "feedbackpath.mirror_command:mirror",
-    help="Print a plan of mirror mode, or study it: angles, gains and errors over designs and settings.",
+
+mirror_app = App(name="mirror", help="Look at mirror mode before it is run.")
+mirror_app.command(
+    "feedbackpath.mirror_command:plan",
+    help="Print what mirror mode will do with each layer: samples, predicted angle, FLOPs, and how often.",
 )
+app.command(mirror_app)
 app.command("feedbackpath.commands:rules", help="List the rules.")
 
 data_app = App(name="data", help="Look after the images that imagenet is read from.")

@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import yaml
 from cost_page import tables_of_cost
+from study_table import markdown_study_table, read_study
 
 import feedbackpath as fp
 from feedbackpath import audit_command, cli, commands, mirror_command
@@ -21,12 +22,12 @@ from feedbackpath.bench_command import bench
 from feedbackpath.jobs.audit import table_of_rules
 from feedbackpath.recipes import RECIPES
 from feedbackpath.report import markdown_table, read_results
-from feedbackpath.report.study import markdown_study_table, read_study
 from feedbackpath.train.config import CompareConfig, RunConfig, TrainConfig
 from feedbackpath.train.rules import make_rule
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md", *ROOT.glob("README.md")])
+OTHERS = ("CONTRIBUTING.md", "README.md", "benchmarks/README.md")
+DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *(ROOT / name for name in OTHERS)])
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -71,7 +72,8 @@ def test_command_lines_are_accepted(document):
     for arguments in calls_of("feedbackpath", document):
         command, bound, _ = cli.app.parse_args(arguments, exit_on_error=False, print_error=False)
         flags = bound.arguments.get("flags", CompareConfig())
-        assert command.__name__ == {"eval": "evaluate"}.get(arguments[0], arguments[0])
+        name = next(word for word in arguments if word not in ("mirror", "data"))
+        assert command.__name__ == {"eval": "evaluate"}.get(name, name)
         assert [make_rule(name, {}).name for name in flags.rules] == list(flags.rules)
 
 
@@ -181,8 +183,8 @@ def make_audit_table():
     return make_place_table(audit_command.audit)
 
 
-def make_mirror_table():
-    return make_place_table(mirror_command.mirror)
+def make_plan_table():
+    return make_place_table(mirror_command.plan)
 
 
 def make_bench_table():
@@ -207,7 +209,7 @@ def make_setting_table():
         make_recipe_table,
         make_report_table,
         make_audit_table,
-        make_mirror_table,
+        make_plan_table,
         make_bench_table,
         make_setting_table,
     ],
