@@ -206,8 +206,6 @@ def test_targets_that_make_no_sense_are_refused(options, message):
         (lambda: fp.When(every=2.5), r"When: every must be a whole number, not 2\.5"),
         (lambda: fp.MirrorKolenPollack(every=0.5), r"mirror-kp: every must be a whole number, not 0\.5"),
         (lambda: fp.Mirror(noise="signs", samples=99.5), r"samples must be a whole number, not 99\.5"),
-        (lambda: fp.untie(make_dense(), "wm").mirror_from_input(print, steps=-1), "steps must be at least 1"),
-        (lambda: fp.untie(make_dense(), "wm").mirror_from_input(print, steps=1.0), "be a whole number"),
         (lambda: fp.untie(make_dense(), "wm").plan(print, scale=0), "plan: scale must be above 0"),
         (lambda: run_mode(passes=0), "mirror mode: passes must be at least 1, not 0"),
     ],
@@ -235,9 +233,8 @@ def stop(*_):
 @pytest.mark.parametrize("measure", [
     lambda path, model: path.plan(stop),
     lambda path, model: path.plan(lambda: stop(model(torch.randn(4, 200)))),
-    lambda path, model: path.mirror_from_input(lambda: stop(model(torch.randn(4, 200)))),
     lambda path, model: path.delta_angles(lambda: stop(model(torch.randn(4, 200)))),
-], ids=["plan", "plan after a pass", "one input", "delta angles"])  # fmt: skip
+], ids=["plan", "plan after a pass", "delta angles"])  # fmt: skip
 def test_a_measurement_that_is_broken_off_leaves_no_hook_behind(measure):
     model = make_dense()
     path = fp.untie(model, "fa")
