@@ -17,8 +17,8 @@ from cost_page import tables_of_cost
 from study_table import markdown_study_table, read_study
 
 import feedbackpath as fp
-from feedbackpath import audit_command, cli, commands, mirror_command
-from feedbackpath.bench_command import bench
+from feedbackpath import cli
+from feedbackpath.cli import audit, bench, compare, evaluate, exit_codes, mirror, report, train
 from feedbackpath.jobs.audit import table_of_rules
 from feedbackpath.recipes import RECIPES
 from feedbackpath.report import markdown_table, read_results
@@ -146,15 +146,15 @@ def own_fields(kind):
 
 
 def make_compare_table():
-    return list_flags(own_fields(CompareConfig)) + make_place_table(commands.compare)
+    return list_flags(own_fields(CompareConfig)) + make_place_table(compare.compare)
 
 
 def make_train_table():
-    return list_flags(own_fields(RunConfig)) + make_place_table(commands.train)
+    return list_flags(own_fields(RunConfig)) + make_place_table(train.train)
 
 
 def make_eval_table():
-    return make_place_table(commands.evaluate)
+    return make_place_table(evaluate.evaluate)
 
 
 def make_recipe_table():
@@ -176,19 +176,19 @@ def make_place_table(command):
 
 
 def make_report_table():
-    return make_place_table(commands.report)
+    return make_place_table(report.report)
 
 
 def make_audit_table():
-    return make_place_table(audit_command.audit)
+    return make_place_table(audit.audit)
 
 
 def make_plan_table():
-    return make_place_table(mirror_command.plan)
+    return make_place_table(mirror.plan)
 
 
 def make_bench_table():
-    return make_place_table(bench)
+    return make_place_table(bench.bench)
 
 
 def make_setting_table():
@@ -224,10 +224,10 @@ def test_exit_codes_are_those_of_the_program():
     listed = re.findall(r"^\| (\d+) \|", read("docs/cli.md"), re.MULTILINE)
     interrupted = [128 + number for number in (signal.SIGINT, signal.SIGTERM)]
     assert [int(code) for code in listed] == [
-        commands.DONE,
-        cli.BAD_INPUT,
-        commands.DIVERGED,
-        audit_command.TRANSPORTS,
+        exit_codes.DONE,
+        exit_codes.BAD_INPUT,
+        exit_codes.DIVERGED,
+        exit_codes.TRANSPORTS_WEIGHTS,
         *interrupted,
     ]
 

@@ -11,12 +11,11 @@ from cyclopts.validators import Number
 from rich.console import Console
 from rich.progress import Progress
 
+from feedbackpath.cli.exit_codes import BAD_INPUT, DONE
 from feedbackpath.data.check import Problem, check_images, find_empty_classes
 from feedbackpath.data.layouts import ImageFolder, open_folder
 from feedbackpath.data.shrink import Shrinking, prepare_copy, shrink_images
 from feedbackpath.jobs.signals import StopRequest
-
-CLEAN, PROBLEMS = 0, 2
 
 Folder = Annotated[Path, Parameter(help="image folder, in one of ImageNet's layouts")]
 Workers = Annotated[int, Parameter(help="processes that decode images", validator=Number(gte=0))]
@@ -74,4 +73,4 @@ def _go_through(
             if problem.kind == kind:
                 console.print(f"  {problem.where}: {problem.reason}")
     console.print(f"{num_images} images, {len(problems)} problems")
-    return PROBLEMS if problems else CLEAN
+    return BAD_INPUT if problems else DONE

@@ -5,7 +5,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
-DONE, TRANSPORTS = 0, 4
+from feedbackpath.cli.exit_codes import DONE, TRANSPORTS_WEIGHTS
 
 
 def audit(
@@ -27,4 +27,4 @@ def audit(
         raise ConfigError(f"--batch-size is {batch_size}; it must be at least 2")
     report = audit_rule(rule, model, batch_size=batch_size, steps=steps, device=device)
     Console(soft_wrap=True, highlight=False, markup=False).print(f"{model}, {rule}: {report}")
-    return DONE if report.transport_free else TRANSPORTS
+    return DONE if report.transport_free else TRANSPORTS_WEIGHTS

@@ -10,6 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
+from feedbackpath.cli.exit_codes import DONE
 from feedbackpath.errors import ConfigError
 
 
@@ -60,4 +61,4 @@ def bench(
     command = shlex.join(["feedbackpath", *sys.argv[1:]])
     out.write_text(json.dumps({"command": command, **found}, indent=2) + "\n")
     console.print(f"quartiles, memory, angles, traffic and start-up are in {out}")
-    return 0
+    return DONE

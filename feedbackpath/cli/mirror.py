@@ -5,6 +5,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
+from feedbackpath.cli.exit_codes import DONE
 from feedbackpath.errors import ConfigError
 
 
@@ -51,4 +52,4 @@ def plan(
         f"all layers once: {100 * total:.2g}% of a training step's FLOPs (Appendix B's count); "
         f"each is mirrored every {every:.1f} steps on average; angles are what noise leaves, W at rest"
     )
-    return 0
+    return DONE
