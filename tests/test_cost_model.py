@@ -45,8 +45,6 @@ from feedbackpath.mirror.pairs import CHUNK_VALUES
 MODELS = ["mlp", "lenet", "transformer", "resnet8"]
 BATCH = 4
 MIRRORS = {"wm": Mirror(when=When("all")), GAUSSIAN: Mirror.paper()}
-
-
 ALLOCATING = ("empty", "new_empty")  # names of operators that write nothing begin so
 
 
