@@ -158,7 +158,7 @@ def test_it_changes_feedback_and_nothing_else(training, decorrelate):
 def test_batchnorm_uses_the_statistics_of_the_noise_in_evaluation_too():
     """Running statistics of other data would drive the second layer otherwise."""
 
-    def mirror(training):
+    def feedback_after(training):
         model = CONVNET.build()
         model[1].running_var.fill_(100.0)
         path = fp.untie(model.train(training), "fa")
@@ -166,11 +166,11 @@ def test_batchnorm_uses_the_statistics_of_the_noise_in_evaluation_too():
         mirror(path, lambda: model(draw()))
         return model[3].feedback
 
-    torch.testing.assert_close(mirror(False), mirror(True))
+    torch.testing.assert_close(feedback_after(False), feedback_after(True))
 
 
 def test_noise_is_a_function_of_seed_and_call_alone():
-    def mirror(seed, calls):
+    def draws(seed, calls):
         model, drawn = nn.Linear(6, 3), []
         path = fp.untie(model, "fa", seed=seed)
         for _ in range(calls):
@@ -179,10 +179,10 @@ def test_noise_is_a_function_of_seed_and_call_alone():
             mirror(path, lambda: model(drawn.append(torch.randn(9, 6)) or drawn[-1]))
         return drawn
 
-    first, second = mirror(0, 2)
+    first, second = draws(0, 2)
     assert not torch.equal(first, second)
-    assert torch.equal(mirror(0, 1)[0], first)
-    assert not torch.equal(mirror(1, 1)[0], first)
+    assert torch.equal(draws(0, 1)[0], first)
+    assert not torch.equal(draws(1, 1)[0], first)
 
 
 def test_first_calls_are_averaged_and_later_ones_forget():
