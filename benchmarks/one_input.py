@@ -6,12 +6,12 @@ white, at the start and after some training; `... drives`, run last, does so for
 One thread each; a run that was broken off is taken up. `one_input_figures.py` draws the figures.
 """
 
+import argparse
 import dataclasses
 import json
 import math
 import platform
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from one_input_mirror import Seen, look, mirror_from_input
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -28,7 +29,6 @@ from feedbackpath.data import Dataset, load_dataset, minibatches
 from feedbackpath.jobs import run_job
 from feedbackpath.measure.angles import angle_deg, left_as_it_was
 from feedbackpath.mirror import MirrorMode
-from feedbackpath.mirror.one_input import Seen, look, mirror_from_input
 from feedbackpath.mirror.readings import learn
 from feedbackpath.mirror.settings import Reading, When
 from feedbackpath.models import build_model
@@ -63,12 +63,8 @@ class OneInput(Rule):
 
     def step(self, weights: Sequence[UntiedWeight], context: RuleContext) -> None:
         """Mirror all layers at once."""
-        model = context.model
-        with left_as_it_was(weights, model):
-            mirror_from_input(
-                context.part(MirrorMode), weights, partial(run_on_noise, model),
-                Mirror(reading=self.reading), steps=1, decorrelate=self.decorrelate,
-            )  # fmt: skip
+        run, settings = partial(run_on_noise, context.model), Mirror(reading=self.reading)
+        mirror_from_input(context, weights, run, settings, decorrelate=self.decorrelate)
 
 
 @dataclass(frozen=True)
@@ -242,5 +238,13 @@ def describe_inputs(seen: Seen) -> dict[str, float]:
 
 PARTS = {"training": measure_training, "angles": measure_angles, "drives": measure_drives}
 
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return what was asked for on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    PARTS[sys.argv[1]]()
+    PARTS[parse(None).part]()

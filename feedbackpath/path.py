@@ -136,21 +136,6 @@ class FeedbackPath:
         groups = self._to_mirror()
         by_hand.mirror(self.context, groups, steps, settings, until_angle_deg, most_steps)
 
-    def mirror_from_input(
-        self,
-        run: Callable[[], object],
-        steps: int = 1,
-        settings: "Mirror | None" = None,
-        *,
-        decorrelate: bool = False,
-    ) -> None:
-        """Drive the model with one noisy input: see ``feedbackpath.mirror.by_hand.mirror_from_input``."""
-        from feedbackpath.mirror import by_hand
-
-        groups = self._to_mirror()
-        with angles.left_as_it_was(self.weights, self.model):
-            by_hand.mirror_from_input(self.context, groups, run, steps, settings, decorrelate=decorrelate)
-
     def plan(
         self, compute_loss: Callable[[], Tensor], settings: "Mirror | None" = None, *, scale: float = 1.0
     ) -> "list[LayerPlan]":

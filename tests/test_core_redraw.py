@@ -1,45 +1,30 @@
 """The comparison of two source trees: a tree equals itself, and differences are seen."""
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
+import core_redraw
 import numpy as np
 import pytest
 
 import feedbackpath
 
 TREE = Path(feedbackpath.__file__).resolve().parent.parent
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def script():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        spec = importlib.util.spec_from_file_location("core_redraw", BENCHMARKS / "core_redraw.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-        del sys.modules["core_redraw_worker"]
-
-
-def run(script, folder, command):
+def run(folder, command):
     """Compare the tree under test with itself; return what the result file says."""
     out = folder / "found.json"
-    script.main([*command.split(), "--old", str(TREE), "--new", str(TREE), "--out", str(out)])
+    core_redraw.main([*command.split(), "--old", str(TREE), "--new", str(TREE), "--out", str(out)])
     results = json.loads(out.read_text())
     assert str(TREE) not in out.read_text()
     assert results["trees"]["old"] == results["trees"]["new"]
     return results
 
 
-def test_a_tree_trains_as_itself_in_two_processes(script, tmp_path):
-    results = run(
-        script, tmp_path, "losses --networks mlp --rules kp --steps 2 --processes 2 --fill-feedback"
-    )
+def test_a_tree_trains_as_itself_in_two_processes(tmp_path):
+    results = run(tmp_path, "losses --networks mlp --rules kp --steps 2 --processes 2 --fill-feedback")
     assert "--old OLD --new NEW" in results["command"]
     assert "--fill-feedback" in results["command"]
     assert [(cell["optimizer"], cell["dtype"]) for cell in results["cells"]] == [
@@ -55,9 +40,9 @@ def test_a_tree_trains_as_itself_in_two_processes(script, tmp_path):
         assert cell.get("in_goal", True)
 
 
-def test_a_tree_takes_turns_with_itself(script, tmp_path, capsys):
+def test_a_tree_takes_turns_with_itself(tmp_path, capsys):
     options = "--networks mlp --rules fa --batch-size 4 --rounds 3 --seconds 0 --placements 1"
-    cells = run(script, tmp_path, f"times {options}")["cells"]
+    cells = run(tmp_path, f"times {options}")["cells"]
     assert [cell["rule"] for cell in cells] == ["plain", "fa"]
     for cell in cells:
         assert cell["rounds"] == 3
@@ -72,16 +57,16 @@ def found(losses, feedback):
     return {"digest": "", "losses": np.array(losses), "before": weights, "after": weights}
 
 
-def test_differences_are_relative_and_the_largest_counts(script):
-    seen = script.compare(found([2.0, 4.0], [3.0, 4.0]), found([2.0, 5.0], [3.0, 4.5]))
+def test_differences_are_relative_and_the_largest_counts():
+    seen = core_redraw.compare(found([2.0, 4.0], [3.0, 4.0]), found([2.0, 5.0], [3.0, 4.5]))
     assert seen["losses"] == 0.25
     assert seen["feedback"] == seen["initial_feedback"] == pytest.approx(0.1)
     assert not seen["identical"]
 
 
-def test_what_cannot_be_compared_is_infinitely_far(script):
+def test_what_cannot_be_compared_is_infinitely_far():
     old, new = found([2.0], [1.0]), found([math.nan], [1.0])
-    assert script.compare(old, new)["losses"] == math.inf
+    assert core_redraw.compare(old, new)["losses"] == math.inf
     new["after"] = {"other": new["after"]["fc"]}
-    assert script.compare(old, new)["feedback"] == math.inf
-    assert not script.compare(old, new)["identical"]
+    assert core_redraw.compare(old, new)["feedback"] == math.inf
+    assert not core_redraw.compare(old, new)["identical"]

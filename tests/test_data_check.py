@@ -195,7 +195,7 @@ def test_an_interrupted_command_says_so(tmp_path, capsys, monkeypatch):
         def __exit__(self, *error):
             pass
 
-    monkeypatch.setattr("feedbackpath.data_commands.StopRequest", lambda: Asked(1))
+    monkeypatch.setattr("feedbackpath.cli.data.StopRequest", lambda: Asked(1))
     root, out = make_class_folders(tmp_path / "in", **SMALL), tmp_path / "out"
     code, output = call(capsys, "shrink", root, out)
     assert (code, output.out.strip()) == (130, "interrupted: what was done is kept")

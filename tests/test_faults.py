@@ -801,18 +801,3 @@ def test_sharded_weights_are_refused(rule, tmp_path):
             fp.untie(fully_shard(nn.Sequential(nn.Linear(6, 8)), mesh=init_device_mesh("cpu", (1,))), rule)
     finally:
         torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("devices", [{"cpu"}, {"cpu", "meta"}, set()])
-def test_a_model_on_the_cpu_leaves_the_random_numbers_of_gpus_alone(devices, monkeypatch):
-    """``torch.manual_seed`` would seed every GPU, and nothing would take that back."""
-    touched = []
-    for name in ("manual_seed", "manual_seed_all"):
-        monkeypatch.setattr(torch.cuda, name, lambda seed: touched.append(seed))
-    pytorch.seed_devices(7, {torch.device(kind) for kind in devices})
-    first = torch.rand(3)
-    torch.default_generator.manual_seed(7)
-    assert torch.equal(first, torch.rand(3))
-    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
-    fp.untie(model, "fa").mirror_from_input(lambda: model(torch.randn(64, 6)))
-    assert not touched

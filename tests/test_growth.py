@@ -2,15 +2,14 @@
 
 import json
 
+import growth
 import pytest
-from test_bench import run_cli
+from cost_page import predict_cell, table_of_calibration, table_of_growth, table_of_model
+from growth import AXES, Axis, Cell, GrowthSettings, run_growth
+from growth_figure import GOALS, draw_growth
 
-from feedbackpath.bench import GrowthSettings, growth, run_growth
-from feedbackpath.bench.growth import AXES, Axis, Cell
 from feedbackpath.bench.workloads import find_workload
 from feedbackpath.errors import ConfigError
-from feedbackpath.report.cost import predict_cell, table_of_calibration, table_of_growth, table_of_model
-from feedbackpath.report.growth import GOALS, draw_growth, render_growth
 
 RULES = ("fa", "kp", "wm")
 SMALL = {"batch": Axis("batch", tuple(Cell(size, find_workload("mlp"), size) for size in (2, 4)))}
@@ -63,7 +62,6 @@ def test_the_figure_shows_every_rule_and_the_goals(found):
     assert len(panel.containers) == len(RULES)
     assert panel.get_xlabel() == "batch"
     assert len(key.get_legend().get_texts()) == len(RULES) + len(GOALS)
-    assert render_growth(found).startswith(b"\x89PNG")
 
 
 def test_tables_have_a_row_a_size(found):
@@ -73,21 +71,21 @@ def test_tables_have_a_row_a_size(found):
     assert f"{predicted['kp']:.3f} (" in table_of_model(found)
 
 
-def test_unknown_axes_and_too_few_rounds_are_refused(capsys):
+def test_unknown_axes_and_too_few_rounds_are_refused():
     with pytest.raises(ConfigError, match="rounds is 1"):
         GrowthSettings(("depth",), RULES, rounds=1)
-    assert run_cli("bench", "--grow", "height") == 2
-    assert "no axis 'height'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="no axis 'height'"):
+        growth.main(["--axes", "height"])
 
 
-def test_the_command_writes_ratios_and_figure(tmp_path, capsys, monkeypatch):
+def test_the_script_writes_ratios_and_figure(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(AXES, "batch", SMALL["batch"])
     tiny = growth._Stack("stack", (4, 1, 1), 4, batch_size=1, num_layers=2)
     monkeypatch.setattr(growth, "_STACKS", dict.fromkeys(growth._STACKS, tiny))
     out = tmp_path / "growth.json"
-    assert (
-        run_cli("bench", "--grow", "batch", "--rules", "fa", "--rounds", 2, "--seconds", 0, "--out", out) == 0
-    )
+    growth.main(["--axes", "batch", "--rules", "fa", "--rounds", "2", "--seconds", "0", "--out", str(out)])
     assert "batch 2 (mlp, batch 2): fa" in capsys.readouterr().out
-    assert json.loads(out.read_text())["growth"]["batch"]["label"] == "batch"
-    assert out.with_suffix(".png").exists()
+    found = json.loads(out.read_text())
+    assert found["command"].startswith("python benchmarks/growth.py --axes batch")
+    assert found["growth"]["batch"]["label"] == "batch"
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

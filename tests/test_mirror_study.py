@@ -1,30 +1,24 @@
-"""mirror --study: cells, resume, refusals, figures; and theory against measurement."""
+"""The study of mirror mode: cells, resume, refusals, figures; and theory against measurement."""
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from statistics import fmean
 
+import mirror_study
 import numpy as np
 import pytest
+from mirror_study import PARTS, StudySettings, run_study
+from study_figures import write_study_figures
+from study_table import describe_cell, group_trainings, markdown_study_table, read_study, study_rows
 
 import feedbackpath as fp
-from feedbackpath import cli, mirror_command
-from feedbackpath.jobs import Interrupted, mirror_study
-from feedbackpath.jobs.mirror_study import PARTS, StudySettings, run_study
+from feedbackpath import cli
+from feedbackpath.errors import ConfigError, UserError
+from feedbackpath.jobs import Interrupted
 from feedbackpath.mirror import DESIGNS
-from feedbackpath.report.study import (
-    describe_cell,
-    group_trainings,
-    markdown_study_table,
-    read_study,
-    study_rows,
-)
-from feedbackpath.report.study_figures import write_study_figures
 
 TINY = {"model": "mlp", "data": "digits", "epochs": 1, "samples_per_epoch": 64}
 FLAGS = ["--model", "mlp", "--data", "digits", "--epochs", "1", "--samples-per-epoch", "64"]
@@ -41,10 +35,8 @@ def _few_cells(monkeypatch):
     monkeypatch.setattr(mirror_study, "PAPER", fp.Mirror.paper(samples=128))
 
 
-def run_cli(*arguments):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["mirror", *(str(argument) for argument in arguments)])
-    return stop.value.code
+def run_script(*arguments):
+    return mirror_study.main([str(argument) for argument in arguments])
 
 
 def run(out, *parts, resume=False, told=None, **changes):
@@ -59,23 +51,35 @@ def without_times(cells):
     return [{name: value for name, value in cell.items() if name != "cpu_seconds"} for cell in cells]
 
 
-def test_a_study_from_the_command_line(tmp_path, capsys):
-    assert run_cli("--study", *FLAGS, "--parts", "designs,depth,width,batch", "--out", tmp_path) == 0
+def test_a_study_by_its_script(tmp_path, capsys):
+    assert run_script(*FLAGS, "--parts", "designs,width,batch", "--out", tmp_path) == 0
     study = json.loads((tmp_path / "study.json").read_text())
     assert study["schema"] == 1
-    assert study["command"].startswith("feedbackpath")
+    assert study["command"].startswith("python benchmarks/mirror_study.py")
     assert {"feedbackpath", "torch", "python"} <= study["versions"].keys()
-    assert study["settings"] == asdict(StudySettings(("designs", "depth", "width", "batch"), **TINY)) | {
-        "parts": ["designs", "depth", "width", "batch"]
+    assert study["settings"] == asdict(StudySettings(("designs", "width", "batch"), **TINY)) | {
+        "parts": ["designs", "width", "batch"]
     }
     counts = {part: sum(cell["part"] == part for cell in study["cells"]) for part in PARTS}
-    assert counts == {"designs": 4 * len(DESIGNS) * 2, "grid": 0, "depth": 3, "width": 3, "batch": 6}
+    assert counts == {"designs": 4 * len(DESIGNS) * 2, "grid": 0, "depth": 0, "width": 3, "batch": 6}
     output = capsys.readouterr().out
     assert f"1/{sum(counts.values())} orthogonal, dense, 256 inputs, ReLU" in output
     assert "wm, paper inside" in output
-    for name in ("designs", "depth", "width", "batch"):
+    for name in ("designs", "width", "batch"):
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    assert_theory_agrees(cell for cell in study["cells"] if cell["part"] == "designs")
+
+
+def assert_theory_agrees(cells):
+    for cell in cells:
+        for angles, predicted in zip(cell["angle_deg"], cell["predicted_deg"], strict=True):
+            if cell["design"] == "orthogonal":
+                assert max(angles) < 1e-4
+                assert (predicted, cell["samples"]) == (0.0, [2 * 16 * -(-cell["inputs"] // 16)])
+            else:
+                noise = 4 * np.std(angles, ddof=1) / len(angles) ** 0.5
+                assert abs(fmean(angles) - predicted) < noise + 0.1 * predicted, describe_cell(cell)
 
 
 def test_the_grid_has_both_readings_and_what_stands_beside(tmp_path):
@@ -150,25 +154,6 @@ def test_settings_that_a_cell_does_not_use_may_change(tmp_path, monkeypatch):
     assert {entry["rule"] for _, entry in told} == {"paper"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_study_keeps_finished_cells(tmp_path, number):
-    command = [sys.executable, "-m", "feedbackpath", "mirror", "--study", *FLAGS, "--parts", "batch"]
-    process = subprocess.Popen(
-        [*command, "--out", str(tmp_path)], stdout=subprocess.PIPE, text=True, env=os.environ
-    )
-    while "1/9" not in process.stdout.readline():
-        assert process.poll() is None
-    os.kill(process.pid, number)
-    process.communicate(timeout=60)
-    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
-    kept = read_study(tmp_path)["cells"]
-    assert 1 <= len(kept) < 9
-    told = []
-    resumed = run(tmp_path, "batch", resume=True, told=told)
-    assert resumed["cells"][: len(kept)] == kept
-    assert all(entry not in kept for _, entry in told)
-
-
 def test_a_cell_that_was_broken_off_is_not_kept(tmp_path):
     def stop_at_the_first(where, entry):
         os.kill(os.getpid(), signal.SIGINT)
@@ -199,68 +184,32 @@ def with_learning_rate(make_config, lr):
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        ([], "say what to do"),
-        (["--plan", "--study"], "say what to do"),
-        (["--study", "--parts", "grid,depht"], "--parts: depht is not of designs, grid"),
-        (["--study", "--seeds", "0"], "--seeds is 0; it must be at least 1"),
-        (["--study", "--samples-per-epoch", "1"], "--samples-per-epoch is 1; it must be at least 2"),
-        (["--study", "--noise", "gaussian"], "--noise is for --plan"),
-        (["--plan", "--seeds", "2"], "--seeds is for --study"),
-        (["--study", "--model", "resnet9"], "resnet9"),
-        (["--study", "--data", "glyph"], "glyph"),
+        (["--parts", "grid,depht"], "--parts: depht is not of designs, grid"),
+        (["--samples-per-epoch", "1"], "--samples-per-epoch is 1; it must be at least 2"),
+        (["--model", "resnet9"], "resnet9"),
     ],
 )
-def test_bad_flags_are_one_line(flags, complaint, tmp_path, capsys):
-    assert run_cli(*flags, "--out", tmp_path) == 2
-    error = capsys.readouterr().err
-    assert complaint in error
-    assert error.count("\n") == 1
+def test_bad_settings_are_refused(flags, complaint, tmp_path):
+    with pytest.raises(SystemExit, match=complaint):
+        run_script(*flags, "--out", tmp_path)
 
 
-def test_other_settings_and_damaged_files_are_refused(tmp_path, capsys):
+def test_other_settings_and_damaged_files_are_refused(tmp_path):
     run(tmp_path, "batch")
-    again = ["--study", "--parts", "batch", "--out", tmp_path]
-    assert run_cli(*again, *FLAGS) == 2
-    assert "go on by --resume" in capsys.readouterr().err
-    assert run_cli(*again, *FLAGS[:-1], "32", "--resume") == 2
-    assert "other settings (samples_per_epoch)" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="go on by --resume"):
+        run(tmp_path, "batch")
+    with pytest.raises(ConfigError, match=r"other settings \(samples_per_epoch\)"):
+        run(tmp_path, "batch", samples_per_epoch=32, resume=True)
     text = (tmp_path / "study.json").read_text()
-    for damaged in (
-        text[: len(text) // 2],
-        "[]",
-        '{"schema": 1}',
-        text.replace('"schema": 1', '"schema": 0'),
-    ):
+    damages = (text[: len(text) // 2], "[]", '{"schema": 1}', text.replace('"schema": 1', '"schema": 0'))
+    for damaged in damages:
         (tmp_path / "study.json").write_text(damaged)
-        assert run_cli(*again, *FLAGS, "--resume") == 2
-        assert "study.json" in capsys.readouterr().err
+        with pytest.raises(ConfigError, match=r"study\.json"):
+            run(tmp_path, "batch", resume=True)
 
 
-def test_the_commands_defaults_are_the_studys():
-    (parts, *rest) = (
-        mirror_command.mirror.__kwdefaults__[name]
-        for name in ("parts", "model", "data", "seeds", "epochs", "samples_per_epoch", "num_threads")
-    )
-    assert StudySettings(tuple(parts.split(","))) == StudySettings(tuple(PARTS), *rest)
-
-
-def test_theory_agrees_with_what_is_measured(tmp_path):
-    study = run(tmp_path, "designs")
-    for cell in study["cells"]:
-        for angles, predicted in zip(cell["angle_deg"], cell["predicted_deg"], strict=True):
-            if cell["design"] == "orthogonal":
-                assert max(angles) < 1e-4
-                assert (predicted, cell["samples"]) == (0.0, [2 * 16 * -(-cell["inputs"] // 16)])
-            else:
-                noise = 4 * np.std(angles, ddof=1) / len(angles) ** 0.5
-                assert abs(fmean(angles) - predicted) < noise + 0.1 * predicted, describe_cell(cell)
-
-
-def test_a_model_that_does_not_come_in_other_widths_is_refused_at_once(tmp_path, capsys, monkeypatch):
+def test_a_model_that_does_not_come_in_other_widths_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(mirror_study, "WIDTHS", (1, 2))
-    assert (
-        run_cli("--study", "--model", "resnet18", "--data", "digits", "--parts", "width", "--out", tmp_path)
-        == 2
-    )
-    assert "resnet18x2" in capsys.readouterr().err
+    with pytest.raises(UserError, match="resnet18x2"):
+        run(tmp_path, "width", model="resnet18")
     assert not (tmp_path / "study.json").exists()

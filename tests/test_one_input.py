@@ -4,6 +4,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from one_input_mirror import look, mirror_from_input, seed_devices
 from problems import ATTENTIONS, CONVNET, ENCODER, PLAIN_LAYERS, by_id, make_mlp
 from torch import nn
 
@@ -11,7 +12,6 @@ import feedbackpath as fp
 from feedbackpath.measure.angles import angle_deg
 from feedbackpath.mirror import MirrorMode
 from feedbackpath.mirror.fields import ConvGeometry, pad_input
-from feedbackpath.mirror.one_input import look
 
 # Torch says so once in a process, whichever test is the first to come to it.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -30,6 +30,10 @@ def see(problem, activations=None, with_inputs=False, steps=1):
     return path, look(path.context.part(MirrorMode), path.weights, run, steps=steps, with_inputs=with_inputs)
 
 
+def mirror(path, run, settings=fp.Mirror(), **options):  # noqa: B008 (frozen)
+    mirror_from_input(path.context, path.weights, run, settings, **options)
+
+
 def noise(*shape):
     return lambda: torch.randn(*shape, dtype=torch.float64)
 
@@ -41,7 +45,7 @@ def test_one_layer_driven_by_white_noise_is_mirrored_as_ever(name):
     path = fp.untie(model, "fa")
     for samples in (500, 4000):
         draw = noise(samples, 40)
-        path.mirror_from_input(lambda draw=draw: model(draw()), settings=REPLACE, decorrelate=name != "plain")
+        mirror(path, lambda draw=draw: model(draw()), settings=REPLACE, decorrelate=name != "plain")
         expected = torch.tensor(1.17 * (40 / samples) ** 0.5).rad2deg().item()
         assert path.matrix_angles()["0"] < 1.3 * expected
     assert path.gains()["0"] == pytest.approx(1.0, rel=0.02)
@@ -52,7 +56,7 @@ def test_feedback_goes_to_the_weights_times_the_covariance_of_the_inputs():
     model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 6)).double()
     path = fp.untie(model, "fa")
     draw = noise(5000, 8)
-    path.mirror_from_input(lambda: model(draw()), steps=40, settings=REPLACE)
+    mirror(path, lambda: model(draw()), steps=40, settings=REPLACE)
     w1, w2 = (layer.weight.detach() for layer in model)
     covariance = w1 @ w1.T
     expected = w2 @ covariance / covariance.diagonal().mean()
@@ -63,7 +67,7 @@ def test_feedback_goes_to_the_weights_times_the_covariance_of_the_inputs():
 def test_decorrelated_feedback_of_linear_networks_is_the_weights():
     model = nn.Sequential(nn.Linear(12, 10), nn.BatchNorm1d(10), nn.Linear(10, 8), nn.Linear(8, 6)).double()
     path = fp.untie(model, "fa")
-    path.mirror_from_input(lambda: model(torch.randn(50, 12).double()), settings=REPLACE, decorrelate=True)
+    mirror(path, lambda: model(torch.randn(50, 12).double()), settings=REPLACE, decorrelate=True)
     assert max(path.matrix_angles().values()) < 1
     assert path.gains() == pytest.approx(dict.fromkeys(path.gains(), 1.0), rel=0.01)
 
@@ -112,9 +116,7 @@ def test_decorrelated_convolutions_with_linear_answers_are_exact(problem):
     model = problem.build()
     path = fp.untie(model, "fa", activations=LINEAR)
     shape = (100, *problem.shapes[0][1:])
-    path.mirror_from_input(
-        lambda: problem.call(model, torch.randn(shape).double()), settings=REPLACE, decorrelate=True
-    )
+    mirror(path, lambda: problem.call(model, torch.randn(shape).double()), settings=REPLACE, decorrelate=True)
     assert path.matrix_angles()[""] < 0.1  # what the ridge leaves
 
 
@@ -122,8 +124,8 @@ def test_decorrelated_convolutions_with_linear_answers_are_exact(problem):
 def test_projections_of_attention_are_mirrored_each_from_its_own_input(problem):
     model = problem.build()
     path = fp.untie(model, "fa", activations=LINEAR)
-    path.mirror_from_input(
-        lambda: problem.call(model, *(torch.randn(shape).double() for shape in problem.shapes)),
+    mirror(
+        path, lambda: problem.call(model, *(torch.randn(shape).double() for shape in problem.shapes)),
         steps=20, settings=REPLACE, decorrelate=True,
     )  # fmt: skip
     assert max(path.matrix_angles().values()) < 0.1  # what the ridge leaves
@@ -143,7 +145,7 @@ def test_it_changes_feedback_and_nothing_else(training, decorrelate):
     modes = [module.training for module in model.modules()]
     random_state = torch.random.get_rng_state()
     draw = noise(64, 3, 6, 6)
-    path.mirror_from_input(lambda: model(draw()), decorrelate=decorrelate)
+    mirror(path, lambda: model(draw()), decorrelate=decorrelate)
     assert torch.equal(torch.random.get_rng_state(), random_state)
     assert all(torch.equal(tensor, old) for tensor, old in zip(rest, before, strict=True))
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -156,31 +158,31 @@ def test_it_changes_feedback_and_nothing_else(training, decorrelate):
 def test_batchnorm_uses_the_statistics_of_the_noise_in_evaluation_too():
     """Running statistics of other data would drive the second layer otherwise."""
 
-    def mirror(training):
+    def feedback_after(training):
         model = CONVNET.build()
         model[1].running_var.fill_(100.0)
         path = fp.untie(model.train(training), "fa")
         draw = noise(64, 3, 6, 6)
-        path.mirror_from_input(lambda: model(draw()))
+        mirror(path, lambda: model(draw()))
         return model[3].feedback
 
-    torch.testing.assert_close(mirror(False), mirror(True))
+    torch.testing.assert_close(feedback_after(False), feedback_after(True))
 
 
 def test_noise_is_a_function_of_seed_and_call_alone():
-    def mirror(seed, calls):
+    def draws(seed, calls):
         model, drawn = nn.Linear(6, 3), []
         path = fp.untie(model, "fa", seed=seed)
         for _ in range(calls):
             torch.rand(3)  # whatever else draws random numbers
             path.load_state_dict(path.state_dict())
-            path.mirror_from_input(lambda: model(drawn.append(torch.randn(9, 6)) or drawn[-1]))
+            mirror(path, lambda: model(drawn.append(torch.randn(9, 6)) or drawn[-1]))
         return drawn
 
-    first, second = mirror(0, 2)
+    first, second = draws(0, 2)
     assert not torch.equal(first, second)
-    assert torch.equal(mirror(0, 1)[0], first)
-    assert not torch.equal(mirror(1, 1)[0], first)
+    assert torch.equal(draws(0, 1)[0], first)
+    assert not torch.equal(draws(1, 1)[0], first)
 
 
 def test_first_calls_are_averaged_and_later_ones_forget():
@@ -194,7 +196,7 @@ def test_first_calls_are_averaged_and_later_ones_forget():
                 path.context.part(MirrorMode), path.weights, lambda: model(draw()), steps=1, with_inputs=False
             )
         found.append(seen.correlate().at_gain_one())
-        path.mirror_from_input(lambda: model(draw()), settings=fp.Mirror(forgetting=0.4))
+        mirror(path, lambda: model(draw()), settings=fp.Mirror(forgetting=0.4))
         share = max(0.4, 1 / (call + 1))
         torch.testing.assert_close(model.feedback, (1 - share) * before + share * found[-1])
 
@@ -205,8 +207,11 @@ def test_scaled_feedback_turns_towards_the_weights_and_keeps_its_norm(decorrelat
     path = fp.untie(model, "fa")
     norm = model.feedback.norm().item()
     for _ in range(80):
-        path.mirror_from_input(
-            lambda: model(torch.randn(500, 12)), settings=fp.Mirror(reading="scaled"), decorrelate=decorrelate
+        mirror(
+            path,
+            lambda: model(torch.randn(500, 12)),
+            settings=fp.Mirror(reading="scaled"),
+            decorrelate=decorrelate,
         )
     assert path.matrix_angles()[""] < 5
     assert model.feedback.norm().item() == pytest.approx(norm)
@@ -229,7 +234,7 @@ def test_every_b_that_can_be_mirrored_learns_under_every_rule():
         model = ENCODER.build().float()
         path = fp.untie(model, rule)
         before = [b.clone() for _, _, b in path.pairs()]
-        path.mirror_from_input(lambda model=model: model(torch.randn(30, 5, 8)))
+        mirror(path, lambda model=model: model(torch.randn(30, 5, 8)))
         assert not any(torch.equal(b, old) for (_, _, b), old in zip(path.pairs(), before, strict=True))
         assert max(abs(gain - 1) for gain in path.gains().values()) < 1
 
@@ -238,11 +243,11 @@ def test_neurons_that_do_not_answer_are_named_and_keep_their_feedback_each_time(
     """No bias is blocked: a neuron may fall silent at any time."""
     model = nn.Sequential(nn.Linear(6, 9), nn.ReLU())
     path = fp.untie(model, "fa")
-    path.mirror_from_input(lambda: model(torch.randn(99, 6)))
+    mirror(path, lambda: model(torch.randn(99, 6)))
     nn.init.constant_(model[0].bias, -100.0)
     before = model[0].feedback.clone()
     with pytest.warns(fp.MirrorWarning, match="9 of 9 neurons of '0' do not answer"):
-        path.mirror_from_input(lambda: model(torch.randn(99, 6)))
+        mirror(path, lambda: model(torch.randn(99, 6)))
     torch.testing.assert_close(model[0].feedback, before)
 
 
@@ -257,18 +262,36 @@ def test_what_cannot_be_mirrored_so_is_refused_by_name():
     }
     for message, (run, decorrelate) in cases.items():
         with pytest.raises(fp.RuleError, match=message):
-            path.mirror_from_input(run, decorrelate=decorrelate)
+            mirror(path, run, decorrelate=decorrelate)
         assert all(torch.equal(b, old) for (_, _, b), old in zip(path.pairs(), before, strict=True))
         assert all(layer.untied.taps == () for layer in path.layers.values())
-    with pytest.raises(fp.RuleError, match="steps must be at least 1, not 0"):
-        path.mirror_from_input(lambda: model(torch.randn(9, 6)), steps=0)
-    transposed = nn.ConvTranspose1d(2, 3, 3)
+    transposed = nn.Sequential(nn.ConvTranspose1d(2, 3, 3))
     with pytest.raises(fp.RuleError, match="transposed convolutions .*'0'.* cannot be decorrelated"):
-        fp.untie(nn.Sequential(transposed), "fa").mirror_from_input(
-            lambda: transposed(torch.randn(9, 2, 5)), decorrelate=True
-        )
-    with pytest.raises(fp.UntieError, match="nothing to mirror"):
-        fp.untie(make_mlp(), "bp").mirror_from_input(lambda: None)
+        mirror(fp.untie(transposed, "fa"), lambda: transposed(torch.randn(9, 2, 5)), decorrelate=True)
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_run_that_is_broken_off_leaves_no_hook_behind():
+    model = make_mlp()
+    path = fp.untie(model, "fa")
+    with pytest.raises(KeyboardInterrupt):
+        mirror(path, lambda: stop(model(torch.randn(9, 6))))
+    assert not path.context.is_measuring
+    assert all(layer.untied.taps == () for layer in path.layers.values())
+
+
+@pytest.mark.parametrize("devices", [{"cpu"}, {"cpu", "meta"}, set()])
+def test_a_model_on_the_cpu_leaves_the_random_numbers_of_gpus_alone(devices, monkeypatch):
+    """``torch.manual_seed`` would seed every GPU, and nothing would take that back."""
+    for name in ("manual_seed", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, stop)
+    seed_devices(7, {torch.device(kind) for kind in devices})
+    first = torch.rand(3)
+    torch.default_generator.manual_seed(7)
+    assert torch.equal(first, torch.rand(3))
 
 
 def audit_of_one_input(decorrelate):
@@ -281,7 +304,7 @@ def audit_of_one_input(decorrelate):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-        path.mirror_from_input(lambda: model(torch.randn(64, 6)), decorrelate=decorrelate)
+        mirror(path, lambda: model(torch.randn(64, 6)), decorrelate=decorrelate)
 
     return fp.audit(step, path)
 

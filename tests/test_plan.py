@@ -103,7 +103,7 @@ def test_planning_leaves_the_model_as_it_was():
 
 def test_the_command_prints_a_row_a_layer(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["mirror", "--plan", "--model", "lenet", "--noise", "gaussian"])
+        cli.main(["mirror", "plan", "--model", "lenet", "--noise", "gaussian"])
     assert not stop.value.code
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("conv1", "conv2", "fc1", "fc2", "of a training step's FLOPs"))
@@ -113,7 +113,7 @@ def test_the_command_plans_within_a_share_of_the_cost(capsys):
     waits = []
     for share in ("0.0004", "0.0001"):
         with pytest.raises(SystemExit):
-            cli.main(["mirror", "--plan", "--model", "lenet", "--cost-share", share])
+            cli.main(["mirror", "plan", "--model", "lenet", "--cost-share", share])
         waits.append(float(re.search(r"every ([\d.]+) steps", capsys.readouterr().out).group(1)))
     assert waits[1] == pytest.approx(4 * waits[0], rel=0.05)
 
@@ -121,11 +121,10 @@ def test_the_command_plans_within_a_share_of_the_cost(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mirror"], "--plan"),
-        (["mirror", "--plan", "--model", "vgg"], "no model 'vgg'"),
-        (["mirror", "--plan", "--noise", "pink"], "noise='pink'"),
-        (["mirror", "--plan", "--cost-share", "0"], "cost_share must be above 0, not 0"),
-        (["mirror", "--plan", "--batch-size", "0"], "--batch-size is 0"),
+        (["mirror", "plan", "--model", "vgg"], "no model 'vgg'"),
+        (["mirror", "plan", "--noise", "pink"], "noise='pink'"),
+        (["mirror", "plan", "--cost-share", "0"], "cost_share must be above 0, not 0"),
+        (["mirror", "plan", "--batch-size", "0"], "--batch-size is 0"),
     ],
 )
 def test_bad_input_gives_one_line_and_exit_code_2(capsys, arguments, message):
@@ -207,8 +206,6 @@ def test_targets_that_make_no_sense_are_refused(options, message):
         (lambda: fp.When(every=2.5), r"When: every must be a whole number, not 2\.5"),
         (lambda: fp.MirrorKolenPollack(every=0.5), r"mirror-kp: every must be a whole number, not 0\.5"),
         (lambda: fp.Mirror(noise="signs", samples=99.5), r"samples must be a whole number, not 99\.5"),
-        (lambda: fp.untie(make_dense(), "wm").mirror_from_input(print, steps=-1), "steps must be at least 1"),
-        (lambda: fp.untie(make_dense(), "wm").mirror_from_input(print, steps=1.0), "be a whole number"),
         (lambda: fp.untie(make_dense(), "wm").plan(print, scale=0), "plan: scale must be above 0"),
         (lambda: run_mode(passes=0), "mirror mode: passes must be at least 1, not 0"),
     ],
@@ -236,9 +233,8 @@ def stop(*_):
 @pytest.mark.parametrize("measure", [
     lambda path, model: path.plan(stop),
     lambda path, model: path.plan(lambda: stop(model(torch.randn(4, 200)))),
-    lambda path, model: path.mirror_from_input(lambda: stop(model(torch.randn(4, 200)))),
     lambda path, model: path.delta_angles(lambda: stop(model(torch.randn(4, 200)))),
-], ids=["plan", "plan after a pass", "one input", "delta angles"])  # fmt: skip
+], ids=["plan", "plan after a pass", "delta angles"])  # fmt: skip
 def test_a_measurement_that_is_broken_off_leaves_no_hook_behind(measure):
     model = make_dense()
     path = fp.untie(model, "fa")

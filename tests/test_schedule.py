@@ -49,7 +49,6 @@ def test_a_step_costs_what_training_computes_and_not_what_is_measured():
     x = torch.randn(256, 40)
     path.delta_angles(lambda: path.model(x).square().mean())
     path.plan(lambda: path.model(x).sum())
-    path.mirror_from_input(lambda: path.model(x))
     train(path, 1)
     assert path.context.part(MirrorMode).uses == {"0": 32.0, "2": 32.0, "4": 32.0}
 

@@ -26,13 +26,8 @@ LEVELS = {
     "recipes": 8,
     "report": 8,
     "jobs": 9,
-    "commands": 10,
-    "data_commands": 10,
-    "audit_command": 10,
-    "mirror_command": 10,
-    "bench_command": 10,
-    "cli": 11,
-    "__main__": 12,
+    "cli": 10,
+    "__main__": 11,
 }
 ALONE = {"models", "data"}  # they import errors and nothing else of the package
 # Files of the core from bottom to top: none comes to one that stands after it, by whatever way.

@@ -1,21 +1,19 @@
-"""What needs no clock: graph breaks, bytes between devices, FLOPs. The same on every machine."""
+"""What needs no clock: graph breaks and bytes between devices. The same on every machine."""
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from feedbackpath.bench.workloads import TrainingStep
 
 TRACING_BACKEND = "aot_eager"  # traces forward and backward passes as any other, and needs no compiler
-ALLOCATING = ("empty", "new_empty")  # names of operators that write nothing begin so
 SETTLING = 2  # steps until DistributedDataParallel has ordered its buckets anew, and said so to all devices
 
 
@@ -60,38 +58,6 @@ def count_collective_bytes(step: TrainingStep) -> dict[str, int]:
     return dict(seen.num_bytes)
 
 
-def count_flops(run: Callable[[], object]) -> int:
-    """Return the FLOPs of matrix products and convolutions in a call, as PyTorch's own counter has them.
-
-    Example:
-        >>> count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 4))
-        48
-    """
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())
-
-
-class Movement(NamedTuple):
-    """What operators did, as if nothing stayed in a cache: their calls, and the bytes they read and wrote."""
-
-    num_calls: int
-    num_bytes: int
-
-
-def count_movement(run: Callable[[], object]) -> Movement:
-    """Count the operators of a call and the bytes that they read and write; views do neither.
-
-    Example:
-        >>> x = torch.ones(10)
-        >>> count_movement(lambda: x.view(2, 5).mul_(2.0))
-        Movement(num_calls=1, num_bytes=80)
-    """
-    with _Movements() as seen:
-        run()
-    return Movement(seen.num_calls, seen.num_bytes)
-
-
 @contextmanager
 def _group_of_one() -> Iterator[None]:
     """Be the only process of a group, unless there is a group already."""
@@ -120,29 +86,6 @@ class _Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # The first argument: what is sent, or where it is put together.
             self.num_bytes[function.overloadpacket.__name__] += _bytes_of(args[0])
         return function(*args, **(kwargs or {}))
-
-
-class _Movements(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operators that read or write: not views, and not those that only allocate."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.num_calls = self.num_bytes = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        returned = function(*args, **kwargs)
-        name = function.overloadpacket.__name__
-        if not (function.is_view or name.startswith(ALLOCATING) or function.namespace == "profiler"):
-            given = dict(zip((a.name for a in function._schema.arguments), args, strict=False)) | kwargs
-            written = {a.name for a in function._schema.arguments if a.is_write}
-            read = {name: value for name, value in given.items() if not (name in kwargs and name in written)}
-            self.num_calls += 1
-            self.num_bytes += _bytes_of(read)
-            self.num_bytes += _bytes_of([given[name] for name in written] if written else returned)
-        return returned
 
 
 def _bytes_of(tree: Any) -> int:

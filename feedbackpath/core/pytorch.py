@@ -8,7 +8,7 @@ import functools
 import operator
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -125,15 +125,6 @@ def random_numbers_from(state: Tensor, like: Tensor) -> Iterator[None]:
         else:
             torch.set_rng_state(state)
         yield
-
-
-def seed_devices(seed: int, devices: Iterable[torch.device]) -> None:
-    """Seed the global random numbers of the CPU and of some devices, and of no other."""
-    torch.default_generator.manual_seed(seed)
-    for device in devices:
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
 
 
 def _without_override_check(function: types.FunctionType) -> types.FunctionType:

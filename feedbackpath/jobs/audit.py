@@ -1,38 +1,44 @@
-"""Audit a rule on a network, and the README's table of verdicts."""
+"""Audit a rule in the training step of a run."""
+
+import torch
 
 from feedbackpath.auditing import Report, audit
-from feedbackpath.bench.workloads import Arithmetic, TrainingStep, find_workload
-from feedbackpath.rules import RULES
+from feedbackpath.data import minibatches
+from feedbackpath.errors import ConfigError
+from feedbackpath.jobs.imports import import_files
+from feedbackpath.jobs.run import make_task
+from feedbackpath.train.build import make_network, make_optimizer, make_path
+from feedbackpath.train.config import AuditConfig
 
-BATCH_SIZE = 8
-TABLE_MODEL = "resnet8"
 
-
-def audit_rule(
-    rule: str, model: str = TABLE_MODEL, *, batch_size: int = BATCH_SIZE, steps: int = 2, device: str = "cpu"
-) -> Report:
-    """Audit training steps of a network by a rule: SGD with momentum, on one minibatch of noise.
+def audit_run(config: AuditConfig) -> Report:
+    """Audit training steps by a rule, all on one minibatch of the run's data.
 
     Args:
-        rule: Name of the rule.
-        model: Name of the network.
-        batch_size: Samples of the minibatch.
-        steps: Steps to watch and replay.
-        device: torch device.
+        config: The settings.
 
     Raises:
-        UserError: There is no such rule or network, or the step cannot be audited.
+        UserError: There is no such rule, network or data, or the step cannot be audited.
     """
-    step = TrainingStep(find_workload(model), rule, batch_size, Arithmetic(device))
-    assert step.path is not None
-    return audit(step, step.path, steps=steps)
+    import_files(config.imports)
+    run = config.as_run()
+    task = make_task(run, run.seed)
+    try:
+        model = make_network(run, run.seed, task).to(config.device)
+    except (RuntimeError, AssertionError) as error:  # torch was built without the device, or lacks it
+        raise ConfigError(f"device {config.device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    path = make_path(run, config.rule, run.seed, model)
+    optimizer = make_optimizer(model, run)
+    x, y = next(minibatches(task.train, batch_size=run.batch_size, seed=run.seed, epoch=1, shuffle=True))
+    x, y = task.train.prepare(x.to(config.device)), y.to(config.device)
 
+    def step() -> None:
+        optimizer.zero_grad()
+        task.loss(model(x), y).backward()  # type: ignore[no-untyped-call]
+        if run.clip_norm is not None:
+            path.clip_grad_norm_(run.clip_norm)
+        optimizer.step()
+        path.step()
 
-def table_of_rules() -> str:
-    """Return a Markdown table of what an audit says of every rule, on the 8-layer ResNet."""
-    lines = ["| rule | verdict of its audit | the update of B takes |", "|---|---|---|"]
-    for rule in RULES:
-        report = audit_rule(rule)
-        taken = " / ".join(dict.fromkeys(report.locality.values())) or "–"
-        lines.append(f"| `{rule}` | {report.verdict} | {taken} |")
-    return "\n".join(lines) + "\n"
+    torch.manual_seed(run.seed)
+    return audit(step, path, steps=config.steps)

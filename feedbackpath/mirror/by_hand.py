@@ -1,4 +1,4 @@
-"""Mirror mode by hand: what ``path.mirror``, ``path.mirror_from_input`` and ``path.plan`` do."""
+"""Mirror mode by hand: what ``path.mirror`` and ``path.plan`` do."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,6 @@ from torch import Tensor
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.errors import RuleError
-from feedbackpath.mirror import one_input
 from feedbackpath.mirror.cost import UseCounter
 from feedbackpath.mirror.mode import MirrorMode
 from feedbackpath.mirror.plan import LayerPlan, make_plan
@@ -61,60 +60,6 @@ def mirror(
             mode.run_until(weights, how, until_angle_deg, most_steps)
         else:
             mode.run(weights, how, how.memory_passes if steps is None else steps)
-
-
-def mirror_from_input(
-    context: RuleContext,
-    groups: Groups,
-    run: Callable[[], object],
-    steps: int = 1,
-    settings: Mirror | None = None,
-    *,
-    decorrelate: bool = False,
-) -> None:
-    """Drive the whole model with one noisy input, and let every B learn at once (Appendix C.4).
-
-    B goes to ``W C / v``, with C the covariance of the inputs that the layer itself sees and v their mean
-    variance: to W in the first layer alone. Whether that will do: docs/one-input.md.
-
-    BatchNorm uses the statistics of the noise. Buffers and random numbers change as in any forward pass; the
-    caller takes that back. What ``run`` draws from the global random numbers depends on the path's seed, and
-    on how often it has mirrored, alone.
-
-    Args:
-        context: What a rule may know of the path.
-        groups: What may be mirrored.
-        run: Runs the model forward on a minibatch of noise.
-        steps: Forward passes, from which B learns together.
-        settings: What B makes of it: ``reading``, ``forgetting``, ``rate`` and ``decay``; the noise is
-            ``run``'s own. None: as in ``Mirror()``, a tenth forgotten a call.
-        decorrelate: Multiply by the inverse of C, so that B goes to W where drives are Gaussian. No
-            synapse can do that by itself: it takes all inputs of a neuron together.
-
-    Raises:
-        RuleError: ``run`` leaves layers out, or some of them cannot be mirrored so, or ``steps`` is no whole
-            number of at least 1.
-
-    Warns:
-        MirrorWarning: Neurons do not answer.
-
-    Example:
-        >>> import feedbackpath as fp
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.BatchNorm1d(20), nn.Linear(20, 10))
-        >>> path = fp.untie(model, "fa")
-        >>> path.mirror_from_input(lambda: model(torch.randn(20_000, 30)))
-        >>> {name: angle < 10 for name, angle in path.matrix_angles().items()}
-        {'0': True, '3': False}
-        >>> path = fp.untie(path.retie(), "fa")
-        >>> path.mirror_from_input(lambda: model(torch.randn(20_000, 30)), decorrelate=True)
-        >>> {name: angle < 10 for name, angle in path.matrix_angles().items()}
-        {'0': True, '3': True}
-    """
-    how = settings or Mirror()
-    weights = [weight for group, _ in _choose(groups, how) for weight in group]
-    mode = context.part(MirrorMode)
-    one_input.mirror_from_input(mode, weights, run, how, steps=steps, decorrelate=decorrelate)
 
 
 def plan(

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from feedbackpath.errors import ConfigError
 
-Config = TypeVar("Config", bound="TrainConfig")
+Config = TypeVar("Config", bound=BaseModel)
 
 
 def _section(name: str, number: int) -> Any:
@@ -152,12 +152,8 @@ class KeptSettings(BaseModel):
     )
 
 
-class TrainConfig(
-    KeptSettings, MachineSettings, ScheduleSettings, OptimizerSettings, NetworkSettings, DataSettings
-):
-    """Everything that decides the numbers of training, whatever the rule."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class RuleSettings(BaseModel):
+    """How rules are chosen, and what is the user's own."""
 
     imports: Annotated[tuple[Path, ...], RULES, Parameter(name="--import", negative="")] = Field(
         (), description="Python file that registers rules, layers, models or tasks of your own"
@@ -169,6 +165,26 @@ class TrainConfig(
         default_factory=dict,
         description="rule names to settings that differ from its defaults (in a file only)",
     )
+
+    @field_validator("imports")
+    @classmethod
+    def _keep_places(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        return tuple(file.resolve() for file in value)  # a run goes on from any folder
+
+
+class TrainConfig(
+    RuleSettings,
+    KeptSettings,
+    MachineSettings,
+    ScheduleSettings,
+    OptimizerSettings,
+    NetworkSettings,
+    DataSettings,
+):
+    """Everything that decides the numbers of training, whatever the rule."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
     by_rule: Annotated[dict[str, dict[str, Any]], IN_A_FILE] = Field(
         default_factory=dict,
         description="rule names to optimizer settings of that rule alone, as `tune` writes (in a file only)",
@@ -179,11 +195,6 @@ class TrainConfig(
     def _split_numbers(cls, value: Any) -> Any:
         parts = [value] if isinstance(value, str | int) else list(value)
         return tuple(part for joined in parts for part in str(joined).split(",") if part.strip())
-
-    @field_validator("imports")
-    @classmethod
-    def _keep_places(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
-        return tuple(file.resolve() for file in value)  # a run goes on from any folder
 
     @field_validator("by_rule")
     @classmethod
@@ -266,7 +277,23 @@ class RunConfig(TrainConfig):
         return 1
 
 
-def read_config(file: Path, kind: type[TrainConfig] = CompareConfig) -> dict[str, Any]:
+class AuditConfig(RuleSettings, OptimizerSettings, NetworkSettings, DataSettings):
+    """The settings of an audit: a step of training by one rule, on a minibatch of the data."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rule: Annotated[str, RULES] = Field("kp", description="rule")
+    steps: Annotated[int, RULES] = Field(2, ge=1, description="training steps in a row to watch and replay")
+    seed: Annotated[int, RULES] = Field(0, ge=0, lt=2**32, description="seed")
+    batch_size: Annotated[int, OPTIMIZER] = Field(8, ge=2, description="samples of the minibatch")
+    device: Annotated[str, MACHINE] = Field("cpu", description="torch device")
+
+    def as_run(self) -> RunConfig:
+        """Return the training run whose steps are audited."""
+        return RunConfig.model_validate(self.model_dump(exclude={"steps"}))
+
+
+def read_config(file: Path, kind: type[BaseModel] = CompareConfig) -> dict[str, Any]:
     """Read the settings in a YAML file.
 
     Raises:
@@ -303,10 +330,15 @@ def merge_config(flags: Config, file: Path | None, recipe: Config | None = None)
         raise ConfigError(f"config file {file}: {first_fault(error)}") from None
     differing = {name for name, value in settings.items() if value != kind.model_fields[name].default}
     refuse_without_effect(merged, flags.model_fields_set | differing)
+    if isinstance(merged, TrainConfig) and merged.mirror_epochs >= merged.epochs:
+        raise ConfigError(
+            f"--mirror-epochs {merged.mirror_epochs} of --epochs {merged.epochs} leaves none to train in: the "
+            "epochs of mirror mode are the first of them; ask for more epochs"
+        )
     return merged
 
 
-def refuse_without_effect(config: TrainConfig, given: Set[str]) -> None:
+def refuse_without_effect(config: Any, given: Set[str]) -> None:
     """Refuse settings that change nothing in this run: whoever gives one expects something of it.
 
     Raises:
@@ -321,8 +353,10 @@ def refuse_without_effect(config: TrainConfig, given: Set[str]) -> None:
         "channels_last": (not has_maps, f"{config.model} has no convolution"),
         "momentum": (config.optimizer != "sgd", "it belongs to --optimizer sgd"),
         "nesterov": (config.optimizer != "sgd" or not config.momentum, "it belongs to sgd with momentum"),
-        "milestones": (config.schedule != "steps", "it belongs to --schedule steps"),
+        "milestones": (getattr(config, "schedule", "steps") != "steps", "it belongs to --schedule steps"),
     }
+    if isinstance(config, AuditConfig):
+        idle |= dict.fromkeys(NOT_IN_AN_AUDIT, (True, "an audit takes one minibatch of training data"))
     for name, (is_idle, why) in idle.items():
         if is_idle and name in given:
             raise ConfigError(f"--{name.replace('_', '-')} has no effect here: {why}; leave it out")
@@ -339,6 +373,8 @@ def read_run(folder: Path, **changes: Any) -> RunConfig:
         raise ConfigError(f"{folder} holds no run: give the --out folder of feedbackpath train")
     return merge_config(RunConfig(**changes), file)
 
+
+NOT_IN_AN_AUDIT = ("evaluate_on", "num_workers", "micro_batch_size", "on_bad_image", "samples_per_epoch")
 
 _IN_WORDS = {
     "greater_than_equal": "it must be at least {ge}",

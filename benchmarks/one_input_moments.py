@@ -130,7 +130,7 @@ def _measure_convolution(
 def _about_mean(signal: Tensor, weight: UntiedWeight) -> Tensor:
     """Take the mean over the minibatch off each neuron's signal."""
     if len(signal) < 2:
-        raise RuleError(f"mirror_from_input: {weight.name!r} saw one sample; run the model on a minibatch")
+        raise RuleError(f"one input: {weight.name!r} saw one sample; run the model on a minibatch")
     return signal - signal.mean(0)
 
 

@@ -1,10 +1,25 @@
-"""How a step's ratios grow with depth, width, batch and sequence length; what a weight and a value cost."""
+"""How a step's ratios grow with depth, width, batch and sequence length; what a weight and a value cost.
 
+Example:
+    python benchmarks/growth.py --out benchmarks/step-cost/growth.json
+
+Every rule and plain PyTorch take turns, step by step, over the sizes of some axes. The figure is drawn beside
+``--out``. ``cost_page.py`` puts the numbers into docs/cost.md.
+"""
+
+import argparse
+import json
+import os
+import shlex
 import statistics
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
+from growth_figure import render_growth
 from torch import nn
 
 from feedbackpath.bench.bench import check_rounds, describe_machine
@@ -17,11 +32,12 @@ from feedbackpath.bench.workloads import (
     find_workload,
     make_steps,
 )
-from feedbackpath.errors import ConfigError
+from feedbackpath.errors import ConfigError, UserError
 from feedbackpath.mirror import Mirror, When
 from feedbackpath.rules import Rule, WeightMirror, resolve_rule
 
 WARM_UP = 2
+RULES = ("fa", "ss", "kp", "mirror-kp", "wm")
 
 
 @dataclass(frozen=True)
@@ -234,3 +250,50 @@ def _added_seconds(
         rule: statistics.median(mine - base for mine, base in zip(seconds[rule], plain, strict=True))
         for rule in rules
     }
+
+
+def split(text: str) -> tuple[str, ...]:
+    """Return names that commas separate."""
+    return tuple(text.split(","))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return what was asked for on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--axes", type=split, default=tuple(AXES), help=f"of {','.join(AXES)}")
+    parser.add_argument("--rules", type=split, default=RULES, help="by commas")
+    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each network, at least")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a size, all rules together, at least")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--compile", action="store_true", help="run under torch.compile, no graph break allowed"
+    )
+    parser.add_argument("--num-threads", type=int, default=1, help="CPU threads of torch")
+    parser.add_argument("--out", type=Path, default=Path("runs/growth.json"))
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print each size as it comes, and write the result file and its figure."""
+    arguments = parse(argv)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else PyTorch's profiler writes lines between ours
+    torch.set_num_threads(arguments.num_threads)
+    arithmetic = Arithmetic(arguments.device, arguments.bf16, arguments.channels_last, arguments.compile)
+    try:
+        settings = GrowthSettings(
+            arguments.axes, arguments.rules, arguments.rounds, arithmetic, arguments.seconds
+        )
+    except UserError as error:
+        raise SystemExit(f"growth: {error}") from None
+    print("a training step's time over plain PyTorch's, medians:")
+    found = run_growth(settings, lambda line: print(line, flush=True))
+    words = ["python", "benchmarks/growth.py", *(sys.argv[1:] if argv is None else argv)]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({"command": shlex.join(words), **found}, indent=2) + "\n")
+    arguments.out.with_suffix(".png").write_bytes(render_growth(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The file of a study of mirror mode, and its table."""
+"""The file of the study of mirror mode (``mirror_study.py``), and its table."""
 
 import json
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The figures of a study of mirror mode, from ``study.json`` alone."""
+"""The figures of the study of mirror mode (``mirror_study.py``), from ``study.json`` alone."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
+from study_table import Group, group_trainings
 
 from feedbackpath.report import replace_file
 from feedbackpath.report.curves import mean_and_error
 from feedbackpath.report.figures import FIGURE_STYLE, KINDS, PAGE_WIDTH, error_axis, render, scale_angles
-from feedbackpath.report.study import Group, group_trainings
 from feedbackpath.report.style import style_of
 
 DESIGN_COLOURS = {"gaussian": "#D55E00", "uniform": "#0072B2", "signs": "#009E73"}

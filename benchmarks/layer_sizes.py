@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from cost_model import LayerSize
 from torch import Tensor, nn
 
-from feedbackpath.bench.cost_model import LayerSize
 from feedbackpath.bench.workloads import Arithmetic, TrainingStep, Workload
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.modules import tapped

@@ -11,6 +11,7 @@ from cyclopts.validators import Number
 from rich.console import Console
 from rich.progress import Progress
 
+from feedbackpath.cli.exit_codes import BAD_INPUT, DONE
 from feedbackpath.data.layouts import ImageFolder, open_folder
 from feedbackpath.data.upkeep import (
     Problem,
@@ -21,8 +22,6 @@ from feedbackpath.data.upkeep import (
     shrink_images,
 )
 from feedbackpath.jobs.signals import StopRequest
-
-CLEAN, PROBLEMS = 0, 2
 
 Folder = Annotated[Path, Parameter(help="image folder, in one of ImageNet's layouts")]
 Workers = Annotated[int, Parameter(help="processes that decode images", validator=Number(gte=0))]
@@ -80,4 +79,4 @@ def _go_through(
             if problem.kind == kind:
                 console.print(f"  {problem.where}: {problem.reason}")
     console.print(f"{num_images} images, {len(problems)} problems")
-    return PROBLEMS if problems else CLEAN
+    return BAD_INPUT if problems else DONE

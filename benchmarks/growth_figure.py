@@ -22,7 +22,7 @@ SPREAD = 0.06  # of the distance between sizes: rules stand side by side, so tha
 
 
 def render_growth(found: Mapping[str, Any]) -> bytes:
-    """Draw what ``feedbackpath bench --grow`` found, as the bytes of a PNG.
+    """Draw what ``growth.py`` found, as the bytes of a PNG.
 
     Args:
         found: The result file's content.

@@ -1,5 +1,6 @@
 """The command line: parse and dispatch, nothing else; a command's module is imported when it runs."""
 
+import errno
 import sys
 from typing import Any
 
@@ -7,9 +8,18 @@ from cyclopts import App, CycloptsError
 from cyclopts.exceptions import ValidationError as FlagError
 
 from feedbackpath import __version__
+from feedbackpath.cli.exit_codes import BAD_INPUT
 from feedbackpath.errors import UserError
 
-BAD_INPUT = 2
+_NEXT_STEPS = {
+    errno.ENOSPC: "; make room, and go on with --resume",
+    errno.EDQUOT: "; make room, and go on with --resume",
+    errno.EACCES: "; ask for the right to it, or choose another place",
+    errno.EPERM: "; ask for the right to it, or choose another place",
+    errno.EROFS: "; choose another --out",
+    errno.ENOTDIR: "; choose another --out",
+    errno.EISDIR: "; choose another place",
+}
 
 app = App(
     name="feedbackpath",
@@ -17,42 +27,50 @@ app = App(
     version=__version__,
 )
 app.command(
-    "feedbackpath.commands:compare",
+    "feedbackpath.cli.compare:compare",
     help="Train the same network by several rules; write a table, figures and one HTML page.",
 )
 app.command(
-    "feedbackpath.commands:train",
+    "feedbackpath.cli.train:train",
     help="Train one network by one rule; keep checkpoints, the network, its history and a page.",
 )
 app.command(
-    "feedbackpath.commands:evaluate",
+    "feedbackpath.cli.tune:tune",
+    help="Search settings for each rule: as many trials for every one, on validation data alone.",
+)
+app.command(
+    "feedbackpath.cli.evaluate:evaluate",
     name="eval",
     help="Measure a trained network anew: errors on validation and test data, angles and gains.",
 )
 app.command(
-    "feedbackpath.commands:report",
+    "feedbackpath.cli.report:report",
     help="Write the figures and report.html of a run anew, or lay several runs side by side.",
 )
 app.command(
-    "feedbackpath.audit_command:audit",
+    "feedbackpath.cli.audit:audit",
     help="Say whether a training step transports weights: verdict, findings, and what crosses.",
 )
 app.command(
-    "feedbackpath.bench_command:bench",
+    "feedbackpath.cli.bench:bench",
     help="Measure what each rule costs beside plain PyTorch: time, memory and start-up.",
 )
-app.command(
-    "feedbackpath.mirror_command:mirror",
-    help="Print a plan of mirror mode, or study it: angles, gains and errors over designs and settings.",
+
+mirror_app = App(name="mirror", help="Look at mirror mode before it is run.")
+mirror_app.command(
+    "feedbackpath.cli.mirror:plan",
+    help="Print what mirror mode will do with each layer: samples, predicted angle, FLOPs, and how often.",
 )
-app.command("feedbackpath.commands:rules", help="List the rules.")
+app.command(mirror_app)
+
+app.command("feedbackpath.cli.rules:rules", help="List the rules.")
 
 data_app = App(name="data", help="Look after the images that imagenet is read from.")
 data_app.command(
-    "feedbackpath.data_commands:check", help="Decode every image of a folder, and list what is wrong."
+    "feedbackpath.cli.data:check", help="Decode every image of a folder, and list what is wrong."
 )
 data_app.command(
-    "feedbackpath.data_commands:shrink",
+    "feedbackpath.cli.data:shrink",
     help="Write a copy of an image folder with the short sides at 256 pixels; list what could not be read.",
 )
 app.command(data_app)
@@ -67,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (CycloptsError, UserError) as error:
         _refuse(str(error))
     except OSError as error:  # a folder that cannot be written, a disk that is full
-        _refuse(f"{error.filename or 'a file'}: {error.strerror or error}; choose another --out or make room")
+        _refuse(f"{error.filename or 'a file'}: {error.strerror or error}{_NEXT_STEPS.get(error.errno, '')}")
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -1,23 +1,32 @@
 """The study of mirror mode: what noise leaves, and what training makes of the paper's settings.
 
+Example:
+    python benchmarks/mirror_study.py --out benchmarks/mirror-study --resume
+
 A part of the study is a function that yields cells; a cell says what it is and measures it. Cells are
 independent of each other, so that a study which was killed goes on with those that are missing.
 """
 
+import argparse
 import json
+import shlex
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
+from study_figures import write_study_figures
+from study_table import STUDY_SCHEMA, describe_cell, read_study, rich_study_table
 from torch import nn
 
-from feedbackpath.errors import ConfigError, MirrorWarning
+from feedbackpath.errors import ConfigError, MirrorWarning, UserError
 from feedbackpath.jobs.book import describe_device, describe_versions
 from feedbackpath.jobs.run import load_data
 from feedbackpath.jobs.signals import Interrupted, StopRequest
@@ -25,7 +34,6 @@ from feedbackpath.mirror import DESIGNS, Design, Mirror
 from feedbackpath.mirror.designs import spread_of
 from feedbackpath.mirror.settings import Reading
 from feedbackpath.path import untie
-from feedbackpath.report.study import STUDY_SCHEMA, read_study
 from feedbackpath.rules import WeightMirror
 from feedbackpath.train.build import make_network
 from feedbackpath.train.checkpoint import write_json
@@ -351,3 +359,57 @@ def _mirror_once(name: str, layer: _Layer, activation: str, samples: int | None,
     path = untie(model, WeightMirror(Mirror(noise=name, field=layer.field, samples=samples)), seed=seed)
     path.mirror(steps=1)
     return path.matrix_angles()["0"]
+
+
+HELP = {
+    "model": "network of grid, width and batch",
+    "data": "what is trained on",
+    "seeds": "trainings of each cell",
+    "epochs": "epochs of a training",
+    "samples_per_epoch": "training samples an epoch",
+    "num_threads": "CPU threads of torch",
+}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return what was asked for on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--parts", type=lambda text: tuple(text.split(",")), default=tuple(PARTS))
+    defaults = {field.name: field.default for field in fields(StudySettings)}
+    for name, meaning in HELP.items():
+        flag, default = f"--{name.replace('_', '-')}", defaults[name]
+        parser.add_argument(flag, type=type(default), default=default, help=f"{meaning} ({default})")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/mirror-study"), help="for study.json and figures"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with what --out holds, if anything")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, show each cell as it ends, and draw; return 130 or 143 if a signal broke it off."""
+    arguments = vars(parse(argv))
+    out, resume = arguments.pop("out"), arguments.pop("resume")
+    command = shlex.join(["python", "benchmarks/mirror_study.py", *(sys.argv[1:] if argv is None else argv)])
+    console = Console()
+
+    def tell(where: str, entry: Result) -> None:
+        console.print(f"{where} {describe_cell(entry)}", highlight=False, soft_wrap=True)
+
+    try:
+        study = run_study(StudySettings(**arguments), out, resume=resume, command=command, tell=tell)
+    except UserError as error:
+        raise SystemExit(f"mirror_study: {error}") from None
+    except Interrupted as stop:
+        console.print(
+            f"interrupted: finished cells are kept in {out}; the same command with --resume goes on"
+        )
+        return stop.exit_code
+    write_study_figures(study, out)
+    console.print(rich_study_table(study))
+    console.print(f"study.json and figures are in {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

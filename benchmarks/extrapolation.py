@@ -7,7 +7,7 @@ traffic is hidden behind the passes, which makes backprop's step short and what 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedbackpath.bench.cost_model import (
+from cost_model import (
     GAUSSIAN,
     OPTIMIZER_BYTES,
     PAPER_SAMPLES,
@@ -22,7 +22,8 @@ from feedbackpath.bench.cost_model import (
     step_flops,
     unshared_bytes,
 )
-from feedbackpath.bench.sizes import count_parameters, measure_layers
+from layer_sizes import count_parameters, measure_layers
+
 from feedbackpath.bench.workloads import find_workload
 from feedbackpath.mirror.cost import PRODUCTS_STEP
 

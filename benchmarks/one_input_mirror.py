@@ -11,62 +11,78 @@ forward as it is; each layer takes its own input x, drive z and answer y = phi(z
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from one_input_moments import Moments, measure
 from torch import Tensor, nn
 
+from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.modules import tapped
-from feedbackpath.core.pytorch import seed_devices
 from feedbackpath.errors import RuleError
-from feedbackpath.mirror import fields
+from feedbackpath.measure.angles import left_as_it_was
+from feedbackpath.mirror import Mirror, MirrorMode, fields
 from feedbackpath.mirror.activations import Activation
-from feedbackpath.mirror.context import MirrorContext
 from feedbackpath.mirror.covariance import Estimate
-from feedbackpath.mirror.moments import Moments, measure
 from feedbackpath.mirror.passage import forward_passage
 from feedbackpath.mirror.readings import learn
-from feedbackpath.mirror.settings import Mirror, refuse_no_count
 
 
 def mirror_from_input(
-    context: MirrorContext,
+    context: RuleContext,
     weights: Sequence[UntiedWeight],
     run: Callable[[], object],
     settings: Mirror,
     *,
-    steps: int,
-    decorrelate: bool,
+    steps: int = 1,
+    decorrelate: bool = False,
 ) -> None:
     """Run the model on noise and let every B learn from it, once, from all ``steps`` forward passes together.
 
-    Buffers and random numbers change as in any forward pass; the caller takes that back.
+    BatchNorm uses the statistics of the noise. All but B is left as it was. What ``run`` draws from the
+    global random numbers depends on the path's seed, and on how often it has mirrored, alone.
 
     Args:
-        context: What mirror mode knows of the path.
+        context: What a rule may know of the path.
         weights: The weights whose B learns; a weight in several layers is mirrored in the one named here.
         run: Runs the model forward on a minibatch of noise.
         settings: What B makes of it: reading, forgetting, rate and decay; the rest is not used.
         steps: Forward passes.
-        decorrelate: Whether the covariance is multiplied by the inverse of the inputs' covariance.
+        decorrelate: Whether the covariance is multiplied by the inverse of the inputs' covariance, so that B
+            goes to W where drives are Gaussian. No synapse can do that by itself: it takes all inputs of a
+            neuron together.
 
     Raises:
         RuleError: Some layers were not reached, saw one sample, or cannot be decorrelated.
+
+    Example:
+        >>> import feedbackpath as fp
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.BatchNorm1d(20), nn.Linear(20, 10))
+        >>> path = fp.untie(model, "fa")
+        >>> for decorrelate in (False, True):
+        ...     run = lambda: model(torch.randn(20_000, 30))
+        ...     mirror_from_input(
+        ...         path.context, path.weights, run, Mirror(forgetting=1), decorrelate=decorrelate
+        ...     )
+        ...     {name: angle < 10 for name, angle in path.matrix_angles().items()}
+        {'0': True, '3': False}
+        {'0': True, '3': True}
     """
     settings = dataclasses.replace(settings, noise="gaussian", block_bias=False)  # biases stay as they are
-    refuse_no_count("mirror_from_input: steps", steps)
     if decorrelate:
         _refuse_what_cannot_be_decorrelated(weights)
-    seen = look(context, weights, run, steps=steps, with_inputs=decorrelate)
-    with torch.no_grad():
+    mode = context.part(MirrorMode)
+    with left_as_it_was(weights, context.model), torch.no_grad():
+        seen = look(mode, weights, run, steps=steps, with_inputs=decorrelate)
         for found in [one.regress() if decorrelate else one.correlate() for one in seen]:
-            learn(context, found, settings)
+            learn(mode, found, settings)
 
 
 def look(
-    context: MirrorContext,
+    mode: MirrorMode,
     weights: Sequence[UntiedWeight],
     run: Callable[[], object],
     *,
@@ -75,20 +91,22 @@ def look(
 ) -> list["Seen"]:
     """Run the model on noise and return what the layer of each weight has seen; no B learns.
 
+    Buffers and random numbers change as in any forward pass.
+
     Args:
-        context: What mirror mode knows of the path.
+        mode: Mirror mode of the path.
         weights: The weights whose layers are looked at.
         run: Runs the model forward on a minibatch of noise.
         steps: Forward passes.
         with_inputs: Whether to take the covariance of each layer's inputs as well.
     """
-    context.find_activations(weights)
-    seen = [Seen(weight, context.activations[weight.name], with_inputs) for weight in weights]
-    key = f"{context.path.seed}/{context.passes.get(weights[0].name, 0)}/one input"
+    mode.find_activations(weights)
+    seen = [Seen(weight, mode.activations[weight.name], with_inputs) for weight in weights]
+    key = f"{mode.path.seed}/{mode.passes.get(weights[0].name, 0)}/one input"
     seed_devices(zlib.crc32(key.encode()), {weight.weight.device for weight in weights})
     with (
-        context.path.measuring(),
-        _norms_in_training(context.path.model),
+        mode.path.measuring(),
+        _norms_in_training(mode.path.model),
         _signals_tapped(seen),
         forward_passage(*(weight.weight for weight in weights)),
         torch.enable_grad(),  # attention shows its projections only where a backward pass can come
@@ -98,10 +116,19 @@ def look(
     missing = [repr(one.weight.name) for one in seen if not one.moments]
     if missing:
         raise RuleError(
-            f"mirror_from_input: run did not reach {', '.join(missing)}; it has to run the path's own model, "
-            "whole, and not under torch.no_grad or torch.inference_mode"
+            f"one input: run did not reach {', '.join(missing)}; it has to run the path's own model, whole, "
+            "and not under torch.no_grad or torch.inference_mode"
         )
     return seen
+
+
+def seed_devices(seed: int, devices: Iterable[torch.device]) -> None:
+    """Seed the global random numbers of the CPU and of some devices, and of no other."""
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
 
 
 class Seen:
@@ -142,7 +169,7 @@ class Seen:
         for part in self._parts():
             if part.samples <= part.fields.shape[1]:
                 raise RuleError(
-                    f"mirror_from_input: {self.weight.name!r} saw {int(part.samples)} samples of "
+                    f"one input: {self.weight.name!r} saw {int(part.samples)} samples of "
                     f"{part.fields.shape[1]} inputs, and decorrelating takes more samples than inputs: raise "
                     "steps or the minibatch"
                 )
@@ -203,6 +230,6 @@ def _refuse_what_cannot_be_decorrelated(weights: Sequence[UntiedWeight]) -> None
     refused = [repr(weight.name) for weight in weights if weight.transposed]
     if refused:
         raise RuleError(
-            f"mirror_from_input: the inputs of transposed convolutions ({', '.join(refused)}) cannot be "
+            f"one input: the inputs of transposed convolutions ({', '.join(refused)}) cannot be "
             "decorrelated; give these layers another rule, or leave decorrelate out"
         )

@@ -1,0 +1,30 @@
+"""The command ``audit``."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from feedbackpath.cli.exit_codes import DONE, TRANSPORTS_WEIGHTS
+from feedbackpath.train.config import AuditConfig, merge_config
+
+
+def audit(
+    *,
+    flags: Annotated[AuditConfig, Parameter(name="*")] = AuditConfig(),  # noqa: B008 (frozen)
+    config: Annotated[Path | None, Parameter(help="YAML file of settings; flags override it")] = None,
+) -> int:
+    """Say whether a training step transports weights: verdict, findings, and what crosses.
+
+    Exit codes: 0 transport-free, 2 bad input, 4 weights are transported.
+
+    Example: feedbackpath audit --rule kp --model resnet8 --data glyphs
+    """
+    from feedbackpath.jobs.audit import audit_run
+
+    settings = merge_config(flags, config)
+    report = audit_run(settings)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(f"{settings.model}, {settings.rule}: {report}")
+    return DONE if report.transport_free else TRANSPORTS_WEIGHTS

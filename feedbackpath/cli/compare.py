@@ -1,0 +1,27 @@
+"""The command ``compare``."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from feedbackpath.cli.running import run
+from feedbackpath.train.config import CompareConfig, merge_config
+
+
+def compare(
+    *,
+    flags: Annotated[CompareConfig, Parameter(name="*")] = CompareConfig(),  # noqa: B008 (frozen)
+    config: Annotated[Path | None, Parameter(help="YAML file of settings; flags override it")] = None,
+    out: Annotated[Path, Parameter(help="folder for results, figures and report.html")] = Path(
+        "runs/compare"
+    ),
+    resume: Annotated[bool, Parameter(help="go on with what --out holds, if anything", negative="")] = False,
+) -> int:
+    """Train the same network by several rules; write a table, figures and one HTML page.
+
+    Exit codes: 0 done, 2 bad input, 3 a run diverged, 130 or 143 interrupted (what was done is kept).
+
+    Example: feedbackpath compare --rules bp,kp --seeds 3 --out runs/mine
+    """
+    return run(merge_config(flags, config), out, resume=resume)

@@ -1,0 +1,33 @@
+"""The command ``eval``."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from feedbackpath.cli.exit_codes import DONE
+
+
+def evaluate(
+    folder: Annotated[Path, Parameter(help="folder of a run, made by feedbackpath train")],
+    *,
+    which: Annotated[Literal["last", "best"], Parameter(help="checkpoint")] = "last",
+    data_dir: Annotated[Path | None, Parameter(help="folder of the data files, if not the run's")] = None,
+    device: Annotated[str, Parameter(help="torch device")] = "cpu",
+) -> int:
+    """Measure a trained network anew: errors on validation and test data, angles and gains."""
+    from feedbackpath.jobs.evaluate import evaluate as job
+
+    changes: dict[str, Any] = {"data_dir": data_dir} if data_dir else {}
+    found = job(folder, which, device=device, devices=1, num_nodes=1, **changes)
+    console = Console()
+    console.print(
+        f"{found.run.rule} seed {found.run.seed}, {len(found.run.history)} epochs, {which} checkpoint of {folder}",
+        markup=False,
+    )
+    name, unit = found.metric.name, found.metric.unit
+    console.print(f"validation {name} {found.validation:.2f}{unit}, test {name} {found.test:.2f}{unit}")
+    for layer, angle in found.matrix_angle_deg.items():
+        console.print(f"  {layer}: matrix angle {angle:.2f}°, gain {found.gain[layer]:.3f}", highlight=False)
+    return DONE

@@ -1,0 +1,39 @@
+"""The command ``report``."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from feedbackpath.cli.exit_codes import DONE
+
+
+def report(
+    folders: Annotated[list[Path], Parameter(help="folders that hold a results.json each")],
+    /,
+    *,
+    out: Annotated[
+        Path | None,
+        Parameter(help="folder for the report (a single run's own, else runs/report)"),
+    ] = None,
+) -> int:
+    """Write the figures and report.html of a run anew, or lay several runs side by side."""
+    from feedbackpath.report import (
+        read_results,
+        rich_error_table,
+        rich_table,
+        write_report,
+        write_side_by_side,
+    )
+
+    console = Console()
+    if len(folders) == 1 and out in (None, folders[0]):
+        results = read_results(folders[0])
+        write_report(results, folders[0])
+        console.print(rich_table(results))
+        return DONE
+    out = out or Path("runs/report")
+    console.print(rich_error_table(write_side_by_side(folders, out)))
+    console.print(f"table.md, figures and report.html are in {out}")
+    return DONE

@@ -1,0 +1,61 @@
+"""The command ``train``."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from feedbackpath.cli.exit_codes import DONE
+from feedbackpath.cli.running import run
+from feedbackpath.errors import ConfigError
+from feedbackpath.recipes import make_recipe
+from feedbackpath.train.config import RunConfig, merge_config, read_config, read_run
+
+
+def train(
+    *,
+    flags: Annotated[RunConfig, Parameter(name="*")] = RunConfig(),  # noqa: B008 (frozen)
+    recipe: Annotated[
+        str | None, Parameter(help="recipe to begin from; a file and flags override it")
+    ] = None,
+    config: Annotated[Path | None, Parameter(help="YAML file of settings; flags override it")] = None,
+    out: Annotated[
+        Path | None, Parameter(help="folder for what the run leaves; runs/ and a name by default")
+    ] = None,
+    resume: Annotated[Path | None, Parameter(help="folder of a run to go on with, its settings too")] = None,
+    print_config: Annotated[bool, Parameter(help="print the whole config and stop", negative="")] = False,
+) -> int:
+    """Train one network by one rule; keep checkpoints, the network, its history and a page.
+
+    Exit codes: 0 done, 2 bad input, 3 diverged, 130 or 143 interrupted (the last step is kept).
+
+    Example: feedbackpath train --rule kp --data digits --model mlp --lr 0.05
+    """
+    if resume is not None:
+        if recipe or config or out:
+            raise ConfigError(
+                "--resume takes the settings of the run: leave --recipe, --config and --out out"
+            )
+        settings, folder = read_run(resume, **flags.model_dump(include=flags.model_fields_set)), resume
+    else:
+        settings = _settings_of_run(flags, recipe, config)
+        name = recipe or f"{settings.data}-{settings.model}"
+        folder = out or Path("runs") / f"{name}-{settings.rule}-norm-{settings.norm}-seed{settings.seed}"
+    if print_config:
+        sys.stdout.write(settings.to_yaml())
+        return DONE
+    # torchrun starts the same command anew after a crash: it goes on then with what is there.
+    was_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return run(settings, folder, resume=resume is not None or was_restarted)
+
+
+def _settings_of_run(flags: RunConfig, recipe: str | None, config: Path | None) -> RunConfig:
+    """Return a run's config; the recipe is that of the rule and norm which the flags or the file name."""
+    if recipe is None:
+        return merge_config(flags, config)
+    given = read_config(config, RunConfig) if config is not None else {}
+    given |= flags.model_dump(include=flags.model_fields_set)
+    cell = {name: given[name] for name in ("rule", "norm") if name in given}
+    return merge_config(flags, config, make_recipe(recipe, **cell))

@@ -1,0 +1,67 @@
+"""The command ``tune``."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from rich.console import Console
+from rich.table import Table
+
+from feedbackpath.cli.exit_codes import DONE
+from feedbackpath.train.config import CompareConfig, merge_config
+
+
+def tune(
+    *,
+    flags: Annotated[CompareConfig, Parameter(name="*")] = CompareConfig(),  # noqa: B008 (frozen)
+    trials: Annotated[int, Parameter(help="training runs of each rule", validator=Number(gte=1))] = 16,
+    config: Annotated[Path | None, Parameter(help="YAML file of settings; flags override it")] = None,
+    out: Annotated[Path, Parameter(help="folder for tune.json and chosen.yaml")] = Path("runs/tune"),
+    resume: Annotated[bool, Parameter(help="go on with what --out holds, if anything", negative="")] = False,
+) -> int:
+    """Search settings for each rule: as many trials for every one, judged by validation data alone.
+
+    Exit codes: 0 done, 2 bad input, 130 or 143 interrupted (finished trials are kept).
+
+    Example: feedbackpath tune --rules bp,kp --trials 16 --data digits --model mlp --epochs 3
+    """
+    from feedbackpath.jobs import Interrupted
+    from feedbackpath.jobs.tune import Search, Trial, rows_of
+    from feedbackpath.jobs.tune import tune as job
+
+    console = Console(highlight=False, markup=False)
+
+    def tell(search: Search, trial: Trial) -> None:
+        found = trial.status if trial.validation is None else f"{trial.validation:.2f}{search.metric.unit}"
+        console.print(
+            f"{trial.rule} trial {trial.number + 1} of {trials}: {_as_text(trial.settings)}, validation "
+            f"{search.metric.name} {found}"
+        )
+
+    settings = merge_config(flags, config)
+    command = shlex.join(["feedbackpath", *sys.argv[1:]])
+    try:
+        search = job(settings, out, trials=trials, resume=resume, command=command, tell=tell)
+    except Interrupted as stop:
+        console.print(
+            f"interrupted: finished trials are kept in {out}; the same command with --resume goes on"
+        )
+        return stop.exit_code
+    table = Table("rule", "trials", f"validation {search.metric.name}", "settings")
+    for rule, count, best in rows_of(search):
+        shown = (
+            (f"{best.validation:.2f}{search.metric.unit}", _as_text(best.settings)) if best else ("–", "–")
+        )
+        table.add_row(rule, str(count), *shown)
+    console.print(table)
+    console.print(
+        f"every trial is in {out / 'tune.json'}; feedbackpath compare --config {out / 'chosen.yaml'}"
+    )
+    return DONE
+
+
+def _as_text(settings: dict[str, object]) -> str:
+    return ", ".join(f"{name.split('.')[-1]} {value}" for name, value in settings.items())
