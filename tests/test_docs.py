@@ -19,10 +19,10 @@ from study_table import markdown_study_table, read_study
 import feedbackpath as fp
 from feedbackpath import cli
 from feedbackpath.cli import audit, bench, compare, evaluate, exit_codes, mirror, report, train
-from feedbackpath.jobs.audit import audit_rule
+from feedbackpath.jobs.audit import audit_run
 from feedbackpath.recipes import RECIPES
 from feedbackpath.report import markdown_table, read_results
-from feedbackpath.train.config import CompareConfig, RunConfig, TrainConfig
+from feedbackpath.train.config import AuditConfig, CompareConfig, RunConfig, TrainConfig
 from feedbackpath.train.rules import make_rule
 
 ROOT = Path(__file__).parent.parent
@@ -240,7 +240,7 @@ def test_commands_are_those_of_the_program():
 def test_the_readmes_verdicts_are_those_of_audits():
     lines = ["| rule | verdict of its audit | the update of B takes |", "|---|---|---|"]
     for rule in fp.RULES:
-        report = audit_rule(rule)
+        report = audit_run(AuditConfig(rule=rule))
         taken = " / ".join(dict.fromkeys(report.locality.values())) or "–"
         lines.append(f"| `{rule}` | {report.verdict} | {taken} |")
     assert "\n".join(["<!-- audit:begin -->", *lines, "<!-- audit:end -->"]) in read("README.md")

@@ -85,7 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (CycloptsError, UserError) as error:
         _refuse(str(error))
     except OSError as error:  # a folder that cannot be written, a disk that is full
-        _refuse(f"{error.filename or 'a file'}: {error.strerror or error}{_NEXT_STEPS.get(error.errno, '')}")
+        _refuse(
+            f"{error.filename or 'a file'}: {error.strerror or error}{_NEXT_STEPS.get(error.errno or 0, '')}"
+        )
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -23,7 +23,8 @@ def evaluate(
     found = job(folder, which, device=device, devices=1, num_nodes=1, **changes)
     console = Console()
     console.print(
-        f"{found.run.rule} seed {found.run.seed}, {len(found.run.history)} epochs, {which} checkpoint of {folder}",
+        f"{found.run.rule} seed {found.run.seed}, {len(found.run.history)} epochs, "
+        f"{which} checkpoint of {folder}",
         markup=False,
     )
     name, unit = found.metric.name, found.metric.unit

@@ -25,9 +25,7 @@ def plan(
     batch_size: Annotated[int | None, Parameter(help="samples of a training step")] = None,
     imports: Annotated[
         tuple[Path, ...],
-        Parameter(
-            name="--import", help="Python file that registers layers or models of your own", negative=""
-        ),
+        Parameter(name="--import", help="Python file with layers or models of your own", negative=""),
     ] = (),
 ) -> int:
     """Print what mirror mode will do with each layer: samples, predicted angle, FLOPs, and how often.

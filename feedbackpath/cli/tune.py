@@ -46,9 +46,7 @@ def tune(
     try:
         search = job(settings, out, trials=trials, resume=resume, command=command, tell=tell)
     except Interrupted as stop:
-        console.print(
-            f"interrupted: finished trials are kept in {out}; the same command with --resume goes on"
-        )
+        console.print(f"interrupted: finished trials are kept in {out}; --resume goes on")
         return stop.exit_code
     table = Table("rule", "trials", f"validation {search.metric.name}", "settings")
     for rule, count, best in rows_of(search):
@@ -57,9 +55,7 @@ def tune(
         )
         table.add_row(rule, str(count), *shown)
     console.print(table)
-    console.print(
-        f"every trial is in {out / 'tune.json'}; feedbackpath compare --config {out / 'chosen.yaml'}"
-    )
+    console.print(f"every trial is in {out}; to go on: feedbackpath compare --config {out / 'chosen.yaml'}")
     return DONE
 
 

@@ -1,8 +1,7 @@
 """The book of a job: what its folder holds, in memory and on disk.
 
-What a run goes on from is its newest checkpoint, and everything else is made from that: its entry, the
-network's file, the best checkpoint, the table, the figures. Whatever a kill has left behind, a resume makes it
-right.
+What a run goes on from is its newest checkpoint. Everything else is made from that: its entry, the network's
+file, the best checkpoint, the table, the figures. A resume makes right whatever a kill has left behind.
 """
 
 import platform

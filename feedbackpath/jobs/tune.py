@@ -1,9 +1,9 @@
 """Tuning: the same number of trials for every rule, on validation data alone.
 
-Each rule has a declared search space: learning rate and weight decay, which all share, and what its class adds
-by ``search_space``. Trial k of every rule takes the k-th point of one scrambled Sobol sequence (Sobol 1967; Owen
-1998): learning rates and decays are the same for all, and no rule gets a better search than another. The test
-split is never looked at.
+Each rule has a declared search space: learning rate and weight decay, which all share, and what its class
+adds by ``search_space``. Trial k of every rule takes the k-th point of one scrambled Sobol sequence (Sobol 1967;
+Owen 1998): learning rates and decays are the same for all, and no rule gets a better search than another. The
+test split is never looked at.
 """
 
 import time
@@ -100,7 +100,7 @@ def point_of(space: Mapping[str, Span], number: int, seed: int) -> dict[str, Any
         >>> 0.01 <= point["lr"] <= 1.0
         True
     """
-    engine = torch.quasirandom.SobolEngine(MOST_SETTINGS, scramble=True, seed=seed)
+    engine = torch.quasirandom.SobolEngine(MOST_SETTINGS, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
     shares = engine.draw(number + 1)[number].tolist()
     return {name: _value_at(span, share) for (name, span), share in zip(space.items(), shares, strict=False)}
 
@@ -201,7 +201,8 @@ def _try(
     settings = (
         settings_for(config, rule, point).for_rule(rule).model_copy(update={"evaluate_on": "validation"})
     )
-    value, status = None, "finished"
+    value: float | None = None
+    status: Literal["finished", "diverged"] = "finished"
     for event in train(settings, rule, config.seed, task, engine, must_stop=lambda: bool(stop)):
         if isinstance(event, Measured):
             value = event.entry.test
@@ -213,7 +214,7 @@ def _try(
         rule=rule,
         number=number,
         settings=point,
-        status=status,  # type: ignore[arg-type]
+        status=status,
         validation=value,
         seconds=time.perf_counter() - started,
     )

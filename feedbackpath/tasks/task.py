@@ -74,7 +74,7 @@ class Task(Dataset):
             >>> x, y = torch.randn(60, 3), torch.randn(60, 1)
             >>> rows = {"train": slice(40), "validation": slice(40, 50), "test": slice(50, 60)}
             >>> parts = {name: (x[own], y[own]) for name, own in rows.items()}
-            >>> judged = {"score": lambda output, y: (output - y).square().mean(1), "metric": "mse", "unit": ""}
+            >>> judged = {"metric": "mse", "unit": "", "score": lambda out, y: (out - y).square().mean(1)}
             >>> task = Task.of_tensors("lines", **parts, num_outputs=1, loss=F.mse_loss, **judged)
             >>> task.sample_shape, len(task.train)
             ((3,), 40)
