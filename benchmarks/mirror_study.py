@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from feedbackpath.train.checkpoint import write_json
 from rich.console import Console
 from study_figures import write_study_figures
 from study_table import STUDY_SCHEMA, describe_cell, read_study, rich_study_table
@@ -36,7 +37,6 @@ from feedbackpath.mirror.settings import Reading
 from feedbackpath.path import untie
 from feedbackpath.rules import WeightMirror
 from feedbackpath.train.build import make_network
-from feedbackpath.train.checkpoint import write_json
 from feedbackpath.train.config import TrainConfig
 from feedbackpath.train.engine import Engine
 from feedbackpath.train.loop import Diverged, Event, Measured, Paused, train

@@ -1,8 +1,8 @@
 """Strike at a job's file operations: kill it before each, or let the disk be full from each on.
 
-A job runs in a forked process that tells of every operation in its folder (Python's audit events: opening a file
-to write, renaming, removing, making and removing folders). Run again, it is struck before the n-th of them. Then
-it is resumed, and its folder is held against that of a job that nobody struck.
+A job runs in a forked process that tells of every operation in its folder (Python's audit events: opening a
+file to write, renaming, removing, making and removing folders). Run again, it is struck before the n-th of
+them. Then it is resumed, and its folder is held against that of a job that nobody struck.
 """
 
 import errno

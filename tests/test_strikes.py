@@ -1,4 +1,4 @@
-"""Nothing is lost whichever file operation a kill or a full disk hits: a resume leaves what a whole run leaves."""
+"""A kill or a full disk at any file operation: a resume leaves what an unbroken run leaves."""
 
 import io
 from pathlib import Path
@@ -35,6 +35,8 @@ def strike_everywhere(tmp_path, kind, how, choose):
     operations = file_strikes.operations_in(job_of(config, tmp_path / "whole"), tmp_path / "whole")
     whole = file_strikes.contents_of(tmp_path / "whole")
     for number in choose(operations):
+        if how == "full" and not operations[number].startswith(("open", "os.mkdir")):
+            continue  # what takes no room works on a full disk
         out = tmp_path / f"struck-{number}"
         code = file_strikes.strike(job_of(config, out), out, number, how)
         assert code == (137 if how == "kill" else 2), (number, operations[number])

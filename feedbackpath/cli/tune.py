@@ -11,7 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from feedbackpath.cli.exit_codes import DONE
+from feedbackpath.errors import ConfigError
 from feedbackpath.train.config import CompareConfig, merge_config
+
+IDLE = {"seeds", "evaluate_on", "select_best", "checkpoint_steps", "keep_checkpoints"}
 
 
 def tune(
@@ -42,6 +45,8 @@ def tune(
         )
 
     settings = merge_config(flags, config)
+    for name in flags.model_fields_set & IDLE:
+        raise ConfigError(f"--{name.replace('_', '-')} has no effect in a search; leave it out")
     command = shlex.join(["feedbackpath", *sys.argv[1:]])
     try:
         search = job(settings, out, trials=trials, resume=resume, command=command, tell=tell)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from feedbackpath.errors import UserError
+from feedbackpath.errors import ConfigError, UserError
 from feedbackpath.jobs.book import ResultsBook
 from feedbackpath.jobs.imports import import_files
 from feedbackpath.jobs.signals import Interrupted, StopRequest
@@ -52,8 +52,12 @@ def run_job(
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     first_task = make_task(config, config.seed)
-    for rule in config.rules:  # refuses what cannot be built before anything is written
+    paths = [  # refuses what cannot be built before anything is written
         make_path(config, rule, config.seed, make_network(config, config.seed, first_task))
+        for rule in config.rules
+    ]
+    if config.mirror_epochs and not any(path.mirrors for path in paths):
+        raise ConfigError("--mirror-epochs has no effect here: no rule of this job mirrors; leave it out")
     with ExitStack() as stack:
         _take_folder(stack, out, engine)
         book = ResultsBook(out, config, first_task, command, resume=resume)

@@ -332,8 +332,8 @@ def merge_config(flags: Config, file: Path | None, recipe: Config | None = None)
     refuse_without_effect(merged, flags.model_fields_set | differing)
     if isinstance(merged, TrainConfig) and merged.mirror_epochs >= merged.epochs:
         raise ConfigError(
-            f"--mirror-epochs {merged.mirror_epochs} of --epochs {merged.epochs} leaves none to train in: mirror "
-            "mode has the first of them; ask for more epochs"
+            f"--mirror-epochs {merged.mirror_epochs} of --epochs {merged.epochs} leaves none to train in: "
+            "mirror mode has the first of them; ask for more epochs"
         )
     return merged
 

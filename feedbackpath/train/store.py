@@ -1,8 +1,8 @@
 """What a job keeps on disk: one writer of files, one lock for each folder, and checkpoints in their order.
 
 Every file is written beside its place, synced, and renamed: a reader sees the old one or the new one, whole.
-A job that is killed leaves at most a file whose name begins with a dot and ends in ``.partial``; the next job in
-that folder removes it.
+A job that is killed leaves at most a file whose name begins with a dot and ends in ``.partial``; the next job
+in that folder removes it.
 """
 
 import fcntl
