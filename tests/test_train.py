@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import feedbackpath as fp
-from feedbackpath.data import UNREADABLE, load_dataset
+from feedbackpath.data import UNREADABLE
 from feedbackpath.data.counter import permutation
 from feedbackpath.data.dataset import stream_positions
 from feedbackpath.errors import ConfigError
 from feedbackpath.recipes.imagenet import PAPER_MIRROR
+from feedbackpath.tasks import load_task
 from feedbackpath.train.build import make_network, make_optimizer
 from feedbackpath.train.config import CompareConfig, RunConfig, merge_config, read_config
 from feedbackpath.train.divergence import LOSS_ITSELF, find_origin
@@ -25,8 +26,8 @@ SMALL = {"data": "digits", "model": "mlp", "epochs": 3, "samples_per_epoch": 256
 
 def events(rule: str, state=None, must_stop=lambda: False, **settings):
     config = CompareConfig(**(SMALL | settings))
-    dataset = load_dataset("digits", samples_per_epoch=config.samples_per_epoch)
-    return train(config, rule, 0, dataset, Engine(config), state=state, must_stop=must_stop)
+    task = load_task("digits", samples_per_epoch=config.samples_per_epoch)
+    return train(config, rule, 0, task, Engine(config), state=state, must_stop=must_stop)
 
 
 def run(rule: str, **settings) -> list:
@@ -38,7 +39,7 @@ def measured(seen) -> list[Measured]:
 
 
 def without_times(event: Measured) -> dict:
-    return {key: value for key, value in event.record.items() if key != "seconds"}
+    return event.entry.model_dump(exclude={"seconds"})
 
 
 def test_every_rule_of_a_seed_starts_from_the_same_forward_weights_and_sees_the_same_samples():
@@ -47,7 +48,7 @@ def test_every_rule_of_a_seed_starts_from_the_same_forward_weights_and_sees_the_
     for rule, start in starts.items():
         for key, value in reference.state["model"].items():
             assert torch.equal(value, start.state["model"][key]), (rule, key)
-        assert start.record["test_error"] == reference.record["test_error"]
+        assert start.entry.test == reference.entry.test
     first_losses = {
         rule: next(event.loss for event in run(rule, max_steps=1) if isinstance(event, Step))
         for rule in fp.RULES
@@ -84,12 +85,12 @@ def test_checkpoints_come_every_so_many_steps_and_not_twice_at_an_epochs_end():
 def test_mirror_epochs_leave_the_forward_weights_alone_and_count_as_epochs():
     seen = run("wm", mirror_epochs=1, warmup_epochs=0)
     start, mirrored, *rest = measured(seen)
-    assert [event.epoch for event in rest] == [2, 3]
-    assert mirrored.record["train_loss"] is None
+    assert [event.entry.epoch for event in rest] == [2, 3]
+    assert mirrored.entry.train_loss is None
     assert torch.equal(start.state["model"]["fc1.weight"], mirrored.state["model"]["fc1.weight"])
-    assert max(mirrored.record["matrix_angle_deg"].values()) < 30
-    assert min(start.record["matrix_angle_deg"].values()) > 60
-    assert [event.epoch for event in measured(run("bp", mirror_epochs=1))] == [0, 1, 2, 3]
+    assert max(mirrored.entry.matrix_angle_deg.values()) < 30
+    assert min(start.entry.matrix_angle_deg.values()) > 60
+    assert [event.entry.epoch for event in measured(run("bp", mirror_epochs=1))] == [0, 1, 2, 3]
 
 
 def test_accumulated_gradients_are_those_of_the_whole_minibatch():
@@ -106,18 +107,18 @@ def test_the_learning_rate_follows_the_batch():
 
 
 def test_unreadable_images_are_left_out_of_the_mean_and_counted(monkeypatch):
-    dataset = load_dataset("digits", samples_per_epoch=128)
-    unreadable = torch.zeros(len(dataset.train.labels), dtype=torch.bool)
+    task = load_task("digits", samples_per_epoch=128)
+    unreadable = torch.zeros(len(task.train.labels), dtype=torch.bool)
     unreadable[::5] = True
-    marked = replace(dataset.train, labels=dataset.train.labels.masked_fill(unreadable, UNREADABLE))
+    marked = replace(task.train, labels=task.train.labels.masked_fill(unreadable, UNREADABLE))
     config = CompareConfig(**(SMALL | {"epochs": 1, "on_bad_image": "skip", "batch_size": 128}))
-    broken = replace(dataset, train=marked)
+    broken = replace(task, train=marked)
     (*_, last) = train(config, "bp", 0, broken, Engine(config))
     rows = stream_positions(permutation(128, 0, 1), 1, 128, len(unreadable))
-    assert last.record["unreadable_images"] == int(unreadable[rows].sum()) > 0
+    assert last.entry.unreadable_images == int(unreadable[rows].sum()) > 0
     # The same update by hand, from the same start, over the samples that can be read.
     first = next(iter(train(config, "bp", 0, broken, Engine(config))))
-    model = make_network(config, 0, dataset)
+    model = make_network(config, 0, task)
     model.load_state_dict(first.state["model"])
     optimizer = make_optimizer(model, config)
     optimizer.param_groups[0]["lr"] = learning_rate(0, 1, 1, config)
@@ -148,13 +149,13 @@ def test_divergence_names_the_first_layer_whose_output_is_not_finite():
 def test_max_steps_ends_the_run_with_a_last_measurement():
     seen = run("bp", max_steps=5)
     assert sum(isinstance(event, Step) for event in seen) == 5
-    assert measured(seen)[-1].epoch == 2
+    assert measured(seen)[-1].entry.epoch == 2
 
 
 def test_mirror_kp_follows_backprop():
-    bp, ours = (measured(run(rule, precision="64-true"))[-1].record for rule in ("bp", "mirror-kp"))
-    assert ours["test_error"] == bp["test_error"]
-    assert ours["train_loss"] == pytest.approx(bp["train_loss"], rel=1e-6)
+    bp, ours = (measured(run(rule, precision="64-true"))[-1].entry for rule in ("bp", "mirror-kp"))
+    assert ours.test == bp.test
+    assert ours.train_loss == pytest.approx(bp.train_loss, rel=1e-6)
 
 
 def test_settings_are_honoured():
@@ -162,7 +163,7 @@ def test_settings_are_honoured():
     assert run("wm", precision="bf16-mixed", max_steps=2)
     assert run("fa", optimizer="adamw", max_steps=2)
     overridden = measured(run("fa", overrides={"*": "bp"}, max_steps=1))[-1]
-    assert set(overridden.record["matrix_angle_deg"].values()) == {0.0}
+    assert set(overridden.entry.matrix_angle_deg.values()) == {0.0}
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -206,9 +207,9 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
         ("epoch: 2", "unknown setting 'epoch'; did you mean 'epochs'"),
         ("- 2", "must map settings to values"),
         ("a: [", "is not YAML"),
-        ("epochs: two", "epochs: Input should be a valid integer"),
-        ("rules: 5", "rules: name rules, as in bp,kp"),
-        ("rules: [bp, 5]", "rules: name rules, as in bp,kp"),
+        ("epochs: two", "epochs is 'two': it must be a whole number"),
+        ("rules: 5", ": name rules, as in bp,kp"),
+        ("rules: [bp, 5]", ": name rules, as in bp,kp"),
         ("rules: bp,bp", "name at least one rule, and each only once"),
     ],
 )

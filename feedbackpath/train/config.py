@@ -328,7 +328,7 @@ def merge_config(flags: Config, file: Path | None, recipe: Config | None = None)
         merged = kind(**(base | settings | given))
     except ValidationError as error:
         raise ConfigError(f"config file {file}: {first_fault(error)}") from None
-    differing = {name for name, value in settings.items() if value != kind.model_fields[name].default}
+    differing = {name for name in settings if getattr(merged, name) != kind.model_fields[name].default}
     refuse_without_effect(merged, flags.model_fields_set | differing)
     if isinstance(merged, TrainConfig) and merged.mirror_epochs >= merged.epochs:
         raise ConfigError(

@@ -88,6 +88,9 @@ def write_model(path: Path, state: Mapping[str, Tensor]) -> None:
     write_bytes(path, save(whole))
 
 
+_HELD: set[tuple[int, Path]] = set()  # processes and the folders that they have locked
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a job's folder, and remove what a killed one has left half written.
@@ -97,6 +100,10 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: Another process has the folder; its number and machine are named.
     """
+    held = os.getpid(), folder.resolve()
+    if held in _HELD:  # recorders of one process share a folder
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
         try:
@@ -112,7 +119,11 @@ def locked(folder: Path) -> Iterator[None]:
         file.flush()
         for partial in folder.rglob(f".*{PARTIAL}"):
             partial.unlink(missing_ok=True)
-        yield
+        _HELD.add(held)
+        try:
+            yield
+        finally:
+            _HELD.discard(held)
 
 
 class Checkpoints:

@@ -1,16 +1,28 @@
-"""Checkpoints: whole or not there, known when damaged, the newest few and the best."""
+"""The store: files whole or not there, checkpoints in order and of their run alone, one job a folder."""
 
 import errno
 import os
+import re
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
-from feedbackpath.errors import CheckpointError
-from feedbackpath.train.checkpoint import Checkpoints, load_checkpoint, write_json, write_model, write_text
+from feedbackpath.errors import CheckpointError, ConfigError
+from feedbackpath.train.store import (
+    PARTIAL,
+    Checkpoints,
+    load_checkpoint,
+    locked,
+    write_json,
+    write_model,
+    write_text,
+)
 
+RUN = {"rule": "kp", "seed": 0, "lr": 0.2}
 STATE = {"epoch": 1, "model": {"w": torch.arange(1000.0)}, "rng": [[torch.get_rng_state()]]}
 
 
@@ -28,7 +40,7 @@ def test_json_has_null_for_what_is_not_a_number(tmp_path):
 
 
 def test_the_newest_are_kept_and_the_best(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, RUN, keep=2)
     assert checkpoints.load_newest() == (None, [])
     assert checkpoints.load_best() is None
     for epoch, consumed in ((1, 0), (1, 128), (2, 0), (10, 0)):
@@ -47,7 +59,7 @@ def test_the_newest_are_kept_and_the_best(tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "text"])
 def test_a_damaged_newest_one_falls_back_to_the_one_before(tmp_path, damage):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path, RUN)
     checkpoints.save(STATE | {"epoch": 1}, (1, 0))
     newest = checkpoints.save(STATE | {"epoch": 2}, (2, 0))
     content = bytearray(newest.read_bytes())
@@ -61,13 +73,13 @@ def test_a_damaged_newest_one_falls_back_to_the_one_before(tmp_path, damage):
 
 
 def test_checkpoints_hold_no_code(tmp_path):
-    path = Checkpoints(tmp_path).save(STATE, (1, 0))
+    path = Checkpoints(tmp_path, RUN).save(STATE, (1, 0))
     loaded = torch.load(path, weights_only=True)
     assert torch.equal(loaded["model"]["w"], STATE["model"]["w"])
 
 
 def test_a_full_disk_is_named_and_leaves_the_one_before(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path, RUN)
     checkpoints.save(STATE, (1, 0))
 
     def fail(_: int) -> None:
@@ -86,8 +98,8 @@ def test_a_write_that_the_system_cuts_short_is_named_and_leaves_the_one_before(t
     script = f"""
 import resource, torch
 from pathlib import Path
-from feedbackpath.train.checkpoint import Checkpoints
-checkpoints = Checkpoints(Path({str(tmp_path)!r}))
+from feedbackpath.train.store import Checkpoints
+checkpoints = Checkpoints(Path({str(tmp_path)!r}), {{}})
 checkpoints.save({{"w": torch.zeros(1000)}}, (1, 0))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 checkpoints.save({{"w": torch.zeros(1_000_000)}}, (2, 0))
@@ -108,3 +120,53 @@ def test_a_model_file_holds_tied_and_strided_tensors(tmp_path):
     loaded = load_file(tmp_path / "m.safetensors")
     assert torch.equal(loaded["a"], w)
     assert torch.equal(loaded["b"], w)
+
+
+def test_order_is_by_epoch_and_samples_as_numbers_whatever_the_clock_says(tmp_path):
+    checkpoints = Checkpoints(tmp_path, RUN, keep=3)
+    ahead = time.time() + 7200
+    for epoch, consumed in ((9999, 0), (9999, 128), (10000, 0)):
+        path = checkpoints.save({"at": (epoch, consumed)}, (epoch, consumed))
+        os.utime(path, (ahead, ahead))
+    checkpoints.save({"at": (10000, 999_999_999_9)}, (10000, 9_999_999_999))
+    assert checkpoints.load_newest()[0]["at"] == (10000, 9_999_999_999)
+    assert len(checkpoints.list_newest_first()) == 3
+    checkpoints.save({"at": (10001, 0)}, (10001, 0))
+    assert checkpoints.load_newest()[0]["at"] == (10001, 0)
+
+
+@pytest.mark.parametrize("other", [{"rule": "bp"}, {"seed": 1}, {"lr": 1e-4}, {"more": 1}])
+def test_a_checkpoint_of_another_run_is_refused_and_the_difference_named(tmp_path, other):
+    Checkpoints(tmp_path, RUN).save(STATE, (1, 0))
+    Checkpoints(tmp_path, RUN).save_best(STATE)
+    (name,) = other
+    for load in (Checkpoints.load_newest, Checkpoints.load_best):
+        with pytest.raises(ConfigError, match=rf"of another run: {name} \("):
+            load(Checkpoints(tmp_path, RUN | other))
+
+
+def test_a_folder_is_one_jobs_and_the_holder_is_named(tmp_path):
+    script = f"""
+from pathlib import Path
+from feedbackpath.train.store import locked
+with locked(Path({str(tmp_path)!r})):
+    print("ready", flush=True)
+    input()
+"""
+    command = [sys.executable, "-c", script]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "ready\n"
+    message = rf"is in use by process {holder.pid} on {re.escape(socket.gethostname())}"
+    with pytest.raises(ConfigError, match=message), locked(tmp_path):
+        pass
+    holder.kill()
+    holder.communicate()
+    (tmp_path / f".a.json{PARTIAL}").write_text("half")
+    with locked(tmp_path), locked(tmp_path):  # recorders of one process share it
+        assert not (tmp_path / f".a.json{PARTIAL}").exists()
+
+
+def test_an_error_names_its_file(tmp_path):
+    (tmp_path / "a").write_text("a file")
+    with pytest.raises(OSError, match=str(tmp_path / "a")):
+        write_text(tmp_path / "a" / "b.txt", "text")

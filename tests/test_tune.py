@@ -1,0 +1,112 @@
+"""Tuning: the same number of trials and the same points for every rule, on validation data alone."""
+
+import json
+
+import pytest
+import yaml
+
+from feedbackpath import cli
+from feedbackpath.data.dataset import ArraySplit
+from feedbackpath.errors import ConfigError
+from feedbackpath.jobs.tune import Search, point_of, settings_for, space_of, tune
+from feedbackpath.tasks import load_task
+from feedbackpath.train.config import CompareConfig, merge_config
+
+SMALL = {"data": "digits", "model": "mlp", "epochs": 1, "samples_per_epoch": 256, "num_threads": 1}
+
+
+def search(out, *, trials=2, resume=False, **settings) -> Search:
+    config = CompareConfig(**(SMALL | {"rules": ("bp", "ss")} | settings))
+    return tune(config, out, trials=trials, resume=resume, command="", tell=lambda *_: None)
+
+
+def test_every_rule_gets_as_many_trials_at_the_same_points(tmp_path):
+    found = search(tmp_path, trials=3)
+    by_rule = {rule: [t for t in found.trials if t.rule == rule] for rule in ("bp", "ss")}
+    assert [len(trials) for trials in by_rule.values()] == [3, 3]
+    for one, other in zip(*by_rule.values(), strict=True):
+        assert {name: other.settings[name] for name in one.settings} == one.settings
+        assert {"ss.magnitude", "ss.scale"} <= other.settings.keys()
+    kept = Search.model_validate_json((tmp_path / "tune.json").read_text())
+    assert kept == found
+    best = min(by_rule["bp"], key=lambda trial: trial.validation)
+    chosen = yaml.safe_load((tmp_path / "chosen.yaml").read_text())
+    assert chosen["by_rule"]["bp"] == best.settings
+    merged = merge_config(CompareConfig(**SMALL), tmp_path / "chosen.yaml")
+    assert merged.for_rule("bp").lr == best.settings["lr"]
+    assert merged.for_rule("kp").lr == merged.lr
+
+
+def test_the_test_split_is_never_looked_at(tmp_path, monkeypatch):
+    test = load_task("digits").test
+    batch = ArraySplit.batch
+
+    def look(self, indices, epoch):
+        assert not (len(self.images) == len(test.images) and self.labels.equal(test.labels))
+        return batch(self, indices, epoch)
+
+    monkeypatch.setattr(ArraySplit, "batch", look)
+    assert search(tmp_path, trials=1).best("bp") is not None
+
+
+def test_a_search_goes_on_where_it_was_and_more_trials_leave_the_first_as_they_are(tmp_path):
+    whole = search(tmp_path / "whole", trials=3)
+    search(tmp_path / "broken", trials=1)
+    with pytest.raises(ConfigError, match="holds a search already"):
+        search(tmp_path / "broken", trials=3)
+    found = search(tmp_path / "broken", trials=3, resume=True)
+
+    def numbers(result):
+        return [trial.model_dump(exclude={"seconds"}) for trial in result.trials]
+
+    assert numbers(found) == numbers(whole)
+    with pytest.raises(ConfigError, match="a search with another config"):
+        search(tmp_path / "broken", trials=3, resume=True, epochs=2)
+
+
+def test_points_cover_their_spans():
+    space = {"lr": ("log", 0.01, 1.0), "x": ("linear", 2, 4), "kind": ("choice", "a", "b")}
+    points = [point_of(space, number, seed=0) for number in range(16)]
+    for name, middle in (("lr", 0.1), ("x", 3)):  # half on each side; rounding may move one
+        assert abs(sum(point[name] < middle for point in points) - 8) <= 1
+    assert {point["kind"] for point in points} == {"a", "b"}
+    assert [point_of({"lr": space["lr"]}, number, seed=0)["lr"] for number in range(16)] == [
+        p["lr"] for p in points
+    ]
+
+
+def test_a_diverged_trial_counts_and_is_never_the_best(tmp_path):
+    found = search(tmp_path, trials=1, rules=("bp",), warmup_epochs=0, clip_norm=None, lr=0.1)
+    found.trials[0].validation = None
+    assert found.best("bp") is None
+
+
+def test_a_span_that_makes_no_sense_is_named(monkeypatch):
+    from feedbackpath.rules.sign_symmetry import SignSymmetry
+
+    for span in (("log", 0, 1), ("linear", 2, 1), ("choice",), ("most", 1, 2)):
+        monkeypatch.setattr(SignSymmetry, "search_space", {"scale": span})
+        with pytest.raises(ConfigError, match="search space of ss: ss.scale is"):
+            space_of("ss", CompareConfig())
+
+
+def test_settings_of_a_rule_go_to_the_rule():
+    config = settings_for(CompareConfig(), "ss", {"lr": 0.5, "ss.scale": "he"})
+    assert config.for_rule("ss").lr == 0.5
+    assert config.rule_settings == {"ss": {"scale": "he"}}
+
+
+def test_the_command_prints_a_table_and_says_how_to_go_on(tmp_path, capsys):
+    arguments = ["tune", "--rules", "bp", "--trials", "1", "--out", str(tmp_path)]
+    arguments += [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "bp trial 1 of 1: lr" in printed
+    assert "compare --config" in printed
+    assert json.loads((tmp_path / "tune.json").read_text())["trials_per_rule"] == 1
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["tune", "--evaluate-on", "test", "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "--evaluate-on has no effect" in capsys.readouterr().err
