@@ -32,6 +32,8 @@ class Rule:
         when
             the error delta arrives at the output of the operation in which W met activity; None: never. With
             it, the input x of each layer is kept until then.
+        label: Its name in full, for legends and headings; None: its name.
+        colour: ``#RRGGBB``, for figures; None: one is chosen.
     """
 
     name: ClassVar[str]
@@ -41,6 +43,8 @@ class Rule:
     is_mirrorable: ClassVar[bool] = True
     gradients: ClassVar[Callable[..., tuple[Tensor, Tensor | None]] | None] = None
     after_backward: ClassVar[Callable[..., None] | None] = None
+    label: ClassVar[str | None] = None
+    colour: ClassVar[str | None] = None
 
     def serves(self, weights: Weights) -> bool:
         """Whether the rule can govern a layer with these weights; else it keeps backprop, and is named."""
