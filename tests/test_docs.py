@@ -18,10 +18,11 @@ from feedbackpath import audit_command, cli, commands, mirror_command
 from feedbackpath.bench_command import bench
 from feedbackpath.jobs.audit import table_of_rules
 from feedbackpath.recipes import RECIPES
-from feedbackpath.report import markdown_table, read_results
+from feedbackpath.report import markdown_table
 from feedbackpath.report.cost import tables_of_cost
 from feedbackpath.report.study import markdown_study_table, read_study
 from feedbackpath.train.config import CompareConfig, RunConfig, TrainConfig
+from feedbackpath.train.results import read_results
 from feedbackpath.train.rules import make_rule
 
 ROOT = Path(__file__).parent.parent

@@ -15,11 +15,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 
-from feedbackpath.report import replace_file
 from feedbackpath.report.curves import mean_and_error
 from feedbackpath.report.figures import FIGURE_STYLE, KINDS, PAGE_WIDTH, error_axis, render, scale_angles
 from feedbackpath.report.study import Group, group_trainings
 from feedbackpath.report.style import style_of
+from feedbackpath.train.store import write_bytes as replace_file
 
 DESIGN_COLOURS = {"gaussian": "#D55E00", "uniform": "#0072B2", "signs": "#009E73"}
 DESIGN_MARKERS = {"gaussian": "o", "uniform": "s", "signs": "^"}
