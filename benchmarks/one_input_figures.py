@@ -10,10 +10,10 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from feedbackpath.report import read_results
 from feedbackpath.report.figures import FIGURE_STYLE, PAGE_WIDTH, render_figures
 from feedbackpath.report.panels import make_panel
 from feedbackpath.report.style import style_of
+from feedbackpath.train.results import read_results
 
 RESULTS = Path(__file__).parent / "one-input"
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"

@@ -16,10 +16,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 from study_table import Group, group_trainings
 
-from feedbackpath.report import replace_file
 from feedbackpath.report.curves import mean_and_error
 from feedbackpath.report.figures import FIGURE_STYLE, KINDS, PAGE_WIDTH, error_axis, render, scale_angles
 from feedbackpath.report.style import style_of
+from feedbackpath.train.store import write_bytes as replace_file
 
 DESIGN_COLOURS = {"gaussian": "#D55E00", "uniform": "#0072B2", "signs": "#009E73"}
 DESIGN_MARKERS = {"gaussian": "o", "uniform": "s", "signs": "^"}

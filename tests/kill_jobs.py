@@ -19,9 +19,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from feedbackpath.jobs import book, run_job
-from feedbackpath.report import read_results
 from feedbackpath.report.live import LiveView
 from feedbackpath.train.config import RunConfig
+from feedbackpath.train.results import read_results
 
 SETTINGS = {
     "data": "digits", "model": "mlp", "epochs": 8, "samples_per_epoch": 1024, "batch_size": 32, "lr": 0.05,
@@ -107,8 +107,8 @@ def main(folder: Path, world_size: int, kills: int, rules: list[str]) -> None:
 
 def history_of(folder: Path) -> list[dict]:
     """Return a run's history without its times."""
-    (run,) = read_results(folder)["runs"]
-    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in run["history"]]
+    (run,) = read_results(folder).runs
+    return [entry.model_dump(exclude={"seconds"}) for entry in run.history]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 from test_report import make_results
 
+from feedbackpath.report.curves import QUANTITIES
 from feedbackpath.report.page import render_page
 from feedbackpath.report.panels import lay_side_by_side
 
@@ -39,8 +40,7 @@ WIDTHS = (400, 1600)
 
 def one_run():
     """Return what ``train`` leaves: one rule, one seed."""
-    results = make_results()
-    return [("runs/kp", results | {"runs": results["runs"][2:3]})]
+    return [("runs/kp", make_results(make_results().runs[2]))]
 
 
 def several_rules():
@@ -50,15 +50,16 @@ def several_rules():
 def several_panels():
     """Return three networks, one of them from two folders that differ in a setting, one with many layers."""
     first, second, before, deep = (make_results() for _ in range(4))
-    first["runs"], second["runs"] = first["runs"][:3], second["runs"][3:]
-    second["config"]["lr"] = 0.2
-    before["config"]["norm"] = "before"
-    deep["model"] = "resnet18"
-    for run in deep["runs"]:
-        for entry in run["history"]:
-            for quantity in ("matrix_angle_deg", "delta_angle_deg", "gain"):
-                first_value = entry[quantity]["conv1"]
-                entry[quantity] = {f"layer{n // 5}.{n % 5}.conv1": first_value + n / 10 for n in range(20)}
+    first.runs, second.runs = first.runs[:3], second.runs[3:]
+    second.config["lr"] = 0.2
+    before.config["norm"] = "before"
+    deep.model = "resnet18"
+    for run in deep.runs:
+        for entry in run.history:
+            for quantity in QUANTITIES:
+                first_value = getattr(entry, quantity)["conv1"]
+                layers = {f"layer{n // 5}.{n % 5}.conv1": first_value + n / 10 for n in range(20)}
+                setattr(entry, quantity, layers)
     return [("runs/a", first), ("runs/b", second), ("runs/before", before), ("runs/deep", deep)]
 
 

@@ -7,8 +7,8 @@ from rich.console import Console
 from feedbackpath.jobs import run_job
 from feedbackpath.recipes import make_recipe
 from feedbackpath.recipes.imagenet import PAPER_MIRROR
-from feedbackpath.report import read_results
 from feedbackpath.report.live import LiveView
+from feedbackpath.train.results import read_results
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_an_epoch_of_each_cell(folder, tmp_path, rule, norm, model):
     epochs = recipe.mirror_epochs + 1
     config = type(recipe)(**(recipe.model_dump() | small | {"epochs": epochs}))
     run_job(config, tmp_path / "run", resume=False, command="", view=LiveView(Console(quiet=True)))
-    (run,) = read_results(tmp_path / "run")["runs"]
-    assert (run["status"], len(run["history"])) == ("finished", epochs)
-    assert run["history"][-1]["train_loss"] > 0
+    (run,) = read_results(tmp_path / "run").runs
+    assert (run.status, len(run.history)) == ("finished", epochs)
+    assert run.history[-1].train_loss > 0
     assert (tmp_path / "run" / "model.safetensors").exists()

@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import yaml
 from cost_page import tables_of_cost
+from pydantic import BaseModel, JsonValue
 from study_table import markdown_study_table, read_study
 
 import feedbackpath as fp
@@ -21,7 +22,8 @@ from feedbackpath import cli
 from feedbackpath.cli import audit, bench, compare, evaluate, exit_codes, mirror, report, train
 from feedbackpath.jobs.audit import audit_run
 from feedbackpath.recipes import RECIPES
-from feedbackpath.report import markdown_table, read_results
+from feedbackpath.report import markdown_table
+from feedbackpath.train import results
 from feedbackpath.train.config import AuditConfig, CompareConfig, RunConfig, TrainConfig
 from feedbackpath.train.rules import make_rule
 
@@ -187,6 +189,43 @@ def make_plan_table():
     return make_place_table(mirror.plan)
 
 
+def type_in_words(kind):
+    """Return a type as the page on results.json names it."""
+    words = {int: "integer", float: "number", str: "text", bool: "true or false", JsonValue: "any value"}
+    words[results.Layers] = "number by layer"
+    if kind in words:
+        return words[kind]
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return f"[{kind.__name__}](#{kind.__name__.lower()})"
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return ", ".join(f"`{choice}`" for choice in parts)
+    inner = [type_in_words(part) for part in parts if part is not type(None)]
+    return {list: f"list of {inner[0]}", dict: f"{inner[-1]} by name"}.get(origin, f"{inner[0]} or null")
+
+
+def make_field_table(kind):
+    names, rows = results.names_in_files(results.Metric()), []
+    for name, field in kind.model_fields.items():
+        words = type_in_words(field.annotation)
+        if name in results.SPARSE:
+            words = words.replace(" or null", ", or left out")
+        rows.append(f"| `{field.alias or names.get(name, name)}` | {words} | {field.description} |\n")
+    return f"| Field | Type | Meaning |\n|---|---|---|\n{''.join(rows)}"
+
+
+KINDS = [kind for kind in vars(results).values() if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind.model_fields], ids=lambda kind: kind.__name__
+)
+def test_the_page_on_results_has_every_field(kind):
+    table = f"## {kind.__name__}\n\n{inspect.getdoc(kind)}\n\n{make_field_table(kind)}"
+    assert "| None |" not in table
+    assert table in read("docs/results-file.md"), f"put this into docs/results-file.md:\n{table}"
+
+
 def make_bench_table():
     return make_place_table(bench.bench)
 
@@ -262,7 +301,7 @@ SHOWN = ("rule", "n", "test error", "minus bp", "angle, max", "δ angle, max", "
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_tables_of_results_are_those_of_the_result_files(name):
-    table = markdown_table(read_results(ROOT / "benchmarks" / name), SHOWN)
+    table = markdown_table(results.read_results(ROOT / "benchmarks" / name), SHOWN)
     assert table in read("docs/results.md")
     if name == "glyphs-resnet8":
         assert table in read("README.md")

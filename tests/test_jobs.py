@@ -9,10 +9,15 @@ import pytest
 import torch
 import yaml
 from image_folders import make_class_folders
+from rich.console import Console
 from safetensors.torch import load_file
 
+import feedbackpath as fp
 from feedbackpath import cli
-from feedbackpath.report import read_results
+from feedbackpath.jobs import run_job
+from feedbackpath.report.live import LiveView
+from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.results import Look, read_results
 
 SMALL = ["--data", "digits", "--model", "mlp", "--samples-per-epoch", "256", "--num-threads", "1"]
 
@@ -31,10 +36,9 @@ def trained(tmp_path_factory) -> Path:
 
 
 def test_train_leaves_all_that_it_promises(trained):
-    (run,) = read_results(trained)["runs"]
-    assert (run["rule"], run["status"], len(run["history"])) == ("kp", "finished", 3)
-    best = min(run["history"], key=lambda entry: entry["validation_error"])
-    assert run["best"]["validation_error"] == best["validation_error"]
+    (run,) = read_results(trained).runs
+    assert (run.rule, run.status, len(run.history)) == ("kp", "finished", 3)
+    assert run.best.validation == min(entry.validation for entry in run.history)
     state = load_file(trained / "model.safetensors")
     assert {"fc1.weight", "fc1.feedback"} <= state.keys()
     kept = sorted(path.name.rpartition("-")[0] for path in trained.glob("checkpoints/kp-seed0/*"))
@@ -49,9 +53,9 @@ def test_train_leaves_all_that_it_promises(trained):
 def test_eval_measures_what_training_did(trained, capsys, which):
     assert run_cli("eval", trained, "--which", which) == 0
     printed = capsys.readouterr().out
-    (run,) = read_results(trained)["runs"]
-    entry = run["history"][-1] if which == "last" else run["best"]
-    expected = f"validation error {entry['validation_error']:.2f}%, test error {entry['test_error']:.2f}%"
+    (run,) = read_results(trained).runs
+    entry = run.history[-1] if which == "last" else run.best
+    expected = f"validation error {entry.validation:.2f}%, test error {entry.test:.2f}%"
     assert expected in printed
     assert "fc1: matrix angle" in printed
 
@@ -89,11 +93,10 @@ def test_divergence_says_where_it_began_and_keeps_the_last_good_checkpoint(tmp_p
     assert "diverged at step" in printed
     assert "learning rate" in printed
     assert "layer 'fc" in printed
-    (run,) = read_results(out)["runs"]
-    assert run["divergence"]["step"] >= 2
+    (run,) = read_results(out).runs
+    assert run.divergence.step >= 2
     assert (
-        f"diverged at step {run['divergence']['step']} (learning rate 1e+30)"
-        in (out / "report.html").read_text()
+        f"diverged at step {run.divergence.step} (learning rate 1e+30)" in (out / "report.html").read_text()
     )
     assert list(out.glob("checkpoints/*/epoch-*.pt"))
 
@@ -116,7 +119,7 @@ def test_a_full_disk_is_said_and_costs_no_checkpoint(tmp_path, capsys, monkeypat
     monkeypatch.undo()
     assert len(list(out.glob("checkpoints/*/*.pt"))) == 2
     assert run_cli("train", "--resume", out) == 0
-    assert read_results(out)["runs"][0]["status"] == "finished"
+    assert read_results(out).runs[0].status == "finished"
 
 
 def test_print_config_shows_every_value_and_runs_nothing(tmp_path, monkeypatch, capsys):
@@ -176,3 +179,37 @@ def test_a_run_goes_on_where_its_data_has_moved_but_not_with_other_data(tmp_path
     next(there.glob("train/*/*.JPEG")).unlink()
     assert run_cli("train", "--resume", out, "--data-dir", there) == 2
     assert "the data's checksum (" in capsys.readouterr().err
+
+
+class Labelled(fp.FeedbackAlignment):
+    name, label, colour = "labelled", "a rule with looks", "#12AB34"
+
+
+class PageReader(LiveView):
+    """Keeps what the page says while a job runs."""
+
+    def __init__(self, file):
+        super().__init__(Console(quiet=True))
+        self.file, self.pages = file, []
+
+    def show_measured(self, measured):
+        super().show_measured(measured)
+        self.pages.append(self.file.read_text(encoding="utf-8"))
+
+
+def test_the_page_of_a_running_job_says_how_far_it_is_and_has_the_looks_of_rules(tmp_path, monkeypatch):
+    monkeypatch.setattr("feedbackpath.jobs.book.PAGE_SHARE", 0)
+    monkeypatch.setitem(fp.RULES, "labelled", Labelled)
+    small = {"data": "digits", "model": "mlp", "samples_per_epoch": 256, "num_threads": 1}
+    config = CompareConfig(**small, rules=("labelled", "bp"), epochs=2)
+    view = PageReader(tmp_path / "report.html")
+    results = run_job(config, tmp_path, resume=False, command="", view=view)
+    first, second, *_ = view.pages
+    assert "labelled, seed 0: running, epoch 1 of 2." in first
+    assert "Incomplete: 1 of 2 runs have not started." in first
+    assert "labelled, seed 0: running, epoch 2 of 2." in second
+    assert "#12AB34" in second
+    assert "a rule with looks (labelled)" in second
+    assert read_results(tmp_path).looks == results.looks
+    assert results.looks == {"labelled": Look(label="a rule with looks", colour="#12AB34")}
+    assert "seed 0: running" not in view.file.read_text(encoding="utf-8")

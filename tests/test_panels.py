@@ -10,18 +10,15 @@ from feedbackpath.errors import ConfigError
 from feedbackpath.report import markdown_error_table, write_side_by_side
 from feedbackpath.report.figures import error_axis, learning_curves
 from feedbackpath.report.page import list_notes, render_page
-from feedbackpath.report.panels import lay_side_by_side, list_differences, make_panel
+from feedbackpath.report.panels import lay_side_by_side, list_differences, make_panel, styles_of
+from feedbackpath.train.results import DataFacts, Metric
 
 NETWORKS = {"resnet8-glyphs-after", "resnet8-glyphs-before", "lenet-digits-after"}
 
 
 def make_file(*runs, model="resnet8", data="glyphs", norm="after", **settings):
-    return make_results() | {
-        "model": model,
-        "data": {"name": data},
-        "config": {"norm": norm, "lr": 0.1, **settings},
-        "runs": list(runs),
-    }
+    config = {"norm": norm, "lr": 0.1, **settings}
+    return make_results(*runs, model=model, data=DataFacts(name=data), config=config)
 
 
 def make_sources():
@@ -38,14 +35,14 @@ def make_sources():
 def folders(tmp_path):
     for name, results in make_sources().items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps(results))
+        (tmp_path / name / "results.json").write_text(json.dumps(results.to_json()))
     return [tmp_path / name for name in make_sources()]
 
 
 def test_a_panel_is_of_one_data_set_model_and_norm():
     panels = lay_side_by_side(list(make_sources().items()))
     assert {panel.file_name for panel in panels} == NETWORKS
-    assert [[run["rule"] for run in panel.runs] for panel in panels] == [["bp", "kp"], ["kp", "kp"], ["fa"]]
+    assert [[run.rule for run in panel.runs] for panel in panels] == [["bp", "kp"], ["kp", "kp"], ["fa"]]
     assert [panel.title for panel in panels] == [
         "resnet8 on glyphs",
         "resnet8 on glyphs, BatchNorm before ReLU",
@@ -70,11 +67,20 @@ def test_the_same_rule_and_seed_twice_is_refused_with_both_folders():
         lay_side_by_side([("runs/a", sources["kp"]), ("x", sources["before"]), ("runs/b", sources["kp"])])
 
 
+def test_results_in_different_metrics_are_refused():
+    sources = make_sources()
+    sources["lenet"].metric = Metric(name="mse", unit="")
+    with pytest.raises(
+        ConfigError, match=r"^bp is judged by test error and lenet by test mse; make a report"
+    ):
+        lay_side_by_side(list(sources.items()))
+
+
 def test_unlike_settings_data_and_versions_are_named():
-    one = make_file(rules=["bp"], seed=0, lr=0.1)
-    other = make_file(rules=["kp"], seed=1, lr=0.2)
-    other["data"] |= {"checksum": "f" * 100}
-    other["versions"] = {"torch": "2.11.0"}
+    one, other = make_file(rules=["bp"], seed=0, lr=0.1), make_file(rules=["kp"], seed=1, lr=0.2)
+    one.runs, other.runs = [], []
+    other.data = DataFacts(name="glyphs", checksum="f" * 100)
+    other.versions = {"torch": "2.11.0"}
     panel = make_panel([(f"runs/{n}", one) for n in range(5)] + [("runs/other", other)])
     fives = "runs/0, runs/1, runs/2 and 2 more"
     assert list_differences(panel) == [
@@ -92,7 +98,7 @@ def test_equal_settings_need_no_note():
 
 def test_the_page_tells_panels_apart():
     sources = make_sources()
-    sources["kp"]["config"]["lr"] = 0.7
+    sources["kp"].config["lr"] = 0.7
     page = render_page(lay_side_by_side(list(sources.items())))
     assert "resnet8 on glyphs: lr differs: 0.1 in bp; 0.7 in kp." in page
     assert "lenet on digits: fa, seed 0: diverged (epoch 0); left out" in page
@@ -102,7 +108,8 @@ def test_the_page_tells_panels_apart():
 
 
 def test_panels_share_the_error_axis():
-    figure = learning_curves(lay_side_by_side(list(make_sources().items())))
+    panels = lay_side_by_side(list(make_sources().items()))
+    figure = learning_curves(panels, styles_of(panels))
     shown = [axes for axes in figure.axes if axes.get_visible()]
     assert [axes.get_title() for axes in shown[::2]] == ["resnet8 on glyphs", "lenet on digits"]
     assert len({axes.get_ylim() for axes in shown}) == 1

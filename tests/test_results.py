@@ -6,20 +6,31 @@ from pathlib import Path
 import one_input_figures
 import pytest
 
+from feedbackpath.report import summarise
+from feedbackpath.train.results import read_results
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def load(name):
-    return json.loads((BENCHMARKS / name / "results.json").read_text())
+    return read_results(BENCHMARKS / name)
 
 
 def mean_error(results, rule):
-    return results["summary"][rule]["test_error_mean"]
+    return results.summary[rule].test_mean
+
+
+@pytest.mark.parametrize("file", sorted(BENCHMARKS.glob("*/results.json")), ids=lambda file: file.parent.name)
+def test_kept_files_are_read_and_written_as_they_were(file):
+    results, content = read_results(file.parent), json.loads(file.read_text())
+    assert summarise(results.runs) == results.summary
+    written = results.to_json()
+    assert {name: written[name] for name in content} == content
 
 
 def test_glyphs_mirror_and_kolen_pollack_learn_as_backprop_does():
     results = load("glyphs-resnet8")
-    assert {rule: entry["n"] for rule, entry in results["summary"].items()} == dict.fromkeys(
+    assert {rule: found.n for rule, found in results.summary.items()} == dict.fromkeys(
         ("bp", "fa", "ss", "kp", "wm"), 5
     )
     bp = mean_error(results, "bp")
@@ -30,16 +41,16 @@ def test_glyphs_mirror_and_kolen_pollack_learn_as_backprop_does():
 
 
 def test_glyphs_mirror_stays_aligned_from_its_first_mirroring_on():
-    for run in load("glyphs-resnet8")["runs"]:
-        if run["rule"] == "wm":
-            for entry in (run["start"], *run["history"]):
-                assert max(entry["matrix_angle_deg"].values()) < 12
-                assert 0.9 < min(entry["gain"].values()) <= max(entry["gain"].values()) < 1.1
+    for run in load("glyphs-resnet8").runs:
+        if run.rule == "wm":
+            for entry in run.entries:
+                assert max(entry.matrix_angle_deg.values()) < 12
+                assert 0.9 < min(entry.gain.values()) <= max(entry.gain.values()) < 1.1
 
 
 def test_fashion_mnist_is_at_or_below_the_published_figures():
     results = load("fashion-mnist-lenet")
-    assert {entry["n"] for entry in results["summary"].values()} == {5}
+    assert {found.n for found in results.summary.values()} == {5}
     for rule, published in (("bp", 9.2), ("fa", 13.06), ("ss", 9.61)):
         assert mean_error(results, rule) <= published
     for rule in ("kp", "wm"):
@@ -74,8 +85,8 @@ def test_one_noisy_input_leaves_the_angle_of_weights_times_covariance():
 
 
 def test_one_noisy_input_trains_only_decorrelated():
-    summary = load("one-input")["summary"]
-    errors = {rule: entry["test_error_mean"] for rule, entry in summary.items()}
+    summary = load("one-input").summary
+    errors = {rule: found.test_mean for rule, found in summary.items()}
     assert max(errors["bp"], errors["wm"], errors["gaussian-mirror"]) < errors["one-input-decorrelate"]
     assert errors["one-input-decorrelate"] < errors["one-input-scaled"]
-    assert summary["one-input"]["n"] == 0
+    assert summary["one-input"].n == 0

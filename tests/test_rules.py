@@ -13,7 +13,7 @@ from torch import nn
 
 import feedbackpath as fp
 from feedbackpath.mirror import MirrorMode
-from feedbackpath.rules import resolve_rule
+from feedbackpath.rules import looks_of_rules, resolve_rule
 
 LEARNED = ["kp", "mirror-kp"]
 
@@ -274,6 +274,25 @@ def test_what_only_looks_like_a_rule_is_refused():
     with pytest.raises(fp.RuleError, match=r"Duck object .* is no rule: .* an object of a subclass of Rule"):
         fp.untie(make_mlp(), Duck())
     assert "duck" not in fp.RULES
+
+
+@pytest.mark.parametrize(
+    ("look", "message"),
+    [
+        ({"colour": "red"}, "colour of the rule 'odd' is 'red'; give it as '#RRGGBB'"),
+        ({"label": 3}, "label .* is 3"),
+    ],
+)
+def test_a_look_that_is_none_is_refused(look, message):
+    with pytest.raises(fp.RuleError, match=message):
+        fp.register_rule(type("Odd", (fp.Rule,), {"name": "odd", **look}))
+    assert "odd" not in fp.RULES
+
+
+def test_looks_are_those_that_users_set(registered, monkeypatch):
+    assert looks_of_rules() == {}
+    monkeypatch.setattr(registered, "colour", "#12AB34")
+    assert looks_of_rules() == {registered.name: (None, "#12AB34")}
 
 
 def test_two_rules_cannot_have_one_name(registered):

@@ -22,6 +22,7 @@ LEVELS = {
     "auditing": 6,
     "feedbackpath": 6,  # the package itself, which offers all of the above
     "bench": 7,
+    "tasks": 7,
     "train": 7,
     "recipes": 8,
     "report": 8,

@@ -19,13 +19,8 @@ def report(
     ] = None,
 ) -> int:
     """Write the figures and report.html of a run anew, or lay several runs side by side."""
-    from feedbackpath.report import (
-        read_results,
-        rich_error_table,
-        rich_table,
-        write_report,
-        write_side_by_side,
-    )
+    from feedbackpath.report import rich_error_table, rich_table, write_report, write_side_by_side
+    from feedbackpath.train.results import read_results
 
     console = Console()
     if len(folders) == 1 and out in (None, folders[0]):

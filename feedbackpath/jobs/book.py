@@ -15,6 +15,7 @@ import torch
 from feedbackpath.errors import ConfigError
 from feedbackpath.report import summarise, write_report
 from feedbackpath.report.tensorboard import TensorBoardLog
+from feedbackpath.rules import looks_of_rules
 from feedbackpath.tasks import Task
 from feedbackpath.train.config import CompareConfig, RunConfig, TrainConfig
 from feedbackpath.train.loop import Diverged, Measured, State
@@ -22,6 +23,7 @@ from feedbackpath.train.results import (
     Best,
     DataFacts,
     Divergence,
+    Look,
     Metric,
     Results,
     Run,
@@ -88,6 +90,7 @@ class ResultsBook:
             model=config.model,
             metric=Metric(name=task.metric, unit=task.unit, lower_is_better=task.lower_is_better),
             config=config.model_dump(mode="json"),
+            looks=_looks_of({rule for rule, _ in runs}, old),
             runs=list(runs.values()),
         )
 
@@ -226,6 +229,12 @@ def _enter_if_best(run: Run, metric: Metric) -> None:
     sign = 1 if metric.lower_is_better else -1
     if run.best is None or sign * entry.validation < sign * run.best.validation:
         run.best = Best(epoch=entry.epoch, validation=entry.validation, test=entry.test)
+
+
+def _looks_of(rules: set[str], old: Results | None) -> dict[str, Look]:
+    """Return the looks that users have set; a rule of an earlier call may not be registered any more."""
+    known = {rule: Look(label=label, colour=colour) for rule, (label, colour) in looks_of_rules().items()}
+    return {rule: look for rule, look in ((old.looks if old else {}) | known).items() if rule in rules}
 
 
 def _facts_that_count(data: DataFacts) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 Each rule has a declared search space: learning rate and weight decay, which all share, and what its class
 adds by ``search_space``. Trial k of every rule takes the k-th point of one scrambled Sobol sequence (Sobol
-1967; Owen 1998): learning rates and decays are the same for all, and no rule gets a better search than another.
-The test split is never looked at.
+1967; Owen 1998): learning rates and decays are the same for all, and no rule gets a better search. The test
+split is never looked at.
 """
 
 import time

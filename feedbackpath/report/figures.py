@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
-from math import ceil
+from math import ceil, floor, log10
 from typing import Any
 
 import matplotlib
@@ -15,16 +15,16 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from feedbackpath.report.curves import (
-    Curve,
-    error_curve,
-    finished,
-    group_by_rule,
+    QUANTITIES,
+    LayerCurves,
+    LearningCurves,
     largest_mean,
     layer_curves_by_rule,
-    unfinished,
+    learning_curves_by_rule,
 )
-from feedbackpath.report.panels import Panel, join_runs
-from feedbackpath.report.style import legend_label, style_of
+from feedbackpath.report.panels import Panel, styles_of
+from feedbackpath.report.style import RuleStyle, Styles, style_of
+from feedbackpath.train.results import Metric
 
 COLUMN_WIDTH = 3.4  # inches, one column of a two-column page
 PAGE_WIDTH = 7.0
@@ -34,7 +34,8 @@ KINDS = ("png", "pdf")
 LAYER_COLOURS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))
 """From the input layer, dark, to the output layer, light."""
 
-ERROR_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+ERROR = Metric()
+MOST_TICKS = 10  # of an axis for the metric
 ANGLE_TICKS = (0, 1, 5, 15, 30, 60, 90, 180)
 
 FIGURE_STYLE: dict[Any, Any] = {
@@ -68,70 +69,79 @@ def render_figures(panels: Sequence[Panel]) -> dict[str, bytes]:
         File name (``learning_curves.png``, …) to the file's bytes: PNG of 300 dots per inch, and PDF. Of
         several panels each has its own alignment and gains, such as ``gains-resnet8-glyphs-after.png``.
     """
+    styles = styles_of(panels)
     with matplotlib.rc_context(FIGURE_STYLE):
-        drawn = {"learning_curves": learning_curves(panels)}
+        drawn = {"learning_curves": learning_curves(panels, styles)}
         for panel in panels:
             suffix = f"-{panel.file_name}" if len(panels) > 1 else ""
-            drawn |= {f"alignment{suffix}": alignment(panel), f"gains{suffix}": gains(panel)}
+            for name, (quantities, scale) in LAYER_FIGURES.items():
+                drawn[f"{name}{suffix}"] = _draw_layers(panel, styles, quantities, scale)
         figures = {name: figure for name, figure in drawn.items() if figure is not None}
         return {f"{name}.{kind}": render(figure, kind) for name, figure in figures.items() for kind in KINDS}
 
 
-def learning_curves(panels: Sequence[Panel]) -> Figure | None:
-    """Draw test error by epoch: the mean of each rule's finished runs in a band of ± its standard error.
+def learning_curves(panels: Sequence[Panel], styles: Styles) -> Figure | None:
+    """Draw the metric by epoch: the mean of each rule's finished runs in a band of ± its standard error.
 
-    Panels stand side by side and share the error axis. A run that diverged or was interrupted is a thin line
-    of its own that ends in a cross.
+    Panels stand side by side and share the metric's axis. A run that diverged or was interrupted is a thin
+    line of its own that ends in a cross.
     """
-    shown = [panel for panel in panels if error_curve(panel.runs).epochs]
-    rules = [rule for rule, runs in group_by_rule(join_runs(shown)).items() if error_curve(runs).epochs]
-    if not shown:
+    curves = [(panel, found) for panel in panels if (found := learning_curves_by_rule(panel.runs))]
+    if not curves:
         return None
-    columns = min(len(shown), 2 if len(shown) == 4 else 3)
-    rows, width = ceil(len(shown) / columns), COLUMN_WIDTH if columns == 1 else PAGE_WIDTH
+    rules = list(dict.fromkeys(rule for _, found in curves for rule in found))
+    columns = min(len(curves), 2 if len(curves) == 4 else 3)
+    rows, width = ceil(len(curves) / columns), COLUMN_WIDTH if columns == 1 else PAGE_WIDTH
     figure = Figure(figsize=(width, 2.4 * rows + 0.14 * ceil(len(rules) / 2)), layout="constrained")
     grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
-    for axes, panel in zip(grid, shown, strict=False):
-        _draw_errors(axes, panel)
+    for axes, (panel, found) in zip(grid, curves, strict=False):
+        for rule, of_rule in found.items():
+            _draw_learning(axes, styles[rule], of_rule)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_title(panel.title if len(panels) > 1 else "", wrap=True)
-    for axes in grid[len(shown) :]:
+    for axes in grid[len(curves) :]:
         axes.set_visible(False)
-    _scale_errors(grid)
+    _scale_metric(grid, panels[0].metric)
     for axes in grid[::columns]:
-        axes.set_ylabel("test error (%)")
-    _draw_rule_key(figure, rules, columns=2 if columns == 1 else 3)
+        axes.set_ylabel(axis_title(panels[0].metric))
+    figure.legend(
+        handles=[Line2D([], [], label=styles[rule].legend, **_looks(styles[rule])) for rule in rules],
+        loc="outside upper left",
+        ncols=2 if columns == 1 else 3,
+        frameon=False,
+        handlelength=2.6,
+        columnspacing=1.2,
+    )
     return figure
 
 
-def alignment(panel: Panel) -> Figure | None:
-    """Draw matrix angles over δ angles, in degrees, by epoch: a column per rule, a line per layer.
+def axis_title(metric: Metric) -> str:
+    """Return the title of an axis for the metric, such as ``test error (%)``."""
+    return metric.label + (f" ({metric.unit})" if metric.unit else "")
 
-    Angles have a square-root axis, so that 1° and 90° can both be read and 0° is on it.
+
+def error_axis(
+    values: Iterable[float], metric: Metric = ERROR
+) -> tuple[str, tuple[float, float], list[float]]:
+    """Return the scale of an axis for values of a metric, its ends and its ticks.
+
+    It is logarithmic where lower is better and all are positive; else linear, and the library chooses ticks.
     """
-    rows = {"matrix_angle_deg": "matrix angle (°)", "delta_angle_deg": "δ angle (°)"}
-    return _draw_layers(panel, rows, scale_angles)
-
-
-def gains(panel: Panel) -> Figure | None:
-    """Draw the gain ⟨B,W⟩/⟨W,W⟩ by epoch: a column per rule, a line per layer, the target 1 dashed.
-
-    Each column has its own axis, so that a rule whose gains run far off does not flatten the others. It spans
-    at least 0 to 1.25, so that small gains look small and steady ones steady.
-    """
-    return _draw_layers(panel, {"gain": "gain"}, _mark_gain_of_one)
-
-
-def error_axis(errors: Iterable[float]) -> tuple[str, tuple[float, float], list[float]]:
-    """Return the scale of an axis for errors in percent, its ends and its ticks.
-
-    It is logarithmic, or where an error of zero has to be shown, linear with ticks of the library's choice.
-    """
-    smallest, largest = min(errors := list(errors)), max(errors)
-    if smallest <= 0:
-        return "linear", (0.0, max(1.05 * largest, 1.0)), []
+    smallest, largest = min(values := list(values)), max(values)
+    if smallest == 0 and metric.lower_is_better:
+        return "linear", (0.0, max(1.05 * largest, 1.0 if metric.unit == "%" else 0.0) or 1.0), []
+    if smallest < 0 or not metric.lower_is_better:
+        room = 0.05 * (largest - smallest) or 0.5
+        return "linear", (smallest - room, largest + room), []
     high = 1.15 * largest
     low = min(smallest / 1.25, high / 6)  # wide enough for two ticks at least
-    return "log", (low, high), [tick for tick in ERROR_TICKS if low <= tick <= high]
+    decades = range(floor(log10(low)), floor(log10(high)) + 1)
+    ticks = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    if len(ticks) > MOST_TICKS:
+        ticks = [tick for tick in ticks if f"{tick:e}".startswith("1")]  # powers of ten
+    return "log", (low, high), ticks
 
 
 def angle_axis(largest: float) -> tuple[float, list[float]]:
@@ -140,53 +150,33 @@ def angle_axis(largest: float) -> tuple[float, list[float]]:
     return top, [tick for tick in ANGLE_TICKS if tick <= top]
 
 
-def _draw_errors(axes: Axes, panel: Panel) -> None:
-    for rule, runs in group_by_rule(panel.runs).items():
-        _draw_mean(axes, rule, error_curve(finished(runs)))
-        for run in unfinished(runs):
-            _draw_unfinished(axes, rule, error_curve([run]))
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _draw_rule_key(figure: Figure, rules: Sequence[str], *, columns: int) -> None:
-    figure.legend(
-        handles=[Line2D([], [], label=legend_label(rule), **line_looks(rule)) for rule in rules],
-        loc="outside upper left",
-        ncols=columns,
-        frameon=False,
-        handlelength=2.6,
-        columnspacing=1.2,
-    )
-
-
-def _draw_mean(axes: Axes, rule: str, curve: Curve) -> None:
-    if not curve.epochs:
-        return
-    axes.plot(curve.epochs, curve.means, markevery=ceil(len(curve.epochs) / 8), **line_looks(rule))
-    means, errors = np.array(curve.means), np.array([error or 0.0 for error in curve.errors])
-    colour = style_of(rule).colour
-    axes.fill_between(curve.epochs, means - errors, means + errors, color=colour, alpha=0.2, linewidth=0)
-
-
 def line_looks(rule: str) -> dict[str, Any]:
-    """Return a rule's colour, dash and marker in matplotlib's words."""
-    style = style_of(rule)
+    """Return a built-in rule's colour, dash and marker in matplotlib's words."""
+    return _looks(style_of(rule))
+
+
+def _looks(style: RuleStyle) -> dict[str, Any]:
     return {"color": style.colour, "linestyle": style.dash, "marker": style.marker}
 
 
-def _draw_unfinished(axes: Axes, rule: str, curve: Curve) -> None:
-    if not curve.epochs:
-        return
-    style = style_of(rule)
-    axes.plot(curve.epochs, curve.means, color=style.colour, linestyle=style.dash, linewidth=0.6)
-    axes.plot(curve.epochs[-1:], curve.means[-1:], color=style.colour, marker="x", markersize=5, linestyle="")
+def _draw_learning(axes: Axes, style: RuleStyle, curves: LearningCurves) -> None:
+    colour = style.colour
+    for run, curve in curves:
+        if run is None:
+            axes.plot(curve.epochs, curve.means, markevery=ceil(len(curve.epochs) / 8), **_looks(style))
+            means, errors = np.array(curve.means), np.array([error or 0.0 for error in curve.errors])
+            band = means - errors, means + errors
+            axes.fill_between(curve.epochs, *band, color=colour, alpha=0.2, linewidth=0)
+        else:
+            axes.plot(curve.epochs, curve.means, color=colour, linestyle=style.dash, linewidth=0.6)
+            end = curve.epochs[-1:], curve.means[-1:]
+            axes.plot(*end, color=colour, marker="x", markersize=5, linestyle="")
 
 
-def _scale_errors(grid: Sequence[Axes]) -> None:
-    """Scale the error axis that all panels share, and label it with plain numbers."""
+def _scale_metric(grid: Sequence[Axes], metric: Metric) -> None:
+    """Scale the axis that all panels share, and label it with plain numbers."""
     values = np.concatenate([np.asarray(line.get_ydata(), float) for axes in grid for line in axes.lines])
-    scale, (low, high), ticks = error_axis(values)
+    scale, (low, high), ticks = error_axis(values, metric)
     axes = grid[0]
     axes.set_yscale(scale)
     axes.set_ylim(low, high)
@@ -196,9 +186,9 @@ def _scale_errors(grid: Sequence[Axes]) -> None:
 
 
 def _draw_layers(
-    panel: Panel, rows: dict[str, str], scale: Callable[[Sequence[Axes], float], None]
+    panel: Panel, styles: Styles, rows: Sequence[str], scale: Callable[[Sequence[Axes], float], None]
 ) -> Figure | None:
-    """Draw a grid, a row per quantity and a column per rule; None where nothing was measured."""
+    """Draw a row per quantity, a column per rule, a line per layer; None where nothing was measured."""
     columns = layer_curves_by_rule(panel.runs, rows)
     if not columns:
         return None
@@ -206,35 +196,31 @@ def _draw_layers(
     figure = Figure(figsize=(width, 0.5 + 1.45 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True)
     for index, (rule, quantities) in enumerate(columns.items()):
-        grid[0, index].set_title(style_of(rule).label, wrap=True)
+        grid[0, index].set_title(styles[rule].label, wrap=True)
         for axes, curves in zip(grid[:, index], quantities.values(), strict=True):
             _draw_layer_lines(axes, curves)
-    for axes_row, (quantity, label) in zip(grid, rows.items(), strict=True):
-        axes_row[0].set_ylabel(label)
+    for axes_row, quantity in zip(grid, rows, strict=True):
+        axes_row[0].set_ylabel(QUANTITIES[quantity])
         scale(axes_row, largest_mean(quantities[quantity] for quantities in columns.values()))
     figure.supxlabel("epoch", fontsize=8)
-    _draw_layer_key(figure, grid)
-    return figure
-
-
-def _draw_layer_lines(axes: Axes, curves: dict[str, Curve]) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
-    for position, curve in zip(np.linspace(0, 1, len(curves)), curves.values(), strict=True):
-        marker = "o" if len(curve.epochs) == 1 else None
-        axes.plot(curve.epochs, curve.means, color=LAYER_COLOURS(position), marker=marker, linewidth=1)
-
-
-def _draw_layer_key(figure: Figure, grid: Any) -> None:
     key = figure.colorbar(ScalarMappable(cmap=LAYER_COLOURS), ax=grid, aspect=25, pad=0.02)
     key.outline.set_visible(False)
     key.set_ticks([0, 1], labels=["input", "output"])
     key.ax.tick_params(length=0)
     key.ax.grid(visible=False)
     key.set_label("layer", labelpad=-16)
+    return figure
+
+
+def _draw_layer_lines(axes: Axes, curves: LayerCurves) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+    for position, curve in zip(np.linspace(0, 1, len(curves)), curves.values(), strict=True):
+        marker = "o" if len(curve.epochs) == 1 else None
+        axes.plot(curve.epochs, curve.means, color=LAYER_COLOURS(position), marker=marker, linewidth=1)
 
 
 def scale_angles(axes_row: Sequence[Axes], largest: float) -> None:
-    """Give the panels of a row the same square-root axis."""
+    """Give the panels of a row the same square-root axis: 1° and 90° can both be read, and 0° is on it."""
     top, ticks = angle_axis(largest)
     for axes in axes_row:
         axes.set_yscale("function", functions=(lambda y: np.sqrt(np.clip(y, 0, None)), np.square))
@@ -243,10 +229,20 @@ def scale_angles(axes_row: Sequence[Axes], largest: float) -> None:
 
 
 def _mark_gain_of_one(axes_row: Sequence[Axes], largest: float) -> None:
+    """Dash the target. Each panel has its own axis: one rule's large gains do not flatten the others'.
+
+    It spans at least 0 to 1.25, so that small gains look small and steady ones steady.
+    """
     for axes in axes_row:
         low, high = axes.get_ylim()
         axes.set_ylim(min(-0.05, low), max(1.25, high))
         axes.axhline(1, color="#555555", linestyle="--", linewidth=0.7, zorder=1)
+
+
+LAYER_FIGURES = {
+    "alignment": (("matrix_angle_deg", "delta_angle_deg"), scale_angles),
+    "gains": (("gain",), _mark_gain_of_one),
+}
 
 
 def render(figure: Figure, kind: str) -> bytes:

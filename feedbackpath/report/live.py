@@ -2,13 +2,15 @@
 
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from feedbackpath.report.table import rich_table
+from feedbackpath.report.table import MISSING, format_metric, rich_table
+from feedbackpath.train.loop import Measured, Step
+from feedbackpath.train.results import Results, Run
 
 
 class LiveView:
@@ -20,7 +22,7 @@ class LiveView:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.results: dict[str, Any] = {"runs": []}
+        self.results = Results(runs=[])
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -31,7 +33,6 @@ class LiveView:
         self.task = self.progress.add_task("starting", state="")
         self.live = Live(self._draw(), console=console, refresh_per_second=4, transient=True)
         self._clock = _TimeLeft()
-        self._error = "–"
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -43,31 +44,30 @@ class LiveView:
     ) -> None:
         self.live.stop()
 
-    def start_run(self, results: dict[str, Any], run: dict[str, Any]) -> None:
+    def start_run(self, results: Results, run: Run) -> None:
         """Show that a run begins, or goes on."""
-        self.results = results
-        self.rule, self.seed = run["rule"], run["seed"]
-        self._error = "–"
-        self._clock.start_run(results, run)
-        self.progress.reset(self.task, description=f"{self.rule}  seed {self.seed}", state="")
+        self.results, self.run = results, run
+        self._metric = f"{results.metric.words} {MISSING}"
+        self._clock.start_run(results)
+        self.progress.reset(self.task, description=f"{run.rule}  seed {run.seed}", state="")
         self._refresh()
 
-    def show_step(self, step: Any) -> None:
-        """Show a training step (``train.loop.Step``)."""
+    def show_step(self, step: Step) -> None:
+        """Show a training step."""
         left = self._clock.seconds_left(step.step, step.num_steps)
         doing = "mirror mode" if step.loss is None else f"loss {step.loss:.3f}"
-        speed = f"{step.images_per_second:.0f} img/s"
-        state = f"epoch {step.epoch}  {doing}  error {self._error}  {speed}  {_format_time(left)} left"
+        speed = f"{step.samples_per_second:.0f} samples/s"
+        state = f"epoch {step.epoch}  {doing}  {self._metric}  {speed}  {_format_time(left)} left"
         self.progress.update(self.task, completed=step.step, total=step.num_steps, state=state)
 
-    def show_measured(self, measured: Any) -> None:
-        """Show what was measured after an epoch (``train.loop.Measured``)."""
-        record = measured.record
-        self._error = f"{record['test_error']:.1f}%"
-        if not self.console.is_terminal and record["train_loss"] is not None:
+    def show_measured(self, measured: Measured) -> None:
+        """Show what was measured after an epoch."""
+        entry, metric = measured.entry, self.results.metric
+        self._metric = f"{metric.words} {format_metric(metric, entry.test)}"
+        if not self.console.is_terminal and entry.train_loss is not None:
             self.console.print(
-                f"{self.rule} seed {self.seed} epoch {record['epoch']}: loss {record['train_loss']:.3f}, "
-                f"error {self._error}, {record['seconds']:.1f} s"
+                f"{self.run.rule} seed {self.run.seed} epoch {entry.epoch}: loss {entry.train_loss:.3f}, "
+                f"{self._metric}, {entry.seconds:.1f} s"
             )
         self._refresh()
 
@@ -93,10 +93,10 @@ class _TimeLeft:
     def __init__(self) -> None:
         self._ended_seconds: list[float] = []
 
-    def start_run(self, results: dict[str, Any], run: dict[str, Any]) -> None:
+    def start_run(self, results: Results) -> None:
         self._started = time.perf_counter()
         self._first_step: int | None = None
-        self._waiting = sum(other["status"] in ("waiting", "interrupted") for other in results["runs"])
+        self._waiting = sum(other.status in ("waiting", "interrupted") for other in results.runs)
 
     def end_run(self) -> None:
         self._ended_seconds.append(time.perf_counter() - self._started)

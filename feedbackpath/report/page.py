@@ -11,9 +11,12 @@ from plotly.offline import get_plotlyjs
 
 from feedbackpath.report.charts import draw_layers, draw_learning_curves
 from feedbackpath.report.curves import group_by_rule
-from feedbackpath.report.panels import Panel, list_differences
-from feedbackpath.report.style import legend_label, style_of
-from feedbackpath.report.table import COLUMNS, describe_divergence, error_rows, seeds_by_stop, summary_rows
+from feedbackpath.report.panels import Panel, list_differences, styles_of
+from feedbackpath.report.style import Styles
+from feedbackpath.report.table import describe_divergence, error_rows, seeds_by_stop, summary_rows
+from feedbackpath.train.results import Results, Run
+
+SHOWN_OF_SOURCES = ("command", "imports", "device", "model", "data", "config", "versions")
 
 
 def render_page(panels: Sequence[Panel]) -> str:
@@ -21,62 +24,83 @@ def render_page(panels: Sequence[Panel]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    styles, metric = styles_of(panels), panels[0].metric
     return environment.get_template("page.html").render(
         title=panels[0].title if len(panels) == 1 else "Side by side",
-        sources=[source for panel in panels for source in panel.sources],
-        notes=_all_notes(panels),
+        sources=[(folder, _facts_of(results)) for panel in panels for folder, results in panel.sources],
+        notes=_all_notes(panels, styles),
         error_rows=error_rows(panels) if len(panels) > 1 else [],
-        columns=COLUMNS,
+        metric=metric,
         panels=[
             {
                 "title": panel.title,
-                "rows": summary_rows({"runs": panel.runs}),
+                "rows": summary_rows(panel.runs, metric),
                 "curves": curves,
-                "layers": draw_layers(panel),
+                "layers": draw_layers(panel, styles),
             }
-            for panel, curves in zip(panels, draw_learning_curves(panels), strict=True)
+            for panel, curves in zip(panels, draw_learning_curves(panels, styles), strict=True)
         ],
         plotly_js=Markup(get_plotlyjs()),
-        style_of=style_of,
-        legend_label=legend_label,
-        as_text=_as_text,
+        styles=styles,
     )
 
 
 def list_notes(panel: Panel) -> list[str]:
-    """List what a reader must know before trusting averages: runs that stopped or wait, settings that differ.
+    """List what to know before trusting averages: runs that go on, stopped or wait; settings that differ.
 
     Example:
         >>> from feedbackpath.report.panels import make_panel
-        >>> runs = [{"rule": "fa", "seed": seed, "status": "finished"} for seed in (0, 1)]
-        >>> runs[1] |= {"status": "diverged", "history": [{"epoch": 2}]}
-        >>> list_notes(make_panel([("runs/fa", {"runs": runs})]))
-        ['fa, seed 1: diverged (epoch 2); left out of the averaged errors.']
+        >>> runs = [Run(rule="fa", seed=seed, status="finished") for seed in (0, 1)]
+        >>> runs[1].status, runs[1].diverged_epoch = "diverged", 2
+        >>> list_notes(make_panel([("runs/fa", Results(runs=runs))]))
+        ['fa, seed 1: diverged (epoch 2); left out of the averages.']
     """
+    notes = [
+        f"{run.rule}, seed {run.seed}: {_progress_of(run, results)}."
+        for _, results in panel.sources
+        for run in results.runs
+        if run.status == "running"
+    ]
     runs = panel.runs
-    waiting = [run for run in runs if run.get("status") == "waiting"]
-    notes = [f"Incomplete: {len(waiting)} of {len(runs)} runs have not started."] if waiting else []
-    for rule, group in group_by_rule([run for run in runs if run not in waiting]).items():
+    waiting = sum(run.status == "waiting" for run in runs)
+    notes += [f"Incomplete: {waiting} of {len(runs)} runs have not started."] if waiting else []
+    for rule, group in group_by_rule(run for run in runs if run.status not in ("waiting", "running")).items():
         notes += [
-            f"{rule}, {seeds}: {stop}; left out of the averaged errors."
+            f"{rule}, {seeds}: {stop}; left out of the averages."
             for stop, seeds in seeds_by_stop(group).items()
         ]
-    notes += [
-        f"{run['rule']}, seed {run.get('seed')}: {describe_divergence(run)}."
-        for run in runs
-        if "divergence" in run
-    ]
-    if runs and len({run.get("seed") for run in runs}) == 1:
+    notes += [f"{run.rule}, seed {run.seed}: {describe_divergence(run)}." for run in runs if run.divergence]
+    if len({run.seed for run in runs}) == 1:
         notes.append("One seed: there are no standard errors, and small differences may be chance.")
     return notes + list_differences(panel)
 
 
-def _all_notes(panels: Sequence[Panel]) -> list[str]:
-    """Return the notes of each panel, with its title where there are several."""
-    if len(panels) == 1:
-        return list_notes(panels[0])
-    return [f"{panel.title}: {note}" for panel in panels for note in list_notes(panel)]
+def _all_notes(panels: Sequence[Panel], styles: Styles) -> list[str]:
+    """Return the notes of each panel, with its title where there are several, and those on colours."""
+    titles = [f"{panel.title}: " if len(panels) > 1 else "" for panel in panels]
+    notes = [
+        f"{title}{note}" for title, panel in zip(titles, panels, strict=True) for note in list_notes(panel)
+    ]
+    return notes + [
+        f"{style.rule} is drawn in {style.colour}: another rule has {style.refused}, the colour that it sets."
+        for style in styles.values()
+        if style.refused
+    ]
 
 
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False, default=str)
+def _progress_of(run: Run, results: Results) -> str:
+    """Say in which epoch a running run is."""
+    done, epochs = (run.entries[-1].epoch if run.entries else 0), results.config.get("epochs")
+    if not isinstance(epochs, int):
+        return f"running, epoch {done + 1}"
+    return f"running, epoch {min(done + 1, epochs)} of {epochs}"
+
+
+def _facts_of(results: Results) -> dict[str, str]:
+    """Return what a results file says of how it was made, as text; what is empty is left out."""
+    facts: dict[str, Any] = results.model_dump(mode="json", include=set(SHOWN_OF_SOURCES))
+    return {
+        name: fact if isinstance(fact, str) else json.dumps(fact, indent=2, ensure_ascii=False)
+        for name in SHOWN_OF_SOURCES
+        if (fact := facts[name])
+    }

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from feedbackpath.errors import ConfigError
-from feedbackpath.report.curves import Run
+from feedbackpath.report.style import Styles, choose_styles
+from feedbackpath.train.results import Metric, Results, Run
 
-Results = dict[str, Any]
 Source = tuple[str, Results]
 """A folder's name and the content of its ``results.json``."""
 
@@ -36,7 +36,12 @@ class Panel:
     @property
     def runs(self) -> list[Run]:
         """The runs of all sources."""
-        return [run for _, results in self.sources for run in results.get("runs") or []]
+        return [run for _, results in self.sources for run in results.runs]
+
+    @property
+    def metric(self) -> Metric:
+        """What the runs are judged by."""
+        return self.sources[0][1].metric
 
     @property
     def title(self) -> str:
@@ -56,15 +61,13 @@ def make_panel(sources: Sequence[Source]) -> Panel:
     Raises:
         ConfigError: Two of them hold a run of the same rule and seed.
     """
-    owners: dict[tuple[str, Any], int] = {}
+    owners: dict[tuple[str, int], int] = {}
     for index, (folder, results) in enumerate(sources):
-        for run in results.get("runs") or []:
-            rule, seed = run["rule"], run.get("seed")
-            owner = owners.setdefault((rule, seed), index)
+        for run in results.runs:
+            owner = owners.setdefault((run.rule, run.seed), index)
             if owner != index:
-                raise ConfigError(
-                    f"{sources[owner][0]} and {folder} both hold {rule}, seed {seed}; leave one of them out"
-                )
+                both = f"{sources[owner][0]} and {folder} both hold"
+                raise ConfigError(f"{both} {run.rule}, seed {run.seed}; leave one of them out")
     return Panel(*_network_of(sources[0][1]), tuple(sources))
 
 
@@ -72,17 +75,22 @@ def lay_side_by_side(sources: Sequence[Source]) -> list[Panel]:
     """Sort results files into panels by data, model and norm, in the order in which these first come up.
 
     Raises:
-        ConfigError: Two files of a panel hold a run of the same rule and seed.
+        ConfigError: Two files of a panel hold a run of the same rule and seed, or files are judged by
+            different metrics, which can share no axis and no table.
 
     Example:
-        >>> kp, fa = ({"model": "mlp", "runs": [{"rule": rule, "seed": 0}]} for rule in ("kp", "fa"))
-        >>> panels = lay_side_by_side([("a", kp), ("b", fa), ("c", kp | {"model": "lenet"})])
+        >>> kp, fa = (Results(model="mlp", runs=[Run(rule=rule, seed=0)]) for rule in ("kp", "fa"))
+        >>> panels = lay_side_by_side([("a", kp), ("b", fa), ("c", Results(model="lenet", runs=kp.runs))])
         >>> [(panel.title, len(panel.runs)) for panel in panels]
         [('mlp', 2), ('lenet', 1)]
     """
     groups: dict[tuple[str, str, str], list[Source]] = {}
-    for source in sources:
-        groups.setdefault(_network_of(source[1]), []).append(source)
+    for folder, results in sources:
+        first, metric = sources[0][0], sources[0][1].metric
+        if results.metric != metric:
+            both = f"{first} is judged by {metric.label} and {folder} by {results.metric.label}"
+            raise ConfigError(f"{both}; make a report of each")
+        groups.setdefault(_network_of(results), []).append((folder, results))
     return [make_panel(group) for group in groups.values()]
 
 
@@ -91,50 +99,45 @@ def join_runs(panels: Sequence[Panel]) -> list[Run]:
     return [run for panel in panels for run in panel.runs]
 
 
+def styles_of(panels: Sequence[Panel]) -> Styles:
+    """Choose the styles of all rules of the panels."""
+    looks = {rule: look for panel in panels for _, file in panel.sources for rule, look in file.looks.items()}
+    return choose_styles((run.rule for run in join_runs(panels)), looks)
+
+
 def list_differences(panel: Panel) -> list[str]:
     """Say in what the sources of a panel differ besides rules and seeds: settings, data, device, versions.
 
     Example:
-        >>> files = [(folder, {"config": {"lr": lr}}) for folder, lr in (("a", 0.1), ("b", 0.2), ("c", 0.1))]
+        >>> files = [(name, Results(config={"lr": lr}, runs=[])) for name, lr in (("a", 0.1), ("b", 0.2))]
         >>> list_differences(make_panel(files))
-        ['lr differs: 0.1 in a, c; 0.2 in b.']
+        ['lr differs: 0.1 in a; 0.2 in b.']
     """
     facts = [(folder, _facts_of(results)) for folder, results in panel.sources]
-    names = dict.fromkeys(name for _, known in facts for name in known)
-    values = {
-        name: _folders_by_value([(folder, known.get(name)) for folder, known in facts]) for name in names
-    }
-    return [
-        f"{name} differs: {'; '.join(f'{_shorten(value)} in {where}' for value, where in found.items())}."
-        for name, found in values.items()
-        if len(found) > 1
-    ]
+    differences = []
+    for name in dict.fromkeys(name for _, known in facts for name in known):
+        folders: dict[str, list[str]] = {}
+        for folder, known in facts:
+            text = json.dumps(known.get(name), ensure_ascii=False, sort_keys=True)
+            folders.setdefault(text, []).append(folder)
+        if len(folders) > 1:
+            found = [f"{_shorten(value)} in {_enumerate(names)}" for value, names in folders.items()]
+            differences.append(f"{name} differs: {'; '.join(found)}.")
+    return differences
 
 
 def _network_of(results: Results) -> tuple[str, str, str]:
-    data = results.get("data") or ""
-    name = data.get("name", "") if isinstance(data, dict) else data
-    return str(name), str(results.get("model") or ""), str((results.get("config") or {}).get("norm", ""))
+    return results.data.name, results.model, str(results.config.get("norm", ""))
 
 
 def _facts_of(results: Results) -> dict[str, Any]:
     """Collect what decides the numbers of a results file, each under the name that readers know."""
-    data = results.get("data")
-    facts = {
-        name: value for name, value in (results.get("config") or {}).items() if name not in NAMES_OF_RUNS
+    return {
+        **{name: value for name, value in results.config.items() if name not in NAMES_OF_RUNS},
+        **{f"data {name}": value for name, value in results.data.model_dump(mode="json").items()},
+        **{f"version of {name}": value for name, value in results.versions.items()},
+        "hardware": results.device,
     }
-    facts |= {f"data {name}": value for name, value in data.items()} if isinstance(data, dict) else {}
-    facts |= {f"version of {name}": value for name, value in (results.get("versions") or {}).items()}
-    return facts | {"hardware": results.get("device")}
-
-
-def _folders_by_value(values: Sequence[tuple[str, Any]]) -> dict[str, str]:
-    """Map each value, as text, to the folders that have it."""
-    folders: dict[str, list[str]] = {}
-    for folder, value in values:
-        text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
-        folders.setdefault(text, []).append(folder)
-    return {text: _enumerate(names) for text, names in folders.items()}
 
 
 def _enumerate(names: Sequence[str]) -> str:

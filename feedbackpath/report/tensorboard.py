@@ -1,10 +1,13 @@
 """TensorBoard logs of runs, where the ``tensorboard`` package is installed."""
 
+from collections.abc import Iterator, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from feedbackpath.report.curves import Run
+from pydantic import JsonValue
+
+from feedbackpath.train.results import Entry, Metric, Run, entry_to_json
 
 
 class TensorBoardLog:
@@ -16,7 +19,7 @@ class TensorBoardLog:
     Example:
         >>> import tempfile
         >>> log = TensorBoardLog(Path(tempfile.mkdtemp()))
-        >>> log.add({"rule": "kp", "seed": 0}, {"epoch": 1, "test_error": 3.6, "gain": {"fc": 1.0}})
+        >>> log.add(Run(rule="kp", seed=0), Entry(epoch=1, test=3.6, gain={"fc": 1.0}), Metric())
         >>> log.close()
     """
 
@@ -30,19 +33,19 @@ class TensorBoardLog:
         else:
             self._make_writer = SummaryWriter
 
-    def add(self, run: Run, entry: dict[str, Any]) -> None:
-        """Write the numbers of a history entry, those of layers under tags such as ``matrix_angle_deg/fc``.
+    def add(self, run: Run, entry: Entry, metric: Metric) -> None:
+        """Write the numbers of an entry by their names in files, those of layers as ``matrix_angle_deg/fc``.
 
         A run that goes on after an interruption takes back what its log had from this epoch on.
         """
         if self._make_writer is None:
             return
-        name = f"{run['rule']}-seed{run['seed']}"
-        if name not in self._writers:
-            self._writers[name] = self._make_writer(self.folder / name, purge_step=entry["epoch"])
-        for tag, value in _scalars(entry).items():
-            self._writers[name].add_scalar(tag, value, entry["epoch"])
-        self._writers[name].flush()
+        if run.name not in self._writers:
+            self._writers[run.name] = self._make_writer(self.folder / run.name, purge_step=entry.epoch)
+        for tag, number in _numbers(entry_to_json(entry, metric)):
+            if tag != "epoch" and isfinite(number):
+                self._writers[run.name].add_scalar(tag, number, entry.epoch)
+        self._writers[run.name].flush()
 
     def close(self) -> None:
         """Close the logs."""
@@ -51,12 +54,9 @@ class TensorBoardLog:
         self._writers.clear()
 
 
-def _scalars(entry: dict[str, Any]) -> dict[str, float]:
-    """Return the finite numbers of an entry by tag, those of layers as ``quantity/layer``."""
-    flat: dict[str, Any] = {}
+def _numbers(entry: Mapping[str, JsonValue], prefix: str = "") -> Iterator[tuple[str, float]]:
     for name, value in entry.items():
         if isinstance(value, dict):
-            flat |= {f"{name}/{layer}": number for layer, number in value.items()}
-        elif name != "epoch":
-            flat[name] = value
-    return {tag: value for tag, value in flat.items() if value is not None and isfinite(value)}
+            yield from _numbers(value, f"{name}/")
+        elif isinstance(value, int | float):
+            yield prefix + name, value

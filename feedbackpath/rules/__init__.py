@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ __all__ = [
     "WeightMirror",
     "Weights",
     "draw_feedback",
+    "looks_of_rules",
     "register_rule",
     "resolve_rule",
 ]
@@ -82,8 +84,11 @@ def __getattr__(name: str) -> Any:
 def register_rule(rule: type[Rule]) -> type[Rule]:
     """Add a rule class to the table under its ``name``; usable as a decorator.
 
+    Reports call it by its class attribute ``label`` and draw it in its ``colour``, ``#RRGGBB``, where it has
+    them. A colour that another rule of the same page has gives way, and the page says so.
+
     Raises:
-        RuleError: It is no rule, or another rule has that name.
+        RuleError: It is no rule, another rule has that name, or its label or colour is none.
     """
     if not (isinstance(rule, type) and issubclass(rule, Rule)) or not isinstance(
         getattr(rule, "name", None), str
@@ -92,8 +97,18 @@ def register_rule(rule: type[Rule]) -> type[Rule]:
     name = rule.name
     if name in RULES and RULES[name] is not rule:
         raise RuleError(f"a rule named {name!r} exists already ({RULES[name].__name__}); choose another name")
+    if rule.label is not None and not isinstance(rule.label, str):
+        raise RuleError(f"the label of the rule {name!r} is {rule.label!r}; give a string, or leave it out")
+    if rule.colour is not None and not re.fullmatch("#[0-9A-Fa-f]{6}", str(rule.colour)):
+        raise RuleError(f"the colour of the rule {name!r} is {rule.colour!r}; give it as '#RRGGBB'")
     RULES[name] = rule
     return rule
+
+
+def looks_of_rules() -> dict[str, tuple[str | None, str | None]]:
+    """Return label and colour of the users' rules that set one of them, by name."""
+    theirs = {name: RULES[name] for name in RULES if name not in _OWN}
+    return {name: (rule.label, rule.colour) for name, rule in theirs.items() if rule.label or rule.colour}
 
 
 def resolve_rule(rule: "str | Rule") -> Rule:

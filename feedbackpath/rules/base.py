@@ -33,6 +33,8 @@ class Rule:
             With it, the input x of each layer is kept until then.
         search_space: What ``feedbackpath tune`` searches for this rule beside learning rate and weight decay:
             names of settings to ``("log", low, high)``, ``("linear", low, high)`` or ``("choice", a, b)``.
+        label: Its name in full, for legends and headings; None: its name.
+        colour: ``#RRGGBB``, for figures; None: one is chosen.
     """
 
     name: ClassVar[str]
@@ -43,6 +45,8 @@ class Rule:
     gradients: ClassVar[Callable[..., tuple[Tensor, Tensor | None]] | None] = None
     after_backward: ClassVar[Callable[..., None] | None] = None
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {}
+    label: ClassVar[str | None] = None
+    colour: ClassVar[str | None] = None
 
     def serves(self, weights: Weights) -> bool:
         """Whether the rule can govern a layer with these weights; else it keeps backprop, and is named."""

@@ -1,7 +1,7 @@
-"""What a job has found: the content of ``results.json``, typed; docs/results.md lists every field.
+"""What a job has found: the content of ``results.json``, typed; docs/results-file.md lists every field.
 
-The measured quantity is named by its metric: of a task whose metric is ``error``, files say ``test_error`` and
-``validation_error`` where these types say ``test`` and ``validation``.
+The measured quantity is named by its metric: of a task whose metric is ``error``, files say ``test_error``
+and ``validation_error`` where these types say ``test`` and ``validation``.
 """
 
 import json
@@ -19,6 +19,9 @@ Layers = dict[str, float | None]
 """Layer paths to a number, from the input layer to the output layer; None where it was not finite."""
 Status = Literal["waiting", "running", "interrupted", "finished", "diverged"]
 ENDED: tuple[Status, ...] = ("finished", "diverged")
+BY_LAYER = {"matrix_angle_deg", "delta_angle_deg", "gain"}  # a layer may have any name, "test" too
+SPARSE = {"start", "best", "diverged_epoch", "divergence", "diverged", "validation", "unreadable_images"}
+"""Fields that files leave out where there is nothing to say."""
 
 
 class _Typed(BaseModel):
@@ -35,9 +38,19 @@ class Metric(_Typed):
     lower_is_better: bool = Field(True, description="which end is good")
 
     @property
-    def label(self) -> str:
+    def words(self) -> str:
         """Its name for readers."""
-        return f"test {self.name.replace('_', ' ')}"
+        return self.name.replace("_", " ")
+
+    @property
+    def label(self) -> str:
+        """Its name on test data, for readers."""
+        return f"test {self.words}"
+
+    @property
+    def suffix(self) -> str:
+        """What is printed after a number: ``%`` stands close, a word apart."""
+        return f" {self.unit}" if self.unit[:1].isalnum() else self.unit
 
 
 class Entry(_Typed):
@@ -45,17 +58,17 @@ class Entry(_Typed):
 
     epoch: int = Field(description="0: before training")
     train_loss: float | None = Field(
-        None, description="mean over the epoch's samples; none in mirror mode alone"
+        None, description="mean over the epoch's samples; none where only mirror mode ran"
     )
     test: float | None = Field(None, description="the metric on the split that `evaluate_on` names")
     validation: float | None = Field(
         None, description="the metric on the validation split, with `select_best`"
     )
-    matrix_angle_deg: Layers = Field(
-        default_factory=dict, description="angle between B and W, by layer, degrees"
+    matrix_angle_deg: Layers = Field(default_factory=dict, description="angle between B and W, in degrees")
+    delta_angle_deg: Layers = Field(
+        default_factory=dict, description="angle between errors sent back through B and through W, in degrees"
     )
-    delta_angle_deg: Layers = Field(default_factory=dict, description="angle of delta to backprop's, degrees")
-    gain: Layers = Field(default_factory=dict, description="<B, W> / <W, W>, by layer")
+    gain: Layers = Field(default_factory=dict, description="⟨B,W⟩/⟨W,W⟩")
     seconds: float = Field(0.0, description="time of the epoch, measuring included")
     unreadable_images: int | None = Field(None, description="images left out, with `on_bad_image: skip`")
 
@@ -63,37 +76,42 @@ class Entry(_Typed):
 class Best(_Typed):
     """The epoch that validation data chose."""
 
-    epoch: int
-    validation: float
-    test: float | None
+    epoch: int = Field(description="counted from 1")
+    validation: float = Field(description="the metric on the validation split")
+    test: float | None = Field(description="the metric on the split that `evaluate_on` names, then")
 
 
 class Divergence(_Typed):
     """Where a loss stopped being finite."""
 
-    step: int
-    learning_rate: float
+    step: int = Field(description="the training step, counted from 1 over all epochs")
+    learning_rate: float = Field(description="the learning rate at that step")
     origin: str = Field(description="the first layer whose output was not finite")
 
 
 class Run(_Typed):
     """One rule and one seed."""
 
-    rule: str
-    seed: int
-    status: Status = "waiting"
+    rule: str = Field(description="the rule's name")
+    seed: int = Field(description="runs of one seed start from the same W and see the same samples")
+    status: Status = Field("waiting", description="how it stands")
     test: float | None = Field(None, description="the metric after the last epoch so far")
-    seconds: float = 0.0
+    seconds: float = Field(0.0, description="time of all epochs, measuring included")
     history: list[Entry] = Field(default_factory=list, description="an entry an epoch")
     start: Entry | None = Field(None, description="what was measured before training")
-    best: Best | None = None
-    diverged_epoch: int | None = None
-    divergence: Divergence | None = None
+    best: Best | None = Field(None, description="the epoch that validation data chose, with `select_best`")
+    diverged_epoch: int | None = Field(None, description="the epoch in which it diverged")
+    divergence: Divergence | None = Field(None, description="where it diverged")
 
     @property
     def name(self) -> str:
         """Its name in file names, such as ``kp-seed0``."""
         return f"{self.rule}-seed{self.seed}"
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All that was measured, in order: before training, if that was, and after each epoch."""
+        return [*([self.start] if self.start else []), *self.history]
 
     @property
     def is_ended(self) -> bool:
@@ -104,8 +122,8 @@ class Run(_Typed):
 class Summary(_Typed):
     """A rule's finished runs."""
 
-    n: int = Field(description="finished seeds")
-    test_mean: float | None = None
+    n: int = Field(description="finished seeds with a finite metric")
+    test_mean: float | None = Field(None, description="mean over them of the metric after the last epoch")
     test_se: float | None = Field(None, description="standard error of the mean; one seed has none")
     diverged: int | None = Field(None, description="seeds that diverged, if any")
 
@@ -113,8 +131,8 @@ class Summary(_Typed):
 class Look(_Typed):
     """How a rule of the user's is called and drawn; what is not given is chosen."""
 
-    label: str | None = None
-    colour: str | None = None
+    label: str | None = Field(None, description="its name in full")
+    colour: str | None = Field(None, pattern=r"^#[0-9A-Fa-f]{6}$", description="its colour, as `#RRGGBB`")
 
 
 class DataFacts(BaseModel):
@@ -122,7 +140,7 @@ class DataFacts(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str = ""
+    name: str = Field("", description="what `--data` calls it")
 
 
 class Results(_Typed):
@@ -131,13 +149,13 @@ class Results(_Typed):
     layout: int = Field(SCHEMA, alias="schema", description="version of this layout")
     command: str = Field("", description="the command line that made it")
     versions: dict[str, str] = Field(default_factory=dict, description="of what numbers may depend on")
-    device: str = ""
-    data: DataFacts = Field(default_factory=DataFacts)
-    model: str = ""
-    metric: Metric = Field(default_factory=Metric)
+    device: str = Field("", description="the hardware")
+    data: DataFacts = Field(default_factory=DataFacts, description="what the data says of itself")
+    model: str = Field("", description="the network")
+    metric: Metric = Field(default_factory=Metric, description="what networks are judged by")
     config: dict[str, JsonValue] = Field(default_factory=dict, description="all settings: config.yaml")
     looks: dict[str, Look] = Field(default_factory=dict, description="labels and colours of users' rules")
-    runs: list[Run]
+    runs: list[Run] = Field(description="in the order in which they are trained")
     summary: dict[str, Summary] = Field(default_factory=dict, description="by rule")
 
     def run_of(self, rule: str, seed: int) -> Run:
@@ -147,15 +165,13 @@ class Results(_Typed):
     def to_json(self) -> dict[str, JsonValue]:
         """Return what ``results.json`` holds: what was never measured is left out of entries."""
         made = self.model_dump(mode="json", by_alias=True)
-        sparse = {"start", "best", "diverged_epoch", "divergence", "diverged"}
-        sparse |= {"validation", "unreadable_images"}
-        return _renamed(made, _names_of(self.metric), sparse)  # type: ignore[return-value]
+        return _translated(made, names_in_files(self.metric), SPARSE)
 
 
 def entry_to_json(entry: Entry, metric: Metric) -> dict[str, JsonValue]:
     """Return an entry as ``history.jsonl`` has it."""
-    sparse = {"validation", "unreadable_images"}
-    return _renamed(entry.model_dump(mode="json"), _names_of(metric), sparse)  # type: ignore[return-value]
+    made: dict[str, JsonValue] = _renamed(entry.model_dump(mode="json"), names_in_files(metric), SPARSE)
+    return made
 
 
 def parse_results(content: Any, where: str) -> Results:
@@ -169,8 +185,8 @@ def parse_results(content: Any, where: str) -> Results:
         raise ConfigError(f"{where} has layout {layout!r} and this version reads {SCHEMA}; make it anew")
     try:
         metric = Metric(**content.get("metric", {}))
-        names = {theirs: ours for ours, theirs in _names_of(metric).items()}
-        return Results.model_validate(_renamed(content, names, set()))
+        names = {theirs: ours for ours, theirs in names_in_files(metric).items()}
+        return Results.model_validate(_translated(content, names, set()))
     except (ValidationError, TypeError) as error:
         raise ConfigError(f"{where} is damaged: {_first_fault(error)}; choose another folder") from None
 
@@ -191,25 +207,30 @@ def read_results(folder: Path) -> Results:
     return parse_results(content, str(file))
 
 
-def _names_of(metric: Metric) -> dict[str, str]:
-    """Return the names in files of what is called test and validation here."""
+def names_in_files(metric: Metric) -> dict[str, str]:
+    """Return what files call the fields that are named after the metric."""
     tests = {name: name.replace("test", f"test_{metric.name}") for name in ("test", "test_mean", "test_se")}
     return tests | {"validation": f"validation_{metric.name}"}
 
 
-def _renamed(value: Any, names: dict[str, str], sparse: set[str], depth: int = 0) -> Any:
-    """Rename keys at all levels of runs and summaries; drop those of ``sparse`` that are None."""
+def _translated(content: dict[str, Any], names: dict[str, str], sparse: set[str]) -> dict[str, Any]:
+    """Rename what runs and summaries hold; the names of rules and of settings are left alone."""
+    found = dict(content)
+    if "runs" in found:
+        found["runs"] = _renamed(found["runs"], names, sparse)
+    if isinstance(found.get("summary"), dict):
+        found["summary"] = {rule: _renamed(of, names, sparse) for rule, of in found["summary"].items()}
+    return found
+
+
+def _renamed(value: Any, names: dict[str, str], sparse: set[str]) -> Any:
+    """Rename keys at all levels but those of layers; drop those of ``sparse`` that are None."""
     if isinstance(value, list):
-        return [_renamed(item, names, sparse, depth) for item in value]
+        return [_renamed(item, names, sparse) for item in value]
     if not isinstance(value, dict):
         return value
-    if depth == 0 and "runs" in value:
-        parts = {
-            name: _renamed(value[name], names, sparse, 1) for name in ("runs", "summary") if name in value
-        }
-        return value | parts
     return {
-        names.get(name, name): _renamed(item, names, sparse, depth + 1)
+        names.get(name, name): item if name in BY_LAYER else _renamed(item, names, sparse)
         for name, item in value.items()
         if not (name in sparse and item is None)
     }
