@@ -16,7 +16,7 @@ from feedbackpath.report.style import Styles
 from feedbackpath.report.table import describe_divergence, error_rows, seeds_by_stop, summary_rows
 from feedbackpath.train.results import Results, Run
 
-SHOWN_OF_SOURCES = ("command", "imports", "device", "model", "data", "config", "versions")
+SHOWN_OF_SOURCES = ("command", "device", "model", "data", "config", "versions")
 
 
 def render_page(panels: Sequence[Panel]) -> str:
