@@ -39,8 +39,8 @@ def format_with_error(
         error: Its standard error; None (one seed) leaves the parentheses out.
         sign: ``"+"`` to print the sign of a positive mean too.
         unit: What follows the number.
-        most_decimals: None where numbers may be of any size, unlike percentages. Without an error, or with one
-            that is smaller still, such a mean has four significant digits.
+        most_decimals: None where numbers may be of any size, unlike percentages. Without an error, or with
+            one that is smaller still, such a mean has four significant digits.
 
     Example:
         >>> format_with_error(3.6, 0.2), format_with_error(30.2, 1.3), format_with_error(3.6, 0.04)
