@@ -14,17 +14,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from feedbackpath.data import load_dataset, minibatches
+from feedbackpath.data import minibatches
+from feedbackpath.tasks import load_task
 from feedbackpath.train.build import make_network, make_optimizer, make_path
 from feedbackpath.train.config import RunConfig
 from feedbackpath.train.engine import Engine
-from feedbackpath.train.loop import Run
+from feedbackpath.train.loop import Training
 
 STEPS, WARM_UP = 300, 20
 OUT = Path(__file__).parent / "loop" / "speed.json"
 
 
-def make_loop_step(config: RunConfig, run: Run, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+def make_loop_step(config: RunConfig, run: Training, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
     """Return one step of the project's loop."""
 
     def step() -> None:
@@ -34,9 +35,9 @@ def make_loop_step(config: RunConfig, run: Run, x: torch.Tensor, y: torch.Tensor
     return step
 
 
-def make_plain_step(config: RunConfig, run: Run, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+def make_plain_step(config: RunConfig, run: Training, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
     """Return the same step as a user would write it."""
-    model = make_network(config, 0, run.dataset).to(memory_format=torch.channels_last)
+    model = make_network(config, 0, run.task).to(memory_format=torch.channels_last)
     path = make_path(config, config.rule, 0, model)
     optimizer = make_optimizer(model, config)
     model.train()
@@ -56,10 +57,10 @@ def make_plain_step(config: RunConfig, run: Run, x: torch.Tensor, y: torch.Tenso
 def measure() -> list[float]:
     """Return, for each pair of steps, the loop's time over plain PyTorch's."""
     config = RunConfig(rule="kp", epochs=100)
-    dataset = load_dataset("glyphs")
-    run = Run(config, config.rule, 0, dataset, Engine(config))
+    task = load_task("glyphs")
+    run = Training(config, config.rule, 0, task, Engine(config))
     run.model.train()
-    x, y = next(minibatches(dataset.train, batch_size=config.batch_size, seed=0, epoch=0, shuffle=True))
+    x, y = next(minibatches(task.train, batch_size=config.batch_size, seed=0, epoch=0, shuffle=True))
     steps = [make(config, run, x, y) for make in (make_loop_step, make_plain_step)]
     ratios = []
     for number in range(WARM_UP + STEPS):

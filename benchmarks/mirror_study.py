@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from feedbackpath.train.checkpoint import write_json
 from rich.console import Console
 from study_figures import write_study_figures
 from study_table import STUDY_SCHEMA, describe_cell, read_study, rich_study_table
@@ -29,7 +28,7 @@ from torch import nn
 
 from feedbackpath.errors import ConfigError, MirrorWarning, UserError
 from feedbackpath.jobs.book import describe_device, describe_versions
-from feedbackpath.jobs.run import load_data
+from feedbackpath.jobs.run import make_task
 from feedbackpath.jobs.signals import Interrupted, StopRequest
 from feedbackpath.mirror import DESIGNS, Design, Mirror
 from feedbackpath.mirror.designs import spread_of
@@ -40,6 +39,8 @@ from feedbackpath.train.build import make_network
 from feedbackpath.train.config import TrainConfig
 from feedbackpath.train.engine import Engine
 from feedbackpath.train.loop import Diverged, Event, Measured, Paused, train
+from feedbackpath.train.results import Entry
+from feedbackpath.train.store import write_json
 
 CLASSES = 10  # of glyphs: few, so that a short training gets somewhere
 REFERENCE_BATCH = 128  # the learning rate is for this size, and follows the others in proportion
@@ -190,7 +191,7 @@ def _open(
         told["parts"] = list(dict.fromkeys(old["settings"]["parts"] + told["parts"]))
         told["seeds"] = max(old["settings"]["seeds"], told["seeds"])
     config = settings.config(settings.model, REFERENCE_BATCH, 0, None)
-    data = load_data(config, 0)
+    data = make_task(config, 0)
     for model in models:  # refuses what cannot be built before anything is written
         make_network(settings.config(model, REFERENCE_BATCH, 0, None), 0, data)
     return {
@@ -283,7 +284,7 @@ def _tell(mirror: Mirror) -> dict[str, Any]:
 
 def _train(config: TrainConfig, rule: str, must_stop: Callable[[], bool]) -> Result:
     """Train through the one loop; keep, of each measurement, the extremes over layers."""
-    dataset = load_data(config, config.seed)
+    dataset = make_task(config, config.seed)
     history: list[Result] = []
     found: Result = {"status": "finished", "history": history}
     event: Event
@@ -291,7 +292,7 @@ def _train(config: TrainConfig, rule: str, must_stop: Callable[[], bool]) -> Res
         warnings.simplefilter("ignore", MirrorWarning)  # of gains, which are what the study records
         for event in train(config, rule, config.seed, dataset, Engine(config), must_stop=must_stop):
             if isinstance(event, Measured):
-                history.append(_extremes(event.record))
+                history.append(_extremes(event.entry))
             elif isinstance(event, Diverged):
                 found |= {"status": "diverged", "diverged_step": event.step}
             elif isinstance(event, Paused):
@@ -299,15 +300,14 @@ def _train(config: TrainConfig, rule: str, must_stop: Callable[[], bool]) -> Res
     return found
 
 
-def _extremes(record: dict[str, Any]) -> Result:
-    """Reduce a record of the loop to what is drawn; the deepest error is that of the first layer."""
-    matrix, deltas, gains = (
-        list(record[name].values()) for name in ("matrix_angle_deg", "delta_angle_deg", "gain")
-    )
+def _extremes(entry: Entry) -> Result:
+    """Reduce what the loop measured to what is drawn; the deepest error is that of the first layer."""
+    layers = (entry.matrix_angle_deg, entry.delta_angle_deg, entry.gain)
+    matrix, deltas, gains = ([value for value in of.values() if value is not None] for of in layers)
     return {
-        "epoch": record["epoch"],
-        "train_loss": record["train_loss"],
-        "test_error": record["test_error"],
+        "epoch": entry.epoch,
+        "train_loss": entry.train_loss,
+        "test_error": entry.test,
         "matrix_angle_deg_max": max(matrix),
         "delta_angle_deg_max": max(deltas),
         "delta_angle_deg_deepest": deltas[0],

@@ -19,11 +19,12 @@ from study_table import markdown_study_table, read_study
 
 import feedbackpath as fp
 from feedbackpath import cli
-from feedbackpath.cli import audit, bench, compare, evaluate, exit_codes, mirror, report, train
+from feedbackpath.cli import audit, bench, compare, evaluate, exit_codes, mirror, report, train, tune
 from feedbackpath.jobs.audit import audit_run
+from feedbackpath.jobs.imports import import_files
 from feedbackpath.recipes import RECIPES
 from feedbackpath.report import markdown_table
-from feedbackpath.train import results
+from feedbackpath.train import config, results
 from feedbackpath.train.config import AuditConfig, CompareConfig, RunConfig, TrainConfig
 from feedbackpath.train.rules import make_rule
 
@@ -70,13 +71,17 @@ def test_python_snippets_run(document, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "document", [d for d in DOCUMENTS if calls_of("feedbackpath", d)], ids=lambda d: d.name
 )
-def test_command_lines_are_accepted(document):
+def test_command_lines_are_accepted(document, monkeypatch):
+    monkeypatch.chdir(ROOT)
     for arguments in calls_of("feedbackpath", document):
         command, bound, _ = cli.app.parse_args(arguments, exit_on_error=False, print_error=False)
         flags = bound.arguments.get("flags", CompareConfig())
         name = next(word for word in arguments if word not in ("mirror", "data"))
         assert command.__name__ == {"eval": "evaluate"}.get(name, name)
-        assert [make_rule(name, {}).name for name in flags.rules] == list(flags.rules)
+        rules = (flags.rule,) if isinstance(flags, AuditConfig) else flags.rules
+        with mock.patch.dict(fp.RULES):
+            import_files(flags.imports)
+            assert [make_rule(name, {}).name for name in rules] == list(rules)
 
 
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if calls_of("python", d)], ids=lambda d: d.name)
@@ -104,15 +109,17 @@ def test_make_targets_exist():
 
 
 def flag_of(name):
+    if name == "imports":
+        return "`--import`"
     flag = name.replace("_", "-")
-    field = {**CompareConfig.model_fields, **RunConfig.model_fields}[name]
+    field = {**CompareConfig.model_fields, **RunConfig.model_fields, **AuditConfig.model_fields}[name]
     return f"`--{flag}`, `--no-{flag}`" if field.annotation is bool else f"`--{flag}`"
 
 
 def default_of(value):
-    if value is None:
+    if value is None or value == ():
         return "–"
-    return f"`{','.join(value) if isinstance(value, tuple) else value}`"
+    return f"`{','.join(map(str, value)) if isinstance(value, tuple) else value}`"
 
 
 def meaning_of(field):
@@ -133,13 +140,26 @@ def list_flags(fields):
     )
 
 
-def make_flag_table():
-    return list_flags(TrainConfig.model_fields)
+SECTIONS = {
+    "Data": config.DataSettings,
+    "Network": config.NetworkSettings,
+    "Optimizer": config.OptimizerSettings,
+    "Schedule": config.ScheduleSettings,
+    "Rules": config.RuleSettings,
+    "Machine": config.MachineSettings,
+    "What is kept": config.KeptSettings,
+}
 
 
-def own_fields(kind):
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_section_of_flags_has_its_table(section):
+    table = f"### {section}\n\n| Flag | Default | Meaning |\n|---|---|---|\n"
+    table += list_flags(SECTIONS[section].model_fields)
+    assert table in read("docs/cli.md"), f"put this table into docs/cli.md:\n{table}"
+
+
+def own_fields(kind, shared=TrainConfig.model_fields):
     """Return the settings of a command that the other lacks, or that begin otherwise."""
-    shared = TrainConfig.model_fields
     return {
         name: field
         for name, field in kind.model_fields.items()
@@ -167,7 +187,7 @@ def make_recipe_table():
 
 def make_place_table(command):
     places = {
-        name.replace("_", "-"): p
+        name.replace("_", "-").replace("imports", "import"): p
         for name, p in signature(command).parameters.items()
         if p.kind is p.KEYWORD_ONLY and name != "flags"
     }
@@ -182,7 +202,11 @@ def make_report_table():
 
 
 def make_audit_table():
-    return make_place_table(audit.audit)
+    return list_flags(own_fields(AuditConfig)) + make_place_table(audit.audit)
+
+
+def make_tune_table():
+    return make_place_table(tune.tune)
 
 
 def make_plan_table():
@@ -241,13 +265,13 @@ def make_setting_table():
 @pytest.mark.parametrize(
     "make_table",
     [
-        make_flag_table,
         make_compare_table,
         make_train_table,
         make_eval_table,
         make_recipe_table,
         make_report_table,
         make_audit_table,
+        make_tune_table,
         make_plan_table,
         make_bench_table,
         make_setting_table,
