@@ -33,8 +33,7 @@ def import_files(files: Iterable[Path]) -> None:
             spec.loader.exec_module(module)
         except Exception as error:
             del sys.modules[name]
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            raise ConfigError(
-                f"--import {file}: {type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
-            ) from error
+            own = [at for at in traceback.extract_tb(error.__traceback__) if Path(at.filename) == place]
+            line = f", line {own[-1].lineno}" if own else ""
+            raise ConfigError(f"--import {file}{line}: {type(error).__name__}: {error}") from error
         _IMPORTED.add(place)

@@ -352,7 +352,7 @@ def refuse_without_effect(config: Any, given: Set[str]) -> None:
         "sync_batchnorm": (not has_norm, f"{config.model} has no BatchNorm"),
         "channels_last": (not has_maps, f"{config.model} has no convolution"),
         "momentum": (config.optimizer != "sgd", "it belongs to --optimizer sgd"),
-        "nesterov": (config.optimizer != "sgd" or not config.momentum, "it belongs to sgd with momentum"),
+        "nesterov": (config.optimizer != "sgd", "it belongs to --optimizer sgd"),
         "milestones": (getattr(config, "schedule", "steps") != "steps", "it belongs to --schedule steps"),
     }
     if isinstance(config, AuditConfig):
