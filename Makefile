@@ -8,7 +8,7 @@ DEVELOP := $(VENV)/.develop
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test check bench format docs clean
+.PHONY: help compare test test-slow check bench format docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ compare: $(CORE)  ## the main job: five rules on built-in data, at most 12 minut
 
 test: $(DEVELOP)  ## the tests, at most 8 minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not slow'
+
+test-slow: $(DEVELOP)  ## all tests, those that take long too
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 check: $(DEVELOP) test  ## all that CI runs: format, lint, types, tests with doctests, docs
 	$(BIN)/ruff format --check .

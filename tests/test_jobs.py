@@ -3,6 +3,10 @@
 import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -213,3 +217,105 @@ def test_the_page_of_a_running_job_says_how_far_it_is_and_has_the_looks_of_rules
     assert read_results(tmp_path).looks == results.looks
     assert results.looks == {"labelled": Look(label="a rule with looks", colour="#12AB34")}
     assert "seed 0: running" not in view.file.read_text(encoding="utf-8")
+
+
+def test_two_processes_in_one_folder_one_runs_and_one_is_refused(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "feedbackpath",
+        "train",
+        *SMALL,
+        "--epochs",
+        "3",
+        "--out",
+        tmp_path / "run",
+    ]
+    both = [
+        subprocess.Popen([*command, *own], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        for own in (["--rule", "kp"], ["--rule", "bp", "--seed", "5"])
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 2], errors
+    winner, loser = (both[codes.index(code)] for code in (0, 2))
+    refusal = errors[codes.index(2)]
+    # Where one has ended before the other looks, its results are in the way, not its lock.
+    assert f"is in use by process {winner.pid} on " in refusal or "holds results already" in refusal
+    assert loser.pid != winner.pid
+    assert len(read_results(tmp_path / "run").runs) == 1
+
+
+@pytest.fixture
+def interrupted(tmp_path, trained):
+    """A folder whose results file is gone, as a copy of a trained one."""
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    (out / "results.json").unlink()
+    return out
+
+
+def test_a_run_whose_results_file_is_gone_is_taken_up_from_its_checkpoint(interrupted, trained):
+    ahead = time.time() + 7200
+    for path in interrupted.glob("checkpoints/*/*"):
+        os.utime(path, (ahead, ahead))
+    assert run_cli("train", *SMALL, "--rule", "kp", "--epochs", 3, "--out", interrupted) == 0
+    found, whole = (read_results(folder).runs[0].model_dump() for folder in (interrupted, trained))
+    assert found == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--lr", "1e-4"], "lr (0.2 there, 0.0001 now)"),
+        (["--weight-decay", "0.1"], "weight_decay (0.002 there, 0.1 now)"),
+        (["--warmup-epochs", "1"], "warmup_epochs (0.5 there, 1.0 now)"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(interrupted, capsys, changes, message):
+    arguments = ["--rule", "kp", "--epochs", 3, *SMALL, *changes]
+    assert run_cli("train", *arguments, "--out", interrupted) == 2
+    printed = capsys.readouterr().err
+    assert "is of another run" in printed
+    assert message in printed
+
+
+@pytest.mark.parametrize("own", [["--rule", "fa"], ["--rule", "kp", "--seed", "1"]])
+def test_a_checkpoint_of_another_rule_or_seed_is_refused(interrupted, capsys, own):
+    (folder,) = interrupted.glob("checkpoints/*")
+    folder.rename(folder.with_name("fa-seed0" if own[1] == "fa" else "kp-seed1"))
+    assert run_cli("train", *SMALL, *own, "--epochs", 3, "--out", interrupted) == 2
+    assert "is of another run" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_its_cause(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run_cli("train", *SMALL, "--out", tmp_path / "file" / "run") == 2
+    printed = capsys.readouterr().err
+    assert str(tmp_path / "file") in printed
+    assert "Not a directory" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "--mirror-epochs", "3", "--epochs", "1"], "leaves none to train in"),
+        (["compare", "--rules", "bp,kp", "--mirror-epochs", "1"], "no rule of this job mirrors"),
+        (["compare", "--norm", "before"], "mlp has no BatchNorm"),
+        (["compare", "--optimizer", "adamw", "--momentum", "0.9"], "belongs to --optimizer sgd"),
+        (["compare", "--milestones", "1,2"], "belongs to --schedule steps"),
+        (["train", "--channels-last"], "mlp has no convolution"),
+        (["audit", "--samples-per-epoch", "64"], "an audit takes one minibatch"),
+        (["tune", "--seeds", "2"], "no effect in a search"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert run_cli(*arguments, "--model", "mlp", "--data", "digits") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_milestones_are_flags_of_the_schedule_by_steps(capsys):
+    flags = ["--schedule", "steps", "--milestones", "1,3", "--print-config"]
+    assert run_cli("train", *flags) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["milestones"] == [1, 3]
