@@ -28,32 +28,39 @@ app = App(
 )
 app.command(
     "feedbackpath.cli.compare:compare",
-    help="Train the same network by several rules; write a table, figures and one HTML page.",
+    help="Train the same network by several rules; write a table, figures and one HTML page.\n\n"
+    "Example: feedbackpath compare --data digits --model mlp --rules bp,fa,kp --lr 0.05 --seeds 3",
 )
 app.command(
     "feedbackpath.cli.train:train",
-    help="Train one network by one rule; keep checkpoints, the network, its history and a page.",
+    help="Train one network by one rule; keep checkpoints, the network, its history and a page.\n\n"
+    "Example: feedbackpath train --data digits --model mlp --rule kp --lr 0.05 --out runs/kp",
 )
 app.command(
     "feedbackpath.cli.tune:tune",
-    help="Search settings for each rule: as many trials for every one, on validation data alone.",
+    help="Search settings for each rule: as many trials for every one, on validation data alone.\n\n"
+    "Example: feedbackpath tune --data digits --model mlp --rules bp,kp --trials 16",
 )
 app.command(
     "feedbackpath.cli.evaluate:evaluate",
     name="eval",
-    help="Measure a trained network anew: errors on validation and test data, angles and gains.",
+    help="Measure a trained network anew: errors on validation and test data, angles and gains.\n\n"
+    "Example: feedbackpath eval runs/kp --which best",
 )
 app.command(
     "feedbackpath.cli.report:report",
-    help="Write the figures and report.html of a run anew, or lay several runs side by side.",
+    help="Write the figures and report.html of a run anew, or lay several runs side by side.\n\n"
+    "Example: feedbackpath report runs/kp runs/bp --out runs/both",
 )
 app.command(
     "feedbackpath.cli.audit:audit",
-    help="Say whether a training step transports weights: verdict, findings, and what crosses.",
+    help="Say whether a training step transports weights: verdict, findings, and what crosses.\n\n"
+    "Example: feedbackpath audit --rule kp --model mlp --data digits",
 )
 app.command(
     "feedbackpath.cli.bench:bench",
-    help="Measure what each rule costs beside plain PyTorch: time, memory and start-up.",
+    help="Measure what each rule costs beside plain PyTorch: time, memory and start-up.\n\n"
+    "Example: feedbackpath bench --models mlp,lenet --rules fa,kp",
 )
 
 mirror_app = App(name="mirror", help="Look at mirror mode before it is run.")

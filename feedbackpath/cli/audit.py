@@ -18,8 +18,6 @@ def audit(
     """Say whether a training step transports weights: verdict, findings, and what crosses.
 
     Exit codes: 0 transport-free, 2 bad input, 4 weights are transported.
-
-    Example: feedbackpath audit --rule kp --model resnet8 --data glyphs
     """
     from feedbackpath.jobs.audit import audit_run
 

@@ -1,6 +1,5 @@
 """The command ``bench``."""
 
-import json
 import os
 import shlex
 import sys
@@ -46,6 +45,7 @@ def bench(
 
     from feedbackpath.bench import BenchSettings, run_bench
     from feedbackpath.bench.workloads import Arithmetic
+    from feedbackpath.train.store import write_json
 
     if num_threads < 1:
         raise ConfigError(f"--num-threads is {num_threads}; it must be at least 1")
@@ -57,8 +57,6 @@ def bench(
     console = Console()
     console.print("a training step's time over plain PyTorch's, medians:")
     found = run_bench(settings, lambda line: console.print(line, highlight=False))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["feedbackpath", *sys.argv[1:]])
-    out.write_text(json.dumps({"command": command, **found}, indent=2) + "\n")
+    write_json(out, {"command": shlex.join(["feedbackpath", *sys.argv[1:]]), **found})
     console.print(f"quartiles, memory, angles, traffic and start-up are in {out}")
     return DONE

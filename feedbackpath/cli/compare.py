@@ -21,7 +21,5 @@ def compare(
     """Train the same network by several rules; write a table, figures and one HTML page.
 
     Exit codes: 0 done, 2 bad input, 3 a run diverged, 130 or 143 interrupted (what was done is kept).
-
-    Example: feedbackpath compare --rules bp,kp --seeds 3 --out runs/mine
     """
     return run(merge_config(flags, config), out, resume=resume)

@@ -30,8 +30,6 @@ def train(
     """Train one network by one rule; keep checkpoints, the network, its history and a page.
 
     Exit codes: 0 done, 2 bad input, 3 diverged, 130 or 143 interrupted (the last step is kept).
-
-    Example: feedbackpath train --rule kp --data digits --model mlp --lr 0.05
     """
     if resume is not None:
         if recipe or config or out:

@@ -28,8 +28,6 @@ def tune(
     """Search settings for each rule: as many trials for every one, judged by validation data alone.
 
     Exit codes: 0 done, 2 bad input, 130 or 143 interrupted (finished trials are kept).
-
-    Example: feedbackpath tune --rules bp,kp --trials 16 --data digits --model mlp --epochs 3
     """
     from feedbackpath.jobs import Interrupted
     from feedbackpath.jobs.tune import Search, Trial, rows_of
