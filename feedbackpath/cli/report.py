@@ -20,6 +20,7 @@ def report(
 ) -> int:
     """Write the figures and report.html of a run anew, or lay several runs side by side."""
     from feedbackpath.report import rich_error_table, rich_table, write_report, write_side_by_side
+    from feedbackpath.report.equivalence import describe
     from feedbackpath.train.results import read_results
 
     console = Console()
@@ -27,6 +28,8 @@ def report(
         results = read_results(folders[0])
         write_report(results, folders[0])
         console.print(rich_table(results))
+        for line in describe(results):
+            console.print(line, markup=False, highlight=False)
         return DONE
     out = out or Path("runs/report")
     console.print(rich_error_table(write_side_by_side(folders, out)))

@@ -15,6 +15,7 @@ def run(settings: CompareConfig | RunConfig, out: Path, *, resume: bool) -> int:
     """Run a job and show how it goes on; return the exit code."""
     from feedbackpath.jobs import Interrupted, run_job
     from feedbackpath.report import rich_table
+    from feedbackpath.report.equivalence import describe
     from feedbackpath.report.live import LiveView
 
     console = Console(quiet=not _is_main_process())
@@ -30,6 +31,8 @@ def run(settings: CompareConfig | RunConfig, out: Path, *, resume: bool) -> int:
         console.print(f"interrupted: what was done is kept in {out}; {onward} goes on", markup=False)
         return stop.exit_code
     console.print(rich_table(results))
+    for line in describe(results):
+        console.print(line, markup=False, highlight=False)
     console.print(f"results, figures and report.html are in {out}", markup=False)
     return DIVERGED if any(run.status == "diverged" for run in results.runs) else DONE
 

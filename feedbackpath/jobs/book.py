@@ -14,6 +14,7 @@ import torch
 
 from feedbackpath.errors import ConfigError
 from feedbackpath.report import summarise, write_report
+from feedbackpath.report.equivalence import look
 from feedbackpath.report.tensorboard import TensorBoardLog
 from feedbackpath.rules import looks_of_rules
 from feedbackpath.tasks import Task
@@ -92,6 +93,7 @@ class ResultsBook:
             config=config.model_dump(mode="json"),
             looks=_looks_of({rule for rule, _ in runs}, old),
             runs=list(runs.values()),
+            equivalence=old.equivalence if old else [],
         )
 
     def open(self, *, is_writer: bool) -> None:
@@ -166,6 +168,9 @@ class ResultsBook:
 
     def close(self) -> None:
         """Write everything, figures too."""
+        margin = getattr(self.config, "equivalence", None)
+        if margin is not None and all(run.is_ended for run in self.results.runs):
+            look(self.results, margin, self.config.seeds)
         self.save()
         if self.is_writer:
             write_report(self.results, self.out)

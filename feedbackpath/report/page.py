@@ -11,6 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from feedbackpath.report.charts import draw_layers, draw_learning_curves
 from feedbackpath.report.curves import group_by_rule
+from feedbackpath.report.equivalence import describe
 from feedbackpath.report.panels import Panel, list_differences, styles_of
 from feedbackpath.report.style import Styles
 from feedbackpath.report.table import describe_divergence, error_rows, seeds_by_stop, summary_rows
@@ -72,6 +73,7 @@ def list_notes(panel: Panel) -> list[str]:
     notes += [f"{run.rule}, seed {run.seed}: {describe_divergence(run)}." for run in runs if run.divergence]
     if len({run.seed for run in runs}) == 1:
         notes.append("One seed: there are no standard errors, and small differences may be chance.")
+    notes += [line for _, results in panel.sources for line in describe(results)]
     return notes + list_differences(panel)
 
 

@@ -241,6 +241,15 @@ class CompareConfig(TrainConfig):
         ("bp", "fa", "ss", "kp", "wm"), description="rules to compare, by commas"
     )
     seeds: Annotated[int, RULES] = Field(1, ge=1, description="number of seeds, counted up from --seed")
+    equivalence: Annotated[float | None, RULES] = Field(
+        None, gt=0, description="margin within which a rule is as good as bp, in the metric's unit"
+    )
+
+    @model_validator(mode="after")
+    def _compare_with_backprop(self) -> Self:
+        if self.equivalence is not None and ("bp" not in self.rules or self.seeds < 2):
+            raise ValueError("--equivalence compares rules with bp over seeds: add bp, and two seeds or more")
+        return self
 
     @field_validator("rules", mode="before")
     @classmethod

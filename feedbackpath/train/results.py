@@ -135,6 +135,29 @@ class Look(_Typed):
     colour: str | None = Field(None, pattern=r"^#[0-9A-Fa-f]{6}$", description="its colour, as `#RRGGBB`")
 
 
+class Verdict(_Typed):
+    """A rule beside backprop, paired over seeds."""
+
+    rule: str = Field(description="the rule")
+    n: int = Field(description="seeds that both have finished")
+    difference: float = Field(description="mean difference to backprop, in the metric's unit")
+    low: float = Field(description="lower end of the interval")
+    high: float = Field(description="upper end of the interval")
+    verdict: Literal["equivalent", "not equivalent", "not shown"] = Field(
+        description="equivalent: the whole interval lies within the margin"
+    )
+    seeds_needed: int = Field(description="seeds of a study with 80% power, if these are its pilot")
+
+
+class EquivalenceTest(_Typed):
+    """A look at whether rules are as good as backprop, by `--equivalence`."""
+
+    margin: float = Field(description="how far a difference may go, written down before the run")
+    level: float = Field(description="of each of the two one-sided tests; halved at each further look")
+    seeds: int = Field(description="seeds of the job at that look")
+    verdicts: list[Verdict] = Field(description="by rule")
+
+
 class DataFacts(BaseModel):
     """What the data says of itself: a name, and whatever tells whether it is the same data."""
 
@@ -157,6 +180,9 @@ class Results(_Typed):
     looks: dict[str, Look] = Field(default_factory=dict, description="labels and colours of users' rules")
     runs: list[Run] = Field(description="in the order in which they are trained")
     summary: dict[str, Summary] = Field(default_factory=dict, description="by rule")
+    equivalence: list[EquivalenceTest] = Field(
+        default_factory=list, description="the looks that were taken, the first one first"
+    )
 
     def run_of(self, rule: str, seed: int) -> Run:
         """Return the entry of a run."""

@@ -1,0 +1,186 @@
+"""Whether a rule is as good as backprop: two one-sided tests against a margin that was written down first.
+
+Seeds are paired: runs of one seed start from the same forward weights and see the same samples. With d the
+differences to backprop over n seeds, the interval is ``mean(d) ± t(1 - level, n - 1) sd(d) / sqrt(n)``. A
+rule is equivalent at the level if the whole interval lies within the margin (Schuirmann 1987): at 5% that is
+the 90% interval. What an interval does not show is not shown; it is no difference either.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from feedbackpath.report.curves import finished, group_by_rule
+from feedbackpath.train.results import EquivalenceTest, Results, Verdict
+
+LEVEL = 0.05
+POWER = 0.8
+FEW = 10  # seeds: with fewer it is a pilot
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A rule beside backprop.
+
+    Attributes:
+        rule: The rule.
+        n: Seeds that both have finished.
+        difference: Mean of the paired differences, in the metric's unit; positive where the number is higher.
+        low: Lower end of the interval.
+        high: Its upper end.
+        margin: How far a difference may go.
+        level: Of each of the two tests.
+        seeds_needed: Seeds that a study needs to show equivalence with 80% power, if these are pilot seeds
+            and the true difference is none.
+    """
+
+    rule: str
+    n: int
+    difference: float
+    low: float
+    high: float
+    margin: float
+    level: float
+    seeds_needed: int
+
+    @property
+    def verdict(self) -> Literal["equivalent", "not equivalent", "not shown"]:
+        """What the tests say."""
+        if -self.margin < self.low and self.high < self.margin:
+            return "equivalent"
+        if self.low > self.margin or self.high < -self.margin:
+            return "not equivalent"
+        return "not shown"
+
+
+def look(results: Results, margin: float, seeds: int) -> None:
+    """Test a job that has ended, once: a look at more seeds than before is a new one, at half the level."""
+    if results.equivalence and results.equivalence[-1].seeds >= seeds:
+        return
+    level = LEVEL / 2 ** len(results.equivalence)
+    verdicts = [
+        Verdict(
+            rule=found.rule,
+            n=found.n,
+            difference=found.difference,
+            low=found.low,
+            high=found.high,
+            verdict=found.verdict,
+            seeds_needed=found.seeds_needed,
+        )
+        for found in compare_with_backprop(results, margin, level)
+    ]
+    results.equivalence.append(EquivalenceTest(margin=margin, level=level, seeds=seeds, verdicts=verdicts))
+
+
+def describe(results: Results) -> list[str]:
+    """Return the last look in words, a line a rule; of a few seeds, how many a study needs.
+
+    Example:
+        >>> from feedbackpath.train.results import EquivalenceTest, Verdict
+        >>> found = {"n": 12, "difference": 0.1, "low": 0.0, "high": 0.2, "seeds_needed": 8}
+        >>> kp = Verdict(rule="kp", verdict="equivalent", **found)
+        >>> test = EquivalenceTest(margin=0.5, level=0.05, seeds=12, verdicts=[kp])
+        >>> describe(Results(runs=[], equivalence=[test]))
+        ['kp minus bp: +0.10 points, 90% interval +0.00 to +0.20, n = 12: equivalent within 0.5']
+    """
+    if not results.equivalence:
+        return []
+    test = results.equivalence[-1]
+    unit = {"%": " points", "": ""}.get(results.metric.unit, f" {results.metric.unit}")
+    interval = f"{100 * (1 - 2 * test.level):g}% interval"
+    return [
+        f"{found.rule} minus bp: {found.difference:+.2f}{unit}, {interval} {found.low:+.2f} to "
+        f"{found.high:+.2f}, n = {found.n}: {found.verdict} within {test.margin:g}"
+        + (f"; a study needs n = {max(found.seeds_needed, FEW)}" if found.n < FEW else "")
+        for found in test.verdicts
+    ]
+
+
+def compare_with_backprop(results: Results, margin: float, level: float = LEVEL) -> list[Comparison]:
+    """Test each rule of a job against backprop, over the seeds that both have finished; two at least.
+
+    Example:
+        >>> from feedbackpath.train.results import Run
+        >>> values = {"bp": (3.0, 3.2, 2.9), "kp": (3.1, 3.2, 3.0)}
+        >>> runs = [
+        ...     Run(rule=rule, seed=seed, status="finished", test=value)
+        ...     for rule, found in values.items()
+        ...     for seed, value in enumerate(found)
+        ... ]
+        >>> (kp,) = compare_with_backprop(Results(runs=runs), margin=0.5)
+        >>> kp.verdict, f"{kp.low:.2f} to {kp.high:.2f}"
+        ('equivalent', '-0.03 to 0.16')
+    """
+    groups = group_by_rule(finished(results.runs))
+    values = {rule: {run.seed: run.test for run in runs} for rule, runs in groups.items()}
+    baseline = values.pop("bp", {})
+    found = []
+    for rule, own in values.items():
+        pairs = [(own[seed], baseline[seed]) for seed in own if seed in baseline]
+        differences = [value - base for value, base in pairs if value is not None and base is not None]
+        if len(differences) > 1:
+            found.append(_compare(rule, differences, margin, level))
+    return found
+
+
+def _compare(rule: str, differences: Sequence[float], margin: float, level: float) -> Comparison:
+    n, mean, spread = len(differences), statistics.fmean(differences), statistics.stdev(differences)
+    half = t_quantile(1 - level, n - 1) * spread / math.sqrt(n)
+    needed = seeds_needed(spread, margin, level)
+    return Comparison(rule, n, mean, mean - half, mean + half, margin, level, needed)
+
+
+def seeds_needed(spread: float, margin: float, level: float = LEVEL, power: float = POWER) -> int:
+    """Return how many seeds show equivalence with a power, if the true difference is none.
+
+    Args:
+        spread: Standard deviation of paired differences, from pilot seeds that are then discarded.
+        margin: How far a difference may go.
+        level: Of each of the two tests.
+        power: Chance of showing it.
+
+    Example:
+        >>> seeds_needed(spread=0.5, margin=0.5), seeds_needed(spread=0.1, margin=0.5)
+        (11, 3)
+    """
+    n = 3
+    while n < 100_000:
+        reach = t_quantile(1 - level, n - 1) + t_quantile((1 + power) / 2, n - 1)
+        if reach * spread / math.sqrt(n) <= margin:
+            break
+        n += 1
+    return n
+
+
+def t_quantile(share: float, freedom: int) -> float:
+    """Return the value below which a share of Student's t distribution lies, for shares from 0.5.
+
+    Example:
+        >>> round(t_quantile(0.95, 11), 3), round(t_quantile(0.975, 2), 3)
+        (1.796, 4.303)
+    """
+    low, high = 0.0, 1.0
+    while _t_share(high, freedom) < share:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_share(middle, freedom) < share else (low, middle)
+    return (low + high) / 2
+
+
+def _t_share(t: float, freedom: int) -> float:
+    """Return the share of the distribution below t (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    cosine, total, term = math.cos(angle), 0.0, 1.0
+    if freedom % 2:
+        for k in range(1, freedom - 1, 2):
+            term = cosine if k == 1 else term * cosine * cosine * (k - 1) / k
+            total += term
+        return 0.5 + (angle + math.sin(angle) * total) / math.pi
+    for k in range(0, freedom - 1, 2):
+        term = 1.0 if k == 0 else term * cosine * cosine * (k - 1) / k
+        total += term
+    return 0.5 + math.sin(angle) * total / 2
