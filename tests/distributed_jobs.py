@@ -6,10 +6,10 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import feedbackpath as fp
-from feedbackpath.data import load_dataset
+from feedbackpath.tasks import load_task
 from feedbackpath.train.config import RunConfig
 from feedbackpath.train.engine import Engine
-from feedbackpath.train.loop import Measured, Run, Step
+from feedbackpath.train.loop import Measured, Step, Training
 
 # A learning rate at which no rule amplifies rounding: at 0.2 feedback alignment does.
 SETTINGS = {
@@ -28,7 +28,7 @@ def train_all_rules(world_size=1, rank=0):
     found = {}
     for rule in fp.RULES:
         config = RunConfig(**SETTINGS, rule=rule, max_steps=STEPS, devices=world_size, select_best=False)
-        run = Run(config, rule, 0, load_dataset("digits", samples_per_epoch=1090), Engine(config))
+        run = Training(config, rule, 0, load_task("digits", samples_per_epoch=1090), Engine(config))
         sent = count_bytes(run.wrapped_model) if world_size > 1 else []
         events = [run.begin()]
         while not run.is_finished:
@@ -37,7 +37,7 @@ def train_all_rules(world_size=1, rank=0):
         last = [event for event in events if isinstance(event, Measured)][-1]
         found[rule] = {
             "losses": [event.loss for event in events if isinstance(event, Step)],
-            "test_error": last.record["test_error"],
+            "test_error": last.entry.test,
             "model": {key: value.clone() for key, value in last.state["model"].items()},
             "bytes": sum(sent) / STEPS,
         }

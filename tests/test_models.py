@@ -180,7 +180,7 @@ def test_the_seed_decides_the_initial_weights(name):
         ("mlp3", {}, "'mlp3' is unknown"),
         ("perceiver", {}, "'perceiver' is unknown; There are: mlp, lenet"),
         ("lenet", {"sample_shape": (1, 8, 8)}, "lenet: images of 8x8 are too small, it needs at least 16x16"),
-        ("mlp", {"sample_shape": (28, 28)}, "sample_shape must be"),
+        ("lenet", {"sample_shape": (28, 28)}, "sample_shape must be"),
         ("mlp", {"sample_shape": (0, 28, 28)}, "sample_shape must be"),
         ("mlp", {"num_classes": 0}, "num_classes must be at least 1"),
         ("resnet8", {"norm": "none"}, "norm must be 'after' or 'before'"),
