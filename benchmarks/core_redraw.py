@@ -286,7 +286,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             command.add_argument(name, type=Path, required=True)
         command.add_argument("--networks", nargs="+", choices=networks, default=list(networks))
         command.add_argument("--rules", nargs="+", default=list(rules))
-        command.add_argument("--batch-size", type=int, help="samples a step; by default each network's own")
+        command.add_argument("--batch-size", type=int, help="samples per step; by default each network's own")
         if part == "losses":
             command.add_argument("--steps", type=int, default=200)
             command.add_argument("--processes", type=int, nargs="+", default=[1, 2])

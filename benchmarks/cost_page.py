@@ -117,7 +117,7 @@ def table_of_training(training: Training) -> str:
             f"{1 + added.unshared_traffic:.2f}",
         ])  # fmt: skip
     header = [
-        "rule", "FLOPs", "FLOPs by Appendix B", "time", "steps a pass, at 5%", "memory a device",
+        "rule", "FLOPs", "FLOPs by Appendix B", "time", "steps per pass, at 5%", "memory per device",
         "traffic / bp's", "if nothing were shared",
     ]  # fmt: skip
     return f"{_describe_training(training)}\n\n{_table(header, rows)}"

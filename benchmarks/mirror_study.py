@@ -67,7 +67,7 @@ class StudySettings:
         data: What is trained on.
         seeds: Trainings of each cell, with seeds counted up from 0.
         epochs: Of each training.
-        samples_per_epoch: Training samples an epoch.
+        samples_per_epoch: Training samples per epoch.
         num_threads: CPU threads of torch.
     """
 
@@ -366,7 +366,7 @@ HELP = {
     "data": "what is trained on",
     "seeds": "trainings of each cell",
     "epochs": "epochs of a training",
-    "samples_per_epoch": "training samples an epoch",
+    "samples_per_epoch": "training samples per epoch",
     "num_threads": "CPU threads of torch",
 }
 

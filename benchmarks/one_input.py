@@ -165,7 +165,7 @@ def describe() -> dict[str, Any]:
         "command": "python benchmarks/one_input.py angles",
         "task": f"{DATA} of {CLASSES} classes; 'trained': after {BACKPROP_STEPS} steps of backprop, "
         f"{BACKPROP_BATCH} samples each, by SGD (learning rate {BACKPROP_LR}, momentum 0.9); Gaussian noise, "
-        f"{NOISE_BATCH} images a pass",
+        f"{NOISE_BATCH} images per pass",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "seeds": SEEDS,
         "measured": [],

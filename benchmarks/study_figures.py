@@ -336,5 +336,5 @@ def _width_of(group: Group) -> int:
 SWEEPS: dict[str, tuple[str, Callable[[Group], int]]] = {
     "depth": ("layers of the ResNet", _depth_of),
     "width": ("times as wide", _width_of),
-    "batch": ("samples a step", lambda group: group.batch_size),
+    "batch": ("samples per step", lambda group: group.batch_size),
 }

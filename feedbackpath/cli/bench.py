@@ -25,7 +25,7 @@ def bench(
         Parameter(help="that a network's timed steps take at least, all rules together"),
     ] = 20.0,
     batch_size: Annotated[
-        int | None, Parameter(help="samples a step (each network's own unless given)")
+        int | None, Parameter(help="samples per step (each network's own unless given)")
     ] = None,
     device: Annotated[str, Parameter(help="torch device")] = "cpu",
     bf16: Annotated[bool, Parameter(help="autocast to bfloat16", negative="")] = False,

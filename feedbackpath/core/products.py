@@ -1,7 +1,7 @@
 """The short way for torch's linear layers and convolutions: one autograd function a call.
 
 ``feedbackpath.core.one_operation`` serves these layers as well, and does where anything stands between:
-another form of input, autocast, ``torch.compile``, somebody who listens. It makes several calls an operation
+another form of input, autocast, ``torch.compile``, somebody who listens. It makes several calls per operation
 where this makes one, and small layers are most of what people train. Going forward it is the plain PyTorch
 operation. Going backward, with delta = dL/dy arriving from above (equation numbers of Akrout et al. 2019)::
 

@@ -3,7 +3,7 @@
 Akrout et al. 2019, Section 6 and Appendix D. Ten cells a network: rules ``bp``, ``fa``, ``ss``, ``wm`` and
 ``kp`` with ``norm`` ``after`` or ``before`` the ReLU. What the paper says:
 
-- 2048 images a minibatch, over 32 devices; Nesterov momentum 0.9; L2 penalty 1e-4 (D.1);
+- 2048 images per minibatch, over 32 devices; Nesterov momentum 0.9; L2 penalty 1e-4 (D.1);
 - the learning rate grows linearly over the first 6 epochs (3 to 8 for ``wm``) and shrinks tenfold after
   epochs 32, 62 and 82; 0.5 for sign-symmetry, from a search over [0.01, 2] (D.1);
 - ``wm``: two epochs in mirror mode alone, then a little mirroring after every minibatch, layer by layer: 2048
@@ -42,7 +42,7 @@ def imagenet_resnet18(rule: str = "bp", norm: str = "after") -> RunConfig:
     Hardware: the paper's 32 TPU v2 workers; here any number of GPUs, with ``--micro-batch-size`` at what
     one can hold.
 
-    Time: 90 epochs of 1.28 million images: 32 hours at 1,000 images a second, which ``train`` shows.
+    Time: 90 epochs of 1.28 million images: 32 hours at 1,000 images per second, which ``train`` shows.
 
     Command: ``feedbackpath train --recipe imagenet-resnet18 --rule kp --data DIR --device cuda --devices 8
     --precision bf16-mixed --num-workers 8``
@@ -59,7 +59,7 @@ def imagenet_resnet50(rule: str = "bp", norm: str = "after") -> RunConfig:
     Hardware: the paper's 32 TPU v2 workers; here any number of GPUs, with ``--micro-batch-size`` at what
     one can hold.
 
-    Time: 90 epochs of 1.28 million images: 32 hours at 1,000 images a second, which ``train`` shows.
+    Time: 90 epochs of 1.28 million images: 32 hours at 1,000 images per second, which ``train`` shows.
 
     Command: ``feedbackpath train --recipe imagenet-resnet50 --rule wm --norm after --data DIR --device cuda
     --devices 8 --precision bf16-mixed --num-workers 8``

@@ -19,13 +19,13 @@ def glyphs_resnet8(rule: str = "bp", norm: str = "after") -> RunConfig:
 def glyphs1000_resnet18(rule: str = "bp", norm: str = "after") -> RunConfig:
     """ResNet-18 on 1000 glyphs: the nearest to ImageNet's task that needs no download.
 
-    Expected: not measured to the end. With 50,000 samples an epoch, one seed: bp 3.9%, fa 97.7%, ss 5.2%,
+    Expected: not measured to the end. With 50,000 samples per epoch, one seed: bp 3.9%, fa 97.7%, ss 5.2%,
     kp 4.2%, wm 3.7% (``benchmarks/glyphs1000-resnet18``).
 
     Hardware and time: one GPU; one CPU core takes about six minutes an epoch.
 
     Left open by the paper, which has no such task: everything; settings are those of ``glyphs-resnet8``
-    with five times as many samples an epoch, as there are five times as many classes.
+    with five times as many samples per epoch, as there are five times as many classes.
 
     Command: ``feedbackpath train --recipe glyphs1000-resnet18 --rule kp --device cuda``
     """

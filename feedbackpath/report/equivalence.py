@@ -76,7 +76,7 @@ def look(results: Results, margin: float, seeds: int) -> None:
 
 
 def describe(results: Results) -> list[str]:
-    """Return the last look in words, a line a rule; of a few seeds, how many a study needs.
+    """Return the last look in words, a line per rule; of a few seeds, how many a study needs.
 
     Example:
         >>> from feedbackpath.train.results import EquivalenceTest, Verdict

@@ -14,7 +14,7 @@ from feedbackpath.train.results import Results, Run
 
 
 class LiveView:
-    """A live display on a terminal; one plain line an epoch where the output goes to a file.
+    """A live display on a terminal; one plain line per epoch where the output goes to a file.
 
     Args:
         console: Where to print.

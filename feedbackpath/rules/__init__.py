@@ -1,4 +1,4 @@
-"""The rules, one a file, and the table that names them. A rule is imported when it is asked for."""
+"""The rules, one per file, and the table that names them. A rule is imported when it is asked for."""
 
 import difflib
 import importlib

@@ -64,7 +64,7 @@ class Task(Dataset):
             validation: What to choose hyperparameters by.
             test: What to report.
             num_outputs: Outputs of the network.
-            samples_per_epoch: Training samples an epoch; all of them by default.
+            samples_per_epoch: Training samples per epoch; all of them by default.
             settings: ``loss``, ``score``, ``metric``, ``unit``, ``lower_is_better``.
 
         Raises:

@@ -43,7 +43,7 @@ class DataSettings(BaseModel):
         None, ge=8, description="side of the images in pixels (imagenet: 224)"
     )
     samples_per_epoch: Annotated[int | None, DATA] = Field(
-        None, ge=2, description="training samples an epoch"
+        None, ge=2, description="training samples per epoch"
     )
     on_bad_image: Annotated[Literal["error", "skip"] | None, DATA] = Field(
         None, description="an unreadable training image stops the run (error), or is counted (imagenet)"
@@ -90,7 +90,7 @@ class OptimizerSettings(BaseModel):
     clip_norm: Annotated[float | None, OPTIMIZER] = Field(
         None, gt=0, description="largest gradient norm, that of W alone"
     )
-    batch_size: Annotated[int, OPTIMIZER] = Field(128, ge=2, description="samples a step, over all devices")
+    batch_size: Annotated[int, OPTIMIZER] = Field(128, ge=2, description="samples per step, over all devices")
     micro_batch_size: Annotated[int | None, OPTIMIZER] = Field(
         None, ge=1, description="samples at once on a device; more are accumulated (all unless given)"
     )

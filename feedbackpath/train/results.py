@@ -97,7 +97,7 @@ class Run(_Typed):
     status: Status = Field("waiting", description="how it stands")
     test: float | None = Field(None, description="the metric after the last epoch so far")
     seconds: float = Field(0.0, description="time of all epochs, measuring included")
-    history: list[Entry] = Field(default_factory=list, description="an entry an epoch")
+    history: list[Entry] = Field(default_factory=list, description="an entry per epoch")
     start: Entry | None = Field(None, description="what was measured before training")
     best: Best | None = Field(None, description="the epoch that validation data chose, with `select_best`")
     diverged_epoch: int | None = Field(None, description="the epoch in which it diverged")

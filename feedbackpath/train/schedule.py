@@ -12,7 +12,7 @@ def learning_rate(
 
     Args:
         step: Which training step, from 0.
-        steps_per_epoch: Training steps an epoch.
+        steps_per_epoch: Training steps per epoch.
         num_steps: Training steps in all.
         config: The settings.
         epochs_before: Epochs of mirror mode alone that came first; the milestones count them too.

@@ -72,7 +72,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_json_lines(path: Path, values: list[Any]) -> None:
-    """Write values as JSON, one a line, atomically."""
+    """Write values as JSON, one per line, atomically."""
     lines = [json.dumps(_without_nan(value), allow_nan=False) + "\n" for value in values]
     write_text(path, "".join(lines))
 
