@@ -1,6 +1,6 @@
 """A task of one's own: learn y = sin(x), judged by the mean squared error.
 
-feedbackpath compare --import examples/regression.py --data sine --model curve --rules bp,fa,kp --lr 0.05
+feedbackpath compare --import examples/regression.py --data sine --model curve --rules bp,fa,kp --lr 0.01
 """
 
 import torch

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from feedbackpath.errors import ConfigError
-from feedbackpath.models import MODELS, build_model, find_builder
+from feedbackpath.models import MODELS, READ_TOKENS, build_model, find_builder
 from feedbackpath.path import FeedbackPath, untie
 from feedbackpath.rules import Rule
 
@@ -69,6 +69,10 @@ def find_workload(model: str) -> Workload:
     """
     if model in WORKLOADS:
         return WORKLOADS[model]
+    if model in READ_TOKENS:
+        raise ConfigError(
+            f"{model} reads tokens, and has no workload of images; choose from {', '.join(WORKLOADS)}"
+        )
     try:
         find_builder(model)
     except ValueError as error:

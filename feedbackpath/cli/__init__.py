@@ -102,7 +102,7 @@ def _describe(error: FlagError) -> str:
     """Return what a settings model found wrong, as one line that names the flag."""
     from pydantic import ValidationError
 
-    from feedbackpath.train.config import first_fault
+    from feedbackpath.train.faults import first_fault
 
     cause = error.__cause__
     return f"--{first_fault(cause)}" if isinstance(cause, ValidationError) else str(error)

@@ -10,17 +10,21 @@ from typing import get_args
 from torch import nn
 
 from feedbackpath.errors import ConfigError
+from feedbackpath.models.language import GPT, TextLSTM
 from feedbackpath.models.resnet import BasicBlock, Bottleneck, CifarResNet, Norm, ResNet
 from feedbackpath.models.small import MLP, LeNet, RowTransformer
 
 __all__ = [
     "MLP",
     "MODELS",
+    "READ_TOKENS",
+    "GPT",
     "CifarResNet",
     "LeNet",
     "Norm",
     "ResNet",
     "RowTransformer",
+    "TextLSTM",
     "build_model",
     "register_model",
 ]
@@ -55,7 +59,9 @@ def build_model(
         Conv2d(64, 128, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), bias=False)
     """
     builder = find_builder(name)
-    takes_images = name not in _USERS and not name.startswith("mlp")
+    if name in READ_TOKENS and len(sample_shape) != 1:
+        raise ValueError(f"model {name} reads tokens: sample_shape must be (context,), got {sample_shape}")
+    takes_images = name not in _USERS and name not in READ_TOKENS and not name.startswith("mlp")
     if min(sample_shape) < 1 or (takes_images and len(sample_shape) != 3):
         raise ValueError(f"model {name}: sample_shape must be (channels, height, width), got {sample_shape}")
     if num_classes < 1:
@@ -134,6 +140,8 @@ def _resnet(block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, int, 
     )
 
 
+READ_TOKENS = frozenset(["gpt", "lstm"])
+"""Names of the networks that read tokens, not images."""
 _USERS: set[str] = set()  # names of networks that users registered
 SIZED: dict[str, Callable[[int], Builder]] = {"mlp": _mlp, "transformer": _transformer}
 MODELS: dict[str, Builder] = {
@@ -144,5 +152,7 @@ MODELS: dict[str, Builder] = {
     "resnet20": _cifar_resnet(3),
     "resnet56": _cifar_resnet(9),
     "resnet18": _resnet(BasicBlock, (2, 2, 2, 2)),
+    "gpt": lambda sample_shape, num_classes, norm: GPT(sample_shape[0], num_classes),
+    "lstm": lambda sample_shape, num_classes, norm: TextLSTM(num_classes),
     "resnet50": _resnet(Bottleneck, (3, 4, 6, 3)),
 }

@@ -12,6 +12,7 @@ from cyclopts import Group, Parameter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from feedbackpath.errors import ConfigError
+from feedbackpath.train.faults import first_fault
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -31,7 +32,8 @@ class DataSettings(BaseModel):
     """What is learned from."""
 
     data: Annotated[str, DATA] = Field(
-        "glyphs", description="glyphs, digits, mnist, fashion-mnist, cifar10, cifar100, imagenet or your own"
+        "glyphs",
+        description="glyphs, digits, text, mnist, fashion-mnist, cifar10, cifar100, imagenet, your own",
     )
     data_dir: Annotated[Path | None, DATA] = Field(
         None, description="folder of the data files (--data DIR says the same)"
@@ -61,7 +63,7 @@ class NetworkSettings(BaseModel):
 
     model: Annotated[str, NETWORK] = Field(
         "resnet8",
-        description="mlp, lenet, transformer, resnet8, resnet20, resnet56, resnet18, resnet50 or your own",
+        description="mlp, lenet, transformer, resnet8, 20, 56, 18 or 50, gpt, lstm (text), or your own",
     )
     norm: Annotated[Literal["after", "before"], NETWORK] = Field(
         "after", description="BatchNorm after the ReLU, or before it"
@@ -353,8 +355,8 @@ def refuse_without_effect(config: Any, given: Set[str]) -> None:
     Raises:
         ConfigError: Names the first, and why.
     """
-    has_norm = re.match("mlp|lenet|transformer", config.model) is None
-    has_maps = re.match("mlp|transformer", config.model) is None
+    has_norm = re.match("mlp|lenet|transformer|gpt|lstm", config.model) is None
+    has_maps = re.match("mlp|transformer|gpt|lstm", config.model) is None
     idle = {
         "norm": (not has_norm, f"{config.model} has no BatchNorm"),
         "batchnorm_feedback": (not has_norm, f"{config.model} has no BatchNorm"),
@@ -384,26 +386,3 @@ def read_run(folder: Path, **changes: Any) -> RunConfig:
 
 
 NOT_IN_AN_AUDIT = ("evaluate_on", "num_workers", "micro_batch_size", "on_bad_image", "samples_per_epoch")
-
-_IN_WORDS = {
-    "greater_than_equal": "it must be at least {ge}",
-    "greater_than": "it must be more than {gt}",
-    "less_than_equal": "it must be at most {le}",
-    "less_than": "it must be less than {lt}",
-    "literal_error": "choose {expected}",
-    "extra_forbidden": "there is no such setting",
-    "int_from_float": "it must be a whole number",
-    **dict.fromkeys(("int_parsing", "int_type", "int_parsing_size"), "it must be a whole number"),
-    **dict.fromkeys(("float_parsing", "float_type", "finite_number"), "it must be a number"),
-    **dict.fromkeys(("bool_parsing", "bool_type"), "it must be true or false"),
-    **dict.fromkeys(("string_type", "path_type"), "it must be text"),
-    "dict_type": "it must map names to values",
-}
-
-
-def first_fault(error: ValidationError) -> str:
-    """Return what was found wrong first, as one line that names the setting."""
-    fault = error.errors(include_url=False)[0]
-    setting = ".".join(str(part) for part in fault["loc"]).replace("_", "-")
-    words = _IN_WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
-    return f"{setting} is {fault['input']!r}: {words.format(**fault.get('ctx', {}))}"

@@ -1,0 +1,26 @@
+"""What is wrong with a setting, in our own words: a line that names it."""
+
+from pydantic import ValidationError
+
+_IN_WORDS = {
+    "greater_than_equal": "it must be at least {ge}",
+    "greater_than": "it must be more than {gt}",
+    "less_than_equal": "it must be at most {le}",
+    "less_than": "it must be less than {lt}",
+    "literal_error": "choose {expected}",
+    "extra_forbidden": "there is no such setting",
+    "int_from_float": "it must be a whole number",
+    **dict.fromkeys(("int_parsing", "int_type", "int_parsing_size"), "it must be a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type", "finite_number"), "it must be a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "it must be true or false"),
+    **dict.fromkeys(("string_type", "path_type"), "it must be text"),
+    "dict_type": "it must map names to values",
+}
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return what was found wrong first, as one line that names the setting."""
+    fault = error.errors(include_url=False)[0]
+    setting = ".".join(str(part) for part in fault["loc"]).replace("_", "-")
+    words = _IN_WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+    return f"{setting} is {fault['input']!r}: {words.format(**fault.get('ctx', {}))}"
