@@ -67,7 +67,7 @@ def mirror(
         elif steps is None and settings is None and getattr(rule, "start_angle_deg", None) is not None:
             mode.begin(weights, how, rule.start_angle_deg)  # type: ignore[attr-defined]
         else:
-            mode.run(weights, how, how.memory_passes if steps is None else steps)
+            mode.run(weights, how, steps)
 
 
 def plan(

@@ -72,9 +72,9 @@ class MirrorContext:
         self.activations |= found
         self.odd_slopes |= {name: odd_slope(activation) for name, activation in found.items()}
 
-    def field(self, weight: UntiedWeight, settings: Mirror) -> Field:
+    def field(self, weight: UntiedWeight, settings: Mirror, seen: tuple[int, ...] | None) -> Field:
         """Return what is fired at a weight: the maps that training showed, or, of codes, the smallest."""
-        seen = None if settings.fires_codes else self.shape_seen(weight)
+        seen = None if settings.fires_codes else seen
         w = weight.weight
         key = weight.name, weight.weight_name, None if seen is None else seen[1:], w.shape, w.dtype, w.device
         if key not in self._fields or self._fields[key].weight.layer is not weight.layer:
@@ -82,12 +82,16 @@ class MirrorContext:
         return self._fields[key]
 
     def shape_seen(self, weight: UntiedWeight) -> tuple[int, ...] | None:
-        """Return the shape of what training's minibatch brought a layer; None: none has been seen.
-
-        A layer that has never been mirrored begins as if none had: one small minibatch tells too little.
-        """
+        """Return the shape of what training's minibatch brought a layer; None: none has been seen."""
         seen = self.shapes.get(weight.name)
-        return None if seen is None or len(seen) < 2 or weight.name not in self.passes else seen
+        return None if seen is None or len(seen) < 2 else seen
+
+    def shape_to_fire(self, weight: UntiedWeight) -> tuple[int, ...] | None:
+        """Return the shape that the next pass goes by; None, as if no minibatch had been seen, for the first.
+
+        One small minibatch tells too little to begin with.
+        """
+        return self.shape_seen(weight) if weight.name in self.passes else None
 
     def count_samples(self, found: Estimate) -> int:
         """Return how many samples a weight has been mirrored with, those of a new pass included."""

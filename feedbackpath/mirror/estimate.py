@@ -41,7 +41,7 @@ class Estimate:
         drive_answer: Sum of z (y - mean y) for each output channel.
         drive_power: Sum of (z - mean z)^2 for each output channel, over the same samples.
         variance: sigma^2, one for all or one for each output channel.
-        num_samples: Answers of each neuron, or channel: examples times positions.
+        num_samples: Answers of each neuron, or channel: examples times positions, of all devices that average.
     """
 
     weight: UntiedWeight
@@ -124,7 +124,8 @@ def estimate(
     sums = (products, drive_answer, drive_power)
     if count_devices(settings) > 1:
         _average_over_devices(sums)
-    return Estimate(weight, sums[0], field.pairs * freedom, *sums[1:], variance, examples * field.answers)
+    num_samples = examples * field.answers * count_devices(settings)
+    return Estimate(weight, sums[0], field.pairs * freedom, *sums[1:], variance, num_samples)
 
 
 def _hear(field: Field, activation: Activation, rates: Rates, x: Tensor, settings: Mirror) -> _Heard:

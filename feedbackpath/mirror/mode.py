@@ -25,7 +25,7 @@ from feedbackpath.mirror.context import MirrorContext
 from feedbackpath.mirror.cost import UseCounter
 from feedbackpath.mirror.estimate import Estimate, count_devices, estimate, own_rank
 from feedbackpath.mirror.noise import relative_variance
-from feedbackpath.mirror.plan import examples_of, passes_to, plan_turns
+from feedbackpath.mirror.plan import examples_of, memory_of, passes_to, plan_turns
 from feedbackpath.mirror.readings import learn
 from feedbackpath.mirror.schedule import Schedule, Turns
 from feedbackpath.mirror.settings import Mirror, refuse_no_count
@@ -46,18 +46,21 @@ class MirrorMode(MirrorContext):
         self._counter: UseCounter | None = None
 
     @torch.no_grad()
-    def run(self, weights: Sequence[UntiedWeight], settings: Mirror, passes: int = 1) -> None:
+    def run(self, weights: Sequence[UntiedWeight], settings: Mirror, passes: int | None = 1) -> None:
         """Let each layer fire noise in its turn, ``passes`` times, and let its B learn from it.
+
+        None: as many times as fill each B's memory, 5 / d where a pass replaces the share d of it.
 
         Forward weights, gradients, running statistics and the global random numbers stay untouched.
 
         Raises:
             RuleError: ``passes`` is no whole number of at least 1.
         """
-        refuse_no_count("mirror mode: passes", passes)
+        if passes is not None:
+            refuse_no_count("mirror mode: passes", passes)
         self.find_activations(weights)
-        for _ in range(passes):
-            for weight in weights:
+        for weight in weights:
+            for _ in range(passes or memory_of(self, weight, settings)):
                 mirror_once(self, weight, settings)
 
     @torch.no_grad()
@@ -206,8 +209,9 @@ def fire_alike(
     context: MirrorContext, weight: UntiedWeight, settings: Mirror, passes: int
 ) -> Iterator[Estimate]:
     """Let a layer fire noise, as often as asked for and as much each time; B learns meanwhile."""
-    field = context.field(weight, settings)
-    examples, rank = examples_of(context, weight, settings, field), own_rank(settings)
+    seen = context.shape_to_fire(weight)
+    field = context.field(weight, settings, seen)
+    examples, rank = examples_of(field, settings, seen), own_rank(settings)
     for _ in range(passes):
         generator = context.generator(weight, rank)
         yield estimate(field, context.activations[weight.name], settings, examples, generator)

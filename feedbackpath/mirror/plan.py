@@ -12,7 +12,7 @@ from feedbackpath.mirror.estimate import count_devices
 from feedbackpath.mirror.fields import Field
 from feedbackpath.mirror.noise import relative_variance, spread_of
 from feedbackpath.mirror.schedule import Turns
-from feedbackpath.mirror.settings import Mirror
+from feedbackpath.mirror.settings import Mirror, passes_to_fill
 from feedbackpath.mirror.shortcut import can_read_out
 
 
@@ -45,19 +45,33 @@ class LayerPlan:
     dues: Dues
 
 
-def examples_of(context: MirrorContext, weight: UntiedWeight, settings: Mirror, field: Field) -> int:
-    """Return how many examples a pass through one layer fires, on each device."""
+def examples_of(field: Field, settings: Mirror, seen: tuple[int, ...] | None) -> int:
+    """Return how many examples a pass through one layer fires, on each device.
+
+    Args:
+        field: What is fired at the layer's weight.
+        settings: How.
+        seen: Shape of what training's minibatch brings the layer, of all devices; None: not known.
+    """
     if settings.fires_codes:
         return settings.examples_for(math.prod(field.shape) // field.groups)
-    seen, devices = context.shape_seen(weight), count_devices(settings)
-    examples = None if seen is None else seen[0]
-    return settings.examples_for(fields.inputs_of(weight), field.positions, examples, devices)
+    inputs, examples = fields.inputs_of(field.weight), None if seen is None else seen[0]
+    return settings.examples_for(inputs, field.positions, examples, count_devices(settings))
+
+
+def memory_of(context: MirrorContext, weight: UntiedWeight, settings: Mirror) -> int:
+    """Return how many passes fill a B's memory."""
+    seen = context.shape_to_fire(weight)
+    field = context.field(weight, settings, seen)
+    samples = examples_of(field, settings, seen) * count_devices(settings) * field.answers
+    return passes_to_fill(settings.share_for(fields.inputs_of(weight), samples))
 
 
 def passes_to(context: MirrorContext, weight: UntiedWeight, settings: Mirror, angle_deg: float) -> int:
     """Return how many passes, averaged alike, are predicted to bring a B to less than an angle of its W."""
-    field = context.field(weight, settings)
-    samples = examples_of(context, weight, settings, field) * count_devices(settings) * field.positions
+    seen = context.shape_to_fire(weight)
+    field = context.field(weight, settings, seen)
+    samples = examples_of(field, settings, seen) * count_devices(settings) * field.positions
     spread = spread_of(context.activations[weight.name], settings.deviation)
     variance = relative_variance(settings.noise, fields.inputs_of(weight), samples, spread)
     return math.floor(variance / math.tan(math.radians(angle_deg)) ** 2) + 1
@@ -86,8 +100,9 @@ def make_plan(
     turns = plan_turns(context, weights, settings)
     plans = []
     for weight, flops in zip(weights, turns.flops, strict=True):
-        field = context.field(weight, settings)
-        examples, inputs = examples_of(context, weight, settings, field), fields.inputs_of(weight)
+        seen = context.shape_seen(weight)
+        field, inputs = context.field(weight, settings, seen), fields.inputs_of(weight)
+        examples = examples_of(field, settings, seen)
         spread = spread_of(context.activations[weight.name], settings.deviation)
         samples = examples * count_devices(settings) * field.positions
         plans.append(
@@ -110,7 +125,8 @@ def _flops(context: MirrorContext, weight: UntiedWeight, settings: Mirror) -> fl
     name = weight.name
     if can_read_out(weight, context.activations[name], context.odd_slopes[name], settings):
         return mirror_flops(weight, 1.0)
-    field = context.field(weight, settings)
-    examples = examples_of(context, weight, settings, field) * count_devices(settings)
+    seen = context.shape_seen(weight)
+    field = context.field(weight, settings, seen)
+    examples = examples_of(field, settings, seen) * count_devices(settings)
     positions = math.prod(field.shape[1:]) if weight.transposed else field.answers
     return mirror_flops(weight, float(examples * positions))

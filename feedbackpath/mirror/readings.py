@@ -6,7 +6,7 @@ from torch import Tensor
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.context import MirrorContext
 from feedbackpath.mirror.estimate import Estimate
-from feedbackpath.mirror.settings import Mirror
+from feedbackpath.mirror.settings import Mirror, passes_to_fill
 
 TELLING_SAMPLES = 32  # a neuron that answers to none of so many is not silent by chance
 LOWEST_GAIN, HIGHEST_GAIN = 0.5, 2.0
@@ -32,18 +32,19 @@ def learn(context: MirrorContext, found: Estimate, settings: Mirror, share: floa
     """
     weight, feedback = found.weight, found.weight.feedback.detach()
     passes = context.passes.get(weight.name, 0)
-    if settings.reading != "calibrated" and (passes + 1) % settings.memory_passes == 0:
+    full = settings.share_for(fields.inputs_of(weight), found.num_samples)
+    if settings.reading != "calibrated" and (passes + 1) % passes_to_fill(full) == 0:
         _check_gain(context, found, settings)
     if settings.reading == "calibrated":
         so_far = context.count_samples(found)
         if share is None:
-            share = max(settings.share_replaced, found.num_samples / so_far)
+            share = max(full, found.num_samples / so_far)
         _move_to_estimate(context, found, share)
     elif settings.reading == "scaled":
         norm = feedback.norm()
         feedback.add_(found.covariance, alpha=settings.rate).mul_(norm / feedback.norm())
     else:
-        feedback.mul_(1.0 - settings.share_replaced).add_(found.covariance, alpha=settings.rate)
+        feedback.mul_(1.0 - full).add_(found.covariance, alpha=settings.rate)
     context.passes[weight.name] = passes + 1
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args, get_type_hints
 from feedbackpath.errors import RuleError
 from feedbackpath.mirror.noise import RELU_SPREAD, code_length, relative_variance
 
+LEAST_FORGETTING, MOST_FORGETTING = 0.02, 0.1
+NOISE_DEG = 10.0  # that sampling may leave: where a pass has few samples, B remembers longer
 UNSEEN_EXAMPLES = 2048  # of a pass, where no minibatch has been seen: the paper's (Appendix D.2)
 CODES = ("orthogonal", "hadamard")
 Reading = Literal["calibrated", "inside", "printed", "scaled"]
@@ -66,7 +68,8 @@ class Mirror:
             sigma^2 s eta / lambda times W: a tenth of W's size behind a ReLU, with the paper's numbers;
             ``"scaled"``: B <- B + eta cov, and then back to the norm that it had (synaptic scaling).
         forgetting: d, the share of B that a ``"calibrated"`` pass replaces, once the first passes have been
-            averaged plainly (d = 1/n for pass n, until that falls to ``forgetting``).
+            averaged plainly (d = 1/n for pass n, until that falls to ``forgetting``). None: in each layer as
+            much as leaves 10 degrees of sampling noise, but between 2% and 10%.
         rate: eta_B of the paper, for the other readings.
         decay: lambda_WM of the paper, for ``"inside"`` and ``"printed"``.
         block_bias: Whether neurons close off their biases in mirror mode (equation 12).
@@ -86,7 +89,7 @@ class Mirror:
     samples: int | None = None
     target_angle_deg: float | None = None
     reading: Reading = "calibrated"
-    forgetting: float = 0.1
+    forgetting: float | None = None
     rate: float = 0.1
     decay: float = 0.5
     block_bias: bool = True
@@ -105,10 +108,8 @@ class Mirror:
                 raise RuleError(f"Mirror: {name} must be above 0, not {value}")
         if self.target_angle_deg is not None and not self.target_angle_deg < 90:
             raise RuleError(f"Mirror: target_angle_deg must be below 90, not {self.target_angle_deg}")
-        if self.share_replaced > 1:
-            raise RuleError(
-                f"Mirror: a pass would replace {self.share_replaced:g} of B; at most 1 makes sense"
-            )
+        if (share := self.share_for(1, 1.0)) > 1:
+            raise RuleError(f"Mirror: a pass would replace {share:g} of B; at most 1 makes sense")
         if self.samples is not None:
             refuse_no_count("Mirror: samples", self.samples, least=2)
             if self.target_angle_deg is not None:
@@ -167,20 +168,23 @@ class Mirror:
             return self.sigma
         return 0.01 if self.noise == "orthogonal" else 1.0
 
-    @property
-    def share_replaced(self) -> float:
-        """The share of B that a pass replaces in this reading, once its memory is full."""
-        if self.is_exact:
-            return 1.0
-        inside = self.rate * self.decay
-        shares = {"calibrated": self.forgetting, "inside": inside, "printed": self.decay, "scaled": inside}
-        return shares[self.reading]
+    def share_for(self, inputs: int, samples: float) -> float:
+        """Return the share of B that a pass replaces in this reading, once its memory is full.
 
-    @property
-    def memory_passes(self) -> int:
-        """Passes of a first mirroring: B then has forgotten its beginning and is as good as it gets."""
-        share = self.share_replaced
-        return 1 if share == 1.0 else math.ceil(5.0 / share)
+        Args:
+            inputs: n, the inputs of a neuron.
+            samples: Answers of a neuron, or channel, a pass.
+        """
+        if self.reading in ("inside", "scaled"):
+            return self.rate * self.decay
+        if self.reading == "printed":
+            return self.decay
+        if self.fires_codes:
+            return 1.0
+        if self.forgetting is not None or self.target_angle_deg is not None:
+            return self.forgetting or MOST_FORGETTING
+        needed = relative_variance(self.noise, inputs, 1.0) / math.tan(math.radians(NOISE_DEG)) ** 2
+        return min(max(2.0 * samples / (needed + samples), LEAST_FORGETTING), MOST_FORGETTING)
 
     def examples_for(
         self, inputs: int, positions: float = 1.0, seen: int | None = None, devices: int = 1
@@ -199,11 +203,9 @@ class Mirror:
             return self.samples
         examples: float = UNSEEN_EXAMPLES if seen is None else seen
         if self.target_angle_deg is not None:
-            needed = (
-                relative_variance(self.noise, inputs, 1.0)
-                / math.tan(math.radians(self.target_angle_deg)) ** 2
-            )
-            examples = needed * self.share_replaced / (2.0 - self.share_replaced) / positions
+            share = self.share_for(inputs, 1.0)
+            variance = relative_variance(self.noise, inputs, (2.0 - share) / share * positions)
+            examples = variance / math.tan(math.radians(self.target_angle_deg)) ** 2
         return max(2, math.ceil(examples / devices))
 
     def expected_angle_deg(self, inputs: int, samples: float, spread: float = RELU_SPREAD) -> float:
@@ -216,9 +218,14 @@ class Mirror:
         """
         if self.fires_codes:
             return 0.0
-        share = self.share_replaced
+        share = self.share_for(inputs, samples)
         effective = samples * (2.0 - share) / share
         return math.degrees(math.atan(math.sqrt(relative_variance(self.noise, inputs, effective, spread))))
+
+
+def passes_to_fill(share: float) -> int:
+    """Return the passes of a first mirroring: B then has forgotten its beginning, and is as good as it gets."""
+    return 1 if share == 1.0 else math.ceil(5.0 / share)
 
 
 def refuse_no_count(what: str, value: object, least: int = 1) -> None:
