@@ -41,7 +41,9 @@ class Estimate:
         drive_answer: Sum of z (y - mean y) for each output channel.
         drive_power: Sum of (z - mean z)^2 for each output channel, over the same samples.
         variance: sigma^2, one for all or one for each output channel.
-        num_samples: Answers of each neuron, or channel: examples times positions, of all devices that average.
+        num_samples: Answers of each neuron, or channel: examples times positions, of all devices that
+            average.
+        effective_samples: Those that tell as much, of a layer without a map; 0: all do.
     """
 
     weight: UntiedWeight
@@ -51,6 +53,7 @@ class Estimate:
     drive_power: Tensor
     variance: float | Tensor
     num_samples: int
+    effective_samples: float = 0.0
 
     @property
     def covariance(self) -> Tensor:
@@ -125,7 +128,15 @@ def estimate(
     if count_devices(settings) > 1:
         _average_over_devices(sums)
     num_samples = examples * field.answers * count_devices(settings)
-    return Estimate(weight, sums[0], field.pairs * freedom, *sums[1:], variance, num_samples)
+    return Estimate(
+        weight,
+        sums[0],
+        field.pairs * freedom,
+        *sums[1:],
+        variance,
+        num_samples,
+        examples * field.positions * count_devices(settings),
+    )
 
 
 def _hear(field: Field, activation: Activation, rates: Rates, x: Tensor, settings: Mirror) -> _Heard:

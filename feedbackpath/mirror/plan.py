@@ -63,7 +63,7 @@ def memory_of(context: MirrorContext, weight: UntiedWeight, settings: Mirror) ->
     """Return how many passes fill a B's memory."""
     seen = context.shape_to_fire(weight)
     field = context.field(weight, settings, seen)
-    samples = examples_of(field, settings, seen) * count_devices(settings) * field.answers
+    samples = examples_of(field, settings, seen) * count_devices(settings) * field.positions
     return passes_to_fill(settings.share_for(fields.inputs_of(weight), samples))
 
 

@@ -32,7 +32,7 @@ def learn(context: MirrorContext, found: Estimate, settings: Mirror, share: floa
     """
     weight, feedback = found.weight, found.weight.feedback.detach()
     passes = context.passes.get(weight.name, 0)
-    full = settings.share_for(fields.inputs_of(weight), found.num_samples)
+    full = settings.share_for(fields.inputs_of(weight), found.effective_samples or found.num_samples)
     if settings.reading != "calibrated" and (passes + 1) % passes_to_fill(full) == 0:
         _check_gain(context, found, settings)
     if settings.reading == "calibrated":
