@@ -15,7 +15,7 @@ from feedbackpath.auditing.locality import OWN, UNMOVED
 from feedbackpath.mirror.noise import NOISES
 from feedbackpath.models import build_model
 
-FREE = ("fa", "kp", "wm", "mirror-kp")
+FREE = ("fa", "kp", "wm", "wm-exact", "mirror-kp")
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=1e-2),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
