@@ -18,7 +18,7 @@ from feedbackpath.mirror.cost import PRODUCTS_STEP
 from feedbackpath.mirror.settings import Mirror
 
 GAUSSIAN = "wm, Gaussian"
-"""The rule that fires the paper's independent noise; ``wm`` is the exact read-out here, today's ``wm-exact``."""
+"""The rule that fires the paper's independent noise; ``wm`` is today's ``wm-exact`` here."""
 LEARNED = ("kp", "mirror-kp")
 PAPER_SAMPLES = Mirror.paper().samples or 0  # Appendix D.2
 PAIR = 2  # inputs that fired codes together when docs/cost.md was measured

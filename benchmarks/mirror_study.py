@@ -9,10 +9,10 @@ independent of each other, so that a study which was killed goes on with those t
 
 import argparse
 import json
+import math
 import shlex
 import statistics
 import sys
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from feedbackpath.train.checkpoint import write_json
 from rich.console import Console
 from study_figures import write_study_figures
 from study_table import STUDY_SCHEMA, describe_cell, read_study, rich_study_table
@@ -37,7 +38,6 @@ from feedbackpath.mirror.settings import CODES, Reading
 from feedbackpath.path import untie
 from feedbackpath.rules import WeightMirror
 from feedbackpath.train.build import make_network
-from feedbackpath.train.checkpoint import write_json
 from feedbackpath.train.config import TrainConfig
 from feedbackpath.train.engine import Engine
 from feedbackpath.train.loop import Diverged, Event, Measured, Paused, train

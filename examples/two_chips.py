@@ -4,8 +4,8 @@
     python examples/two_chips.py --rule wm-exact
 
 W is made in the forward process and never leaves it; B in the feedback process. They exchange activities and
-deltas, and by ``wm-exact`` the noise that neurons fire with the answers to it. Both learn by the same local product
-of activity and delta; each keeps its own optimizer. The parent then trains the same network in one process,
+deltas, and by ``wm-exact`` the noise that neurons fire with the answers to it. Both learn by the same local
+product of activity and delta; each keeps its own optimizer. The parent then trains the same network in one process,
 by the library, and compares.
 """
 

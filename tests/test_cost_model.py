@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 from cost_model import (
-    COST_SHARE,
     GAUSSIAN,
     OPTIMIZER_BYTES,
     PAPER_SAMPLES,

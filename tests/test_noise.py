@@ -69,13 +69,13 @@ def test_b_settles_and_scatters_as_both_decays_say(reading, behind):
     share = eta * decay if reading == "inside" else decay
     gain = slope * eta / share
     weight, mode = path.weights[0], path.context.part(MirrorMode)
-    mode.warn_once("gain", "0", "") if False else mode._warned.add(("gain", "0"))
-    w, errors = weight.weight.detach(), []
+    mode._warned.add(("gain", "0"))
+    w, errors, mean = weight.weight.detach(), [], torch.zeros_like(weight.weight)
     for number in range(300):
         mirror_once(mode, weight, settings)
         if number >= 10 / share:
             errors.append((weight.feedback - gain * w).square().sum() / w.square().sum())
-            mean = weight.feedback.detach() if len(errors) == 1 else mean + weight.feedback.detach()
+            mean = mean + weight.feedback.detach()
     one_pass = slope**2 * relative_variance("gaussian", 40, samples, spread_of(activation))
     expected = eta**2 * one_pass / (1.0 - (1.0 - share) ** 2)
     assert torch.stack(errors).mean().item() == pytest.approx(expected, rel=0.1)

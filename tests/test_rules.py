@@ -211,7 +211,8 @@ def test_mirror_kp_mirrors_beside_a_rule_that_mirrors_at_every_step():
 @pytest.mark.parametrize("call", [fp.FeedbackPath.mirror, fp.FeedbackPath.step], ids=["by hand", "at a step"])
 def test_rules_that_mirror_once_begin_with_noise_to_two_degrees(rule, call):
     model = nn.Sequential(
-        nn.Conv2d(2, 12, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 36, 30), nn.Tanh(), nn.Linear(30, 9)
+        nn.Conv2d(2, 12, 3, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(12 * 36, 30), nn.Tanh(), nn.Linear(30, 9),
     )  # fmt: skip
     path = fp.untie(model, rule())
     call(path)

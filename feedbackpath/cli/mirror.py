@@ -62,8 +62,8 @@ def plan(
     for layer in layers:
         dues = layer.dues
         table.add_row(
-            layer.name, str(layer.inputs), str(layer.samples), str(layer.positions), f"{layer.angle_deg:.2g}°",
-            f"{layer.flops:.2g}", f"{100 * layer.share:.2g}%", f"{dues.reads:.2g}", f"{dues.spikes:.2g}",
+            layer.name, str(layer.inputs), str(layer.samples), str(layer.positions),
+            f"{layer.angle_deg:.2g}°", f"{layer.flops:.2g}", f"{100 * layer.share:.2g}%", f"{dues.reads:.2g}", f"{dues.spikes:.2g}",
             f"{layer.steps_between:.1f}",
         )  # fmt: skip
     console = Console()
@@ -73,8 +73,8 @@ def plan(
     every = layers[0].steps_between
     reads, spikes = (sum(getattr(layer.dues, what) for layer in layers) for what in ("reads", "spikes"))
     console.print(
-        f"the simulation: all layers once take {100 * total:.2g}% of a training step's FLOPs (Appendix B's "
-        f"count); each is mirrored every {every:.1f} steps on average; angles are what noise leaves, W at rest"
+        f"the simulation: all layers once take {100 * total:.2g}% of a training step's FLOPs (Appendix "
+        f"B's count); each is mirrored every {every:.1f} steps on average; angles are what noise leaves, W at rest"
     )
     console.print(
         f"a brain or a chip: all layers once take {reads:.2g} reads of an array of W, as many writes of each "

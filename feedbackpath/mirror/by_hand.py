@@ -16,8 +16,8 @@ from feedbackpath.mirror.settings import Mirror, refuse_no_count
 
 MOST_STEPS = 1000
 Groups = Sequence[tuple[object, Sequence[UntiedWeight]]]
-"""Rules, each with the weights that it governs. A rule that mirrors has its settings in ``mirror``, and, where
-it mirrors once and to an angle, that in ``start_angle_deg``."""
+"""Rules, each with the weights that it governs. A rule that mirrors has its settings in ``mirror``; one that
+mirrors once, the angle that it asks for in ``start_angle_deg``."""
 
 
 def mirror(

@@ -1,4 +1,4 @@
-"""What the steps of mirror mode share of one path: activations, what training showed, and how often each ran."""
+"""What the steps of mirror mode share of one path: activations, what training showed, and counts."""
 
 import fnmatch
 import warnings

@@ -1,7 +1,7 @@
 """The estimate: one layer's neurons fire noise, and it is seen what that tells of W.
 
-Noise x of variance sigma^2 passes through the layer, z = W x + b, and through its activation, y = phi(z). With
-all means taken over the examples::
+Noise x of variance sigma^2 passes through the layer, z = W x + b, and its activation, y = phi(z). With all
+means taken over the examples::
 
     cov   = mean of (y - mean y) x^T        E[cov] = sigma^2 s W      (Akrout et al. 2019, equation 11)
     s     = mean (y - mean y) z / mean z^2  the mean slope of each neuron, from its own drive and answer

@@ -141,15 +141,6 @@ def _connect(layer: _ConvNd, size: tuple[int, ...]) -> tuple[Tensor, int, Tensor
         x, padding = pad_input(layer, x)
     else:
         x, padding = F.pad(x, layer._reversed_padding_repeated_twice), (0,) * len(kernel)
-    if (
-        min(
-            n + 2 * p - d * (k - 1)
-            for n, p, d, k in zip(x.shape[2:], padding, layer.dilation, kernel, strict=True)
-        )
-        < 1
-    ):
-        if not layer.transposed:  # no whole kernel fits into this map
-            return torch.zeros_like(w), 0, None, 0.0
     geometry = geometry_of(layer, padding)._replace(groups=1)
     reach = torch.convolution(x, w, None, *geometry)
     mask = None if is_zeros else (reach > math.prod(kernel) - 0.5).to(x.dtype)

@@ -71,7 +71,7 @@ def fire_noise(
 
 
 def in_order_of(values: Tensor, shape: tuple[int, ...], weight: Tensor) -> Tensor:
-    """View values that are independent of each other as ``[N, C, ...]``, in the order of memory of a weight."""
+    """View independent values as ``[N, C, ...]``, in the order of memory of a weight."""
     if len(shape) < 4 or not is_channels_last(weight):
         return values.view(shape)
     return values.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)

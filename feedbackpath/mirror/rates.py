@@ -60,8 +60,8 @@ class AboutBaseline:
         return self._without_baseline(transmit((noise + self.beta).clamp_min(0.0)))
 
     def answer(self, drive: Tensor, activation: Activation) -> Tensor:
-        """Return phi(z + b-) - beta; the layer's own bias is replaced by b-."""
-        rates = transmit(activation(drive + _resting_bias(activation, self.beta, drive)))
+        """Return max(phi(z + b-), 0) - beta; the layer's own bias is replaced by b-."""
+        rates = transmit(activation(drive + _resting_bias(activation, self.beta, drive)).clamp_min(0.0))
         return self._without_baseline(rates)
 
     def _without_baseline(self, rates: Tensor) -> Tensor:
@@ -94,15 +94,7 @@ RATES: dict[str, Callable[[float, bool], Rates]] = {
 
 
 def transmit(rates: Tensor) -> Tensor:
-    """Let rates pass, none of which may be negative.
-
-    Raises:
-        RuleError: A rate is below zero.
-    """
-    if (rates < 0).any():
-        raise RuleError(
-            "mirror mode: the activation answers below zero, which no firing rate can: use rates='signed' there"
-        )
+    """Let rates pass, none of which is negative: every rate that is sent goes through here."""
     return rates
 
 

@@ -1,7 +1,6 @@
 """The reading: what B makes of what noise told of W (Akrout et al. 2019, Algorithm 1; ``Mirror.reading``)."""
 
 import torch
-from torch import Tensor
 
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.context import MirrorContext
@@ -71,13 +70,13 @@ def _move_to_estimate(context: MirrorContext, found: Estimate, share: float) -> 
         context.warn_once(
             "dead",
             weight.name,
-            f"{num_silent} of {len(silent)} neurons of {weight.name!r} do not answer to noise; their B stays as "
-            "it is there (blocked biases or a larger sigma may help, unless something silences the layer)",
+            f"{num_silent} of {len(silent)} neurons of {weight.name!r} do not answer to noise; their B stays "
+            "as it is (blocked biases or a larger sigma may help, unless something silences the layer)",
         )
 
 
 def estimate_gain(found: Estimate) -> float:
-    """Return the gain <B, W> / <W, W> of the B that earlier passes left; not a number where no neuron answers.
+    """Return the gain <B, W> / <W, W> of B before this pass; not a number where no neuron answers.
 
     Angles do not show it, yet each layer scales the errors that it sends back by it. A pass tells both
     products without a look at W: its noise is independent of the B that earlier passes left, and a neuron's
@@ -113,5 +112,6 @@ def _check_gain(context: MirrorContext, found: Estimate, settings: Mirror) -> No
         "gain",
         found.weight.name,
         f"the gain of {found.weight.name!r} is {gain:.2g}, outside [{LOWEST_GAIN:g}, {HIGHEST_GAIN:g}], and "
-        f"scales the errors that it sends back; use the 'calibrated' reading, which settles at 1, or {remedy}",
+        f"scales the errors that it sends back; use the 'calibrated' reading, which settles at 1, or "
+        f"{remedy}",
     )

@@ -132,8 +132,8 @@ class Mirror:
 
         Gaussian maps of unit variance, eta 0.1, lambda 0.5, a pass through every layer after every
         minibatch, of 2048 examples, averaged over all positions of their maps. Biases are not blocked. The
-        decay is inside the rate, as Figure 4a asks for (docs/paper.md): it settles near W's size behind ReLUs
-        and at twice it where the answer is linear; ``reading="printed"`` settles at a tenth and a fifth of it.
+        decay is inside the rate, as Figure 4a asks for (docs/paper.md): it settles near W's size behind
+        ReLUs and at twice it where the answer is linear; ``reading="printed"`` at a tenth and a fifth.
 
         Example:
             >>> Mirror.paper().noise, Mirror.paper(samples=128).samples
@@ -224,7 +224,7 @@ class Mirror:
 
 
 def passes_to_fill(share: float) -> int:
-    """Return the passes of a first mirroring: B then has forgotten its beginning, and is as good as it gets."""
+    """Return the passes of a first mirroring: B then has forgotten how it began."""
     return 1 if share == 1.0 else math.ceil(5.0 / share)
 
 

@@ -22,8 +22,8 @@ class MirrorFeedbackAlignment(Rule):
 
     Args:
         mirror: Settings of the one mirroring; None: those of ``start``.
-        start: ``"faithful"``: the weight mirror, until it is predicted to be within 2 degrees; ``"exact"``: the
-            exact read-out.
+        start: ``"faithful"``: the weight mirror, until it is predicted to be within 2 degrees;
+            ``"exact"``: the exact read-out.
 
     Example:
         >>> import feedbackpath as fp

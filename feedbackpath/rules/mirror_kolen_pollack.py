@@ -51,8 +51,8 @@ class MirrorKolenPollack(KolenPollack):
         mirror: Settings of the one mirroring; None: those of ``start``.
         every: Steps from one mirroring to the next, to correct drift (an optimizer that treats W and B
             differently, rounding, noise on the feedback side); None: mirror once.
-        start: ``"faithful"``: the weight mirror, until it is predicted to be within 2 degrees; ``"exact"``: the
-            exact read-out, so that training follows backprop's own course.
+        start: ``"faithful"``: the weight mirror, until it is predicted to be within 2 degrees;
+            ``"exact"``: the exact read-out, so that training follows backprop's own course.
 
     Example:
         >>> import feedbackpath as fp
