@@ -15,14 +15,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from feedbackpath.mirror.cost import PRODUCTS_STEP
-from feedbackpath.mirror.pairs import PAIR
-from feedbackpath.mirror.settings import Mirror, When
+from feedbackpath.mirror.settings import Mirror
 
 GAUSSIAN = "wm, Gaussian"
-"""The rule that fires the paper's independent noise; ``wm`` fires orthogonal codes."""
+"""The rule that fires the paper's independent noise; ``wm`` is today's ``wm-exact`` here."""
 LEARNED = ("kp", "mirror-kp")
 PAPER_SAMPLES = Mirror.paper().samples or 0  # Appendix D.2
-COST_SHARE = When().cost_share or 1.0  # of a step's FLOPs, that a mirror takes by default
+PAIR = 2  # inputs that fired codes together when docs/cost.md was measured
+COST_SHARE = 0.03  # of a step's FLOPs, that a mirror took by default then
 
 # Bytes that operators read and write for one float32 value, and their calls for one weight; tests count them.
 SIGN_BYTES = 12  # W and sizes in, B out

@@ -33,7 +33,7 @@ from feedbackpath.bench.workloads import (
     make_steps,
 )
 from feedbackpath.errors import ConfigError, UserError
-from feedbackpath.mirror import Mirror, When
+from feedbackpath.mirror import Mirror
 from feedbackpath.rules import Rule, WeightMirror, resolve_rule
 
 WARM_UP = 2
@@ -226,7 +226,7 @@ def calibrate(rules: Iterable[str], arithmetic: Arithmetic, rounds: int) -> dict
         ``us_per_weight``: by kind of layer and rule, microseconds; ``ns_per_value``: by rule, nanoseconds.
     """
     every: dict[str, str | Rule] = {
-        rule: WeightMirror(Mirror(when=When("all"))) if rule == "wm" else rule for rule in rules
+        rule: WeightMirror(Mirror.exact()) if rule == "wm" else rule for rule in rules
     }
     added = {name: _added_seconds(stack, every, arithmetic, rounds) for name, stack in _STACKS.items()}
     return {

@@ -9,6 +9,7 @@ independent of each other, so that a study which was killed goes on with those t
 
 import argparse
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -18,9 +19,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from feedbackpath.train.checkpoint import write_json
 from rich.console import Console
 from study_figures import write_study_figures
 from study_table import STUDY_SCHEMA, describe_cell, read_study, rich_study_table
@@ -30,9 +32,9 @@ from feedbackpath.errors import ConfigError, MirrorWarning, UserError
 from feedbackpath.jobs.book import describe_device, describe_versions
 from feedbackpath.jobs.run import make_task
 from feedbackpath.jobs.signals import Interrupted, StopRequest
-from feedbackpath.mirror import DESIGNS, Design, Mirror
-from feedbackpath.mirror.designs import spread_of
-from feedbackpath.mirror.settings import Reading
+from feedbackpath.mirror import Mirror
+from feedbackpath.mirror.noise import NOISES, relative_variance, spread_of
+from feedbackpath.mirror.settings import CODES, Reading
 from feedbackpath.path import untie
 from feedbackpath.rules import WeightMirror
 from feedbackpath.train.build import make_network
@@ -209,7 +211,7 @@ def _open(
 def measure_designs(settings: StudySettings) -> Iterator[Cell]:
     """Yield a cell a curve: angle against samples, of each design, into each kind of layer."""
     for layer in LAYERS:
-        for name in DESIGNS:
+        for name in (*NOISES, *CODES):
             for activation in ACTIVATIONS:
                 told = {"design": name, "layer": layer, "activation": activation}
                 yield Cell("designs", told, partial(_measure_design, name, layer, activation))
@@ -277,8 +279,7 @@ def _tell(mirror: Mirror) -> dict[str, Any]:
     A cell is known by its settings: a new default of one that it does not use should not make it another.
     """
     settings = asdict(mirror)
-    if mirror.when.layers != "drift":
-        settings["when"] = {"layers": mirror.when.layers, "every": mirror.when.every}
+    settings["when"] = {"layers": mirror.when.layers, "every": mirror.when.every}
     return settings
 
 
@@ -323,25 +324,23 @@ class _Layer:
 
     make: Callable[[], nn.Module]
     inputs: int
-    field: Literal["map", "receptive"] = "receptive"
 
 
 LAYERS = {
     "dense, 256 inputs": _Layer(partial(nn.Linear, 256, 64), 256),
-    "convolution, 288 inputs, one field": _Layer(partial(nn.Conv2d, 32, 64, 3), 288),
-    "convolution, 288 inputs, maps": _Layer(partial(nn.Conv2d, 32, 64, 3), 288, "map"),
-    "convolution, 9 inputs, one field": _Layer(partial(nn.Conv2d, 1, 64, 3), 9),
+    "convolution, 288 inputs": _Layer(partial(nn.Conv2d, 32, 64, 3), 288),
+    "convolution, 9 inputs": _Layer(partial(nn.Conv2d, 1, 64, 3), 9),
 }
 ACTIVATIONS: dict[str, nn.Module] = {"ReLU": nn.ReLU(), "linear": nn.Identity()}
 
 
 def _measure_design(name: str, layer: str, activation: str, must_stop: Callable[[], bool]) -> Result:
     """Mirror a fresh layer once, for several numbers of samples and several seeds."""
-    design, inputs = DESIGNS[name], LAYERS[layer].inputs
-    spread = spread_of(ACTIVATIONS[activation])
+    inputs, spread = LAYERS[layer].inputs, spread_of(ACTIVATIONS[activation])
     # Codes take as many samples as there are inputs, and no other number may be asked for.
-    sizes = list(SAMPLES) if isinstance(design, Design) else [None]
-    samples = [size or design.samples_for(inputs, 1.0) for size in sizes]
+    sizes = list(SAMPLES) if name in NOISES else [None]
+    samples = [size or Mirror(noise=name).examples_for(inputs) for size in sizes]
+    predicted = [relative_variance(name, inputs, size, spread) if name in NOISES else 0.0 for size in samples]
     return {
         "inputs": inputs,
         "samples": samples,
@@ -349,14 +348,14 @@ def _measure_design(name: str, layer: str, activation: str, must_stop: Callable[
             [_mirror_once(name, LAYERS[layer], activation, size, seed) for seed in range(NOISE_SEEDS)]
             for size in sizes
         ],
-        "predicted_deg": [design.expected_angle_deg(inputs, size, spread) for size in samples],
+        "predicted_deg": [math.degrees(math.atan(math.sqrt(variance))) for variance in predicted],
     }
 
 
 def _mirror_once(name: str, layer: _Layer, activation: str, samples: int | None, seed: int) -> float:
     torch.manual_seed(seed)
     model = nn.Sequential(layer.make(), ACTIVATIONS[activation])
-    path = untie(model, WeightMirror(Mirror(noise=name, field=layer.field, samples=samples)), seed=seed)
+    path = untie(model, WeightMirror(Mirror(noise=name, samples=samples)), seed=seed)
     path.mirror(steps=1)
     return path.matrix_angles()["0"]
 

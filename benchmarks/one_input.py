@@ -30,7 +30,7 @@ from feedbackpath.jobs import run_job
 from feedbackpath.measure.angles import angle_deg, left_as_it_was
 from feedbackpath.mirror import MirrorMode
 from feedbackpath.mirror.readings import learn
-from feedbackpath.mirror.settings import Reading, When
+from feedbackpath.mirror.settings import Reading
 from feedbackpath.models import build_model
 from feedbackpath.report.live import LiveView
 from feedbackpath.rules import Rule, WeightMirror
@@ -88,7 +88,7 @@ class GaussianMirror(WeightMirror):
     """The weight mirror, layer by layer, with Gaussian noise as well, and as long a memory."""
 
     name: ClassVar[str] = "gaussian-mirror"
-    mirror: Mirror = Mirror(noise="gaussian", when=When("all"))
+    mirror: Mirror = Mirror()
 
 
 @cache

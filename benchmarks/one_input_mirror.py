@@ -23,9 +23,9 @@ from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.modules import tapped
 from feedbackpath.errors import RuleError
 from feedbackpath.measure.angles import left_as_it_was
-from feedbackpath.mirror import Mirror, MirrorMode, fields
+from feedbackpath.mirror import Mirror, MirrorMode
 from feedbackpath.mirror.activations import Activation
-from feedbackpath.mirror.covariance import Estimate
+from feedbackpath.mirror.estimate import Estimate
 from feedbackpath.mirror.passage import forward_passage
 from feedbackpath.mirror.readings import learn
 
@@ -188,11 +188,10 @@ class Seen:
 
     def _estimate(self, covariances: Sequence[Tensor], variances: Sequence[Tensor]) -> Estimate:
         parts = self._parts()
-        covariance = fields.make_estimate(self.weight, parts[0].products.dtype)
-        covariance.copy_(torch.cat(list(covariances)))
         return Estimate(
             self.weight,
-            covariance,
+            torch.cat(list(covariances)),
+            1.0,
             torch.cat([part.drive_answer for part in parts]),
             torch.cat([part.drive_power for part in parts]),
             torch.cat([v.expand_as(part.drive_power) for v, part in zip(variances, parts, strict=True)]),

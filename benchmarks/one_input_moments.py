@@ -12,8 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.errors import RuleError
 from feedbackpath.mirror.activations import Activation
-from feedbackpath.mirror.covariance import conv_products
-from feedbackpath.mirror.fields import ConvGeometry, pad_input
+from feedbackpath.mirror.fields import ConvGeometry, conv_products, pad_input
 
 RIDGE = 1e-4  # of the inputs' mean variance, added to each when they are decorrelated
 UNFOLDED_VALUES = 2**23  # receptive fields are laid out for so many values at once

@@ -1,11 +1,11 @@
 """Two chips: the forward path in one process, the feedback path in another, and no weight on the wire.
 
     python examples/two_chips.py --rule kp
-    python examples/two_chips.py --rule wm
+    python examples/two_chips.py --rule wm-exact
 
 W is made in the forward process and never leaves it; B in the feedback process. They exchange activities and
-deltas, and by ``wm`` the noise that neurons fire with the answers to it. Both learn by the same local product
-of activity and delta; each keeps its own optimizer. The parent then trains the same network in one process,
+deltas, and by ``wm-exact`` the noise that neurons fire with the answers to it. Both learn by the same local
+product of activity and delta; each keeps its own optimizer. The parent then trains the same network in one process,
 by the library, and compares.
 """
 
@@ -95,7 +95,7 @@ def run_forward_chip(rule: str, steps: int) -> tuple[dict[str, object], Counter[
         for weight, activity, delta in zip(weights, activities, deltas, strict=True):
             weight.grad = delta.T @ activity  # equation 4
         optimizer.step()
-        if rule == "wm":
+        if rule == "wm-exact":
             fire_noise(wire, weights)
     return {"weights": [w.detach() for w in weights], "losses": losses}, wire.sent
 
@@ -145,7 +145,7 @@ def train_in_one_process(rule: str, steps: int) -> dict[str, object]:
     """Train the same network by the library."""
     layers = [nn.Linear(a, b, bias=False).double() for a, b in zip(WIDTHS[:-1], WIDTHS[1:], strict=True)]
     model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
-    path = fp.untie(model, fp.WeightMirror(fp.Mirror(when=fp.When("all"))) if rule == "wm" else rule)
+    path = fp.untie(model, rule)
     with torch.no_grad():
         for (_, w, b), new_w, new_b in zip(
             path.pairs(), make_weights(SEED_OF_W), make_weights(SEED_OF_B), strict=True
@@ -179,7 +179,7 @@ def run_chip(rank: int, rule: str, steps: int, folder: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train on two chips and in one process, compare, and print what went over the wire."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rule", choices=("kp", "wm"), default="kp")
+    parser.add_argument("--rule", choices=("kp", "wm-exact"), default="kp")
     parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from feedbackpath.rules import (
         RULES,
         Backprop,
+        ExactMirror,
         FeedbackAlignment,
         KolenPollack,
         MirrorFeedbackAlignment,
@@ -49,6 +50,7 @@ __all__ = [
     "Broadcast",
     "ConfigError",
     "DataError",
+    "ExactMirror",
     "FeedbackAlignment",
     "FeedbackPath",
     "KolenPollack",

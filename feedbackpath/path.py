@@ -41,8 +41,8 @@ def untie(
     Args:
         model: Any model. Each parameter with two dimensions larger than 1 gets a feedback weight, but for
             embeddings and norms.
-        rule: A rule or its name: ``"bp"``, ``"fa"``, ``"ss"``, ``"kp"``, ``"wm"``, ``"mirror-kp"``,
-            ``"mirror-fa"``.
+        rule: A rule or its name: ``"bp"``, ``"fa"``, ``"ss"``, ``"kp"``, ``"wm"``, ``"wm-exact"``,
+            ``"mirror-kp"``, ``"mirror-fa"``.
         overrides: Glob patterns of layer paths to rules, such as ``{"fc": "bp"}``; the last match counts.
         strict: Refuse a model with layers that the rule cannot govern, instead of warning.
         activations: Glob patterns of layer paths to the activation that follows (mirror mode needs it);
@@ -125,7 +125,7 @@ class FeedbackPath:
         settings: "Mirror | None" = None,
         *,
         until_angle_deg: float | None = None,
-        most_steps: int = 1000,
+        most_steps: int | None = None,
     ) -> None:
         """Go into mirror mode by hand, at any time: see ``feedbackpath.mirror.by_hand.mirror``.
 

@@ -158,12 +158,10 @@ def run_all_rules(rank, world_size, folder):
 
 
 MIRRORS = {
-    "same": fp.Mirror(noise="gaussian", samples=256),
-    "averaged": fp.Mirror(noise="gaussian", samples=256, across_devices="averaged"),
-    "receptive-pairs": fp.Mirror(
-        noise="signs-pairs", field="receptive", samples=256, across_devices="averaged"
-    ),
-    "target": fp.Mirror(noise="gaussian", target_angle_deg=5, across_devices="averaged"),
+    "same": fp.Mirror(forgetting=0.1, samples=256),
+    "averaged": fp.Mirror(forgetting=0.1, samples=256, across_devices="averaged"),
+    "signs": fp.Mirror(noise="signs", forgetting=0.1, samples=256, across_devices="averaged"),
+    "target": fp.Mirror(forgetting=0.1, target_angle_deg=5, across_devices="averaged"),
     "until": fp.Mirror(noise="uniform", samples=256, across_devices="averaged"),
 }
 
@@ -183,7 +181,7 @@ def run_mirrors(rank, world_size, folder):
 def mirror_at_rest(name, settings, rank=0):
     """Return what mirroring gives, in one go and resumed on the way, and what was planned."""
     whole, resumed = make_net_at_rest(settings), make_net_at_rest(settings)
-    plan = whole.plan(lambda: whole.model(torch.randn(2, 8, 6, 6)).sum())
+    plan = whole.plan(lambda: whole.model(torch.randn(2, 8, 3, 3)).sum())
     torch.rand(rank + 1)  # the processes' global random numbers part ways
     if name == "until":
         whole.mirror(until_angle_deg=4)
@@ -193,7 +191,7 @@ def mirror_at_rest(name, settings, rank=0):
         half = make_net_at_rest(settings)
         half.model.load_state_dict(resumed.model.state_dict())
         half.load_state_dict(resumed.state_dict())
-        half.mirror(steps=settings.memory_passes - 3)
+        half.mirror(steps=47)
         resumed = half
     return {
         "feedback": [b.detach().clone() for _, _, b in whole.pairs()],
@@ -209,7 +207,7 @@ def mirror_at_rest(name, settings, rank=0):
 def make_net_at_rest(settings):
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(8, 40, 3), nn.ReLU(), nn.Flatten(), nn.Linear(640, 60), nn.ReLU(), nn.Linear(60, 300)
+        nn.Conv2d(8, 40, 3), nn.ReLU(), nn.Flatten(), nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 300)
     )
     return fp.untie(model, fp.WeightMirror(settings))
 

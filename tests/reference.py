@@ -63,20 +63,18 @@ def linear_covariance(noise, weight, activation):
 
 
 def convolution_covariance(noise, weight, activation, geometry, output_shape):
-    """Return the covariance over samples and positions (Appendix D.2), for each weight over its own pairs.
+    """Return the covariance over examples and positions (Appendix D.2), for each weight over its own pairs.
 
-    A map answers about the mean of the other maps.
+    Each neuron, at its own position, answers about its mean over the examples.
     """
     nothing = torch.zeros(output_shape, dtype=noise.dtype)
     drive, _, _ = convolution(noise, weight, weight, nothing, geometry)
     answer = activation(drive)
-    others = [torch.cat([answer[:index], answer[index + 1 :]]) for index in range(len(answer))]
-    means = torch.stack([other.transpose(0, 1).flatten(1).mean(1) for other in others])
-    centred = answer - means.view(*means.shape, *(1,) * (answer.dim() - 2))
-    _, _, products = convolution(noise, weight, weight, centred, geometry)
+    mean = sum(answer) / len(answer)
+    _, _, products = convolution(noise, weight, weight, answer - mean, geometry)
     ones = torch.ones_like(noise), torch.ones(output_shape, dtype=noise.dtype)
     _, _, pairs = convolution(ones[0], weight, weight, ones[1], geometry)
-    return products / pairs
+    return products / pairs * len(noise) / (len(noise) - 1)
 
 
 def expected_covariance(weight, activation, sigma):

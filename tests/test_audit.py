@@ -12,10 +12,10 @@ from torch import nn
 
 import feedbackpath as fp
 from feedbackpath.auditing.locality import OWN, UNMOVED
-from feedbackpath.mirror.designs import DESIGNS
+from feedbackpath.mirror.noise import NOISES
 from feedbackpath.models import build_model
 
-FREE = ("fa", "kp", "wm", "mirror-kp")
+FREE = ("fa", "kp", "wm", "wm-exact", "mirror-kp")
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=1e-2),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
@@ -26,14 +26,13 @@ OPTIMIZERS = {
     "fused-adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=1e-2, fused=True),
 }
 MIRRORS = {
-    **{name: fp.Mirror(noise=name) for name in DESIGNS},
+    **{name: fp.Mirror(noise=name) for name in (*NOISES, "orthogonal", "hadamard")},
     "paper": fp.Mirror.paper(samples=64),
     "printed": fp.Mirror.paper(samples=64, reading="printed"),
     "scaled": fp.Mirror(noise="gaussian", reading="scaled"),
     "baseline": fp.Mirror(noise="uniform", rates="baseline", baseline=4.0),
     "push-pull": fp.Mirror(rates="push-pull"),
-    "receptive": fp.Mirror(noise="gaussian", field="receptive"),
-    "trigger": fp.Mirror(when=fp.When(trigger_deg=0.5)),
+    "share": fp.Mirror(when=fp.When(cost_share=0.1)),
     "turn": fp.Mirror(when=fp.When("turn")),
     "alternate": fp.Mirror(when=fp.When("alternate")),
     "every-second-step": fp.Mirror(when=fp.When("all", every=2)),

@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 from cost_model import (
-    COST_SHARE,
     GAUSSIAN,
     OPTIMIZER_BYTES,
     PAPER_SAMPLES,
@@ -39,12 +38,18 @@ import feedbackpath as fp
 from feedbackpath.bench.counts import count_collective_bytes
 from feedbackpath.bench.measure import peak_bytes
 from feedbackpath.bench.workloads import Arithmetic, TrainingStep, find_workload
-from feedbackpath.mirror import Mirror, When
-from feedbackpath.mirror.pairs import CHUNK_VALUES
+from feedbackpath.mirror import Mirror
+
+
+@pytest.fixture(autouse=True)
+def _counting_changes_nothing(monkeypatch):
+    """A mode that only counts would send the exact read-out the long way: it may be anything."""
+    monkeypatch.setattr("feedbackpath.mirror.shortcut._is_watched", lambda: False)
+
 
 MODELS = ["mlp", "lenet", "transformer", "resnet8"]
 BATCH = 4
-MIRRORS = {"wm": Mirror(when=When("all")), GAUSSIAN: Mirror.paper()}
+MIRRORS = {"wm": Mirror.exact(), GAUSSIAN: Mirror.paper()}
 ALLOCATING = ("empty", "new_empty")  # names of operators that write nothing begin so
 
 
@@ -260,4 +265,3 @@ def test_attention_takes_the_products_of_the_model():
 
 def test_the_mirrors_settings_are_those_of_the_library():
     assert Mirror.paper().samples == PAPER_SAMPLES
-    assert When().cost_share == COST_SHARE

@@ -56,7 +56,7 @@ def test_feedback_is_the_same_on_all_ranks_bit_for_bit_and_after_resuming(name, 
         assert equal(first["feedback"], first["resumed"])
 
 
-@pytest.mark.parametrize(("name", "share"), [("averaged", 1.0), ("receptive-pairs", 1.0), ("target", 0.5)])
+@pytest.mark.parametrize(("name", "share"), [("averaged", 1.0), ("signs", 1.0), ("target", 0.5)])
 def test_the_angle_of_averaged_noise_is_that_of_all_ranks_samples(name, share, mirrored, alone):
     """tan(angle) falls with the root of the samples: each rank's own, or its share of what a target needs."""
     found = mirrored[0][name]
@@ -70,7 +70,7 @@ def test_the_angle_of_averaged_noise_is_that_of_all_ranks_samples(name, share, m
 @pytest.mark.parametrize(("name", "times"), [("same", 1), ("averaged", 2), ("target", 1)])
 def test_work_is_counted_on_all_devices(name, times, mirrored, alone):
     for layer, flops in mirrored[0][name]["flops"].items():
-        assert flops == pytest.approx(times * alone[name]["flops"][layer], rel=0.01)
+        assert flops == pytest.approx(times * alone[name]["flops"][layer], rel=0.05)
 
 
 def test_mirroring_until_an_angle_takes_half_the_passes_of_one_device(mirrored, alone):
@@ -91,7 +91,7 @@ def test_one_rank_of_averaged_noise_is_what_the_same_noise_gives(tmp_path, alone
 def test_ranks_that_average_noise_keep_one_schedule(mirrored):
     first, second = (found["schedule"] for found in mirrored)
     assert equal(first["feedback"], second["feedback"])
-    assert first["state"] == second["state"]
+    torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
     passes = first["state"]["parts"]["MirrorMode"]["passes"].values()
     assert len(passes) == 3
     assert max(passes) < 20  # there was something to choose

@@ -10,7 +10,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("rule", ["kp", "wm"])
+@pytest.mark.parametrize("rule", ["kp", "wm-exact"])
 def test_two_chips_learn_as_one_process_does_and_exchange_no_weight(rule):
     command = [sys.executable, EXAMPLES / "two_chips.py", "--rule", rule, "--steps", "8"]
     done = subprocess.run(
@@ -22,5 +22,5 @@ def test_two_chips_learn_as_one_process_does_and_exchange_no_weight(rule):
         for line in done.stdout.splitlines()
         if " to " in line and ", " in line
     ]
-    allowed = {"activities", "deltas"} | ({"noise", "answers to noise"} if rule == "wm" else set())
+    allowed = {"activities", "deltas"} | ({"noise", "answers to noise"} if rule == "wm-exact" else set())
     assert set(sent) == allowed

@@ -1,4 +1,4 @@
-"""Mirror mode: what noise tells of W, where B settles, and what stays untouched."""
+"""Mirror mode: what noise tells of W, what it is sent through, and what stays untouched."""
 
 import contextlib
 import copy
@@ -9,23 +9,13 @@ import sys
 import pytest
 import reference
 import torch
-from problems import (
-    ATTENTIONS,
-    CONVNET,
-    ENCODER,
-    KINDS,
-    MLP,
-    PLAIN_LAYERS,
-    by_id,
-)
+from problems import ATTENTIONS, CONVNET, ENCODER, KINDS, MLP, PLAIN_LAYERS, by_id
 from torch import nn
 
 import feedbackpath as fp
 from feedbackpath.measure.angles import angle_deg
-from feedbackpath.mirror import designs, fields
-from feedbackpath.mirror.codes import estimate_with_codes
-from feedbackpath.mirror.noise import estimate_with_noise
-from feedbackpath.mirror.rates import RATES, Signed
+from feedbackpath.mirror import MirrorMode, fields
+from feedbackpath.mirror.mode import fire
 
 ACTIVATIONS = {
     "relu": nn.ReLU(),
@@ -35,46 +25,233 @@ ACTIVATIONS = {
     "gelu": nn.GELU(),
     "identity": nn.Identity(),
 }
+CODES = [fp.Mirror.exact(), fp.Mirror(noise="hadamard")]
+over_codes = pytest.mark.parametrize("codes", CODES, ids=["orthogonal", "hadamard"])
+RELU_SCATTER = math.sqrt(2.0 - 2.0 / math.pi)
 
-GAUSSIAN = fp.Mirror(noise="gaussian")
 
-
-def untie_alone(layer, activation, **settings):
-    path = fp.untie(nn.Sequential(layer, activation), fp.WeightMirror(fp.Mirror(**settings)))
+def untie_alone(layer, activation, seed=0, **settings):
+    path = fp.untie(nn.Sequential(layer, activation), fp.WeightMirror(fp.Mirror(**settings)), seed=seed)
     return path, path.weights[0]
 
 
-def fire(weight, activation, seed=0, num_samples=64, sigma=1.0, **settings):
-    """Return what one pass of Gaussian noise finds."""
-    settings = {"design": designs.DESIGNS["gaussian"], "field": "map", "block_bias": True} | settings
-    with torch.no_grad():
-        return estimate_with_noise(
-            weight, activation, Signed(), num_samples=num_samples, sigma=sigma,
-            generator=torch.Generator().manual_seed(seed), **settings,
-        )  # fmt: skip
+def fire_once(path, settings):
+    """Return what one pass finds; B stays as it is."""
+    return fire(path.context.part(MirrorMode), path.weights[0], settings)
 
 
-@pytest.fixture
-def fired(monkeypatch):
-    """Collect the noise that Gaussian designs draw."""
-    drawn, draw = [], designs.DESIGNS["gaussian"].draw
-    recording = designs.Design("gaussian", lambda *args: drawn.append(draw(*args)) or drawn[-1], 3.0)
-    monkeypatch.setitem(designs.DESIGNS, "gaussian", recording)
-    return drawn
+@contextlib.contextmanager
+def noise_of(layer):
+    """Collect what a layer is called with."""
+    seen = []
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    yield seen
+    hook.remove()
+
+
+# What is fired, and what it is sent through.
 
 
 @pytest.mark.parametrize("problem", KINDS, ids=by_id)
-def test_covariance_matches_loops_over_samples_and_positions(problem, fired):
-    _, weight = untie_alone(problem.build(), nn.ReLU())
-    found = fire(weight, torch.relu, num_samples=160, design=designs.DESIGNS["gaussian"]).covariance
-    w, (drawn,) = weight.weight.detach(), fired
+def test_covariance_matches_loops_over_examples_and_positions(problem):
+    path, weight = untie_alone(problem.build(), nn.ReLU())
+    with noise_of(weight.layer) as seen:
+        found = fire_once(path, fp.Mirror(samples=7)).covariance
+    w, (noise,) = weight.weight.detach(), seen
     if w.dim() == 2:
-        expected = reference.linear_covariance(drawn[0], w, torch.relu)
+        expected = reference.linear_covariance(noise, w, torch.relu)
     else:
-        geometry = fields.unpadded(weight.layer)
-        shape = torch.convolution(drawn, w, None, *geometry).shape
-        expected = reference.convolution_covariance(drawn, w, torch.relu, geometry, shape)
+        geometry = fields.geometry_of(weight.layer, weight.layer.padding)
+        shape = torch.convolution(noise, w, None, *geometry).shape
+        expected = reference.convolution_covariance(noise, w, torch.relu, geometry, shape)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "uniform", "signs", "orthogonal", "hadamard"])
+@pytest.mark.parametrize("problem", KINDS, ids=by_id)
+def test_all_neurons_of_a_layer_fire_in_every_sample(problem, name):
+    path, weight = untie_alone(problem.build(), nn.ReLU())
+    settings = fp.Mirror(noise=name)
+    with noise_of(weight.layer) as seen:
+        fire_once(path, settings)
+    assert all((x != 0).all() for x in seen)
+    sizes = torch.cat([x.flatten() for x in seen]).abs()
+    deviation = 0.01 if name == "orthogonal" else 1.0
+    assert sizes.square().mean() == pytest.approx(deviation**2, rel=0.05)
+
+
+@pytest.mark.parametrize("rule", ["wm", fp.WeightMirror(CODES[1]), "wm-exact", "mirror-kp", "mirror-fa"])
+@pytest.mark.parametrize("problem", [KINDS[0], KINDS[4], KINDS[-3]], ids=by_id)
+def test_a_layer_that_a_hook_silences_teaches_nothing(problem, rule):
+    path = fp.untie(nn.Sequential(problem.build(), nn.ReLU()), rule)
+    weight = path.weights[0]
+    before = weight.feedback.detach().clone()
+    hook = weight.layer.register_forward_hook(lambda *args: torch.zeros_like(args[2]))
+    with pytest.warns(fp.MirrorWarning, match="neurons of '0' do not answer to noise"):
+        path.mirror()
+    assert torch.equal(weight.feedback, before)
+    hook.remove()
+    path.mirror()
+    assert path.matrix_angles()["0"] < 5
+
+
+def test_a_layer_that_is_silenced_during_training_keeps_what_it_has_learnt():
+    path, weight = untie_alone(nn.Linear(30, 20), nn.ReLU())
+    path.mirror()
+    before = weight.feedback.detach().clone()
+    weight.layer.register_forward_hook(lambda *args: torch.zeros_like(args[2]))
+    with pytest.warns(fp.MirrorWarning, match="20 of 20 neurons"):
+        path.step()
+    assert torch.equal(weight.feedback, before)
+
+
+@pytest.mark.parametrize("where", ["layer", "activation"])
+@pytest.mark.parametrize("size", [0.3, 1.0, 3.0])
+def test_noise_that_a_hook_adds_raises_the_angle_as_theory_says(size, where):
+    """``sum_j Var[B_j] = (|w|^2 (n + 1) + size^2 n) / (N - 1)`` for a linear neuron."""
+    inputs, samples, passes = 40, 500, 20
+    path, weight = untie_alone(nn.Linear(inputs, 300), nn.LeakyReLU(1.0), samples=samples)
+    nn.init.normal_(weight.weight, std=inputs**-0.5)
+    place = weight.layer if where == "layer" else path.model[1]
+    place.register_forward_hook(lambda *args: args[2] + size * torch.randn_like(args[2]))
+    variances = []
+    for _ in range(passes):
+        found = fire_once(path, fp.Mirror(samples=samples)).covariance
+        w = weight.weight.detach()
+        variances.append((found - w).square().sum() / w.square().sum())
+        path.context.part(MirrorMode).passes["0"] = len(variances)
+    square = float(w.square().sum()) / 300
+    expected = (inputs + 1 + size**2 * inputs / square) / (samples - 1)
+    assert torch.stack(variances).mean().item() == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("codes", [*CODES, fp.Mirror()], ids=["orthogonal", "hadamard", "gaussian"])
+def test_hadamard_codes_average_over_noise_and_weak_ones_drown_in_it(codes):
+    path, weight = untie_alone(nn.Linear(256, 100), nn.Identity(), noise=codes.noise)
+    weight.layer.register_forward_hook(lambda *args: args[2] + 0.05 * torch.randn_like(args[2]))
+    path.mirror(steps=1)
+    angle = path.matrix_angles()["0"]
+    if codes.noise == "orthogonal":
+        assert angle > 60
+    if codes.noise == "hadamard":  # 512 samples average over 0.05 / |w| with |w| about 0.58
+        assert angle == pytest.approx(math.degrees(0.05 / 0.577 * math.sqrt(256 / 512)), rel=0.1)
+
+
+@over_codes
+def test_quantised_activities_and_autocast_are_felt(codes):
+    path, weight = untie_alone(nn.Linear(64, 30), nn.ReLU(), noise=codes.noise)
+    path.mirror()
+    assert path.matrix_angles()["0"] < 1e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        path.mirror()
+    assert 0.01 < path.matrix_angles()["0"] < 1
+    weight.layer.register_forward_pre_hook(lambda _, args: torch.round(args[0] * 4) / 4)
+    if codes.noise == "orthogonal":
+        with pytest.warns(fp.MirrorWarning, match="do not answer"):  # 0.01 rounds to nothing
+            path.mirror()
+    else:
+        path.mirror()
+        assert path.matrix_angles()["0"] < 1e-3
+
+
+def test_a_layer_of_ones_own_runs_its_own_forward_pass():
+    class Clipped(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.clamp(-0.5, 0.5))
+
+    gains = {}
+    for rule in ("wm", "wm-exact"):
+        path = fp.untie(nn.Sequential(Clipped(40, 30), nn.Identity()), rule)
+        path.mirror()
+        gains[rule] = path.gains()["0"]
+    # E[d clamp(x) / dx]: slopes are told at the layer's output, and what its input loses is felt.
+    assert gains["wm"] == pytest.approx(math.erf(0.5 / math.sqrt(2)), rel=0.05)
+    assert gains["wm-exact"] == pytest.approx(1.0, abs=1e-5)  # codes are weaker than that
+
+
+def test_noise_is_fresh_in_each_pass_layer_and_step():
+    """The errors of two estimates go together no more than chance explains."""
+    model = nn.Sequential(nn.Linear(50, 50, bias=False), nn.Identity(), nn.Linear(50, 50, bias=False))
+    model[2].weight.data = model[0].weight.data.clone()
+    path = fp.untie(model, fp.WeightMirror(fp.Mirror(samples=100, forgetting=1.0)))
+    errors = []
+    for call in (path.mirror, path.step, path.step):
+        call()
+        errors += [(w.feedback - w.weight).detach().flatten() for w in path.weights]
+    correlations = torch.corrcoef(torch.stack(errors)) - torch.eye(len(errors))
+    assert correlations.abs().max() < 5 / math.sqrt(2500)
+
+
+@pytest.mark.parametrize("call", [fp.FeedbackPath.step, fp.FeedbackPath.mirror], ids=["step", "mirror"])
+def test_what_a_hook_draws_is_fresh_and_leaves_trainings_random_numbers_alone(call):
+    path, weight = untie_alone(nn.Linear(20, 10), nn.ReLU(), samples=16)
+    drawn = []
+    weight.layer.register_forward_hook(lambda *args: drawn.append(torch.randn(3)))
+    state = torch.get_rng_state()
+    for _ in range(3):
+        call(path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len({tuple(values.tolist()) for values in drawn}) == len(drawn) >= 3
+
+
+# How much is fired.
+
+
+def test_noise_takes_the_shape_of_the_minibatch_and_2048_examples_before_there_was_one():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(400, 5))
+    path = fp.untie(model, "wm")
+    with noise_of(model[0]) as maps, noise_of(model[3]) as vectors:
+        path.mirror(steps=1)
+        assert sum(map(len, maps)) == sum(map(len, vectors)) == 2048
+        maps.clear()
+        vectors.clear()
+        model(torch.randn(6, 3, 10, 10)).sum().backward()
+        assert len(maps.pop()) == len(vectors.pop()) == 6
+        path.step()
+    assert [tuple(x.shape) for x in maps] == [(6, 3, 10, 10)]
+    assert [tuple(x.shape) for x in vectors] == [(6, 400)]
+
+
+def test_a_layer_that_has_never_been_mirrored_begins_with_2048_examples():
+    model = nn.Sequential(nn.Linear(30, 20), nn.ReLU())
+    path = fp.untie(model, "wm")
+    model(torch.randn(4, 30)).sum().backward()
+    with noise_of(model[0]) as seen:
+        path.step()
+        path.step()
+    assert [len(x) for x in seen] == [2048, 4]
+    assert path.matrix_angles()["0"] < 30
+
+
+def test_the_papers_samples_are_2048_examples_at_every_position():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 49, 5))
+    path = fp.untie(model, fp.WeightMirror(fp.Mirror.paper()))
+    path.mirror(steps=1)
+    model(torch.randn(6, 3, 7, 7)).sum().backward()
+    path.step()
+    mode = path.context.part(MirrorMode)
+    found = [fire(mode, weight, fp.Mirror.paper()) for weight in path.weights]
+    assert [one.num_samples for one in found] == [2048 * 49, 2048]
+    plan = path.plan(lambda: model(torch.randn(6, 3, 7, 7)).sum())
+    assert [(layer.samples, layer.positions) for layer in plan] == [(2048, 49), (2048, 1)]
+
+
+def test_wide_layers_fire_in_parts(monkeypatch):
+    from feedbackpath.mirror import noise
+
+    monkeypatch.setattr(noise, "CHUNK_VALUES", 3000)
+    for settings in (fp.Mirror(samples=100), fp.Mirror(noise="hadamard")):
+        path, weight = untie_alone(nn.Linear(100, 20), nn.ReLU())
+        with noise_of(weight.layer) as seen:
+            found = fire_once(path, settings)
+        assert len(seen) > 1
+        assert max(x.numel() for x in seen) <= 3200
+        assert sum(map(len, seen)) == found.num_samples == (256 if settings.fires_codes else 100)
+        if settings.fires_codes:
+            torch.testing.assert_close(found.at_gain_one(), weight.weight.detach())
+
+
+# What it tells.
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0])
@@ -82,20 +259,72 @@ def test_covariance_matches_loops_over_samples_and_positions(problem, fired):
 @pytest.mark.parametrize("problem", [KINDS[0], KINDS[4]], ids=by_id)
 def test_expected_covariance_is_proportional_to_the_weights(problem, name, sigma):
     """Equation 11, each neuron with the mean slope at which noise drives it."""
-    _, weight = untie_alone(problem.build(), nn.ReLU())
-    found = fire(weight, ACTIVATIONS[name], num_samples=50_000, sigma=sigma).covariance
+    layer = problem.build()
+    if not isinstance(layer, nn.Linear):
+        layer.padding = (0,) * len(layer.kernel_size)  # at a border drives are weaker
+    path, weight = untie_alone(layer, ACTIVATIONS[name])
+    found = fire_once(path, fp.Mirror(samples=50_000, sigma=sigma)).covariance
     expected = reference.expected_covariance(weight.weight.detach(), ACTIVATIONS[name], sigma)
     scatter = 1.17 * math.sqrt(weight.fan_in / 50_000)
     assert (found - expected).norm() / expected.norm() < 1.5 * scatter
 
 
-@pytest.mark.parametrize("problem", KINDS, ids=by_id)
-def test_expected_covariance_of_every_kind_of_layer_behind_relus(problem):
-    _, weight = untie_alone(problem.build(), nn.ReLU())
-    passes = [fire(weight, torch.relu, seed, num_samples=2000).covariance for seed in range(10)]
-    expected = 0.5 * weight.weight.detach()
-    scatter = 1.17 * math.sqrt(weight.fan_in / 20_000)
-    assert (sum(passes) / 10 - expected).norm() / expected.norm() < 1.5 * scatter
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+@pytest.mark.parametrize("problem", [*KINDS, *PLAIN_LAYERS], ids=by_id)
+def test_every_kind_of_layer_is_mirrored_to_within_sampling_noise(problem):
+    """The predicted angle is that of all passes together; small layers scatter about it."""
+    path, weight = untie_alone(problem.build(), nn.ReLU())
+    field = path.context.part(MirrorMode).field(weight, fp.Mirror(), None)
+    path.mirror(steps=8)
+    variance = RELU_SCATTER**2 * (fields.inputs_of(weight) + 1) / (8 * 2048 * field.positions)
+    predicted = math.degrees(math.atan(math.sqrt(variance)))
+    chance = 4 / math.sqrt(2 * weight.weight.numel())
+    assert path.matrix_angles()["0"] < predicted * (1.15 + chance)
+    assert path.matrix_angles()["0"] > predicted * (0.7 - chance)
+    assert path.gains()["0"] == pytest.approx(1.0, abs=0.03)
+
+
+@over_codes
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+@pytest.mark.parametrize("problem", [*KINDS, *PLAIN_LAYERS], ids=by_id)
+def test_codes_tell_every_kind_of_layer_to_rounding_through_its_own_call(problem, codes):
+    for dtype, limit in ((torch.float32, 2e-4), (torch.float64, 1e-10)):
+        path, weight = untie_alone(problem.build(dtype), nn.ReLU())
+        found = fire_once(path, codes).at_gain_one()
+        assert (found - weight.weight).norm() / weight.weight.norm() < limit
+
+
+@over_codes
+@pytest.mark.parametrize("problem", ATTENTIONS, ids=by_id)
+def test_codes_tell_attention(problem, codes):
+    path = fp.untie(problem.build(), fp.ExactMirror(codes))
+    path.mirror()
+    assert max(path.matrix_angles().values()) < 1e-6
+    assert path.gains() == pytest.approx(dict.fromkeys(path.gains(), 1.0), abs=1e-8)
+
+
+def test_noise_mirrors_attention_projections():
+    path = fp.untie(ENCODER.build(), "wm")
+    path.mirror(steps=5)
+    assert max(path.matrix_angles().values()) < 4
+    assert path.gains() == pytest.approx(dict.fromkeys(path.gains(), 1.0), abs=0.03)
+    model, x = path.model, ENCODER.inputs()[0]
+    model(x).sum().backward()
+    path.step()
+    assert max(path.matrix_angles().values()) < 20
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_the_order_of_memory_makes_no_difference(kind, order):
+    path, weight = untie_alone(kind(6, 8, 3).to(memory_format=order), nn.ReLU())
+    with noise_of(weight.layer) as seen:
+        path.mirror(steps=20)
+    assert seen[0].is_contiguous(memory_format=order)
+    assert path.matrix_angles()["0"] < 3
+    for codes in CODES:
+        found = fire_once(path, codes).at_gain_one()
+        torch.testing.assert_close(found, weight.weight.detach(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -109,137 +338,130 @@ def test_expected_covariance_of_every_kind_of_layer_behind_relus(problem):
     + [("calibrated", name, 1.0) for name in ACTIVATIONS],
 )
 def test_gains_settle_where_each_reading_says(reading, name, gain):
-    path, _ = untie_alone(
-        nn.Linear(100, 80), ACTIVATIONS[name], noise="gaussian", reading=reading, samples=4000
-    )
+    path, _ = untie_alone(nn.Linear(100, 80), ACTIVATIONS[name], reading=reading, samples=4000)
     nn.init.constant_(path.model[0].bias, 0.7)
     with pytest.warns(fp.MirrorWarning, match="gain") if gain < 0.5 else contextlib.nullcontext():
         path.mirror()
     assert path.gains()["0"] == pytest.approx(gain, rel=0.04)
 
 
-@pytest.mark.parametrize("problem", KINDS, ids=by_id)
-def test_gain_settles_at_one_in_every_kind_of_layer(problem):
-    path, _ = untie_alone(problem.build(), nn.ReLU(), noise="gaussian", samples=2000)
-    path.mirror()
-    assert path.gains()["0"] == pytest.approx(1.0, rel=0.06)
-
-
-def test_gain_is_one_when_biases_are_not_blocked_either():
-    path, _ = untie_alone(nn.Linear(100, 80), nn.ReLU(), noise="gaussian", samples=4000, block_bias=False)
+@pytest.mark.parametrize("settings", [{"block_bias": False}, {"sigma": 3.0}, {"noise": "signs"}], ids=str)
+def test_the_calibrated_gain_is_one_whatever_is_fired(settings):
+    path, _ = untie_alone(nn.Linear(100, 80), nn.ReLU(), samples=4000, **settings)
     path.mirror()
     assert path.gains()["0"] == pytest.approx(1.0, rel=0.04)
 
 
-def test_sigma_does_not_change_the_calibrated_gain():
-    path, _ = untie_alone(nn.Linear(100, 80), nn.ReLU(), noise="gaussian", samples=4000, sigma=3.0)
+@pytest.mark.parametrize("bias", [0.0, 1.0])
+def test_a_small_minibatch_does_not_spoil_the_gain(bias):
+    """Slopes are remembered as long as B: four samples tell little of one."""
+    model = nn.Sequential(nn.Linear(40, 60), nn.ReLU())
+    nn.init.constant_(model[0].bias, bias)
+    path = fp.untie(model, fp.WeightMirror(fp.Mirror(block_bias=False)))
     path.mirror()
-    assert path.gains()["0"] == pytest.approx(1.0, rel=0.04)
+    model(torch.randn(4, 40)).sum().backward()
+    gains = []
+    for _ in range(200):
+        path.step()
+        gains.append(path.gains()["0"])
+    assert sum(gains) / 200 == pytest.approx(1.0, abs=0.1)
+    assert max(gains) < 1.5
 
 
 @pytest.mark.parametrize("angle", [4.0, 8.0, 11.0])
 def test_sampling_noise_leaves_the_angle_that_was_asked_for(angle):
-    path, _ = untie_alone(nn.Linear(300, 200), nn.ReLU(), noise="gaussian", target_angle_deg=angle)
+    path, _ = untie_alone(nn.Linear(300, 200), nn.ReLU(), target_angle_deg=angle)
     path.mirror(steps=40)
-    assert path.matrix_angles()["0"] == pytest.approx(angle, rel=0.15)
+    assert path.matrix_angles()["0"] == pytest.approx(angle, rel=0.1)
 
 
-@pytest.mark.parametrize("problem", PLAIN_LAYERS, ids=by_id)
-def test_orthogonal_noise_is_exact_behind_relus(problem):
-    for dtype, limit in ((torch.float32, 1e-3), (torch.float64, 1e-6)):
-        path, weight = untie_alone(problem.build(dtype), nn.ReLU(), noise="orthogonal")
-        path.mirror()
-        assert angle_deg(weight.feedback, weight.weight) < limit
-        assert path.gains()["0"] == pytest.approx(1.0, abs=1e-5)
+def test_a_given_activation_may_work_in_place():
+    for rule in ("wm", "wm-exact"):
+        for activation in (lambda x: torch.relu_(x), nn.ReLU(inplace=True)):
+            path = fp.untie(nn.Sequential(nn.Linear(40, 30)), rule, activations={"0": activation})
+            path.mirror()
+            assert path.matrix_angles()["0"] < 5
+            assert path.gains()["0"] == pytest.approx(1.0, abs=0.02)
+
+
+# Neurons that do not answer.
 
 
 @pytest.mark.parametrize(
-    "layer",
-    [
-        nn.ConvTranspose2d(6, 8, 3).to(memory_format=torch.channels_last),
-        nn.Conv2d(6, 8, 3).to(memory_format=torch.channels_last),
-        nn.Conv2d(6, 8, 1).to(memory_format=torch.channels_last),
-    ],
-    ids=["transposed", "forward", "one-by-one"],
+    ("activation", "bias", "block_bias"), [(nn.ReLU(), -100.0, False), (lambda x: 0.0 * x, 0.0, True)]
 )
-def test_an_exact_mirror_stays_exact_whatever_the_order_in_memory(layer):
-    path, weight = untie_alone(layer, nn.ReLU())
-    for _ in range(3):
+def test_a_layer_that_never_answers_is_named_once_and_keeps_its_feedback(activation, bias, block_bias):
+    model = nn.Sequential(nn.Linear(6, 5))
+    nn.init.constant_(model[0].bias, bias)
+    rule = fp.WeightMirror(fp.Mirror(block_bias=block_bias))
+    path = fp.untie(model, rule, activations={"0": activation})
+    before = model[0].feedback.clone()
+    with pytest.warns(fp.MirrorWarning, match="5 of 5 neurons of '0' do not answer to noise") as said:
         path.mirror()
-        assert angle_deg(weight.feedback, weight.weight) < 1e-3
-
-
-def test_an_exact_mirror_stays_exact_where_a_matrix_lies_in_memory_by_columns():
-    layer = nn.Linear(24, 10)
-    layer.weight = nn.Parameter(torch.randn(24, 10).t())
-    path, weight = untie_alone(layer, nn.ReLU())
-    for _ in range(3):
-        path.mirror()
-        assert angle_deg(weight.feedback, weight.weight) < 1e-3
-
-
-@pytest.mark.parametrize("noise", ["orthogonal", "gaussian"])
-def test_a_given_activation_may_work_in_place(noise):
-    net = nn.Sequential(nn.Linear(40, 30))
-    path = fp.untie(net, fp.WeightMirror(fp.Mirror(noise=noise)), activations={"0": lambda x: torch.relu_(x)})
-    path.mirror()
-    assert path.matrix_angles()["0"] < 15
-    assert path.gains()["0"] == pytest.approx(1.0, abs=0.1)
-
-
-def test_neurons_that_do_not_answer_are_named_once():
-    net = nn.Sequential(nn.Linear(6, 5))
-    nn.init.constant_(net[0].bias, -100.0)
-    path = fp.untie(net, fp.WeightMirror(fp.Mirror(block_bias=False)), activations={"0": nn.ReLU()})
-    with pytest.warns(fp.MirrorWarning, match="5 of 5 neurons"):
-        path.mirror()
+    assert len(said) == 1
+    assert torch.equal(model[0].feedback, before)
     path.mirror()  # warnings are errors
 
 
-@pytest.mark.parametrize("settings", [{"block_bias": False}, {"rates": "push-pull"}], ids=str)
-def test_answers_are_worked_out_where_biases_or_rates_change_them(settings):
-    layer = nn.Linear(30, 20)
-    nn.init.constant_(layer.bias, 0.003)
-    path, weight = untie_alone(layer, nn.LeakyReLU(0.3), **settings)
-    path.mirror()
+@pytest.mark.parametrize("noise", ["orthogonal", "gaussian"])
+@pytest.mark.parametrize("problem", [KINDS[0], KINDS[4], KINDS[-3]], ids=by_id)
+def test_dead_units_are_counted_and_the_others_learn(problem, noise):
+    path, weight = untie_alone(problem.build(), nn.ReLU(), noise=noise, block_bias=False, sigma=0.1)
+    nn.init.constant_(path.model[0].bias, 2.0)
+    nn.init.constant_(path.model[0].bias[:2], -100.0)
+    channels = 1 if weight.transposed else 0
+    dead, alive = torch.arange(2), torch.arange(2, len(path.model[0].bias))
+    before = weight.feedback.detach().index_select(channels, dead)
+    with pytest.warns(fp.MirrorWarning, match="2 of .* neurons of '0' do not answer") as said:
+        path.mirror(until_angle_deg=4)
+    assert len(said) == 1
+    assert torch.equal(weight.feedback.index_select(channels, dead), before)
+    learnt, w = (x.detach().index_select(channels, alive) for x in (weight.feedback, weight.weight))
+    assert angle_deg(learnt, w) < 6
+    assert (learnt * w).sum() / w.square().sum() == pytest.approx(1.0, abs=0.06)
+
+
+def test_neurons_that_are_silent_by_chance_are_not_named():
+    model = nn.Sequential(nn.Linear(6, 50), nn.ReLU())
+    path = fp.untie(model, "wm")
+    path.mirror(steps=1)
+    model(torch.randn(2, 6)).sum().backward()
+    for _ in range(30):
+        path.step()  # warnings are errors
+    assert path.gains()["0"] > 0.5
+
+
+@pytest.mark.parametrize("rule", ["mirror-kp", "wm", "wm-exact"])
+def test_neurons_without_weights_do_not_change_the_gain(rule):
+    net = nn.Sequential(nn.Linear(20, 30), nn.ReLU())
     with torch.no_grad():
-        found = estimate_with_codes(
-            weight, nn.LeakyReLU(0.3), RATES[settings.get("rates", "signed")](1.0, False), sigma=0.01,
-            block_bias=settings.get("block_bias", True),
-        ).at_gain_one()  # fmt: skip
-    torch.testing.assert_close(weight.feedback.detach(), found)
-
-
-@pytest.mark.parametrize("problem", ATTENTIONS, ids=by_id)
-def test_orthogonal_noise_is_exact_for_attention(problem):
-    path = fp.untie(problem.build(), fp.WeightMirror(fp.Mirror(noise="orthogonal")))
+        net[0].weight[:15] = 0
+    path = fp.untie(net, rule)
     path.mirror()
-    assert max(path.matrix_angles().values()) < 1e-6
-    assert path.gains() == pytest.approx(dict.fromkeys(path.gains(), 1.0), abs=1e-8)
+    assert path.gains()["0"] == pytest.approx(1, abs=0.05)
+    assert not net[0].feedback[:15].any()
 
 
-def test_gaussian_noise_mirrors_attention_projections():
-    path = fp.untie(ENCODER.build(), fp.WeightMirror(fp.Mirror(noise="gaussian", target_angle_deg=4)))
-    path.mirror()
-    assert max(path.matrix_angles().values()) < 6
-    assert path.gains() == pytest.approx(dict.fromkeys(path.gains(), 1.0), abs=0.1)
+# What stays as it was.
 
 
 @pytest.mark.parametrize("rule", [fp.WeightMirror, fp.MirrorKolenPollack])
-@pytest.mark.parametrize(
-    "settings", [{}, {"noise": "gaussian"}, {"noise": "signs-pairs", "field": "receptive"}], ids=str
-)
+@pytest.mark.parametrize("settings", [{}, {"noise": "orthogonal"}, {"noise": "hadamard"}], ids=str)
 @pytest.mark.parametrize("call", [fp.FeedbackPath.step, fp.FeedbackPath.mirror], ids=["step", "mirror"])
-def test_mirror_mode_changes_feedback_and_nothing_else(call, settings, rule):
+@pytest.mark.parametrize("is_hooked", [False, True], ids=["plain", "hooked"])
+def test_mirror_mode_changes_feedback_and_nothing_else(is_hooked, call, settings, rule):
     model = CONVNET.build()
     path = fp.untie(model, rule(fp.Mirror(**settings)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    if is_hooked:
+        model[3].register_forward_hook(lambda *args: args[2] + 0.01 * torch.randn_like(args[2]))
     model(CONVNET.inputs()[0]).sum().backward()
     optimizer.step()
     optimizer_state = copy.deepcopy(optimizer.state_dict())
     own = {id(feedback) for _, _, feedback in path.pairs()}
     rest = [*model.buffers(), *(p for p in model.parameters() if id(p) not in own)]
     before = [tensor.detach().clone() for tensor in rest]
+    names = [name for name, _ in model.named_parameters()]
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     feedbacks = [feedback.clone() for _, _, feedback in path.pairs()]
     versions = [tensor._version for tensor in rest]
@@ -248,6 +470,7 @@ def test_mirror_mode_changes_feedback_and_nothing_else(call, settings, rule):
     assert torch.equal(torch.random.get_rng_state(), random_state)
     assert all(torch.equal(tensor, old) for tensor, old in zip(rest, before, strict=True))
     assert [tensor._version for tensor in rest] == versions
+    assert [name for name, _ in model.named_parameters()] == names
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         assert parameter.grad is None if gradient is None else torch.equal(parameter.grad, gradient)
     assert optimizer_state["state"]
@@ -256,9 +479,24 @@ def test_mirror_mode_changes_feedback_and_nothing_else(call, settings, rule):
     assert all(module.training for module in model.modules())
 
 
+def test_a_bias_is_open_again_whatever_happens():
+    path, weight = untie_alone(nn.Linear(6, 5), nn.ReLU())
+    bias = weight.layer.bias
+
+    def stop(*_):
+        assert weight.layer.bias is None
+        raise KeyboardInterrupt
+
+    hook = weight.layer.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        path.mirror()
+    hook.remove()
+    assert weight.layer.bias is bias
+
+
 def test_noise_is_a_function_of_seed_and_pass_alone():
     def mirror(seed, *passes):
-        path = fp.untie(MLP.build(), fp.WeightMirror(GAUSSIAN), seed=seed)
+        path = fp.untie(MLP.build(), "wm", seed=seed)
         for steps in passes:
             torch.rand(3)  # whatever else draws random numbers
             state = path.state_dict()
@@ -271,60 +509,23 @@ def test_noise_is_a_function_of_seed_and_pass_alone():
     assert not any(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
 
 
-def test_no_two_layers_and_no_two_passes_fire_the_same_noise(fired):
-    layers = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU())
-    fp.untie(layers, fp.WeightMirror(GAUSSIAN)).mirror(steps=2)
-    assert len({round(noise.sum().item(), 6) for noise in fired}) == 4
-
-
-@pytest.mark.parametrize(
-    ("activation", "bias", "block_bias"), [(nn.ReLU(), -100.0, False), (lambda x: 0.0 * x, 0.0, True)]
-)
-def test_a_layer_that_never_answers_is_named_and_keeps_its_feedback(activation, bias, block_bias):
-    model = nn.Sequential(nn.Linear(6, 5))
-    nn.init.constant_(model[0].bias, bias)
-    rule = fp.WeightMirror(fp.Mirror(block_bias=block_bias))
-    path = fp.untie(model, rule, activations={"0": activation})
-    before = model[0].feedback.clone()
-    with pytest.warns(fp.MirrorWarning, match="5 of 5 neurons of '0' do not answer to noise"):
-        path.step()
-    assert torch.equal(model[0].feedback, before)
-
-
-@pytest.mark.parametrize("noise", ["orthogonal", "gaussian", "signs-pairs"])
-@pytest.mark.parametrize("field", ["map", "receptive"])
-@pytest.mark.parametrize("problem", [KINDS[0], KINDS[4], KINDS[-3]], ids=by_id)
-def test_dead_units_are_counted_and_the_others_learn(problem, field, noise):
-    settings = {"noise": noise, "field": field, "block_bias": False, "sigma": 0.1}
-    path, weight = untie_alone(problem.build(), nn.ReLU(), **settings)
-    nn.init.constant_(path.model[0].bias, 2.0)
-    nn.init.constant_(path.model[0].bias[:2], -100.0)
-    channels = 1 if weight.transposed else 0
-    dead, alive = torch.arange(2), torch.arange(2, len(path.model[0].bias))
-    before = weight.feedback.detach().index_select(channels, dead)
-    num_channels = len(path.model[0].bias)
-    with pytest.warns(fp.MirrorWarning, match=f"2 of {num_channels} neurons of '0' do not answer") as said:
-        path.mirror(until_angle_deg=6)
-    assert len(said) == 1
-    assert weight.feedback.isfinite().all()
-    assert torch.equal(weight.feedback.index_select(channels, dead), before)
-    learnt, w = (x.detach().index_select(channels, alive) for x in (weight.feedback, weight.weight))
-    assert angle_deg(learnt, w) < 10
-    assert (learnt * w).sum() / w.square().sum() == pytest.approx(1.0, abs=0.06)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"reading": "aloud"}, "reading='aloud' is not one of calibrated, inside, printed, scaled"),
-        ({"noise": "white"}, "noise='white' is not one of orthogonal, gaussian"),
+        ({"noise": "white"}, "noise='white' is not one of gaussian, uniform, signs, orthogonal, hadamard"),
         ({"sigma": 0.0}, r"sigma must be above 0, not 0\.0"),
         ({"rate": float("nan")}, "rate must be above 0, not nan"),
         ({"noise": "signs", "samples": 1}, "samples must be at least 2, not 1"),
         ({"reading": "printed", "decay": 1.5}, r"would replace 1\.5 of B"),
-        ({"target_angle_deg": 90.0}, "target_angle_deg"),
-        ({"samples": 100}, "samples are for independent noise"),
-        ({"across_devices": "averaged"}, "across_devices='averaged' is for independent noise"),
+        ({"target_angle_deg": 90.0}, "target_angle_deg must be below 90"),
+        ({"target_angle_deg": 9.0, "samples": 9}, "give samples or target_angle_deg, not both"),
+        ({"noise": "orthogonal", "samples": 100}, "samples is for independent noise"),
+        ({"noise": "hadamard", "target_angle_deg": 5}, "target_angle_deg is for independent noise"),
+        (
+            {"noise": "orthogonal", "across_devices": "averaged"},
+            "across_devices='averaged' is for independent",
+        ),
         ({"across_devices": "mean"}, "across_devices='mean' is not one of same, averaged"),
     ],
 )
@@ -333,43 +534,17 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
         fp.Mirror(**settings)
 
 
-def test_more_inputs_and_smaller_angles_need_more_samples():
-    few, many, fine = (
-        fp.Mirror(noise="gaussian", target_angle_deg=angle).samples_for(fan_in)
-        for angle, fan_in in ((8.0, 1000), (8.0, 4000), (4.0, 1000))
+def test_more_inputs_and_smaller_angles_need_more_examples_and_positions_fewer():
+    few, many, fine, maps = (
+        fp.Mirror(target_angle_deg=angle).examples_for(inputs, positions)
+        for angle, inputs, positions in ((8.0, 1000, 1), (8.0, 4000, 1), (4.0, 1000, 1), (8.0, 1000, 10))
     )
     assert many == pytest.approx(4 * few, rel=0.01)
     assert fine == pytest.approx(4 * few, rel=0.05)
-    assert GAUSSIAN.samples_for(1) == 512
-    assert fp.Mirror(noise="signs", samples=7).samples_for(10_000) == 7
-
-
-def test_codes_are_orthogonal_signs():
-    matrix = designs.orthogonal_codes(torch.device("cpu"), torch.float32)
-    assert torch.equal(matrix.abs(), torch.ones_like(matrix))
-    assert torch.equal(matrix @ matrix.T, len(matrix) * torch.eye(len(matrix)))
-
-
-@pytest.mark.parametrize("rule", ["mirror-kp", "wm"])
-def test_neurons_without_weights_do_not_change_the_gain(rule):
-    net = nn.Sequential(nn.Linear(20, 30), nn.ReLU())
-    with torch.no_grad():
-        net[0].weight[:15] = 0
-    path = fp.untie(net, rule)
-    path.mirror()
-    assert path.gains()["0"] == pytest.approx(1, abs=0.05)
-
-
-def test_mirror_kp_refuses_readings_that_do_not_settle_at_the_weights():
-    with pytest.raises(fp.RuleError, match="needs the 'calibrated' reading"):
-        fp.MirrorKolenPollack(fp.Mirror(noise="orthogonal", reading="printed"))
-
-
-def test_activations_that_work_in_place_can_be_given():
-    net = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 4))
-    path = fp.untie(net, "wm", activations={"0": nn.ReLU(inplace=True)})
-    path.mirror()
-    assert max(path.matrix_angles().values()) < 12
+    assert maps == pytest.approx(few / 10, abs=1)
+    assert fp.Mirror(samples=7).examples_for(10_000) == 7
+    assert fp.Mirror().examples_for(10_000) == 2048
+    assert fp.Mirror().examples_for(10_000, seen=96, devices=4) == 24
 
 
 def rooms_after(statement):
@@ -381,9 +556,7 @@ def rooms_after(statement):
 
 
 def test_mirror_mode_stands_on_the_core_alone():
-    assert rooms_after("import feedbackpath.mirror") <= {
-        "core", "errors", "layers", "mirror", "ops", "passage",
-    }  # fmt: skip
+    assert rooms_after("import feedbackpath.mirror") <= {"core", "errors", "mirror"}
 
 
 @pytest.mark.parametrize("rule", ["base", "backprop", "feedback_alignment", "sign_symmetry", "kolen_pollack"])

@@ -18,7 +18,8 @@ import feedbackpath as fp
 from feedbackpath import cli
 from feedbackpath.errors import ConfigError, UserError
 from feedbackpath.jobs import Interrupted
-from feedbackpath.mirror import DESIGNS
+from feedbackpath.mirror.noise import NOISES, code_length
+from feedbackpath.mirror.settings import CODES
 
 TINY = {"model": "mlp", "data": "digits", "epochs": 1, "samples_per_epoch": 64}
 FLAGS = ["--model", "mlp", "--data", "digits", "--epochs", "1", "--samples-per-epoch", "64"]
@@ -61,9 +62,15 @@ def test_a_study_by_its_script(tmp_path, capsys):
         "parts": ["designs", "width", "batch"]
     }
     counts = {part: sum(cell["part"] == part for cell in study["cells"]) for part in PARTS}
-    assert counts == {"designs": 4 * len(DESIGNS) * 2, "grid": 0, "depth": 0, "width": 3, "batch": 6}
+    assert counts == {
+        "designs": 3 * len((*NOISES, *CODES)) * 2,
+        "grid": 0,
+        "depth": 0,
+        "width": 3,
+        "batch": 6,
+    }
     output = capsys.readouterr().out
-    assert f"1/{sum(counts.values())} orthogonal, dense, 256 inputs, ReLU" in output
+    assert f"1/{sum(counts.values())} gaussian, dense, 256 inputs, ReLU" in output
     assert "wm, paper inside" in output
     for name in ("designs", "width", "batch"):
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -74,9 +81,9 @@ def test_a_study_by_its_script(tmp_path, capsys):
 def assert_theory_agrees(cells):
     for cell in cells:
         for angles, predicted in zip(cell["angle_deg"], cell["predicted_deg"], strict=True):
-            if cell["design"] == "orthogonal":
+            if cell["design"] in CODES:
                 assert max(angles) < 1e-4
-                assert (predicted, cell["samples"]) == (0.0, [2 * 16 * -(-cell["inputs"] // 16)])
+                assert (predicted, cell["samples"]) == (0.0, [2 * code_length(cell["inputs"])])
             else:
                 noise = 4 * np.std(angles, ddof=1) / len(angles) ** 0.5
                 assert abs(fmean(angles) - predicted) < noise + 0.1 * predicted, describe_cell(cell)

@@ -1,4 +1,4 @@
-"""Schedules: what a step is taken to cost, and whose turn it is."""
+"""Schedules: what a step is seen to cost, and whose turn it is."""
 
 import copy
 
@@ -7,24 +7,25 @@ import torch
 from torch import nn
 
 import feedbackpath as fp
-from feedbackpath.mirror import MirrorMode, mode
+from feedbackpath.mirror import MirrorMode
 from feedbackpath.mirror.cost import UseCounter, mirror_flops
-from feedbackpath.mirror.schedule import Schedule, Turns, plan_turns
+from feedbackpath.mirror.plan import plan_turns
+from feedbackpath.mirror.schedule import Schedule, Turns
 
-FEW = 4  # samples of a step that cannot pay for all layers
-SLOPES = {"0": 0.5, "2": 0.5, "4": 1.0}
+NAMES = ["0", "2", "4"]
+SHARE = fp.WeightMirror(fp.Mirror(when=fp.When(cost_share=0.2)))
 
 
 def make_net():
     return nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 60), nn.ReLU(), nn.Linear(60, 10))
 
 
-def train(path, steps, batch_size=32, seed=0):
+def train(path, steps, batch_size=32):
     """Train, and return by step which layers were mirrored."""
     optimizer = torch.optim.SGD([p for p in path.model.parameters() if p.requires_grad], lr=0.05)
     mirror_mode, chosen = path.context.part(MirrorMode), []
     for _ in range(steps):
-        generator = torch.Generator().manual_seed(100 * seed + path.context.steps)
+        generator = torch.Generator().manual_seed(path.context.steps)
         optimizer.zero_grad()
         path.model(torch.randn(batch_size, 40, generator=generator)).square().mean().backward()
         optimizer.step()
@@ -34,23 +35,37 @@ def train(path, steps, batch_size=32, seed=0):
     return chosen
 
 
-def spend(path):
-    """Return the FLOPs that mirrors have taken since the first step, and what a step may spend."""
-    mirror_mode = path.context.part(MirrorMode)
-    turns = mirror_mode._turns_of(path.weights, path.rules["0"].mirror)
-    spent = sum(
-        (mirror_mode.passes[name] - 1) * cost for name, cost in zip(turns.names, turns.flops, strict=True)
-    )
-    return spent, turns.budget
+@pytest.mark.parametrize("rule", ["wm", "wm-exact"])
+def test_every_layer_is_mirrored_after_every_step(rule):
+    assert train(fp.untie(make_net(), rule), 5) == [NAMES] * 5
 
 
-def test_a_step_costs_what_training_computes_and_not_what_is_measured():
+@pytest.mark.parametrize(
+    ("when", "expected"),
+    [
+        (fp.When(every=2), [[], NAMES, [], NAMES]),
+        (fp.When("turn"), [["1"], ["2"], ["3"], ["1"]]),
+        (fp.When("alternate"), [["1", "3"], ["2"], ["1", "3"], ["2"]]),
+        (fp.When("turn", every=2), [[], ["1"], [], ["2"]]),
+    ],
+    ids=str,
+)
+def test_turns_are_those_of_the_settings(when, expected):
+    names = NAMES if when.layers == "all" else ["1", "2", "3"]
+    turns, schedule = Turns(names, when, [1.0] * 3, None), Schedule()
+    chosen = [schedule.choose(turns, step) for step in range(1, 5)]
+    assert [[names[position] for position in positions] for positions in chosen] == expected
+
+
+def test_a_step_is_what_training_computes_and_not_what_is_measured():
     path = fp.untie(make_net(), "wm")
     x = torch.randn(256, 40)
     path.delta_angles(lambda: path.model(x).square().mean())
     path.plan(lambda: path.model(x).sum())
     train(path, 1)
-    assert path.context.part(MirrorMode).uses == {"0": 32.0, "2": 32.0, "4": 32.0}
+    mode = path.context.part(MirrorMode)
+    assert mode.uses == dict.fromkeys(NAMES, 32.0)
+    assert mode.shapes == {"0": (32, 40), "2": (32, 60), "4": (32, 60)}
 
 
 def test_measuring_one_path_does_not_keep_another_from_counting():
@@ -63,7 +78,7 @@ def test_measuring_one_path_does_not_keep_another_from_counting():
 
     teacher.delta_angles(distil)
     student.step()
-    assert student.context.part(MirrorMode).uses == {"0": 64.0, "2": 64.0, "4": 64.0}  # it was run twice
+    assert student.context.part(MirrorMode).uses == dict.fromkeys(NAMES, 64.0)  # it was run twice
 
 
 def test_a_measurement_that_fails_does_not_end_counting():
@@ -72,15 +87,15 @@ def test_a_measurement_that_fails_does_not_end_counting():
         path.delta_angles(lambda: 1 / 0)
     assert not path.context.is_measuring
     train(path, 1)
-    assert path.context.part(MirrorMode).uses == {"0": 32.0, "2": 32.0, "4": 32.0}
+    assert path.context.part(MirrorMode).uses == dict.fromkeys(NAMES, 32.0)
 
 
-def test_every_rule_that_mirrors_knows_what_a_step_costs():
+def test_every_rule_that_mirrors_knows_the_minibatch():
     other = fp.WeightMirror(fp.Mirror(noise="signs", samples=64))
     path = fp.untie(make_net(), "wm", overrides={"2": other})
     train(path, 1)
-    assert path.context.part(MirrorMode).uses == {"0": 32.0, "2": 32.0, "4": 32.0}
-    assert not any(layer._forward_hooks for layer in path.layers.values())
+    assert path.context.part(MirrorMode).uses == dict.fromkeys(NAMES, 32.0)
+    assert not any(layer._forward_hooks or layer.untied.taps for layer in path.layers.values())
 
 
 @pytest.mark.parametrize(
@@ -98,6 +113,7 @@ def test_uses_are_counted_however_a_layer_is_called(layer, shape, call, uses):
     path = fp.untie(layer, "wm", activations={"": nn.Identity()})
     call(layer, torch.randn(shape)).sum().backward()
     path.step()
+    path.step()
     assert path.context.part(MirrorMode).uses == {"": uses}
 
 
@@ -110,139 +126,99 @@ def test_uses_are_counted_where_attention_is_called_by_keywords():
     assert set(path.context.part(MirrorMode).uses.values()) == {10.0}
 
 
-def test_the_share_is_of_all_devices_step_so_that_their_number_makes_no_difference(monkeypatch):
+def test_the_minibatch_is_that_of_all_devices_so_that_their_number_makes_no_difference(monkeypatch):
     path = fp.untie(make_net(), "fa")
     counter = UseCounter(path.weights)
     path.model(torch.randn(32, 40))
 
-    def gather(counts, own):
-        counts[:] = [own, {name: 3 * count for name, count in own.items()}]
+    def gather(told, own):
+        uses, shapes = own
+        more = {name: (3 * shape[0], *shape[1:]) for name, shape in shapes.items()}
+        told[:] = [own, ({name: 3 * count for name, count in uses.items()}, more)]
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    assert counter.share() == {"0": 128.0, "2": 128.0, "4": 128.0}
+    counter.share()
+    assert counter.uses == dict.fromkeys(NAMES, 128.0)
+    assert counter.shapes == {"0": (128, 40), "2": (128, 60), "4": (128, 60)}
 
 
-def test_a_share_is_one_of_appendix_bs_flops():
-    """A step takes 6 V u; a pass 4 V N, where N is 2 with codes by pairs, 16 with others, or the samples."""
-    path = fp.untie(make_net(), "fa")
-    values = [2400, 3600, 600]
-    uses = {"0": 32.0, "2": 32.0, "4": 8.0}
-    turns = plan_turns(path.weights, fp.Mirror(when=fp.When(cost_share=0.1)), SLOPES, uses)
-    assert turns.flops == [8 * v for v in values]
-    assert turns.budget == pytest.approx(0.1 * 6 * (32 * 2400 + 32 * 3600 + 8 * 600))
-    weight = path.weights[0]
-    assert mirror_flops(weight, fp.Mirror(), None) == 4 * 16 * 2400
-    assert mirror_flops(weight, fp.Mirror(noise="gaussian", samples=100), 0.5) == 4 * 100 * 2400
+def test_a_mirroring_takes_two_thirds_of_a_step_by_appendix_b():
+    """A step takes 6 V u; a pass 4 V N, and N is u where noise has the minibatch's shape."""
+    for model, x in (
+        (make_net(), torch.randn(32, 40)),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2, 2)),
+            torch.randn(5, 3, 8, 8),
+        ),
+    ):
+        path = fp.untie(model, "wm")
+        plan = path.plan(lambda model=model, x=x: model(x).sum())
+        assert sum(layer.share for layer in plan) == pytest.approx(2 / 3)
+        exact = path.plan(lambda model=model, x=x: model(x).sum(), fp.Mirror.exact())
+        assert [layer.flops for layer in exact] == [mirror_flops(weight, 1) for weight in path.weights]
 
 
-@pytest.mark.parametrize("settings", [fp.Mirror(), fp.Mirror(noise="gaussian")], ids=["codes", "noise"])
-def test_what_a_layer_costs_is_the_same_on_every_kind_of_device(settings):
+def test_what_a_layer_costs_is_the_same_on_every_kind_of_device():
     """No weight is looked at, and no clock: a layer without memory costs what it does on a CPU."""
-    uses = dict.fromkeys(SLOPES, 7.0)
     path = fp.untie(make_net(), "fa")
-    here = plan_turns(path.weights, settings, SLOPES, uses)
+    mode = path.context.part(MirrorMode)
+    mode.find_activations(path.weights)
+    mode.uses = dict.fromkeys(NAMES, 7.0)
+    here = plan_turns(mode, path.weights, SHARE.mirror)
     path.model.to("meta")
     assert path.weights[0].weight.device.type == "meta"
-    assert plan_turns(path.weights, settings, SLOPES, uses) == here
+    assert plan_turns(mode, path.weights, SHARE.mirror) == here
 
 
-def test_layers_are_chosen_by_sizes_settings_and_angles_alone(monkeypatch):
-    """Other weights, other data and another precision: with the same angles the same layers are mirrored."""
-    chosen = []
-    for seed, dtype in ((0, torch.float32), (1, torch.float64)):
-        torch.manual_seed(seed)
-        angles = iter(torch.rand(1000, generator=torch.Generator().manual_seed(7)) / 50)
-        monkeypatch.setattr(mode, "turn_of", lambda before, after, angles=angles: next(angles))
-        torch.set_default_dtype(dtype)
-        try:
-            chosen.append(train(fp.untie(make_net(), "wm", seed=seed), 150, FEW, seed))
-        finally:
-            torch.set_default_dtype(torch.float32)
-    assert chosen[0] == chosen[1]
-    assert {len(layers) for layers in chosen[0]} >= {0, 1, 3}  # there was something to choose
+def test_a_share_is_kept_to_and_a_turn_that_is_saved_for_comes():
+    path = fp.untie(make_net(), SHARE)
+    chosen = train(path, 200)
+    assert {len(layers) for layers in chosen[1:]} >= {0, 1}  # there was something to choose
+    mode = path.context.part(MirrorMode)
+    turns = plan_turns(mode, path.weights, SHARE.mirror)
+    spent = sum((mode.passes[name] - 1) * cost for name, cost in zip(turns.names, turns.flops, strict=True))
+    assert spent == pytest.approx(200 * turns.budget, rel=0.1)
+    assert max(mode.passes.values()) - min(mode.passes.values()) <= 1
+    assert turns.steps_between == pytest.approx(200 / mode.passes["2"], rel=0.1)
 
 
-def test_a_layer_of_zeros_does_not_hold_up_the_others():
-    """The angle by which a B of zeros turns is no number."""
-    mirrored = []
-    for is_zero in (False, True):
-        torch.manual_seed(0)
-        net = make_net()
-        if is_zero:
-            nn.init.zeros_(net[2].weight)
-            net[2].weight.requires_grad_(False)
-        path = fp.untie(net, "wm")
-        train(path, 120, FEW)
-        mirrored.append(path.context.part(MirrorMode).passes)
-    control, beside_zeros = mirrored
-    assert 1 < control["4"] < 120  # it has to wait for its turn
-    assert beside_zeros["4"] > control["4"] / 2
-
-
-def test_a_turn_that_is_saved_for_comes():
-    path = fp.untie(make_net(), fp.WeightMirror(fp.Mirror(when=fp.When(within_deg=None))))
-    train(path, 200, FEW)
-    spent, budget = spend(path)
-    assert spent == pytest.approx(200 * budget, rel=0.1)
-    (schedule,) = path.context.part(MirrorMode).schedules.values()
-    assert min(schedule.last.values()) > 100
-
-
-@pytest.mark.parametrize(("within_deg", "expected"), [(None, []), (5.0, []), (2.0, [1]), (0.5, [0, 1])])
-def test_what_lags_too_far_is_mirrored_whatever_it_costs(within_deg, expected):
-    schedule = Schedule()
-    schedule.pace, schedule.last = {"a": 0.3, "b": 1.0}, {"a": 7, "b": 7}
-    turns = Turns(["a", "b"], fp.When(within_deg=within_deg), flops=[100.0, 100.0], budget=1.0)
-    assert schedule.choose(turns, 10) == expected
-    assert 0.0 <= schedule.credit <= 1.0
-
-
-def test_independent_noise_keeps_to_its_share():
-    """It moves B at every pass by more than W has moved."""
-    path = fp.untie(make_net(), fp.WeightMirror(fp.Mirror(noise="gaussian", samples=64)))
-    train(path, 100)
-    spent, budget = spend(path)
-    assert spent <= 100 * budget
-
-
-@pytest.mark.parametrize("stop", [1, 2, 17, 18, 19, 33, 60])
-@pytest.mark.parametrize("when", [fp.When(), fp.When(within_deg=None), fp.When(every=3)], ids=str)
-def test_a_run_that_is_resumed_chooses_as_one_that_was_not_broken_off(when, stop):
-    """Angles are seen at a layer's second, eighteenth, ... mirroring, and read at the next choice."""
+@pytest.mark.parametrize("stop", [1, 2, 17, 33])
+@pytest.mark.parametrize("when", [fp.When(cost_share=0.1), fp.When("turn"), fp.When(every=3)], ids=str)
+def test_a_run_that_is_resumed_goes_on_as_one_that_was_not_broken_off(when, stop):
     rule = fp.WeightMirror(fp.Mirror(when=when))
     torch.manual_seed(0)
     whole = fp.untie(make_net(), rule)
     start = copy.deepcopy(whole.model.state_dict())
-    expected = train(whole, 80, FEW)
+    expected = train(whole, 40)
     first = fp.untie(make_net(), rule)
     first.model.load_state_dict(start)
-    chosen = train(first, stop, FEW)
+    chosen = train(first, stop)
     resumed = fp.untie(make_net(), rule)
     resumed.model.load_state_dict(first.model.state_dict())
     resumed.load_state_dict(copy.deepcopy(first.state_dict()))
-    assert chosen + train(resumed, 80 - stop, FEW) == expected
+    assert chosen + train(resumed, 40 - stop) == expected
+    for (_, _, ours), (_, _, theirs) in zip(resumed.pairs(), whole.pairs(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
-def test_angles_that_have_not_been_read_survive_a_resume_in_their_order():
-    """Of two angles of one layer the later counts; a state holds plain numbers, whatever waits."""
-    turns = Turns(["a", "b"], fp.When(), flops=[100.0, 100.0], budget=90.0)
-    schedule = Schedule()
-    for step, name, turn in ((1, "a", 0.5), (2, "b", 0.01), (3, "a", 0.001)):
-        schedule.note(name, step, torch.tensor(turn))
-    state = schedule.state_dict()
-    assert [type(turn) for _, _, turn in state["unread"]] == [float] * 3
-    resumed = Schedule()
-    resumed.load_state_dict(state)
-    for step in range(4, 40):
-        assert resumed.choose(turns, step) == schedule.choose(turns, step)
-    assert resumed.pace == schedule.pace
-    assert resumed.pace["a"] < 0.1  # degrees a step
+def test_a_path_that_was_copied_before_its_first_step_sees_it():
+    path = copy.deepcopy(fp.untie(make_net(), SHARE))
+    chosen = train(path, 50)
+    assert path.context.part(MirrorMode).uses == dict.fromkeys(NAMES, 32.0)
+    assert sum(map(len, chosen)) < 100
 
 
-def test_a_path_that_was_copied_before_its_first_step_is_not_left_without_a_budget():
-    path = copy.deepcopy(fp.untie(make_net(), "wm"))
-    chosen = train(path, 100, FEW)
-    assert path.context.part(MirrorMode).uses == {"0": FEW, "2": FEW, "4": FEW}
-    assert sum(map(len, chosen)) < 250
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": "drift"}, "layers='drift' is not one of all, turn, alternate"),
+        ({"cost_share": 0.0}, "cost_share must be above 0"),
+        ({"layers": "turn", "cost_share": 0.1}, "cost_share is for layers='all'"),
+        ({"every": 0}, "every must be at least 1"),
+    ],
+)
+def test_schedules_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(fp.RuleError, match=message):
+        fp.When(**settings)

@@ -178,7 +178,9 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 def test_make_rule_takes_nested_settings_and_names_wrong_ones():
     rule = make_rule("wm", {"mirror": {"reading": "printed"}})
     assert rule == fp.WeightMirror(fp.Mirror(reading="printed"))
-    assert make_rule("mirror-kp", {"mirror": {"sigma": 0.5}}).mirror.noise == "orthogonal"
+    assert make_rule("mirror-kp", {"mirror": {"sigma": 0.5}}).mirror == fp.Mirror(sigma=0.5)
+    exact = make_rule("mirror-kp", {"start": "exact", "mirror": {"sigma": 0.5}})
+    assert exact == fp.MirrorKolenPollack(fp.Mirror.exact(sigma=0.5))
     with pytest.raises(ConfigError, match="mirror has no setting 'readin'; it has noise, "):
         make_rule("wm", {"mirror": {"readin": "printed"}})
     with pytest.raises(ConfigError, match="samples cannot be 'many'"):

@@ -13,14 +13,14 @@ from feedbackpath.errors import ConfigError
 def plan(
     *,
     model: Annotated[str, Parameter(help="network")] = "resnet8",
-    noise: Annotated[str, Parameter(help="noise design")] = "orthogonal",
+    noise: Annotated[str, Parameter(help="gaussian, uniform, signs, orthogonal or hadamard")] = "gaussian",
     target_angle_deg: Annotated[
         float | None,
-        Parameter(help="angle that independent noise may leave, in degrees (8 unless given)"),
+        Parameter(help="angle that independent noise may leave, in degrees; else the minibatch decides"),
     ] = None,
     cost_share: Annotated[
         float | None,
-        Parameter(help="share of a step's FLOPs that mirroring may take (0.03 unless given)"),
+        Parameter(help="share of a step's FLOPs that mirroring may take; else all layers, every step"),
     ] = None,
     batch_size: Annotated[int | None, Parameter(help="samples of a training step")] = None,
     imports: Annotated[
@@ -28,7 +28,9 @@ def plan(
         Parameter(name="--import", help="Python file with layers or models of your own", negative=""),
     ] = (),
 ) -> int:
-    """Print what mirror mode will do with each layer: samples, predicted angle, FLOPs, and how often.
+    """Print what mirror mode will do with each layer: samples, predicted angle, costs, and how often.
+
+    Costs are told twice: FLOPs of the simulation, and reads, writes and signals of a network that is there.
 
     Exit codes: 0 done, 2 bad input.
     """
@@ -44,19 +46,38 @@ def plan(
     when = When() if cost_share is None else When(cost_share=cost_share)
     settings = Mirror(noise=noise, target_angle_deg=target_angle_deg, when=when)
     layers, size = plan_of_model(model, settings, batch_size)
-    table = Table("layer", "inputs", "samples", "angle", "FLOPs", "of a step", "every")
+    names = (
+        "layer",
+        "inputs",
+        "samples",
+        "maps of",
+        "angle",
+        "FLOPs",
+        "of a step",
+        "reads",
+        "spikes",
+        "every",
+    )
+    table = Table(*names)
     for layer in layers:
+        dues = layer.dues
         table.add_row(
-            layer.name, str(layer.inputs), str(layer.samples), f"{layer.angle_deg:.2g}°",
-            f"{layer.flops:.2g}", f"{100 * layer.share:.2g}%", f"{layer.steps_between:.1f}",
+            layer.name, str(layer.inputs), str(layer.samples), str(layer.positions),
+            f"{layer.angle_deg:.2g}°", f"{layer.flops:.2g}", f"{100 * layer.share:.2g}%", f"{dues.reads:.2g}", f"{dues.spikes:.2g}",
+            f"{layer.steps_between:.1f}",
         )  # fmt: skip
     console = Console()
     console.print(f"{model}, batch {size}, {noise} noise")
     console.print(table)
     total = sum(layer.share for layer in layers)
     every = layers[0].steps_between
+    reads, spikes = (sum(getattr(layer.dues, what) for layer in layers) for what in ("reads", "spikes"))
     console.print(
-        f"all layers once: {100 * total:.2g}% of a training step's FLOPs (Appendix B's count); "
-        f"each is mirrored every {every:.1f} steps on average; angles are what noise leaves, W at rest"
+        f"the simulation: all layers once take {100 * total:.2g}% of a training step's FLOPs (Appendix "
+        f"B's count); each is mirrored every {every:.1f} steps on average; angles are what noise leaves, W at rest"
+    )
+    console.print(
+        f"a brain or a chip: all layers once take {reads:.2g} reads of an array of W, as many writes of each "
+        f"synapse of B beside it, and {spikes:.2g} signals of neurons"
     )
     return DONE

@@ -16,6 +16,7 @@ from feedbackpath.core.exchange import as_plain
 from feedbackpath.core.modules import FeedbackModule
 
 Activation = Callable[[Tensor], Tensor]
+LEAST_SLOPE = 1e-4  # a neuron that answers with less than this share of its drive does not answer
 
 ACTIVATION_MODULES = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
@@ -136,7 +137,7 @@ def _activation_of(user: torch.fx.Node, modules: dict[str, nn.Module]) -> Activa
     if user.op == "call_module":
         module = modules[str(user.target)]
         if isinstance(module, ACTIVATION_MODULES):
-            return out_of_place(module) if getattr(module, "inplace", False) else module.forward
+            return out_of_place(module)
         return _follow(user, modules) if isinstance(module, TRANSPARENT_MODULES) else identity
     if user.op == "call_function":
         target: Any = user.target
@@ -161,11 +162,17 @@ def dtype_of(activation: Activation) -> torch.dtype:
     return learned[0].dtype if learned else torch.float64
 
 
+def without_hooks(activation: Activation) -> Activation:
+    """Return what an activation computes, past the hooks of its module: for those who probe it."""
+    origin = origin_of(activation)
+    return origin.forward if isinstance(origin, nn.Module) else activation
+
+
 def is_channelwise(activation: Activation) -> bool:
     """Whether an activation has a setting for each channel, so that it needs all of them at once."""
     probe = torch.zeros(1, 1, 1)
     try:
-        return activation(probe).shape != probe.shape
+        return without_hooks(activation)(probe).shape != probe.shape
     except RuntimeError:
         return True
 
@@ -183,7 +190,8 @@ def odd_slope(activation: Activation) -> float | None:
     if not _is_torchs(activation) or _learned(activation):
         return None
     z = torch.logspace(-8, 8, 161, dtype=torch.float64)
-    slopes = (activation(z.clone()) - activation(-z)) / (2.0 * z)
+    compute = without_hooks(activation)
+    slopes = (compute(z.clone()) - compute(-z)) / (2.0 * z)
     return slopes[0].item() if torch.allclose(slopes, slopes[0], rtol=1e-7, atol=0.0) else None
 
 
@@ -197,7 +205,7 @@ def out_of_place(activation: Activation) -> Activation:
 
 def _is_torchs(activation: Activation) -> bool:
     """Whether an activation is one that torch has, so that it is known what it does."""
-    origin = _origin(activation)
+    origin = origin_of(activation)
     if isinstance(origin, nn.Module):
         return type(origin) in (*ACTIVATION_MODULES, nn.Identity)
     return origin is identity or origin in ACTIVATION_FUNCTIONS or origin in OUT_OF_PLACE
@@ -205,11 +213,11 @@ def _is_torchs(activation: Activation) -> bool:
 
 def _learned(activation: Activation) -> list[nn.Parameter]:
     """Return what an activation learns."""
-    origin = _origin(activation)
+    origin = origin_of(activation)
     return list(origin.parameters()) if isinstance(origin, nn.Module) else []
 
 
-def _origin(activation: Activation) -> Any:
+def origin_of(activation: Activation) -> Any:
     """Return the module or function that an activation is made of."""
     origin = inspect.unwrap(activation)
     return getattr(origin, "__self__", None) if isinstance(origin, MethodType) else origin
@@ -231,7 +239,8 @@ def _is_same(one: Activation | None, other: Activation | None) -> bool:
     probe = torch.tensor([-7.0, -2.0, -0.4, 0.3, 1.5, 8.0])
     try:
         with torch.no_grad():
-            return one is other or torch.equal(one(probe), other(probe))
+            answers = (without_hooks(activation)(probe.clone()) for activation in (one, other))
+            return one is other or torch.equal(*answers)
     except RuntimeError:  # PReLU with one slope a channel cannot take the probe
         return False
 

@@ -9,13 +9,15 @@ from torch import Tensor
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.errors import RuleError
-from feedbackpath.mirror.cost import UseCounter
+from feedbackpath.mirror.cost import UseCounter, step_flops
 from feedbackpath.mirror.mode import MirrorMode
 from feedbackpath.mirror.plan import LayerPlan, make_plan
 from feedbackpath.mirror.settings import Mirror, refuse_no_count
 
+MOST_STEPS = 1000
 Groups = Sequence[tuple[object, Sequence[UntiedWeight]]]
-"""Rules, each with the weights that it governs. A rule that mirrors has its settings in ``mirror``."""
+"""Rules, each with the weights that it governs. A rule that mirrors has its settings in ``mirror``; one that
+mirrors once, the angle that it asks for in ``start_angle_deg``."""
 
 
 def mirror(
@@ -24,7 +26,7 @@ def mirror(
     steps: int | None = None,
     settings: Mirror | None = None,
     until_angle_deg: float | None = None,
-    most_steps: int = 1000,
+    most_steps: int | None = None,
 ) -> None:
     """Go into mirror mode: before training, in a pause, at any time.
 
@@ -33,21 +35,25 @@ def mirror(
     Args:
         context: What a rule may know of the path.
         groups: What may be mirrored.
-        steps: Passes through all layers; None: as many as a first mirroring takes.
+        steps: Passes through all layers; None: as many as fill B's memory, 5 / d of them where a pass
+            replaces the share d of B; or, of a rule that mirrors once, as many as bring B to the angle that
+            it asks for.
         settings: How to mirror; None: as the layer's rule does, or by default settings.
         until_angle_deg: Begin anew, and go on with each layer until its B is so near to W, in degrees,
             judged by how much passes differ among themselves; instead of ``steps``.
-        most_steps: Passes after which to give up on that, with a warning that names the layers.
+        most_steps: Passes after which to give up on that, with a warning that names the layers; None: 1000.
 
     Raises:
         RuleError: Both ``steps`` and ``until_angle_deg`` are given, or the angle makes no sense, or a number
             of passes is no whole number of at least 1.
 
     Warns:
-        MirrorWarning: Neurons do not answer, or a layer is too wide to get to ``until_angle_deg``.
+        MirrorWarning: Neurons do not answer, or a layer is too wide to get to ``until_angle_deg``, or it
+            cannot be told how near it came.
     """
     mode = context.part(MirrorMode)
-    refuse_no_count("mirror: most_steps", most_steps)
+    if most_steps is not None:
+        refuse_no_count("mirror: most_steps", most_steps)
     if steps is not None:
         refuse_no_count("mirror: steps", steps)
     if until_angle_deg is not None and (steps is not None or not 0 < until_angle_deg < 90):
@@ -55,11 +61,13 @@ def mirror(
             f"mirror: give steps or until_angle_deg, between 0 and 90 degrees; not {steps} and "
             f"{until_angle_deg}"
         )
-    for weights, how in _choose(groups, settings):
+    for rule, weights, how in _choose(groups, settings):
         if until_angle_deg is not None:
-            mode.run_until(weights, how, until_angle_deg, most_steps)
+            mode.run_until(weights, how, until_angle_deg, most_steps or MOST_STEPS)
+        elif steps is None and settings is None and getattr(rule, "start_angle_deg", None) is not None:
+            mode.begin(weights, how, rule.start_angle_deg)  # type: ignore[attr-defined]
         else:
-            mode.run(weights, how, how.memory_passes if steps is None else steps)
+            mode.run(weights, how, steps)
 
 
 def plan(
@@ -71,7 +79,7 @@ def plan(
     *,
     scale: float = 1.0,
 ) -> list[LayerPlan]:
-    """Say what mirror mode will do with each layer: samples, angle, FLOPs, and how often.
+    """Say what mirror mode will do with each layer: samples, angle, costs, and how often.
 
     Args:
         context: What a rule may know of the path.
@@ -89,32 +97,44 @@ def plan(
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 10))
         >>> path = fp.untie(model, "kp")
-        >>> plan = path.plan(lambda: model(torch.randn(64, 100)).sum(), fp.Mirror(noise="gaussian"))
-        >>> [(layer.name, layer.samples) for layer in plan]
-        [('0', 512), ('2', 512)]
+        >>> plan = path.plan(lambda: model(torch.randn(64, 100)).sum())
+        >>> [(layer.name, layer.samples, round(layer.share, 2)) for layer in plan]
+        [('0', 64, 0.61), ('2', 64, 0.06)]
     """
     if not 0 < scale < math.inf:
         raise RuleError(f"plan: scale must be above 0 and finite, not {scale}")
     mode = context.part(MirrorMode)
     with context.measuring(), torch.enable_grad(), UseCounter(weights) as counter:
         compute_loss()
-    uses = {name: scale * count for name, count in counter.share().items()}
+    counter.share()
+    before = mode.uses, mode.shapes
+    mode.uses = {name: scale * count for name, count in counter.uses.items()}
+    mode.shapes = {
+        name: (round(scale * shape[0]), *shape[1:]) for name, shape in counter.shapes.items() if shape
+    }
+    step = sum(step_flops(weight, mode.uses.get(weight.name, 0.0)) for weight in weights)
     plans = []
-    for group, how in _choose(groups, settings):
-        mode.find_activations(group)
-        plans += make_plan(group, how, mode.activations, uses)
+    try:
+        for _, group, how in _choose(groups, settings):
+            mode.find_activations(group)
+            plans += make_plan(mode, group, how, step)
+    finally:
+        mode.uses, mode.shapes = before
     return plans
 
 
-def _choose(groups: Groups, settings: Mirror | None) -> list[tuple[Sequence[UntiedWeight], Mirror]]:
-    """Return groups of weights, and how to mirror them."""
-    of_rules = [(weights, getattr(rule, "mirror", None)) for rule, weights in groups]
-    mirroring = [(weights, how) for weights, how in of_rules if isinstance(how, Mirror)]
-    chosen = mirroring if settings is None and mirroring else [(w, settings or Mirror()) for w, _ in of_rules]
-    unable = [repr(weight.name) for group, _ in chosen for weight in group if weight.kind.as_matrix is None]
+def _choose(groups: Groups, settings: Mirror | None) -> list[tuple[object, Sequence[UntiedWeight], Mirror]]:
+    """Return rules with their groups of weights, and how to mirror these."""
+    of_rules = [(rule, weights, getattr(rule, "mirror", None)) for rule, weights in groups]
+    mirroring = [(rule, weights, how) for rule, weights, how in of_rules if isinstance(how, Mirror)]
+    if settings is not None or not mirroring:
+        mirroring = [(rule, weights, settings or Mirror()) for rule, weights, _ in of_rules]
+    unable = [
+        repr(weight.name) for _, group, _ in mirroring for weight in group if weight.kind.as_matrix is None
+    ]
     if unable:
         raise RuleError(
             f"mirror mode cannot run the layers of {', '.join(unable)}: tell it how by "
             "fp.register_layer(..., as_matrix=...), or give them the rule 'bp' by overrides="
         )
-    return chosen
+    return mirroring

@@ -1,4 +1,4 @@
-"""What the three steps of mirror mode share: estimate, reading and schedule."""
+"""What the steps of mirror mode share of one path: activations, what training showed, and counts."""
 
 import fnmatch
 import warnings
@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from feedbackpath.core.context import RuleContext, generator_of
+from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.errors import MirrorWarning, RuleError
-from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import Activation, find_activations, odd_slope, out_of_place
-from feedbackpath.mirror.pairs import Pairs
+from feedbackpath.mirror.estimate import Estimate
+from feedbackpath.mirror.fields import Field, make_field
 from feedbackpath.mirror.schedule import Schedule
 from feedbackpath.mirror.settings import Mirror
 
@@ -27,11 +28,12 @@ class MirrorContext:
         path: The same.
         activations: What follows each layer, as far as it is known.
         odd_slopes: The ``odd_slope`` of each of them.
-        passes: How often each weight has been mirrored; absent: never. The noise of a pass depends on the
-            path's seed, the weight, and this number alone.
+        passes: How often each weight has been mirrored; absent: never.
+        samples: Answers of a neuron that B has learnt from, in all of them.
+        signals: Of each neuron, what its slope is taken from: mean z (y - mean y) and mean z^2.
         uses: How often a training step uses each value of a weight; empty until a step has been seen.
+        shapes: Shape of the input that a training step called each layer with, of all devices together.
         schedules: By the name of a rule's first weight, whose turn it is among that rule's weights.
-        pairs: Views of weights that are mirrored the short way.
     """
 
     def __init__(self, path: RuleContext) -> None:
@@ -39,9 +41,12 @@ class MirrorContext:
         self.activations: dict[str, Activation] = {}
         self.odd_slopes: dict[str, float | None] = {}
         self.passes: dict[str, int] = {}
+        self.samples: dict[str, int] = {}
+        self.signals: dict[str, Tensor] = {}
         self.uses: dict[str, float] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.schedules: dict[str, Schedule] = {}
-        self.pairs: dict[str, Pairs] = {}
+        self._fields: dict[tuple[Any, ...], Field] = {}
         self._warned: set[tuple[str, str]] = set()
 
     def find_activations(self, weights: Sequence[UntiedWeight]) -> None:
@@ -67,20 +72,46 @@ class MirrorContext:
         self.activations |= found
         self.odd_slopes |= {name: odd_slope(activation) for name, activation in found.items()}
 
+    def field(self, weight: UntiedWeight, settings: Mirror, seen: tuple[int, ...] | None) -> Field:
+        """Return what is fired at a weight: the maps that training showed, or, of codes, the smallest."""
+        seen = None if settings.fires_codes else seen
+        w = weight.weight
+        key = weight.name, weight.weight_name, None if seen is None else seen[1:], w.shape, w.dtype, w.device
+        if key not in self._fields or self._fields[key].weight.layer is not weight.layer:
+            self._fields[key] = make_field(weight, seen)
+        return self._fields[key]
+
+    def shape_seen(self, weight: UntiedWeight) -> tuple[int, ...] | None:
+        """Return the shape of what training's minibatch brought a layer; None: none has been seen."""
+        seen = self.shapes.get(weight.name)
+        return None if seen is None or len(seen) < 2 else seen
+
+    def shape_to_fire(self, weight: UntiedWeight) -> tuple[int, ...] | None:
+        """Return the shape that the next pass goes by; None, as if no minibatch had been seen, for the first.
+
+        One small minibatch tells too little to begin with.
+        """
+        return self.shape_seen(weight) if weight.name in self.passes else None
+
+    def count_samples(self, found: Estimate) -> int:
+        """Return how many samples a weight has been mirrored with, those of a new pass included."""
+        name = found.weight.name
+        self.samples[name] = self.samples.get(name, 0) + found.num_samples
+        return self.samples[name]
+
+    def forget(self, weight: UntiedWeight) -> None:
+        """Begin anew with a weight."""
+        for known in (self.passes, self.samples, self.signals):
+            known.pop(weight.name, None)
+
     def generator(self, weight: UntiedWeight, rank: int = 0) -> torch.Generator:
-        """Return the random numbers of a weight's next pass.
+        """Return the random numbers of a weight's next pass, which no other pass, weight or step has.
 
         Args:
             weight: The weight.
             rank: The device's place among those that fire noise of their own.
         """
-        key = f"{self.path.seed}/{self.passes.get(weight.name, 0)}/{weight.name}/{weight.feedback_name}"
-        return generator_of(f"{key}/{rank}" if rank else key, weight.feedback.device)
-
-    def may_be_dead(self, weight: UntiedWeight, settings: Mirror) -> bool:
-        """Whether neurons may be silent: one that has answered always does, if no bias moves it."""
-        is_new = weight.name not in self.passes
-        return is_new or fields.open_bias(weight, settings.block_bias) is not None
+        return self.path.generator(weight, f"mirror/{self.passes.get(weight.name, 0)}/{rank}")
 
     def warn_once(self, kind: str, name: str, message: str) -> None:
         """Warn of something in a layer, if that has not been done before."""
@@ -90,12 +121,20 @@ class MirrorContext:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs, as plain values."""
-        schedules = {name: schedule.state_dict() for name, schedule in self.schedules.items()}
-        return {"passes": dict(self.passes), "uses": dict(self.uses), "schedules": schedules}
+        return {
+            "passes": dict(self.passes),
+            "samples": dict(self.samples),
+            "signals": {name: values.clone() for name, values in self.signals.items()},
+            "uses": dict(self.uses),
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "schedules": {name: schedule.state_dict() for name, schedule in self.schedules.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to where ``state`` was taken."""
         self.passes, self.uses = dict(state["passes"]), dict(state["uses"])
+        self.samples, self.signals = dict(state["samples"]), dict(state["signals"])
+        self.shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
         self.schedules = {name: Schedule() for name in state["schedules"]}
         for name, schedule in self.schedules.items():
             schedule.load_state_dict(state["schedules"][name])

@@ -1,10 +1,11 @@
-"""What mirroring costs beside a training step, in FLOPs.
+"""What mirroring costs: what the simulation computes, and what a brain or a chip would pay.
 
-They are counted as in Appendix B of Akrout et al. 2019: two for each product of a weight and a signal that is
-added up. Nothing else counts, so they are functions of layers' sizes and uses, the same on every machine.
+The simulation's work is counted in FLOPs as in Appendix B of Akrout et al. 2019: two for each product of a
+weight and a signal that is added up. Both follow from layers' sizes and uses alone, the same on every machine.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -13,11 +14,7 @@ from torch import Tensor
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.pytorch import has_processes
-from feedbackpath.mirror.designs import CODE_LENGTH, OrthogonalCodes
-from feedbackpath.mirror.devices import count_devices
-from feedbackpath.mirror.fields import inputs_in_mirror_mode
-from feedbackpath.mirror.pairs import PAIR, can_pair
-from feedbackpath.mirror.settings import Mirror
+from feedbackpath.mirror.fields import Field
 
 PRODUCTS_STEP = 3  # of a training step: forward, to the inputs, to the weights
 
@@ -32,31 +29,44 @@ def step_flops(weight: UntiedWeight, uses: float) -> float:
     return PRODUCTS_STEP * forward_flops(weight, uses)
 
 
-def code_length(weight: UntiedWeight, settings: Mirror, slope: float | None) -> int:
-    """Return how many inputs fire codes together."""
-    return PAIR if can_pair(weight, settings, slope) else CODE_LENGTH
-
-
-def mirror_flops(weight: UntiedWeight, settings: Mirror, slope: float | None) -> float:
+def mirror_flops(weight: UntiedWeight, samples: float) -> float:
     """Return ``4 V N``: the FLOPs of a pass, noise forward through W and its covariance with the answer.
-
-    N is the samples of noise that meet each value of W. Codes of a pair or group of inputs meet those inputs'
-    weights alone, for the others are silent: N is the length of the codes. Noise that devices fire each for
-    itself counts on all of them, as a training step does; noise that is the same on all, once.
 
     Args:
         weight: The weight to mirror.
-        settings: How.
-        slope: The ``odd_slope`` of the activation that follows.
+        samples: N, noise that meets each value of W: examples times positions; 1 by the exact read-out's
+            shortcut. Of all devices whose noise is averaged; noise that is the same on all counts once.
     """
-    if isinstance(settings.design, OrthogonalCodes):
-        return 2.0 * forward_flops(weight, code_length(weight, settings, slope))
-    inputs = inputs_in_mirror_mode(weight, settings.field)
-    return 2.0 * forward_flops(weight, settings.total_samples_for(inputs, count_devices(settings)))
+    return 2.0 * forward_flops(weight, samples)
+
+
+@dataclass(frozen=True)
+class Dues:
+    """What one pass through one layer costs a network that is there in neurons and synapses, not simulated.
+
+    Attributes:
+        samples: Patterns of noise that the layer's neurons fire.
+        reads: Products of such a pattern, or its part in one receptive field, with W: uses of W's array.
+        writes: Changes of each synapse of B, if it learns from each read as equation 7 has it.
+        spikes: Signals that neurons send: noise, and the answers to it.
+    """
+
+    samples: int
+    reads: int
+    writes: int
+    spikes: int
+
+
+def dues_of(field: Field, examples: int) -> Dues:
+    """Return what a network pays for a pass of so many examples."""
+    weight, reads = field.weight, examples * field.answers
+    channels = weight.weight.shape[1] * field.groups if weight.transposed else len(weight.weight)
+    fired = examples * torch.Size(field.shape).numel()
+    return Dues(examples, reads, reads, fired + reads * channels)
 
 
 class UseCounter:
-    """Counts how often each weight's values are used while a model runs.
+    """Counts how often each weight's values are used while a model runs, and notes the inputs' shapes.
 
     Use it as a context manager, or call ``stop``: it listens to the layers until then.
 
@@ -66,10 +76,12 @@ class UseCounter:
 
     Attributes:
         uses: The counts, by the weight's name.
+        shapes: Of the input that the weight met last.
     """
 
     def __init__(self, weights: Sequence[UntiedWeight], path: RuleContext | None = None) -> None:
         self.uses: dict[str, float] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self._path = path
         self._names = {(id(weight.layer), weight.weight_name): weight.name for weight in weights}
         self._layers: list[Any] = list({id(weight.layer): weight.layer for weight in weights}.values())
@@ -90,18 +102,21 @@ class UseCounter:
             layer.untied.taps = tuple(tap for tap in layer.untied.taps if tap != self._count)
         self._layers.clear()
 
-    def share(self) -> dict[str, float]:
-        """Return the counts, added up over the processes of a job: all then have the same.
+    def share(self) -> None:
+        """Add up over the processes of a job: all then have the same counts, and minibatches as large.
 
-        So the layers whose turn it is, and with them the course of training, do not depend on how many
-        devices share a minibatch.
+        So the noise that is fired, and with it the course of training, does not depend on how many devices
+        share a minibatch.
         """
         if not has_processes():
-            return dict(self.uses)
-        counts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(counts, self.uses)
-        names = {name: None for count in counts for name in count}
-        return {name: sum(count.get(name, 0.0) for count in counts) for name in names}
+            return
+        told: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(told, (self.uses, self.shapes))
+        counts, shapes = [uses for uses, _ in told], [seen for _, seen in told]
+        self.uses = {n: sum(count.get(n, 0.0) for count in counts) for count in counts for n in count}
+        for name in dict.fromkeys(name for seen in shapes for name in seen):
+            all_seen = [seen[name] for seen in shapes if name in seen]
+            self.shapes[name] = (sum(shape[0] for shape in all_seen), *all_seen[0][1:])
 
     def __getstate__(self) -> dict[str, Any]:
         """Let a copy, which comes along with a copy of the layers, count nothing."""
@@ -123,3 +138,4 @@ class UseCounter:
         share = len(range(*rows.indices(size))) / size
         name = self._names[id(weight.layer), weight.weight_name]
         self.uses[name] = self.uses.get(name, 0.0) + positions * share
+        self.shapes[name] = tuple(x.shape)

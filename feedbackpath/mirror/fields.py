@@ -1,16 +1,23 @@
-"""A layer's weight as matrices of receptive fields, and the noise maps that drive a convolution."""
+"""Where noise is fired at a weight: what its layer is called with, and which products teach which weight.
+
+A linear layer or a convolution runs its own call, so that whatever changes its forward pass changes what it
+teaches. The covariance of a convolution is its exact weight gradient. Where a map ends, a weight at the
+kernel's edge meets fewer inputs: each value of a covariance is averaged over the pairs that it connected
+(Appendix D.2 of Akrout et al. 2019).
+"""
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from feedbackpath.core.layers import UntiedWeight, is_channels_last
-
-MAP_POSITIONS = 64  # positions in a noise map: 64 along a line, 8 x 8 in a plane, 4 x 4 x 4 in space
+from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.errors import RuleError
 
 
 class ConvGeometry(NamedTuple):
@@ -24,105 +31,159 @@ class ConvGeometry(NamedTuple):
     groups: int
 
 
-def as_matrix(tensor: Tensor, weight: UntiedWeight) -> Tensor:
-    """View a tensor laid out as W as ``[groups, neurons, inputs]``, the values of one receptive field each.
+@dataclass(frozen=True)
+class Field:
+    """What is fired at one weight at once.
 
-    Inputs are in the order of memory, so that no copy is made of a dense tensor, channels last or not. A
-    transposed convolution is seen from one input position: each output position is a neuron of its own.
+    Attributes:
+        weight: The weight.
+        shape: Of one example of noise: ``[channels, *map]`` or ``[..., inputs]``.
+        answers: Of one neuron of W, or channel, to one example: the positions of its map.
+        pairs: Pairs of input and answer that each value of W connects in an example; laid out as W.
+        positions: Answers that count for as much as one example of a layer without a map would.
+        mask: The answers that count, where padding by other values than zeros spoils some; None: all.
     """
-    view = weight.kind.as_matrix
-    assert view is not None, f"no mirror can run {weight.name}"
-    return view(weight.layer, tensor)
+
+    weight: UntiedWeight
+    shape: tuple[int, ...]
+    answers: int
+    pairs: Tensor | float
+    positions: float
+    mask: Tensor | None = None
+
+    @property
+    def groups(self) -> int:
+        """Groups of inputs that meet weights of their own."""
+        return int(getattr(self.weight.layer, "groups", 1)) if is_convolution(self.weight) else 1
+
+    def run(self, x: Tensor) -> Tensor:
+        """Return what the layer makes of noise ``[N, *shape]``: ``[samples, channels, ...]``.
+
+        Linear layers and convolutions run their own call, hooks and all. A projection of attention, or a
+        layer of one's own, is one product of ``as_matrix``.
+        """
+        weight = self.weight
+        if runs_itself(weight):
+            z = weight.layer(x)
+            if not isinstance(z, Tensor):
+                raise RuleError(f"mirror mode: {weight.name!r} returns {type(z).__name__}, not a tensor")
+            return z if is_convolution(weight) else z.flatten(0, -2)
+        matrix = _matrix_of(weight, weight.weight.detach())
+        by_group = x.reshape(-1, matrix.shape[0], matrix.shape[2]).transpose(0, 1)
+        return (by_group @ matrix.mT).transpose(0, 1).flatten(1)
+
+    def multiply(self, x: Tensor, answer: Tensor) -> Tensor:
+        """Return the sum of answer times input over samples and positions, laid out as W."""
+        weight = self.weight
+        if is_convolution(weight):
+            x, padding = pad_input(weight.layer, pad_as_layer(weight.layer, x))
+            like = weight.weight.detach()
+            like = like if like.dtype == x.dtype else like.to(x.dtype)
+            return conv_products(geometry_of(weight.layer, padding), like, x, answer)
+        if runs_itself(weight):
+            return answer.mT @ x.flatten(0, -2)
+        products = torch.empty_like(weight.weight, dtype=answer.dtype)
+        matrix = _matrix_of(weight, products)
+        groups, neurons, inputs = matrix.shape
+        one, other = answer.view(-1, groups, neurons), x.reshape(-1, groups, inputs)
+        matrix.copy_(one.permute(1, 2, 0) @ other.transpose(0, 1))
+        return products
 
 
-def as_rows(tensor: Tensor, weight: UntiedWeight) -> Tensor:
-    """View a tensor laid out as W as ``[neurons, inputs]``: groups make no difference to a neuron alone.
+def is_convolution(weight: UntiedWeight) -> bool:
+    """Whether a weight is a convolution's, transposed or not."""
+    return isinstance(weight.layer, _ConvNd)
 
-    A view of a dense tensor, but a copy for transposed convolutions, whose neurons are not in order.
+
+def runs_itself(weight: UntiedWeight) -> bool:
+    """Whether noise passes through the layer's own call: not where it takes more than one input."""
+    return isinstance(weight.layer, nn.Linear | _ConvNd)
+
+
+def make_field(weight: UntiedWeight, seen: Sequence[int] | None) -> Field:
+    """Return what is fired at a weight.
+
+    Args:
+        weight: The weight.
+        seen: Shape of the input that training called its layer with; None: not known. Noise takes that
+            shape, if each value of W meets an input there. Else a convolution gets the smallest map that
+            holds a whole receptive field, and other layers get a vector.
     """
-    matrix = as_matrix(tensor, weight)
-    return matrix.reshape(-1, matrix.shape[-1])
-
-
-def make_estimate(weight: UntiedWeight, dtype: torch.dtype, scratch: Tensor | None = None) -> Tensor:
-    """Allocate a tensor with W's shape and order of inputs, of which ``as_matrix`` is a view."""
+    if not is_convolution(weight):
+        inputs = weight.layer.in_features if runs_itself(weight) else _count_inputs(weight)
+        shape = tuple(seen[1:]) if seen is not None and len(seen) > 1 and seen[-1] == inputs else (inputs,)
+        answers = math.prod(shape[:-1])
+        return Field(weight, shape, answers, float(answers), float(answers))
+    layer, dims = weight.layer, len(weight.layer.kernel_size)
+    sizes = [tuple(seen[2:])] if seen is not None and len(seen) == dims + 2 else []
+    for size in (*sizes, least_map(layer)):
+        pairs, reached, mask, positions = _connect(layer, size)
+        if bool((pairs > 0).all()):
+            break
     w = weight.weight
-    flat = w.new_empty(w.numel(), dtype=dtype) if scratch is None else scratch[: w.numel()]
-    if is_channels_last(w) and not weight.transposed:
-        return torch.as_strided(flat, w.shape, w.stride())
-    return flat.view(w.shape)
+    dtype = torch.promote_types(w.dtype, torch.float32)
+    return Field(
+        weight, (layer.in_channels, *size), reached, pairs.to(w.device, dtype), positions,
+        None if mask is None else mask.to(w.device, dtype),
+    )  # fmt: skip
 
 
-def is_laid_out_alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape have their values in the same order in memory."""
-    strides = zip(one.shape, one.stride(), other.stride(), strict=True)
-    return all(own == others for size, own, others in strides if size > 1)
+def _connect(layer: _ConvNd, size: tuple[int, ...]) -> tuple[Tensor, int, Tensor | None, float]:
+    """Count the pairs that one example connects: see ``Field``.
 
-
-def count_groups(weight: UntiedWeight) -> int:
-    """Return the groups of a convolution; 1 elsewhere."""
-    return weight.layer.groups if isinstance(weight.layer, _ConvNd) else 1
-
-
-def inputs_in_mirror_mode(weight: UntiedWeight, field: str) -> int:
-    """Return how many inputs drive a neuron at once when noise is fired.
-
-    A transposed convolution's output position is reached by one input position alone where one receptive
-    field is driven, and by the kernel's size over the stride's where whole maps are.
+    A weight's estimate scatters by the inputs of each answer that it is averaged over, and answers at the
+    border of a map have fewer of them.
     """
-    if not weight.transposed:
-        return weight.fan_in
-    one_position = weight.weight.shape[0] // count_groups(weight)
-    stride = weight.layer.stride if field == "map" and isinstance(weight.layer, _ConvNd) else ()
-    return max(one_position, weight.fan_in // math.prod(stride)) if stride else one_position
+    kernel = layer.kernel_size
+    x, w = torch.ones(1, 1, *size, device="cpu"), torch.ones(1, 1, *kernel, device="cpu")
+    is_zeros = layer.padding_mode == "zeros"
+    if is_zeros:
+        x, padding = pad_input(layer, x)
+    else:
+        x, padding = F.pad(x, layer._reversed_padding_repeated_twice), (0,) * len(kernel)
+    geometry = geometry_of(layer, padding)._replace(groups=1)
+    reach = torch.convolution(x, w, None, *geometry)
+    mask = None if is_zeros else (reach > math.prod(kernel) - 0.5).to(x.dtype)
+    counted = torch.ones_like(reach) if mask is None else mask
+    source = x if is_zeros else torch.ones_like(x)
+    pairs, scatter = (
+        conv_products(geometry, w, source, counted * y) for y in (1.0, reach / math.prod(kernel))
+    )
+    positions = 1.0 / float((scatter / pairs**2).mean()) if bool((pairs > 0).all()) else 0.0
+    return pairs, int(counted.sum()), mask, positions
 
 
-def count_channels(weight: UntiedWeight) -> int:
-    """Return the output channels: activations with a setting a channel need them in dimension 1."""
-    first, second = weight.weight.shape[:2]
-    return second * count_groups(weight) if weight.transposed else first
+def least_map(layer: _ConvNd) -> tuple[int, ...]:
+    """Return the size of the smallest map in which every value of a kernel meets an input."""
+    sizes = []
+    for k, s, d, p in zip(layer.kernel_size, layer.stride, layer.dilation, _left_padding(layer), strict=True):
+        before = math.ceil(p / s)  # answers, or inputs, that padding spoils
+        if layer.transposed:
+            sizes.append(1 + 2 * before)
+        else:
+            whole = before * s - p + d * (k - 1) + 1
+            sizes.append(whole if layer.padding_mode == "zeros" else max(whole, p + 1))
+    return tuple(sizes)
 
 
-def outputs_per_channel(weight: UntiedWeight) -> int:
-    """Return the neurons of ``as_matrix`` that share a channel: the kernel's positions, if transposed."""
-    return weight.fan_out // weight.weight.shape[1] if weight.transposed else 1
+def _left_padding(layer: _ConvNd) -> tuple[int, ...]:
+    if layer.padding == "same":
+        return tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+    return layer.padding if isinstance(layer.padding, tuple) else (0,) * len(layer.kernel_size)
 
 
-def per_neuron(values: Tensor, weight: UntiedWeight) -> Tensor:
-    """Spread one value a channel over the neurons of ``as_matrix``: ``[groups, neurons, 1]``."""
-    groups = count_groups(weight)
-    by_group = values.reshape(groups, -1, 1)
-    return by_group.repeat_interleave(outputs_per_channel(weight), 1) if weight.transposed else by_group
+def geometry_of(layer: _ConvNd, padding: tuple[int, ...]) -> ConvGeometry:
+    """Return how a layer walks over an input that is padded by so many zeros."""
+    return ConvGeometry(
+        layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups
+    )
 
 
-def open_bias(weight: UntiedWeight, is_blocked: bool) -> Tensor | None:
-    """Return the bias that moves a layer in mirror mode: its own, unless it is blocked (equation 12).
-
-    None for a packed attention projection, whose answer is linear.
-    """
-    if is_blocked or not isinstance(weight.layer, nn.Linear | _ConvNd):
-        return None
-    return weight.layer.bias
-
-
-def unpadded(layer: _ConvNd) -> ConvGeometry:
-    """Return the layer's geometry without padding: every weight then meets equally many inputs."""
-    zeros = (0,) * len(layer.kernel_size)
-    return ConvGeometry(layer.stride, zeros, layer.dilation, layer.transposed, zeros, layer.groups)
-
-
-def map_side(layer: _ConvNd) -> int:
-    """Return how many positions a noise map has along each dimension."""
-    return round(math.pow(MAP_POSITIONS, 1 / len(layer.kernel_size)))
-
-
-def map_size(layer: _ConvNd) -> list[int]:
-    """Return the size of an input map that gives ``map_side`` positions a dimension without padding."""
-    side = map_side(layer)
-    if layer.transposed:
-        return [side] * len(layer.kernel_size)
-    sizes = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
-    return [(side - 1) * stride + dilation * (kernel - 1) + 1 for kernel, stride, dilation in sizes]
+def pad_as_layer(layer: _ConvNd, x: Tensor) -> Tensor:
+    """Pad an input as a layer does that pads by other values than zeros."""
+    if layer.padding_mode == "zeros":
+        return x
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
 
 
 def pad_input(layer: _ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -141,3 +202,51 @@ def pad_input(layer: _ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     # As torch does: an odd total puts its one extra zero at the end, dimensions listed last first.
     extra = [side for total in reversed(totals) for side in (0, total % 2)]
     return F.pad(x, extra) if any(extra) else x, tuple(total // 2 for total in totals)
+
+
+def conv_products(geometry: ConvGeometry, like: Tensor, x: Tensor, answer: Tensor) -> Tensor:
+    """Sum answer times input over samples and positions: exactly a convolution's weight gradient.
+
+    Args:
+        geometry: How the convolution walks over its input.
+        like: A tensor of W's shape; its values make no difference.
+        x: Input ``[N, C_in, ...]``.
+        answer: Answers ``[N, C_out, ...]``.
+    """
+    gradients: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+        answer, x, like, None, *geometry, (False, True, False)
+    )
+    return gradients[1]
+
+
+def per_neuron(values: Tensor, weight: UntiedWeight) -> Tensor:
+    """Spread one value a channel, or neuron of ``as_matrix``, over what is laid out as W."""
+    w = weight.weight
+    if is_convolution(weight) and weight.transposed:
+        groups = weight.layer.groups
+        by_input = values.view(groups, -1).repeat_interleave(w.shape[0] // groups, 0)
+        return by_input[(..., *(None,) * (w.dim() - 2))]
+    if runs_itself(weight):
+        return values.view(-1, *(1,) * (w.dim() - 1))
+    spread = torch.empty_like(w, dtype=values.dtype)
+    matrix = _matrix_of(weight, spread)
+    matrix.copy_(values.view(matrix.shape[0], -1, 1).expand_as(matrix))
+    return spread
+
+
+def inputs_of(weight: UntiedWeight) -> int:
+    """Return how many values of W a neuron sums over at most."""
+    if is_convolution(weight) and weight.transposed:
+        return weight.weight[:, 0].numel() // int(weight.layer.groups)
+    return _count_inputs(weight)
+
+
+def _count_inputs(weight: UntiedWeight) -> int:
+    return weight.weight[0].numel() if runs_itself(weight) else _matrix_of(weight, weight.weight).shape[2]
+
+
+def _matrix_of(weight: UntiedWeight, tensor: Tensor) -> Tensor:
+    view: Any = weight.kind.as_matrix
+    assert view is not None, f"no mirror can run {weight.name}"
+    matrix: Tensor = view(weight.layer, tensor)
+    return matrix

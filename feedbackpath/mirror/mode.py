@@ -1,9 +1,10 @@
 """Mirror mode: a layer's neurons fire noise, and B learns W from the covariance with what comes out.
 
-Akrout et al. 2019, Section 4, equations 5-7 and 21, Algorithm 1, Appendix D.2. Three steps, each a file:
+Akrout et al. 2019, Section 4, equations 5-7 and 21, Algorithm 1, Appendix D.2. Four steps, each a file:
 
-- the estimate, what noise tells of one weight: ``estimator`` (``codes``, ``noise``, and ``pairs`` in short);
-- the reading, what B makes of it: ``readings``, and ``gain``, which warns where that is far from W's size;
+- the noise, what neurons fire: ``noise``, at what ``fields`` says of the layer;
+- the estimate, what the layer's answers tell of W: ``estimate``, and ``shortcut`` for the exact read-out;
+- the reading, what B makes of it: ``readings``;
 - the schedule, whose turn it is: ``schedule``, from what ``cost`` counts.
 
 What they share is a ``MirrorContext``.
@@ -11,7 +12,7 @@ What they share is a ``MirrorContext``.
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +23,13 @@ from feedbackpath.errors import MirrorWarning, RuleError
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.context import MirrorContext
 from feedbackpath.mirror.cost import UseCounter
-from feedbackpath.mirror.estimator import estimate, replace_by_pairs
-from feedbackpath.mirror.gain import check_gain
+from feedbackpath.mirror.estimate import Estimate, count_devices, estimate, own_rank
+from feedbackpath.mirror.noise import relative_variance
+from feedbackpath.mirror.plan import examples_of, memory_of, passes_to, plan_turns
 from feedbackpath.mirror.readings import learn
-from feedbackpath.mirror.schedule import TURN_EVERY, Schedule, Turns, plan_turns, sample_of, turn_of
+from feedbackpath.mirror.schedule import Schedule, Turns
 from feedbackpath.mirror.settings import Mirror, refuse_no_count
+from feedbackpath.mirror.shortcut import can_read_out, read_out
 
 
 class MirrorMode(MirrorContext):
@@ -43,24 +46,48 @@ class MirrorMode(MirrorContext):
         self._counter: UseCounter | None = None
 
     @torch.no_grad()
-    def run(self, weights: Sequence[UntiedWeight], settings: Mirror, passes: int = 1) -> None:
+    def run(self, weights: Sequence[UntiedWeight], settings: Mirror, passes: int | None = 1) -> None:
         """Let each layer fire noise in its turn, ``passes`` times, and let its B learn from it.
+
+        None: as many times as fill each B's memory, 5 / d where a pass replaces the share d of it.
 
         Forward weights, gradients, running statistics and the global random numbers stay untouched.
 
         Raises:
             RuleError: ``passes`` is no whole number of at least 1.
         """
-        refuse_no_count("mirror mode: passes", passes)
+        if passes is not None:
+            refuse_no_count("mirror mode: passes", passes)
         self.find_activations(weights)
-        for _ in range(passes):
-            for weight in weights:
+        for weight in weights:
+            for _ in range(passes or memory_of(self, weight, settings)):
                 mirror_once(self, weight, settings)
-        self.pairs.clear()  # views keep memory alive: they are for those who mirror after every step
+
+    @torch.no_grad()
+    def begin(self, weights: Sequence[UntiedWeight], settings: Mirror, angle_deg: float) -> None:
+        """Mirror each layer from the beginning, until its B is predicted to be within an angle of its W.
+
+        Predicted from sizes and activations alone, so that no signal decides how long a layer mirrors. Codes
+        tell all at once, and are fired once.
+
+        Args:
+            weights: The weights to mirror.
+            settings: How, in the calibrated reading.
+            angle_deg: The angle, in degrees.
+        """
+        self.find_activations(weights)
+        for weight in weights:
+            self.forget(weight)
+            if settings.is_exact:
+                mirror_once(self, weight, settings)
+                continue
+            count = passes_to(self, weight, settings, angle_deg)
+            for number, found in enumerate(fire_alike(self, weight, settings, count), 1):
+                learn(self, found, settings, 1.0 / number)
 
     def run_until(
         self, weights: Sequence[UntiedWeight], settings: Mirror, angle_deg: float, most_passes: int
-    ) -> None:
+    ) -> dict[str, float]:
         """Mirror each layer, all passes averaged alike, until its B is within an angle of its W.
 
         Args:
@@ -69,11 +96,15 @@ class MirrorMode(MirrorContext):
             angle_deg: When to stop, in degrees; judged as ``average_until`` does.
             most_passes: When to give up.
 
+        Returns:
+            The angle that each layer is judged to have come to; not a number where that cannot be told.
+
         Raises:
             RuleError: Another reading settles elsewhere than at W; or ``most_passes`` is no count.
 
         Warns:
-            MirrorWarning: Names the layers that did not get there, and the samples that they would take.
+            MirrorWarning: Names the layers that did not get there, with the samples that they would take,
+                and those whose angle cannot be told.
         """
         refuse_no_count("mirror mode: most_passes", most_passes)
         if settings.reading != "calibrated":
@@ -81,20 +112,24 @@ class MirrorMode(MirrorContext):
                 f"mirror: until_angle_deg needs the 'calibrated' reading, not {settings.reading!r}"
             )
         self.find_activations(weights)
-        left = [average_until(self, weight, settings, angle_deg, most_passes) for weight in weights]
+        left = {
+            weight.name: average_until(self, weight, settings, angle_deg, most_passes) for weight in weights
+        }
         short = ", ".join(
-            f"{weight.name!r} ({angle:.1f} degrees, would take "
-            f"{_count_samples(weight, settings, angle_deg)} samples)"
-            for weight, angle in zip(weights, left, strict=True)
-            if angle > angle_deg
+            f"{weight.name!r} ({left[weight.name]:.1f} degrees{_advice(weight, settings, angle_deg)})"
+            for weight in weights
+            if left[weight.name] > angle_deg
         )
-        if short:
-            warnings.warn(
-                f"mirror mode: {most_passes} passes leave more than {angle_deg:g} degrees in {short}; allow "
-                "more passes or more samples, or use orthogonal codes",
-                MirrorWarning,
-                stacklevel=3,
-            )
+        untold = ", ".join(repr(name) for name, angle in left.items() if math.isnan(angle))
+        messages = [
+            f"{most_passes} passes leave more than {angle_deg:g} degrees in {short}; allow more passes or "
+            "more samples",
+            f"the angle of {untold} cannot be told: its passes do not differ, or tell nothing",
+        ]
+        for names, message in zip((short, untold), messages, strict=True):
+            if names:
+                warnings.warn(f"mirror mode: {message}", MirrorWarning, stacklevel=3)
+        return left
 
     @torch.no_grad()
     def run_due(self, weights: Sequence[UntiedWeight], settings: Mirror, step: int) -> None:
@@ -106,7 +141,7 @@ class MirrorMode(MirrorContext):
             step: The step's number, from 1.
         """
         self._end_watch()
-        if settings.when.layers == "drift" and not self.uses and weights[0] not in self._watched:
+        if not self.uses and weights[0] not in self._watched:
             self.watch_step(weights)  # this is a copy, made before there was a step to see
         turns = self._turns_of(weights, settings)
         schedule = self.schedules.setdefault(turns.names[0], Schedule())
@@ -114,24 +149,20 @@ class MirrorMode(MirrorContext):
         # What has never been mirrored cannot wait: its B is still random.
         due.update(position for position, name in enumerate(turns.names) if name not in self.passes)
         for position in sorted(due):
-            weight = weights[position]
-            is_seen = turns.are_chosen and self.passes.get(turns.names[position], 0) % TURN_EVERY == 1
-            before = sample_of(weight.feedback) if is_seen else None
-            mirror_once(self, weight, settings)
-            turn = None if before is None else turn_of(before, sample_of(weight.feedback))
-            schedule.note(turns.names[position], step, turn)
+            mirror_once(self, weights[position], settings)
+            schedule.last[turns.names[position]] = step
 
     def _turns_of(self, weights: Sequence[UntiedWeight], settings: Mirror) -> Turns:
         """Return what the turns of some weights depend on; it is worked out once, when costs are known."""
         known, turns = self._turns.get(weights[0].name, (None, None))
         if turns is None or known is not settings:
             self.find_activations(weights)
-            turns = plan_turns(weights, settings, self.odd_slopes, self.uses)
+            turns = plan_turns(self, weights, settings)
             self._turns[weights[0].name] = settings, turns
         return turns
 
     def watch_step(self, weights: Sequence[UntiedWeight]) -> None:
-        """Count how often the first training step uses each weight: a schedule has to know what it costs."""
+        """See what the first training step brings each layer: noise takes the shape of its minibatch."""
         self.close()
         self._watched += weights
         self._counter = UseCounter(self._watched, self.path)
@@ -139,7 +170,8 @@ class MirrorMode(MirrorContext):
     def _end_watch(self) -> None:
         if self._counter is not None:
             self._counter.stop()
-            self.uses = self._counter.share() or self.uses
+            self._counter.share()
+            self.uses, self.shapes = self._counter.uses or self.uses, self._counter.shapes or self.shapes
             self._counter = None
             self._turns.clear()
 
@@ -153,18 +185,36 @@ class MirrorMode(MirrorContext):
 
     def close(self) -> None:
         """Take all hooks off the model, and let go of its memory."""
-        self.pairs.clear()
+        self._fields.clear()
         if self._counter is not None:
             self._counter.stop()
 
 
 def mirror_once(context: MirrorContext, weight: UntiedWeight, settings: Mirror) -> None:
     """Do one pass through one layer: estimate, then reading."""
-    if replace_by_pairs(context, weight, settings):
-        return
-    found = estimate(context, weight, settings)
-    check_gain(context, found, settings)
-    learn(context, found, settings)
+    name = weight.name
+    if can_read_out(weight, context.activations[name], context.odd_slopes[name], settings):
+        read_out(weight)
+        context.passes[name] = context.passes.get(name, 0) + 1
+    else:
+        learn(context, fire(context, weight, settings), settings)
+
+
+def fire(context: MirrorContext, weight: UntiedWeight, settings: Mirror) -> Estimate:
+    """Let a layer fire the noise of its next pass; B does not learn yet."""
+    return next(fire_alike(context, weight, settings, 1))
+
+
+def fire_alike(
+    context: MirrorContext, weight: UntiedWeight, settings: Mirror, passes: int
+) -> Iterator[Estimate]:
+    """Let a layer fire noise, as often as asked for and as much each time; B learns meanwhile."""
+    seen = context.shape_to_fire(weight)
+    field = context.field(weight, settings, seen)
+    examples, rank = examples_of(field, settings, seen), own_rank(settings)
+    for _ in range(passes):
+        generator = context.generator(weight, rank)
+        yield estimate(field, context.activations[weight.name], settings, examples, generator)
 
 
 @torch.no_grad()
@@ -173,27 +223,41 @@ def average_until(
 ) -> float:
     """Average passes until they agree well enough; return the angle that is left, in degrees, as they tell.
 
-    The angle is judged by how much passes differ among themselves; W is never looked at. After n of
-    them B moves by ``|dB|^2 = v / (n (n - 1))`` with v a pass's variance, and v / n is left in B::
+    The angle is judged by how much passes differ among themselves; W is never looked at. Pass n of them
+    moves B by dB, with ``E|dB|^2 = v / (n (n - 1))``, v a pass's variance. So v is the mean of
+    ``n (n - 1) |dB|^2``, v / n is left in B, and::
 
-        tan^2(angle) = (n - 1) |dB|^2 / (|B|^2 - (n - 1) |dB|^2)
+        tan^2(angle) = (v / n) / (|B|^2 - v / n)
+
+    What all passes share, a read that errs alike each time, does not show. Neurons that do not answer are
+    left out. Not a number: no two passes differ, or none tells anything.
     """
-    context.passes.pop(weight.name, None)
-    reached = 90.0
-    for number in range(1, most_passes + 1):
-        before = weight.feedback.detach().clone()
-        learn(context, estimate(context, weight, settings), settings, 1.0 / number)
-        if settings.is_exact:
-            return 0.0
-        noise = (number - 1) * float((weight.feedback - before).square().sum())
-        signal = float(weight.feedback.square().sum()) - noise
-        if number > 1 and signal > 0:
-            reached = math.degrees(math.atan(math.sqrt(noise / signal)))
-        if reached <= angle_deg:
+    context.forget(weight)
+    feedback, total, reached = weight.feedback.detach(), 0.0, math.nan
+    for number, found in enumerate(fire_alike(context, weight, settings, most_passes), 1):
+        before = feedback.clone()
+        answers = fields.per_neuron(~found.is_silent, weight)
+        learn(context, found, settings, 1.0 / number)
+        if number == 1:
+            continue
+        moved, size = (
+            float(torch.where(answers, x, 0.0).double().square().sum()) for x in (feedback - before, feedback)
+        )
+        total += number * (number - 1) * moved
+        noise = total / (number - 1) / number
+        reached = math.nan
+        if 0 < noise < size:
+            reached = math.degrees(math.atan(math.sqrt(noise / (size - noise))))
+        elif noise > 0:
+            reached = 90.0
+        if reached <= angle_deg or (noise == 0 and number > 2):
             break
     return reached
 
 
-def _count_samples(weight: UntiedWeight, settings: Mirror, angle_deg: float) -> int:
-    """Return how many samples, in all, bring a weight's B to an angle."""
-    return settings.design.samples_for(fields.inputs_in_mirror_mode(weight, settings.field), angle_deg)
+def _advice(weight: UntiedWeight, settings: Mirror, angle_deg: float) -> str:
+    """Say how many samples, in all, bring a weight's B to an angle by theory."""
+    if settings.fires_codes or count_devices(settings) > 1:
+        return ""
+    needed = relative_variance(settings.noise, fields.inputs_of(weight), 1.0)
+    return f", would take {math.ceil(needed / math.tan(math.radians(angle_deg)) ** 2)} samples"

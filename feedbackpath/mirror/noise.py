@@ -1,121 +1,149 @@
-"""An estimate from independent noise: at one receptive field, or over whole maps (Appendix D.2)."""
+"""What the neurons of a layer fire in mirror mode, and what may be expected of it.
+
+A mirror needs one thing of its noise, E[x x^T] = sigma^2 I (Akrout et al. 2019, equation 11 with a Gaussian).
+Independent values have it on average: sampling leaves an angle that shrinks with the root of the samples.
+Orthogonal codes have it exactly, once all of them have been fired.
+
+Variance of one pass over N samples, for a linear neuron with weights w over n inputs and noise of fourth
+moment m (in units of sigma^4)::
+
+    sum_j Var[B_j] = |w|^2 (n - 2 + m) / N
+
+Behind an activation phi that is driven by z the answer scatters more than its part that follows z does:
+that factor, ``spread``, is Var[phi(z)] / (E[phi'(z)]^2 Var[z]): 1 for a linear neuron, 2 - 2 / pi for a ReLU.
+"""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.modules.conv import _ConvNd
 
-from feedbackpath.core.layers import UntiedWeight
-from feedbackpath.mirror import fields
-from feedbackpath.mirror.activations import Activation
-from feedbackpath.mirror.covariance import Estimate, Receive, conv_products, make_receiver
-from feedbackpath.mirror.designs import Design
-from feedbackpath.mirror.rates import Rates
+from feedbackpath.core.layers import is_channels_last
+from feedbackpath.mirror.activations import Activation, dtype_of, is_channelwise, without_hooks
 
-_ALL = slice(None)
+RELU_SPREAD = 2.0 - 2.0 / math.pi
+CHUNK_VALUES = 2**23  # so many values of noise are fired at once: a wide layer fires its examples in parts
+Draw = Callable[[Tensor, torch.Generator], Tensor]
 
 
-def estimate_with_noise(
-    weight: UntiedWeight,
-    activation: Activation,
-    rates: Rates,
-    *,
-    design: Design,
-    field: str,
-    num_samples: int,
-    sigma: float,
-    block_bias: bool,
-    generator: torch.Generator,
-) -> Estimate:
-    """Fire independent noise: at one receptive field (all that a dense layer has), or at whole maps.
+def draw_gaussian(out: Tensor, generator: torch.Generator) -> Tensor:
+    """Fill with N(0, 1): the paper's noise."""
+    return out.normal_(generator=generator)
+
+
+def draw_uniform(out: Tensor, generator: torch.Generator) -> Tensor:
+    """Fill with values between -sqrt(3) and sqrt(3)."""
+    return out.uniform_(-math.sqrt(3.0), math.sqrt(3.0), generator=generator)
+
+
+def draw_signs(out: Tensor, generator: torch.Generator) -> Tensor:
+    """Fill with -1 and 1."""
+    return out.bernoulli_(0.5, generator=generator).mul_(2.0).sub_(1.0)
+
+
+NOISES: dict[str, tuple[Draw, float]] = {  # independent noise of variance 1: how to draw it, and E[x^4]
+    "gaussian": (draw_gaussian, 3.0),
+    "uniform": (draw_uniform, 1.8),
+    "signs": (draw_signs, 1.0),
+}
+
+
+def fire_noise(
+    name: str, examples: int, shape: tuple[int, ...], like: Tensor, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Yield independent noise of variance 1 for so many examples of a shape, some at a time.
 
     Args:
-        weight: The weight to mirror.
-        activation: What follows its layer.
-        rates: How noise and answers travel.
-        design: The noise.
-        field: ``"receptive"``, or ``"map"``: a convolution is driven by whole maps without padding, so that
-            every weight connects equally many inputs and outputs, and its covariance is averaged over them
-            (Appendix D.2).
-        num_samples: Answers that each weight's covariance is averaged over, at least.
-        sigma: Standard deviation of the noise.
-        block_bias: Whether the layer's bias is left out meanwhile (equation 12).
+        name: Which, of ``NOISES``.
+        examples: How many; two at least are fired at once, for their mean is taken off.
+        shape: Of one example.
+        like: A tensor of the precision and on the device that noise is needed in.
         generator: Random numbers.
     """
-    dtype = torch.promote_types(weight.weight.dtype, torch.float32)
-    receive = make_receiver(weight, activation, rates, block_bias, dtype, design.is_paired)
-    firing = _Firing(weight, design, rates, sigma, generator, dtype)
-    if field == "map" and isinstance(weight.layer, _ConvNd):
-        return _estimate_from_maps(firing, receive, num_samples)
-    return _estimate_from_receptive_fields(firing, receive, num_samples)
+    draw, _ = NOISES[name]
+    most = max(2, CHUNK_VALUES // math.prod(shape))
+    parts = max(1, min(math.ceil(examples / most), examples // 2))
+    for part in range(parts):
+        size = examples * (part + 1) // parts - examples * part // parts
+        noise = draw(like.new_empty(size * math.prod(shape)), generator)
+        yield in_order_of(noise, (size, *shape), like)
 
 
-@dataclass(frozen=True)
-class _Firing:
-    """Noise for one weight."""
-
-    weight: UntiedWeight
-    design: Design
-    rates: Rates
-    sigma: float
-    generator: torch.Generator
-    dtype: torch.dtype
-
-    def draw(self, *shape: int) -> Tensor:
-        """Return noise as it arrives."""
-        out = self.weight.weight.new_empty(shape, dtype=self.dtype)
-        noise = self.design.draw(out, self.generator).mul_(self.sigma)
-        return self.rates.send(noise, self.design.is_paired)
-
-    def draws_for(self, num_samples: int) -> int:
-        """Return how many draws give so many samples: half of them are negatives in a design of pairs."""
-        return math.ceil(num_samples / 2) if self.design.is_paired else num_samples
+def in_order_of(values: Tensor, shape: tuple[int, ...], weight: Tensor) -> Tensor:
+    """View independent values as ``[N, C, ...]``, in the order of memory of a weight."""
+    if len(shape) < 4 or not is_channels_last(weight):
+        return values.view(shape)
+    return values.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
-def _estimate_from_receptive_fields(firing: _Firing, receive: Receive, num_samples: int) -> Estimate:
-    weight, design = firing.weight, firing.design
-    covariance = fields.make_estimate(weight, firing.dtype)
-    source, target = (fields.as_matrix(x, weight) for x in (weight.weight.detach(), covariance))
-    num_draws = firing.draws_for(num_samples)
-    noise = firing.draw(source.shape[0], num_draws, source.shape[2])
-    drive = (noise @ source.to(firing.dtype).mT).transpose(0, 1)  # [N, groups, neurons]
-    by_channel = drive.reshape(num_draws, fields.count_channels(weight), -1)
-    if design.is_paired:
-        answer, divisor = (receive(by_channel, _ALL) - receive(-by_channel, _ALL)).div_(2.0), num_draws
-    else:
-        answer, divisor = receive(by_channel, _ALL), num_draws - 1
-        answer = answer - answer.mean(0)
-    target.copy_(answer.view(drive.shape).permute(1, 2, 0) @ noise / divisor)
-    return _sum_up(firing, covariance, by_channel, answer, num_draws)
+def code_length(inputs: int) -> int:
+    """Return how many codes it takes for each input to have one: a power of two."""
+    return 1 << max(inputs - 1, 0).bit_length()
 
 
-def _estimate_from_maps(firing: _Firing, receive: Receive, num_samples: int) -> Estimate:
-    """Take each map's answer about the mean of the *other* maps.
+def fire_codes(
+    shape: tuple[int, ...], groups: int, like: Tensor, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Yield orthogonal codes of +-1, each followed by its negative, for the inputs of one example.
 
-    All positions of a channel share their weights, and so their mean. The mean of a map's own positions
-    holds something of every weight of the kernel: to subtract it would make the covariance too small.
+    All inputs fire at once. Input j fires column j of Sylvester's Hadamard matrix, with a random sign. What
+    is even in an answer, a ReLU's half of ``|z|`` say, cancels between a code and its negative.
+
+    Args:
+        shape: Of one example ``[channels, ...]``.
+        groups: Groups of channels that meet weights of their own: all fire the same codes.
+        like: A tensor of the precision and on the device that codes are needed in.
+        generator: Random signs.
     """
-    weight, layer = firing.weight, firing.weight.layer
-    assert isinstance(layer, _ConvNd)
-    positions = fields.map_side(layer) ** len(layer.kernel_size)
-    num_maps = max(2, math.ceil(firing.draws_for(num_samples) / positions))
-    noise = firing.draw(num_maps, layer.in_channels, *fields.map_size(layer))
-    w = weight.weight.detach().to(firing.dtype)
-    drive = torch.convolution(noise, w, None, *fields.unpadded(layer))
-    by_channel = drive.flatten(2)
-    if firing.design.is_paired:
-        answer = (receive(by_channel, _ALL) - receive(-by_channel, _ALL)).div_(2.0)
-    else:
-        answer = receive(by_channel, _ALL)
-        own = answer.mean(2, keepdim=True)
-        answer = answer - (own.sum(0) - own) / (num_maps - 1)
-    products = conv_products(fields.unpadded(layer), w, noise, answer.view(drive.shape))
-    found = products / (num_maps * positions)
-    return _sum_up(firing, found, by_channel, answer, num_maps * positions)
+    inputs = math.prod(shape) // groups
+    signs = draw_signs(like.new_empty(inputs, dtype=torch.float32), generator).to(like.dtype)
+    length = code_length(inputs)
+    rows = min(length, 1 << max(CHUNK_VALUES // (2 * math.prod(shape)), 1).bit_length() - 1)
+    outer, inner = (_hadamard(size).to(like) for size in (length // rows, rows))
+    for row in outer:
+        codes = torch.kron(row[None], inner)[:, :inputs] * signs
+        codes = codes[:, None].expand(-1, groups, -1).reshape(-1, *shape)
+        yield torch.cat([codes, -codes])
 
 
-def _sum_up(firing: _Firing, covariance: Tensor, drive: Tensor, answer: Tensor, num_samples: int) -> Estimate:
-    drive_answer, drive_power = ((drive * other).sum((0, 2)) for other in (answer, drive))
-    return Estimate(firing.weight, covariance, drive_answer, drive_power, firing.sigma**2, num_samples)
+def _hadamard(size: int) -> Tensor:
+    matrix = torch.ones(1, 1, device="cpu")
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
+
+
+def relative_variance(noise: str, inputs: int, samples: float, spread: float = RELU_SPREAD) -> float:
+    """Return ``E|B - W|^2 / |W|^2`` of a pass of independent noise at gain 1.
+
+    Args:
+        noise: Which, of ``NOISES``.
+        inputs: n, the inputs of a neuron.
+        samples: N, answers that the estimate is averaged over.
+        spread: How much more an answer scatters than that of a linear neuron.
+
+    Example:
+        >>> round(relative_variance("gaussian", 99, 1000, spread=1.0), 3)
+        0.1
+    """
+    return spread * (inputs - 2.0 + NOISES[noise][1]) / samples
+
+
+def spread_of(activation: Activation, drive: float = 1.0) -> float:
+    """Return Var[phi(z)] / (E[phi'(z)]^2 Var[z]) for z ~ N(0, drive^2): 1 for a linear neuron.
+
+    The mean slope is Cov[phi(z), z] / Var[z] (Stein's lemma), so that no derivative is needed. An activation
+    with settings for each channel is taken for a ReLU.
+
+    Example:
+        >>> round(spread_of(torch.relu), 2), round(spread_of(torch.tanh, 0.01), 2)
+        (1.36, 1.0)
+    """
+    if is_channelwise(activation):
+        return RELU_SPREAD
+    quantiles = (torch.arange(20_001, dtype=torch.float64) + 0.5) / 20_001
+    z = drive * math.sqrt(2.0) * torch.erfinv(2.0 * quantiles - 1.0)
+    answer = without_hooks(activation)(z.to(dtype_of(activation), copy=True)).detach().double()
+    answer = answer - answer.mean()
+    return ((answer**2).mean() * (z**2).mean() / (answer * z).mean() ** 2).item()

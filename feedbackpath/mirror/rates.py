@@ -17,89 +17,72 @@ from feedbackpath.mirror.activations import Activation
 
 
 class Rates(Protocol):
-    """How one layer's noise is sent to the next, and how the next one answers.
+    """How one layer's noise is sent to the next, and how the next one answers."""
 
-    ``in_pairs``: each sample is followed by its negative, and the answer to that is taken off the first.
-    """
+    def send(self, noise: Tensor) -> Tensor:
+        """Return what arrives of the noise, as signed numbers."""
 
-    def send(self, noise: Tensor, in_pairs: bool = False) -> Tensor:
-        """Return what arrives of the noise: the noise itself, less what rounding takes."""
-
-    def answer(
-        self, drive: Tensor, bias: Tensor | float, activation: Activation, in_pairs: bool = False
-    ) -> Tensor:
-        """Return what the next layer's neurons answer to a drive, in signed numbers."""
+    def answer(self, drive: Tensor, activation: Activation) -> Tensor:
+        """Return what neurons answer to a drive ``[N, channels, ...]``, as signed numbers."""
 
 
 @dataclass(frozen=True)
 class Signed:
     """Signed numbers, as in the paper's experiments."""
 
-    def send(self, noise: Tensor, in_pairs: bool = False) -> Tensor:
+    def send(self, noise: Tensor) -> Tensor:
         """Return the noise."""
         return noise
 
-    def answer(
-        self, drive: Tensor, bias: Tensor | float, activation: Activation, in_pairs: bool = False
-    ) -> Tensor:
-        """Return phi(z + b)."""
-        return activation(drive + bias) if isinstance(bias, Tensor) else activation(drive)
+    def answer(self, drive: Tensor, activation: Activation) -> Tensor:
+        """Return phi(z)."""
+        return activation(drive)
 
 
 @dataclass(frozen=True)
 class AboutBaseline:
     """Rates about a baseline (equations 23, 24): neurons fire beta + x, and their targets take beta off.
 
-    The next layer rests at the bias b- for which phi(b-) = beta, with phi'(b-) > 0.
+    A neuron whose rate would fall below zero is silent, and its targets learn from what it did fire. The next
+    layer rests at the bias b- for which phi(b-) = beta, with phi'(b-) > 0.
 
     Args:
         beta: The baseline rate.
-        is_estimated: Whether targets take off the mean of the rates that they have seen in this pass, as
-            in the paper's experiments, instead of the beta that all know.
+        is_estimated: Whether targets take off the mean of the rates that each neuron has fired in this
+            pass, as in the paper's experiments, instead of the beta that all know.
     """
 
     beta: float = 1.0
     is_estimated: bool = False
 
-    def send(self, noise: Tensor, in_pairs: bool = False) -> Tensor:
-        """Return (beta + x) - beta, having sent beta + x."""
-        if in_pairs:
-            transmit(self.beta - noise, _TOO_STRONG)
-        return self._without_baseline(transmit(noise + self.beta, _TOO_STRONG), in_pairs)
+    def send(self, noise: Tensor) -> Tensor:
+        """Return max(beta + x, 0) - beta, having sent the first."""
+        return self._without_baseline(transmit((noise + self.beta).clamp_min(0.0)))
 
-    def answer(
-        self, drive: Tensor, bias: Tensor | float, activation: Activation, in_pairs: bool = False
-    ) -> Tensor:
-        """Return phi(z + b-) - beta; the layer's own bias is replaced by b-."""
-        rates = transmit(activation(drive + _resting_bias(activation, self.beta, drive)), _NOT_A_RATE)
-        return self._without_baseline(rates, in_pairs)
+    def answer(self, drive: Tensor, activation: Activation) -> Tensor:
+        """Return max(phi(z + b-), 0) - beta; the layer's own bias is replaced by b-."""
+        rates = transmit(activation(drive + _resting_bias(activation, self.beta, drive)).clamp_min(0.0))
+        return self._without_baseline(rates)
 
-    def _without_baseline(self, rates: Tensor, in_pairs: bool) -> Tensor:
-        """Return rates less their baseline.
-
-        In pairs an estimate leaves nothing to chance: noise and its negative have the mean beta, and of two
-        answers whatever was taken off both cancels.
-        """
-        return rates - (rates.mean() if self.is_estimated and not in_pairs else self.beta)
+    def _without_baseline(self, rates: Tensor) -> Tensor:
+        return rates - (rates.mean(0) if self.is_estimated else self.beta)
 
 
 @dataclass(frozen=True)
 class PushPull:
     """Pairs of cells: one fires the positive part of a signal, the other the negative part.
 
-    The pair of an answering unit are phi(z + b) and phi(-z + b), 0 where that is less: a cell fires or is
-    silent. Their difference is odd in z.
+    The pair of an answering unit are phi(z) and phi(-z), 0 where that is less: a cell fires or is silent.
+    Their difference is odd in z.
     """
 
-    def send(self, noise: Tensor, in_pairs: bool = False) -> Tensor:
+    def send(self, noise: Tensor) -> Tensor:
         """Return x, sent as max(x, 0) and max(-x, 0)."""
         return transmit(noise.relu()) - transmit((-noise).relu())
 
-    def answer(
-        self, drive: Tensor, bias: Tensor | float, activation: Activation, in_pairs: bool = False
-    ) -> Tensor:
-        """Return max(phi(z + b), 0) - max(phi(-z + b), 0)."""
-        push, pull = (activation(signal + bias).clamp_min(0.0) for signal in (drive, -drive))
+    def answer(self, drive: Tensor, activation: Activation) -> Tensor:
+        """Return max(phi(z), 0) - max(phi(-z), 0)."""
+        push, pull = (activation(signal).clamp_min(0.0) for signal in (drive, -drive))
         return transmit(push) - transmit(pull)
 
 
@@ -108,24 +91,17 @@ RATES: dict[str, Callable[[float, bool], Rates]] = {
     "baseline": AboutBaseline,
     "push-pull": lambda beta, is_estimated: PushPull(),
 }
-_TOO_STRONG = "noise reaches below -baseline: raise the baseline, lower sigma"
-_NOT_A_RATE = "the activation answers below zero, which no firing rate can: use rates='signed' there"
 
 
-def transmit(rates: Tensor, complaint: str = "rates are negative") -> Tensor:
-    """Let rates pass, none of which may be negative.
-
-    Raises:
-        RuleError: A rate is below zero.
-    """
-    if (rates < 0).any():
-        raise RuleError(f"mirror mode: {complaint}")
+def transmit(rates: Tensor) -> Tensor:
+    """Let rates pass, none of which is negative: every rate that is sent goes through here."""
     return rates
 
 
 def _resting_bias(activation: Activation, beta: float, like: Tensor) -> Tensor:
     """Find b- with phi(b-) = beta by halving an interval, for each channel (dimension 1) of ``like``."""
-    low, high = (like.new_full((1, like.shape[1], 1), 2.0 * sign * (8.0 + beta)) for sign in (-1.0, 1.0))
+    shape = (1, like.shape[1], *(1,) * (like.dim() - 2))
+    low, high = (like.new_full(shape, 2.0 * sign * (8.0 + beta)) for sign in (-1.0, 1.0))
     for _ in range(60):
         middle = (low + high) / 2.0
         is_below = activation(middle.clone()) < beta

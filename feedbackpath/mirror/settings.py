@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from feedbackpath.errors import RuleError
-from feedbackpath.mirror.designs import DESIGNS, RELU_SPREAD, Design, OrthogonalCodes
+from feedbackpath.mirror.noise import RELU_SPREAD, code_length, relative_variance
 
-MIN_SAMPLES = 512
-DEFAULT_ANGLE_DEG = 8.0
+LEAST_FORGETTING, MOST_FORGETTING = 0.02, 0.1
+NOISE_DEG = 10.0  # that sampling may leave: where a pass has few samples, B remembers longer
+UNSEEN_EXAMPLES = 2048  # of a pass, where no minibatch has been seen: the paper's (Appendix D.2)
+CODES = ("orthogonal", "hadamard")
 Reading = Literal["calibrated", "inside", "printed", "scaled"]
 
 
@@ -19,28 +21,18 @@ class When:
     """When a rule mirrors which layers.
 
     Args:
-        layers: ``"drift"``: the layers that have gone stalest, as many as ``cost_share`` pays for, which may
-            be all; ``"all"``: all of them; ``"turn"``: one after the other; ``"alternate"``: every second
-            layer at once, then the others (Appendix C.4).
+        layers: ``"all"`` of them; ``"turn"``: one after the other; ``"alternate"``: every second layer at
+            once, then the others (Appendix C.4).
         every: Steps from one time to the next.
-        cost_share: With ``"drift"``: mirroring's FLOPs as a share of a training step's, on average; None:
-            all layers, whatever it costs. FLOPs are counted as Appendix B does, two for each product that is
-            added up (``feedbackpath.mirror.cost``). They follow from the sizes and uses of layers, so the
-            same layers are mirrored on every machine. A step's are those of all devices together, so that
-            training does not depend on their number. Where all devices fire the same noise, each of D
-            devices spends up to D times that share of its own FLOPs.
-        within_deg: With ``"drift"`` and orthogonal codes: mirror layers that have most likely moved by this
-            much, whatever the share; None: the share holds, and small batches may leave B further behind.
-            Independent noise moves B by more than W does, and keeps to the share.
-        trigger_deg: With ``"drift"``: leave out layers that have most likely moved by less than this, judged
-            by how far B moved when that was last looked at. W is never looked at.
+        cost_share: With ``"all"``: mirroring's FLOPs as a share of a training step's, on average. Those that
+            have waited longest come first. None: all layers, whatever it costs. FLOPs follow from sizes
+            (``feedbackpath.mirror.cost``), so the same layers are mirrored on every machine. A step's are
+            those of all devices together, so that training does not depend on their number.
     """
 
-    layers: Literal["drift", "all", "turn", "alternate"] = "drift"
+    layers: Literal["all", "turn", "alternate"] = "all"
     every: int = 1
-    cost_share: float | None = 0.03
-    within_deg: float | None = 0.7
-    trigger_deg: float = 0.0
+    cost_share: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that make no sense."""
@@ -48,10 +40,8 @@ class When:
         refuse_no_count("When: every", self.every)
         if self.cost_share is not None and not self.cost_share > 0:
             raise RuleError(f"When: cost_share must be above 0, not {self.cost_share}")
-        if self.within_deg is not None and not self.within_deg > 0:
-            raise RuleError(f"When: within_deg must be above 0, not {self.within_deg}")
-        if not self.trigger_deg >= 0:
-            raise RuleError(f"When: trigger_deg must be at least 0, not {self.trigger_deg}")
+        if self.cost_share is not None and self.layers != "all":
+            raise RuleError(f"When: cost_share is for layers='all'; {self.layers!r} has a turn of its own")
 
 
 @dataclass(frozen=True)
@@ -59,15 +49,17 @@ class Mirror:
     """Settings of mirror mode.
 
     Args:
-        noise: Name of a noise design: ``"orthogonal"`` codes, exact behind ReLUs with blocked biases; or
-            independent noise, ``"gaussian"`` (the paper's), ``"uniform"``, ``"signs"``, ``"<name>-pairs"``.
-        field: Independent noise drives convolutions by whole maps (``"map"``), as in the paper, or one
-            receptive field at a time (``"receptive"``). Codes always do the latter.
-        sigma: Standard deviation of the noise; None: 1, or 0.01 for codes in the calibrated reading: so weak
-            that any smooth activation is linear to them.
-        samples: Samples of independent noise a pass for each weight; None: as many as ``target_angle_deg``
-            needs. Codes take as many as there are inputs, twice.
-        target_angle_deg: Angle between B and W, in degrees, that sampling noise alone would leave; None: 8.
+        noise: What neurons fire, all of a layer at once. Independent noise: ``"gaussian"`` (the paper's),
+            ``"uniform"``, ``"signs"``. Or codes that are orthogonal to each other: ``"orthogonal"``, the
+            exact read-out, which assumes that W is read without noise; ``"hadamard"``, the same codes at
+            sigma 1, through the real layer, which average over noise.
+        sigma: Standard deviation of the noise; None: 1, or 0.01 for ``"orthogonal"``: so weak that any
+            smooth activation is linear to it.
+        samples: Examples of independent noise a pass, on each device. In a convolution an example is a whole
+            map, and each position of it is a sample. None: as many as ``target_angle_deg`` needs, or, where
+            that is None too, as many as the minibatch of training has; 2048 where none has been seen.
+        target_angle_deg: Angle between B and W, in degrees, that sampling noise alone may leave behind a
+            ReLU.
         reading: How covariance and decay enter, with d = ``forgetting``, eta = ``rate``, lambda = ``decay``:
             ``"calibrated"``: B <- (1 - d) B + d cov / (sigma^2 s), with s each neuron's own mean slope:
             settles at W; with codes d = 1;
@@ -76,7 +68,8 @@ class Mirror:
             sigma^2 s eta / lambda times W: a tenth of W's size behind a ReLU, with the paper's numbers;
             ``"scaled"``: B <- B + eta cov, and then back to the norm that it had (synaptic scaling).
         forgetting: d, the share of B that a ``"calibrated"`` pass replaces, once the first passes have been
-            averaged plainly (d = 1/n for pass n, until that falls to ``forgetting``).
+            averaged plainly (d = 1/n for pass n, until that falls to ``forgetting``). None: in each layer as
+            much as leaves 10 degrees of sampling noise, but between 2% and 10%.
         rate: eta_B of the paper, for the other readings.
         decay: lambda_WM of the paper, for ``"inside"`` and ``"printed"``.
         block_bias: Whether neurons close off their biases in mirror mode (equation 12).
@@ -85,20 +78,18 @@ class Mirror:
         baseline: beta, for rates about a baseline.
         baseline_known: Whether neurons know beta; else they take the mean of the rates that they see.
         across_devices: Where a job has D devices: ``"same"``, all fire the same noise, and nothing is sent;
-            ``"averaged"``, each fires its own, and what they find is averaged by one all-reduce a layer, so
-            that B learns from D times the samples. ``samples`` are then each device's, and the angle falls
-            with the root of D; ``target_angle_deg`` is what all reach together, each with a share of the
-            samples. B is the same on all, bit for bit, either way.
+            ``"averaged"``, each fires its own, and what they find is averaged by one all-reduce a layer.
+            ``samples`` that are given are then each device's; those that follow from the minibatch or an
+            angle are shared out. B is the same on all, bit for bit, either way.
         when: When a rule mirrors which layers.
     """
 
-    noise: str = "orthogonal"
-    field: Literal["map", "receptive"] = "map"
+    noise: Literal["gaussian", "uniform", "signs", "orthogonal", "hadamard"] = "gaussian"
     sigma: float | None = None
     samples: int | None = None
     target_angle_deg: float | None = None
     reading: Reading = "calibrated"
-    forgetting: float = 0.1
+    forgetting: float | None = None
     rate: float = 0.1
     decay: float = 0.5
     block_bias: bool = True
@@ -110,8 +101,6 @@ class Mirror:
 
     def __post_init__(self) -> None:
         """Refuse settings that make no sense."""
-        if self.noise not in DESIGNS:
-            raise RuleError(f"Mirror: noise={self.noise!r} is not one of {', '.join(DESIGNS)}")
         _refuse_unknown_names(self)
         for name in ("forgetting", "rate", "decay", "sigma", "target_angle_deg", "baseline"):
             value = getattr(self, name)
@@ -119,106 +108,124 @@ class Mirror:
                 raise RuleError(f"Mirror: {name} must be above 0, not {value}")
         if self.target_angle_deg is not None and not self.target_angle_deg < 90:
             raise RuleError(f"Mirror: target_angle_deg must be below 90, not {self.target_angle_deg}")
-        if self.share_replaced > 1:
-            raise RuleError(
-                f"Mirror: a pass would replace {self.share_replaced:g} of B; at most 1 makes sense"
-            )
-        if self.samples is not None and isinstance(self.design, OrthogonalCodes):
-            raise RuleError(
-                f"Mirror: samples are for independent noise; {self.noise!r} takes as many as there are inputs"
-            )
-        if self.across_devices == "averaged" and isinstance(self.design, OrthogonalCodes):
-            raise RuleError(
-                f"Mirror: across_devices='averaged' is for independent noise; {self.noise!r} codes are exact "
-                "on one device, so leave it at 'same'"
-            )
+        if (share := self.share_for(1, 1.0)) > 1:
+            raise RuleError(f"Mirror: a pass would replace {share:g} of B; at most 1 makes sense")
         if self.samples is not None:
             refuse_no_count("Mirror: samples", self.samples, least=2)
+            if self.target_angle_deg is not None:
+                raise RuleError("Mirror: give samples or target_angle_deg, not both")
+        for name, value in (("samples", self.samples), ("target_angle_deg", self.target_angle_deg)):
+            if self.fires_codes and value is not None:
+                raise RuleError(
+                    f"Mirror: {name} is for independent noise; {self.noise!r} takes as many samples as there "
+                    "are inputs, twice"
+                )
+        if self.across_devices == "averaged" and self.fires_codes:
+            raise RuleError(
+                f"Mirror: across_devices='averaged' is for independent noise; {self.noise!r} codes tell all "
+                "on one device, so leave it at 'same'"
+            )
 
     @classmethod
     def paper(cls, **changes: Any) -> "Mirror":
         """Return the paper's literal settings (Appendix D.2), with changes.
 
         Gaussian maps of unit variance, eta 0.1, lambda 0.5, a pass through every layer after every
-        minibatch, of 2048 samples: its batch size. Biases are not blocked. The decay is read as inside the
-        rate, which settles near W's size behind ReLUs and at twice it where the answer is linear;
-        ``reading="printed"`` settles at a tenth and a fifth of it.
+        minibatch, of 2048 examples, averaged over all positions of their maps. Biases are not blocked. The
+        decay is inside the rate, as Figure 4a asks for (docs/paper.md): it settles near W's size behind
+        ReLUs and at twice it where the answer is linear; ``reading="printed"`` at a tenth and a fifth.
 
         Example:
             >>> Mirror.paper().noise, Mirror.paper(samples=128).samples
             ('gaussian', 128)
         """
-        literal = cls(
-            noise="gaussian", sigma=1.0, samples=2048, reading="inside", block_bias=False, when=When("all")
-        )
+        literal = cls(sigma=1.0, samples=2048, reading="inside", block_bias=False)
         return dataclasses.replace(literal, **changes)
 
+    @classmethod
+    def exact(cls, **changes: Any) -> "Mirror":
+        """Return the exact read-out, with changes: one pass replaces B by W, to rounding.
+
+        That is so behind (leaky) ReLUs, GELU, SiLU and linear outputs with biases blocked, and nearly so
+        behind any smooth activation. It assumes a noiseless read.
+        """
+        return dataclasses.replace(cls(noise="orthogonal"), **changes)
+
     @property
-    def design(self) -> Design | OrthogonalCodes:
-        """The noise design that ``noise`` names."""
-        return DESIGNS[self.noise]
+    def fires_codes(self) -> bool:
+        """Whether neurons fire orthogonal codes, and not independent noise."""
+        return self.noise in CODES
 
     @property
     def is_exact(self) -> bool:
         """Whether one pass replaces the whole of B by what codes found."""
-        return isinstance(self.design, OrthogonalCodes) and self.reading == "calibrated"
+        return self.fires_codes and self.reading == "calibrated"
 
     @property
     def deviation(self) -> float:
         """The standard deviation of the noise."""
         if self.sigma is not None:
             return self.sigma
-        return 0.01 if self.is_exact else 1.0
+        return 0.01 if self.noise == "orthogonal" else 1.0
 
-    @property
-    def share_replaced(self) -> float:
-        """The share of B that a pass replaces in this reading, once its memory is full."""
-        if self.is_exact:
-            return 1.0
-        inside = self.rate * self.decay
-        shares = {"calibrated": self.forgetting, "inside": inside, "printed": self.decay, "scaled": inside}
-        return shares[self.reading]
+    def share_for(self, inputs: int, samples: float) -> float:
+        """Return the share of B that a pass replaces in this reading, once its memory is full.
 
-    @property
-    def memory_passes(self) -> int:
-        """Passes of a first mirroring: B then has forgotten its beginning and is as good as it gets."""
-        if self.is_exact:
-            return 1
-        if self.reading == "calibrated":
-            return math.ceil(2.0 / self.forgetting) - 1
-        return math.ceil(math.log(1000.0) / self.share_replaced)  # a thousandth of the random B is left
-
-    def samples_for(self, fan_in: int, devices: int = 1) -> int:
-        """Return the samples a pass that each device fires at neurons of ``fan_in`` inputs behind ReLUs.
-
-        tan^2(angle) = spread * fan_in / N_eff with N_eff = N (2 - d) / d for a memory that forgets d a pass;
-        but at least 512, for in a layer of few inputs the angle needs less than the gain does. N is shared
-        among the devices whose noise is averaged.
-
-        Example:
-            >>> Mirror(noise="gaussian", target_angle_deg=8).samples_for(576)
-            2097
-            >>> Mirror(noise="gaussian", across_devices="averaged").samples_for(576, devices=4)
-            525
+        Args:
+            inputs: n, the inputs of a neuron.
+            samples: Answers of a neuron, or channel, a pass.
         """
-        angle = self.target_angle_deg or DEFAULT_ANGLE_DEG
-        if isinstance(self.design, OrthogonalCodes):
-            return self.design.samples_for(fan_in, angle)
+        if self.reading in ("inside", "scaled"):
+            return self.rate * self.decay
+        if self.reading == "printed":
+            return self.decay
+        if self.fires_codes:
+            return 1.0
+        if self.forgetting is not None or self.target_angle_deg is not None:
+            return self.forgetting or MOST_FORGETTING
+        needed = relative_variance(self.noise, inputs, 1.0) / math.tan(math.radians(NOISE_DEG)) ** 2
+        return min(max(2.0 * samples / (needed + samples), LEAST_FORGETTING), MOST_FORGETTING)
+
+    def examples_for(
+        self, inputs: int, positions: float = 1.0, seen: int | None = None, devices: int = 1
+    ) -> int:
+        """Return the examples of noise that a pass fires, on each device.
+
+        Args:
+            inputs: n, the inputs of a neuron; of one group and example all of them, where codes are fired.
+            positions: Answers of a channel to one example.
+            seen: Examples of training's minibatch, of all devices; None: not known.
+            devices: Devices that fire noise of their own.
+        """
+        if self.fires_codes:
+            return 2 * code_length(inputs)
         if self.samples is not None:
             return self.samples
-        effective = self.design.samples_for(fan_in, angle)
-        needed = max(MIN_SAMPLES, effective * self.share_replaced / (2.0 - self.share_replaced))
-        return max(2, math.ceil(needed / devices))
+        examples: float = UNSEEN_EXAMPLES if seen is None else seen
+        if self.target_angle_deg is not None:
+            share = self.share_for(inputs, 1.0)
+            variance = relative_variance(self.noise, inputs, (2.0 - share) / share * positions)
+            examples = variance / math.tan(math.radians(self.target_angle_deg)) ** 2
+        return max(2, math.ceil(examples / devices))
 
-    def total_samples_for(self, fan_in: int, devices: int = 1) -> int:
-        """Return the samples a pass that B learns from: those of all devices whose noise is averaged."""
-        return devices * self.samples_for(fan_in, devices)
+    def expected_angle_deg(self, inputs: int, samples: float, spread: float = RELU_SPREAD) -> float:
+        """Return the angle, in degrees, that sampling noise leaves when B's memory is full.
 
-    def expected_angle_deg(self, fan_in: int, spread: float = RELU_SPREAD, devices: int = 1) -> float:
-        """Return the angle, in degrees, that sampling noise leaves when B's memory is full."""
-        share = self.share_replaced
-        effective = self.total_samples_for(fan_in, devices) * (2.0 - share) / share
-        return self.design.expected_angle_deg(fan_in, math.ceil(effective), spread)
+        Args:
+            inputs: n, the inputs of a neuron.
+            samples: Answers of a neuron, or channel, a pass, of all devices that average theirs.
+            spread: How much more an answer scatters than that of a linear neuron.
+        """
+        if self.fires_codes:
+            return 0.0
+        share = self.share_for(inputs, samples)
+        effective = samples * (2.0 - share) / share
+        return math.degrees(math.atan(math.sqrt(relative_variance(self.noise, inputs, effective, spread))))
+
+
+def passes_to_fill(share: float) -> int:
+    """Return the passes of a first mirroring: B then has forgotten how it began."""
+    return 1 if share == 1.0 else math.ceil(5.0 / share)
 
 
 def refuse_no_count(what: str, value: object, least: int = 1) -> None:

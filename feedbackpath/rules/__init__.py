@@ -11,6 +11,7 @@ from feedbackpath.rules.base import Rule, Weights, draw_feedback
 
 if TYPE_CHECKING:
     from feedbackpath.rules.backprop import Backprop
+    from feedbackpath.rules.exact_mirror import ExactMirror
     from feedbackpath.rules.feedback_alignment import FeedbackAlignment
     from feedbackpath.rules.kolen_pollack import KolenPollack
     from feedbackpath.rules.mirror_feedback_alignment import MirrorFeedbackAlignment
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RULES",
     "Backprop",
+    "ExactMirror",
     "FeedbackAlignment",
     "KolenPollack",
     "MirrorFeedbackAlignment",
@@ -40,6 +42,7 @@ _OWN = {  # name: file and class
     "ss": ("sign_symmetry", "SignSymmetry"),
     "kp": ("kolen_pollack", "KolenPollack"),
     "wm": ("weight_mirror", "WeightMirror"),
+    "wm-exact": ("exact_mirror", "ExactMirror"),
     "mirror-kp": ("mirror_kolen_pollack", "MirrorKolenPollack"),
     "mirror-fa": ("mirror_feedback_alignment", "MirrorFeedbackAlignment"),
 }

@@ -1,6 +1,7 @@
 """Make a rule from its name and the settings of a config file."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -21,14 +22,16 @@ def make_rule(name: str, settings: Mapping[str, Any]) -> Rule:
     if "mirror" in chosen:
         if not isinstance(chosen["mirror"], Mapping):
             raise ConfigError(f"{name}: mirror must map settings to values, not {chosen['mirror']!r}")
-        defaults = getattr(resolve_rule(name), "mirror", Mirror())
+        started = {key: chosen[key] for key in ("start",) if key in chosen}
+        _check_names(name, RULES[name], started)
+        defaults = getattr(cast(Any, RULES[name])(**started), "mirror", Mirror())
         chosen["mirror"] = _change("mirror", defaults, chosen["mirror"])
     _check_names(name, RULES[name], chosen)
     return cast(Rule, cast(Any, RULES[name])(**chosen))
 
 
 def _check_names(owner: str, kind: type, settings: Mapping[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+    known = list(inspect.signature(kind).parameters)
     for setting in settings:
         if setting not in known:
             raise ConfigError(f"{owner} has no setting {setting!r}; it has {', '.join(known) or 'none'}")

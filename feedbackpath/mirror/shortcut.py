@@ -1,0 +1,82 @@
+"""The exact read-out at the price of reading W and writing B, where nothing but W tells in a layer's answers.
+
+Where a layer answers a code and its negative with ``phi(z) - phi(-z) = 2 s z`` (``odd_slope``: ReLU, GELU,
+SiLU, no activation; bias blocked), orthogonal codes of any length tell W exactly. How many inputs fire
+together makes a difference to the time of simulating it, and to nothing else. Here one does, with a sign c of its own, and
+its neurons answer with ``z = c w``; what they tell is ``B = c z``. No layer runs, so that this is taken only
+where the layer would do nothing else: see ``can_read_out``.
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from feedbackpath.core.layers import UntiedWeight, is_torchs_own
+from feedbackpath.core.modules import FeedbackModule
+from feedbackpath.mirror.activations import LEAST_SLOPE, Activation, origin_of
+from feedbackpath.mirror.passage import forward_passage
+from feedbackpath.mirror.settings import Mirror
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+
+
+def is_plain(weight: UntiedWeight, activation: Activation) -> bool:
+    """Whether a layer and its activation do what torch's own do, and no hook changes that."""
+    layer, follows = weight.layer, origin_of(activation)
+    plain = layer.plain_type if isinstance(layer, FeedbackModule) else type(layer)
+    modules = [layer, *([follows] if isinstance(follows, nn.Module) else [])]
+    is_hooked = any(getattr(module, hooks) for module in modules for hooks in HOOKS)
+    is_watched = any(getattr(torch_module, hooks, None) for hooks in GLOBAL_HOOKS)
+    return is_torchs_own(plain) and not (is_hooked or is_watched or "forward" in vars(layer))
+
+
+def can_read_out(weight: UntiedWeight, activation: Activation, slope: float | None, settings: Mirror) -> bool:
+    """Whether the short way finds what the long way does, to rounding.
+
+    Not where anything stands between: a hook, a layer of one's own, autocast, or code that watches
+    operations, as a model of a chip may.
+
+    Args:
+        weight: The weight.
+        activation: What follows its layer.
+        slope: The ``odd_slope`` of that.
+        settings: How it is mirrored.
+    """
+    if settings.noise != "orthogonal" or settings.reading != "calibrated" or settings.rates != "signed":
+        return False
+    w, b = weight.weight, weight.feedback
+    is_open = not settings.block_bias and getattr(weight.layer, "bias", None) is not None
+    is_told = is_open or w.dtype != b.dtype or type(w) is not nn.Parameter
+    if is_told or torch.is_autocast_enabled(w.device.type) or _is_watched():
+        return False
+    return slope is not None and abs(slope) >= LEAST_SLOPE and is_plain(weight, activation)
+
+
+def read_out(weight: UntiedWeight) -> None:
+    """Let each input fire alone, and replace B by what neurons answer."""
+    w, b = weight.weight.detach(), weight.feedback.detach()
+    signs = _signs(
+        (len(w), *(1,) * (w.dim() - 1)) if weight.transposed else (1, *w.shape[1:]), w.device, w.dtype
+    )
+    with forward_passage(weight.weight):
+        torch.mul(w, signs, out=b)
+    b.mul_(signs)
+
+
+def _is_watched() -> bool:
+    """Whether a mode of torch's stands between operations and what they compute."""
+    stacks = (
+        getattr(torch._C, "_len_torch_function_stack", None),
+        getattr(torch._C, "_len_torch_dispatch_stack", None),
+    )
+    return any(stack is not None and stack() for stack in stacks)
+
+
+@functools.cache
+def _signs(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a sign for each input."""
+    drawn = torch.empty(shape, device="cpu").bernoulli_(0.5, generator=torch.Generator().manual_seed(0))
+    return drawn.mul_(2.0).sub_(1.0).to(device, dtype)
