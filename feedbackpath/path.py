@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Activations = Mapping[str, Callable[[Tensor], Tensor]]
 
+# Called with a model that is about to be untied, and None; and again with its path when that is made.
+WATCHERS: list[Callable[[nn.Module, "FeedbackPath | None"], None]] = []
+
 
 def untie(
     model: nn.Module,
@@ -68,6 +71,8 @@ def untie(
         >>> list(path.layers)
         ['0', '2']
     """
+    for watcher in WATCHERS:
+        watcher(model, None)
     found = survey(model)
     rules = choose_rules(found.convertible, rule, overrides or {})
     refuse_unmatched(activations or {}, "activation pattern", found.convertible)
@@ -81,7 +86,10 @@ def untie(
     layers = {name: layer for name, layer in found.convertible.items() if name not in unserved}
     context = RuleContext(model, seed, activations)
     parts = assemble(model, layers, rules, context, sigma=batchnorm_feedback == "sigma")
-    return FeedbackPath(model, {name: rules[name] for name in layers}, context, parts)
+    path = FeedbackPath(model, {name: rules[name] for name in layers}, context, parts)
+    for watcher in WATCHERS:
+        watcher(model, path)
+    return path
 
 
 class FeedbackPath:
