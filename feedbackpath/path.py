@@ -14,7 +14,13 @@ from feedbackpath.core.surgery import survey
 from feedbackpath.errors import UnconvertedLayerWarning, UntieError
 from feedbackpath.measure import angles
 from feedbackpath.rules import Rule
-from feedbackpath.rules.checks import name_newcomers, plain_layers, refuse_changed_flags, refuse_sharded
+from feedbackpath.rules.checks import (
+    hidden_weights,
+    name_newcomers,
+    plain_layers,
+    refuse_changed_flags,
+    refuse_sharded,
+)
 from feedbackpath.rules.choice import choose_rules, find_unserved, refuse_unmatched
 
 if TYPE_CHECKING:
@@ -47,7 +53,8 @@ def untie(
         rule: A rule or its name: ``"bp"``, ``"fa"``, ``"ss"``, ``"kp"``, ``"wm"``, ``"mirror-kp"``,
             ``"mirror-fa"``.
         overrides: Glob patterns of layer paths to rules, such as ``{"fc": "bp"}``; the last match counts.
-        strict: Refuse a model with layers that the rule cannot govern, instead of warning.
+        strict: Refuse a model with layers that the rule cannot govern, instead of warning; and one with
+            weights that are no matrix among its parameters: buffers, flat parameters, layers in a plain list.
         activations: Glob patterns of layer paths to the activation that follows (mirror mode needs it);
             where not given it is found by tracing the model.
         batchnorm_feedback: What BatchNorm sends back in training: the whole gradient, as autograd does, or
@@ -77,7 +84,7 @@ def untie(
     rules = choose_rules(found.convertible, rule, overrides or {})
     refuse_unmatched(activations or {}, "activation pattern", found.convertible)
     unserved = find_unserved(found.convertible, rules)
-    if left := found.unconverted | unserved:
+    if left := found.unconverted | unserved | (hidden_weights(model) if strict else {}):
         named = ", ".join(f"{name!r} ({why})" for name, why in left.items())
         message = f"no untied form exists for {named}: errors still go back through the weights there"
         if strict or len(unserved) == len(rules):

@@ -62,7 +62,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         stack.callback(LISTENERS.remove, self)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
-        end = register_module_forward_hook(self._leave_module, always_call=True)  # type: ignore[arg-type]
+        end = register_module_forward_hook(self._leave_module, always_call=True)
         stack.callback(end.remove)
         self.record.seen.append([])
         if self.watches:
@@ -114,6 +114,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def fix_parameters(self) -> None:
         """Know the memory of every parameter and buffer; an update may have given one another."""
+        self._ledger.release()
         is_early = not self.subject.forward_weights
         for name, tensor in self.subject.others.items():
             kind: Kind = "weight" if is_early and is_matrix(tensor) else "other"
@@ -135,7 +136,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         self._modules.pop()
         name = self.subject.layer_names.get(id(module))
-        if name is None or self._passages or not module.untied.is_one_product:
+        if name is None or self._passages or not module.__dict__["untied"].is_one_product:
             return
         is_probe = not self._modules and not self.subject.is_model(module)
         probes = self._probes.get(name, 0) if is_probe else 0
@@ -176,7 +177,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.record.sizes[kind, layer] = value.numel() if isinstance(value, Tensor) else 1
 
     def _see_output(self, layer: str, output: Tensor, probes: int = 0) -> None:
-        if len(self.record.seen) == 2:
+        if len(self.record.seen) == 2 and not self.subject.path.context.is_measuring:
             self.record.activities[layer] = self.record.activities.get(layer, 0) + output.numel()
         waiting = [probes]
         self._count_probes(layer, probes)
@@ -188,6 +189,8 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output.register_hook(see)  # type: ignore[no-untyped-call]
 
     def _see_delta(self, layer: str, delta: Tensor) -> Tensor | None:
+        if ops.calling_module() == "feedbackpath.measure.angles":
+            return None  # the path is being compared with backprop
         self._see("delta", layer, delta)
         if len(self.record.seen) == 2 and self._tape is None:
             self.record.deltas.append((layer, delta.detach().clone()))
@@ -235,14 +238,16 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _meets(self, name: str, args: tuple[Any, ...]) -> tuple[Made, tuple[str, ...]] | None:
         """Return the weights and the signals, as digests, of a layer's forward map; None: it is none."""
-        is_library = bool(self._passages) and ops.is_called_by_library()
+        is_library = bool(self._passages) and bool(ops.calling_module())
         if name in ops.SUMS:
-            made = self._made_of(args[0])
-            return (made, ()) if made.is_product and self._modules else None
+            product = self._made_of(args[0])
+            return (product, ()) if product.is_product and self._modules else None
         if name not in ops.CONTRACTIONS and (not is_library or name in ops.OVERWRITES):
             return None
         places = ops.CONTRACTIONS.get(name, range(len(args)))
         operands = [(i, t) for i in places if i < len(args) for t in ops.tensors_in(args[i])]
+        if not pytorch.is_in_backward():
+            self._fix_strangers([t for _, t in operands])
         made = {i: self._ledger.look_up(t) for i, t in operands}
         tracked = [i for i, m in made.items() if m.is_tracked and not m.operation]
         signals = [t for i, t in operands if not made[i].is_tracked]
@@ -254,6 +259,14 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self._is_open(name, args, tracked, made, is_library):
             return None
         return join([made[i] for i in tracked], name, ""), tuple(self._digest(t) for t in signals)
+
+    def _fix_strangers(self, tensors: Sequence[Tensor]) -> None:
+        """Know the parameters of no module, such as those in a dictionary, from when they are first met."""
+        for tensor in tensors:
+            root = tensor if tensor._base is None else tensor._base
+            if isinstance(root, nn.Parameter) and self._ledger.fixed(root) is None:
+                name = f"a parameter of shape {list(root.shape)}, in no module"
+                self._ledger.fix(root, Made("other", (self.subject.add(name, root),)))
 
     def _is_open(
         self, name: str, args: Any, tracked: list[int], made: dict[int, Made], is_library: bool
@@ -345,7 +358,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return Made("weight", source.sources, True, False, f"aten.{name}", where) if is_sign else made
         if not (is_forward and signals and results):
             return made
-        if name.startswith("native_") or "norm" in name or name in ops.FACTORS:
+        if "norm" in name or "prelu" in name or name in ops.FACTORS:
             for t, part in parts:
                 self.record.scales |= {source: t.numel() for source in part.sources if part.kind == "other"}
         most = max(t.numel() for t in signals)
@@ -380,7 +393,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _Exits(TorchFunctionMode):
     """Sees where tensors leave PyTorch: by NumPy, by pickle, by address, as numbers of Python's."""
 
-    NAMES = ("numpy", "tolist", "__array__", "data_ptr", "__reduce_ex__", "__dlpack__", "__deepcopy__")
+    NAMES = ("numpy", "tolist", "__array__", "data_ptr", "__reduce_ex__", "__dlpack__", "untyped_storage")
 
     def __init__(self, chain: Chain) -> None:
         super().__init__()

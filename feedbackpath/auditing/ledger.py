@@ -51,20 +51,24 @@ class Ledger:
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[StorageWeakRef, Made]] = {}
-        self._fixed: dict[int, dict[tuple[int, int], Made]] = {}
+        self._fixed: dict[int, tuple[StorageWeakRef, dict[tuple[int, int], Made]]] = {}
+
+    def release(self) -> None:
+        """Forget what parameters are: they are about to be told anew."""
+        self._fixed.clear()
 
     def fix(self, tensor: Tensor, made: Made) -> None:
         """Say what a parameter is, whatever is written into it; several may share one piece of memory."""
         if tensor.numel():
-            self._fixed.setdefault(_key(tensor), {})[_span(tensor)] = made
+            self._fixed.setdefault(_key(tensor), (_weak(tensor), {}))[1][_span(tensor)] = made
 
     def fixed(self, tensor: Tensor) -> Made | None:
         """Return what the parameters in a tensor's memory were said to be; None: there are none."""
-        places = self._fixed.get(_key(tensor))
-        if not places:
+        entry = self._fixed.get(_key(tensor))
+        if entry is None:
             return None
         low, high = _span(tensor)
-        met = [made for (start, end), made in places.items() if start < high and low < end]
+        met = [made for (start, end), made in entry[1].items() if start < high and low < end]
         return max(met, key=lambda made: _RANK.index(made.kind), default=None)
 
     def look_up(self, tensor: Tensor) -> Made:
@@ -77,8 +81,7 @@ class Ledger:
 
     def enter(self, tensor: Tensor, made: Made) -> None:
         """Note what a tensor now holds."""
-        reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-        self._made[_key(tensor)] = (reference, made)
+        self._made[_key(tensor)] = (_weak(tensor), made)
 
     def forget_freed(self) -> None:
         """Drop what is gone."""
@@ -88,23 +91,28 @@ class Ledger:
 def join(parts: Iterable[Made], operation: str, where: str) -> Made:
     """Return what comes of an operation on values so made, unless it is a layer's forward map."""
     inputs = list(parts)
-    kind = max((made.kind for made in inputs), key=_RANK.index, default="constant")
+    kinds: list[Kind] = [made.kind for made in inputs]
+    kind: Kind = max(kinds, key=_RANK.index, default="constant")
     if kind not in ("weight", "other"):
         return Made(kind)
     tracked = [made for made in inputs if made.kind == kind]
-    names = (name for made in tracked for name in made.sources)
-    sources = tuple(dict.fromkeys(names))
-    told = {"is_sign": all(made.is_sign for made in tracked), "is_product": any(m.is_product for m in tracked)}
-    first_met = next((made for made in tracked if made.operation), None)
-    if first_met is not None:
-        return dataclasses.replace(first_met, sources=sources, **told)
-    is_meeting = any(made.kind in ("activity", "feedback") for made in inputs)
-    met = {"operation": operation, "where": where} if is_meeting else {}
-    return Made(kind, sources, **told, **met)
+    met = next((made for made in tracked if made.operation), None)
+    if met is None and any(made.kind in ("activity", "feedback") for made in inputs):
+        met = Made(kind, operation=operation, where=where)
+    return dataclasses.replace(
+        met or Made(kind),
+        sources=tuple(dict.fromkeys(name for made in tracked for name in made.sources)),
+        is_sign=all(made.is_sign for made in tracked),
+        is_product=any(made.is_product for made in tracked),
+    )
 
 
 def _is_gone(reference: StorageWeakRef) -> bool:
     return bool(reference.expired())  # type: ignore[no-untyped-call]
+
+
+def _weak(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def _key(tensor: Tensor) -> int:
@@ -114,5 +122,5 @@ def _key(tensor: Tensor) -> int:
 def _span(tensor: Tensor) -> tuple[int, int]:
     """Return the first byte that a tensor takes of its memory, and the one behind its last."""
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.storage_offset() * tensor.element_size()
-    return start, start + (reach + 1) * tensor.element_size() if tensor.numel() else start
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    return start, start + (int(reach) + 1) * tensor.element_size() if tensor.numel() else start

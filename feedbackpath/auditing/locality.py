@@ -22,7 +22,7 @@ OWN = "own pre- and postsynaptic signals"
 UNMOVED = "none in this step"
 
 
-class Disturbed(Chain):
+class Disturbed(Chain):  # type: ignore[no-untyped-call]
     """A pass in which neuron 0 of every layer sends another delta, and is another one in mirror mode.
 
     Args:

@@ -25,6 +25,7 @@ CONTRACTIONS: dict[str, tuple[int, ...]] = {
                      "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
                      "_scaled_dot_product_cudnn_attention"), (0, 1, 2)),
 }  # fmt: skip
+INNER = ("torch.", "contextlib", "feedbackpath.auditing", "feedbackpath.core")
 Call = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
@@ -80,36 +81,41 @@ def is_forward_map(name: str, args: tuple[Any, ...], place: int, weight: UntiedW
         return False
     if "convolution" in name:
         transposed = args[6] if name in ("convolution", "convolution_overrideable") else weight.transposed
-        return place == 1 and given.shape == w.shape and transposed == weight.transposed
+        return bool(place == 1 and given.shape == w.shape and transposed == weight.transposed)
     if "rnn" in name or name in ("linear", "_trilinear"):
-        return place > 0 and given.shape == w.shape
+        return bool(place > 0 and given.shape == w.shape)
     if w.dim() != 2 or given.dim() != 2:
         return False
     first, other = CONTRACTIONS[name]
     if place == first:
-        return given.shape == w.shape and given.stride() == w.stride()
-    return place == other and given.shape == w.shape[::-1] and given.stride() == w.stride()[::-1]
+        return bool(given.shape == w.shape and given.stride() == w.stride())
+    is_turned = given.shape == w.shape[::-1] and given.stride() == w.stride()[::-1]
+    return bool(place == other and is_turned)
 
 
 def call_site() -> str:
-    """Return file and line of the innermost call that is not PyTorch's or the audit's own."""
+    """Return file and line of the innermost call that is not PyTorch's, the core's or the audit's own."""
     frame = _calling_frame()
     return "an unknown line" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-def is_called_by_library() -> bool:
-    """Whether that call is a line of this library; a name alone does not make one."""
+def calling_module() -> str:
+    """Return the module of this library whose line that call is; empty: it is another's.
+
+    A name alone does not make one.
+    """
     frame = _calling_frame()
     module = None if frame is None else sys.modules.get(frame.f_globals.get("__name__", ""))
-    is_own = getattr(module, "__name__", "").startswith("feedbackpath.")
-    return is_own and frame is not None and frame.f_globals is vars(module)
+    name = getattr(module, "__name__", "")
+    is_own = name.startswith("feedbackpath.") and frame.f_globals is vars(module)
+    return name if is_own else ""
 
 
 def _calling_frame() -> Any:
     frame: Any = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module != "torch" and not module.startswith(("torch.", "feedbackpath.auditing", "contextlib")):
+        if module != "torch" and not module.startswith(INNER):
             return frame
         frame = frame.f_back
     return None

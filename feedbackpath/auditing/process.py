@@ -28,7 +28,8 @@ def can_fork() -> bool:
 
     Backward passes cannot once a GPU's threads have begun, and threads of the user's would be missing.
     """
-    return hasattr(os, "fork") and not torch.cuda.is_initialized() and threading.active_count() == 1
+    has_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return hasattr(os, "fork") and not has_gpu and threading.active_count() == 1
 
 
 def in_fork(run: Callable[[], T]) -> T:
@@ -115,9 +116,10 @@ def in_fresh_process(function: Callable[..., T], *args: object) -> T:
         result = ours.recv()
     except EOFError:
         raise LostProcess("the process that build ran in ended") from None
+    except BaseException:
+        process.terminate()
+        raise
     finally:
-        if process.is_alive():
-            process.terminate()
         process.join()
     if isinstance(result, BaseException):
         raise result

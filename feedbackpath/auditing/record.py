@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def digest_of(value: object) -> str:
     tensor = value.detach().to_dense() if value.layout != torch.strided else value.detach()
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     tensor = tensor + 0 if tensor.is_floating_point() else tensor
-    memory = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    memory: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return f"{tuple(tensor.shape)}{tensor.dtype}{hashlib.blake2b(memory, digest_size=12).hexdigest()}"
 
 

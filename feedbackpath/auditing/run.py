@@ -18,9 +18,9 @@ from feedbackpath.path import WATCHERS, FeedbackPath
 Step = Callable[[], object]
 Build = Callable[[], tuple[Step, FeedbackPath]]
 StandIn = tuple[float, dict[str, int]]
-# Zeros, and noise of W's own size; then its negative, larger: what asks whether W is above or below
-# something is answered otherwise by one of them.
-SCALES = (0.0, 1.0, -30.0)
+# Zeros, and noise of the other sign and larger than W: what asks whether W, its sum or its norm is above or
+# below something is answered otherwise by one of them.
+SCALES = (0.0, -30.0)
 
 
 def audit(
@@ -136,6 +136,8 @@ class _OfBuild:
     since: Any = "untie"
 
     def __init__(self, build: Build, steps: int) -> None:
+        import torch._dynamo  # noqa: F401 (once, and not in every pass)
+
         self.steps, self._build = steps, build
         self.notes: list[str] = []
 
@@ -238,7 +240,7 @@ def _do_without_weights(
     passes: _OfStep | _OfBuild, record: Record
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Return what differs without W, and which passes were stopped by an error."""
-    stops = []
+    stops: list[str] = []
     for scale in SCALES:
         other = passes.do(record.tape, (scale, record.uses))
         if differing := first_differences(record, other):
@@ -253,7 +255,7 @@ def _explain(record: Record, differing: Sequence[tuple[str, str]]) -> list[Findi
     """Name layer, operation and line of what was found, as far as W's traces tell."""
     findings = list(record.aliases)
     kinds = {kind for kind, _ in differing}
-    exits = {}
+    exits: dict[str, tuple[str, str]] = {}
     for (layer, sink, operation, where), sight in record.sights.items():
         if sink == "exit":
             exits.setdefault(layer, (operation, where))

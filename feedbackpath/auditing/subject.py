@@ -85,7 +85,7 @@ class Subject:
         ]
         extra = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
         for number, parameter in enumerate(extra):
-            self._add(f"parameter {number} of an optimizer, in no model", parameter)
+            self.add(f"parameter {number} of an optimizer, in no model", parameter)
 
     @property
     def path(self) -> FeedbackPath:
@@ -102,32 +102,31 @@ class Subject:
     def _take(self, module: nn.Module, prefix: str) -> None:
         for path, part in module.named_modules(prefix=prefix):
             for name, tensor in _own_tensors(part):
-                self._add(f"{path}.{name}".lstrip("."), tensor)
+                self.add(f"{path}.{name}".lstrip("."), tensor)
                 if isinstance(tensor, nn.Parameter) and not name.endswith("bias"):
                     self.scales.add(f"{path}.{name}".lstrip("."))
 
-    def _add(self, name: str, tensor: Tensor) -> bool:
+    def add(self, name: str, tensor: Tensor) -> str:
+        """Know a parameter or buffer, once; return the name that it got."""
         if id(tensor) in self._known:
-            return False
+            return name
+        name = name if name not in self.others else f"{name} ({len(self.others)})"
         self._known.add(id(tensor))
         self.others[name] = tensor
         if self._standing_in is not None:
             scale, uses = self._standing_in
             if name in uses:
                 _replace(tensor, scale, torch.Generator().manual_seed(len(self._known)))
-        return True
+        return name
 
     def newcomers(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Yield parameters and buffers of a module that is called and was not known, by name."""
         own = getattr(module, "untied", None)
         feedback = {weight.feedback_name for weight in own.weights} if own is not None else set()
+        place = "" if id(module) in self._parts else ", outside the model"
         for name, tensor in _own_tensors(module):
-            kind = type(module).__name__
-            named = f"{kind}.{name}, outside the model" if id(module) not in self._parts else f"{kind}.{name}"
             if id(tensor) not in self._known and name not in feedback:
-                named = named if named not in self.others else f"{named} ({len(self.others)})"
-                self._add(named, tensor)
-                yield named, tensor
+                yield self.add(f"{type(module).__name__}.{name}{place}", tensor), tensor
 
     def is_in_model(self, module: nn.Module) -> bool:
         """Whether a module is a part of the model."""
@@ -190,7 +189,8 @@ class Subject:
         """Replace every forward weight, and whatever else multiplies activities, by noise.
 
         Args:
-            scale: Standard deviation of the noise, in those of each weight; 0: zeros.
+            scale: Size of the noise, in standard deviations of each weight; below 0: of the sign that each
+                value has not; 0: zeros.
             uses: Names of parameters and buffers that multiply activities.
         """
         self._standing_in = scale, uses
@@ -247,6 +247,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _replace(tensor: Any, scale: float, generator: torch.Generator) -> None:
     """Fill a tensor with noise, unseen by autograd."""
     noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+    noise = torch.where(tensor == 0, noise, noise.abs() * tensor.sign())
     size = tensor.detach().float().std(correction=0).clamp_min(1e-3).to(tensor)
     with preserve_version(tensor):
         tensor.copy_(noise * size * scale)
