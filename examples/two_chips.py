@@ -195,14 +195,12 @@ def listen_to_noise(link: Link, feedback: Sequence[nn.Parameter]) -> None:
         b.add_(MIRROR_RATE * (covariance - MIRROR_DECAY * b))
 
 
-def run_chip(is_forward: bool, line: socket.socket, others: list[socket.socket], rule: str, steps: int) -> None:
+def run_chip(is_forward: bool, line: socket.socket, result: socket.socket, rule: str, steps: int) -> None:
     """Be one of the chips; give back the weights when all is done, on a line that the other has no part in."""
     torch.set_num_threads(1)
-    data, result = others
-    line.close()
     chip = run_forward_chip if is_forward else run_feedback_chip
-    weights = chip(Link(data), rule, steps)
-    data.close()
+    weights = chip(Link(line), rule, steps)
+    line.close()
     result.sendall(pickle.dumps([weight.numpy() for weight in weights]))
     result.close()
 
@@ -232,12 +230,11 @@ def train(rule: str, steps: int) -> tuple[list[Tensor], list[Tensor], Tapped, Ta
     for is_forward in (True, False):
         ours, theirs = socket.socketpair()
         result, their_result = socket.socketpair()
-        spare, their_spare = socket.socketpair()
-        arguments = (is_forward, their_spare, [theirs, their_result], rule, steps)
+        arguments = (is_forward, theirs, their_result, rule, steps)
         chips.append(context.Process(target=run_chip, args=arguments))
         chips[-1].start()
-        for used in (theirs, their_result, their_spare, spare):
-            used.close()
+        theirs.close()
+        their_result.close()
         lines.append(ours)
         results.append(result)
     down, up = pass_on(*lines)
@@ -252,7 +249,9 @@ def train(rule: str, steps: int) -> tuple[list[Tensor], list[Tensor], Tapped, Ta
 
 def angle_deg(one: Tensor, other: Tensor) -> float:
     """Return the angle between two tensors taken as vectors, in degrees."""
-    return math.degrees(math.acos(min(1.0, float(F.cosine_similarity(one.flatten(), other.flatten(), 0)))))
+    return math.degrees(
+        math.acos(min(1.0, float(F.cosine_similarity(one.detach().flatten(), other.detach().flatten(), 0))))
+    )
 
 
 def expected_bytes(rule: str, steps: int) -> tuple[Counter[str], Counter[str]]:

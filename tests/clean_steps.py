@@ -97,7 +97,9 @@ class SharpnessAware(torch.optim.SGD):
 
     @torch.no_grad()
     def descend(self):
-        for state, p in [(self.state[p], p) for g in self.param_groups for p in g["params"] if p in self.state]:
+        for state, p in [
+            (self.state[p], p) for g in self.param_groups for p in g["params"] if p in self.state
+        ]:
             if "old" in state:
                 p.data = state.pop("old")
         self.step()
@@ -338,7 +340,7 @@ CLEAN = {
     "lbfgs": ClosureTask,
     "lbfgs-wolfe": lambda rule: ClosureTask(rule, "strong_wolfe"),
     "logs-much": lambda rule: Task(rule, before=log_much, after_update=log_much),
-    "logs-logarithm": lambda rule: Task(rule, after_update=log_logarithm),
+    "logs-logarithm": lambda rule: Task(rule, before=log_logarithm),
     "logs-angles": lambda rule: Task(rule, after_update=log_angles),
     "measures-deltas": lambda rule: Task(rule, after_update=measure_deltas),
     "stops-if-large": lambda rule: Task(rule, before=stop_if_large),

@@ -3,8 +3,10 @@
 import ctypes
 import io
 import pickle
+import shutil
 import tempfile
 import threading
+import weakref
 from pathlib import Path
 from typing import ClassVar
 
@@ -322,15 +324,15 @@ def use_notes(task, waits):
 
 def by_file(writes):
     def make():
-        folder = tempfile.TemporaryDirectory()
-        place = Path(folder.name) / "carrier"
+        folder = tempfile.mkdtemp()
+        place = Path(folder) / "carrier"
 
         def take(task):
             if place.exists():
                 first_pair(task)[1].copy_(torch.load(place))
 
         task = Task(after_update=relay(lambda t: writes(first_pair(t)[0].detach(), place), take))
-        task.folder = folder
+        weakref.finalize(task, shutil.rmtree, folder)
         return task
 
     return make
@@ -646,14 +648,18 @@ UNSEEN_BY_OPERATORS = {
 """Leaks that leave PyTorch on the way: replay finds them."""
 
 BEFORE = {
-    "numpy-before": keep_by(lambda w: w.detach().numpy().copy(), lambda b, kept: b.copy_(torch.from_numpy(kept))),
+    "numpy-before": keep_by(
+        lambda w: w.detach().numpy().copy(), lambda b, kept: b.copy_(torch.from_numpy(kept))
+    ),
     "pickle-before": keep_by(pickle.dumps, lambda b, kept: b.lerp_(pickle.loads(kept).detach(), 0.5)),  # noqa: S301
     "torch-save-before": keep_by(by_torch_save, load_again),
     "floats-before": keep_by(lambda w: w.norm().item(), lambda b, kept: b.mul_(kept / b.norm())),
     "one-float-before": keep_by(lambda w: float(w[0, 0]), lambda b, kept: b[0, 0].fill_(kept)),
     "learning-rate": lambda: Task("kp", before=learn_at_rate_of_w),
     "loss-scale": lambda: Task(on_loss=lambda task, loss: loss * task.model[2].weight.norm().item()),
-    "loss-scale-by-tensor": lambda: Task(on_loss=lambda task, loss: loss * task.model[2].weight.detach().std()),
+    "loss-scale-by-tensor": lambda: Task(
+        on_loss=lambda task, loss: loss * task.model[2].weight.detach().std()
+    ),
     "samples-chosen-by-w": lambda: Task(before=choose_samples_by_w),
     "seed-of-w": lambda: Task(before=seed_by_w, after_update=add_noise),
 }

@@ -7,6 +7,7 @@ is held: whatever W does on any other way shows in the deltas, in a B, or in an 
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -60,6 +61,10 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         stack = self._stack
         LISTENERS.append(self)
         stack.callback(LISTENERS.remove, self)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings(
+            "ignore", ".*global hooks on modules"
+        )  # of compiled models, which run eagerly
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
         end = register_module_forward_hook(self._leave_module, always_call=True)
@@ -298,7 +303,9 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outputs = [tensor for tensor in ops.tensors_in(output) if tensor.numel()]
         call = (name, made.sources, digests)
         if pytorch.is_in_backward() and call not in self._known_calls:
-            return False  # no forward pass done again, as checkpointing does: a product with W on the way back
+            return (
+                False  # no forward pass done again, as checkpointing does: a product with W on the way back
+            )
         self._known_calls.add(call)
         self._count(name, made, outputs)
         if self._tape is None:

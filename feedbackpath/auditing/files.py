@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,7 @@ class _Journal:
             return
         self._is_busy = True
         try:
-            place = self.folder / str(len(self._seen))
+            place = self.folder / str(time.time_ns())  # two processes may take notes
             self._seen.add(name)
             if os.path.isfile(name):
                 shutil.copy2(name, place)
@@ -94,6 +95,11 @@ def files_put_back() -> Iterator[None]:
             torch._C.PyTorchFileWriter = plain  # type: ignore[misc]
             _journals.remove(journal)
             journal.put_back()
+
+
+def release_files() -> None:
+    """Let this process, a fork, write what is to stay."""
+    _journals.clear()
 
 
 def detach_open_files() -> None:

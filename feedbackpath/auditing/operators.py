@@ -40,7 +40,9 @@ def split(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any)
     writes = {a.name for a in schema if a.alias_info is not None and a.alias_info.is_write}
     lengths = [0]
     if func.overloadpacket.__name__.startswith(("_foreach", "_fused", "_amp_foreach")):
-        lengths += [len(value) for _, value in values if isinstance(value, list | tuple) and tensors_in(value)]
+        lengths += [
+            len(value) for _, value in values if isinstance(value, list | tuple) and tensors_in(value)
+        ]
     if not max(lengths):
         written = [t for name, value in values if name in writes for t in tensors_in(value)]
         yield [t for _, value in values for t in tensors_in(value)], written, tensors_in(output)

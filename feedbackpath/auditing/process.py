@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from feedbackpath.auditing.files import detach_open_files, files_put_back
+from feedbackpath.auditing.files import detach_open_files, files_put_back, release_files
 from feedbackpath.auditing.report import AuditError
 
 T = TypeVar("T")
@@ -38,11 +38,13 @@ def in_fork(run: Callable[[], T]) -> T:
     Raises:
         LostProcess: The process ended without a result.
     """
-    with files_put_back(), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, files_put_back():
         sys.stdout.flush()
         sys.stderr.flush()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # threads of OpenMP are no threads of Python's
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # threads of OpenMP are no threads of Python's
             child = os.fork()
         if child == 0:
             _be_child(run, f"{folder}/result")
@@ -81,6 +83,7 @@ def _be_child(run: Callable[[], object], place: str) -> None:
     else:
         work()
     try:
+        release_files()
         _write(results[0], place)
     finally:
         os._exit(0)

@@ -109,7 +109,7 @@ class Report:
             return "transports weights: their signs, 1 bit each" if is_signs else "transports weights"
         if self.unsettled:
             return f"not settled: {self.unsettled}"
-        told = f"transport-free in the {self.steps} steps watched"
+        told = f"transport-free in the {self.steps} step{'s' * (self.steps > 1)} watched"
         if self.declared:
             kinds = ", ".join(f"{kind} ({count} scalars)" for kind, count in self.declared.items())
             told = f"{told}, except: {kinds}"

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from feedbackpath.auditing.chain import Chain
+from feedbackpath.auditing.files import files_put_back
 from feedbackpath.auditing.locality import Disturbed, describe_locality
 from feedbackpath.auditing.process import LostProcess, can_fork, in_fork, in_fresh_process
 from feedbackpath.auditing.record import CALLS, Record, first_differences
@@ -120,7 +121,8 @@ class _OfStep:
         if self._start is None:
             return in_fork(run)
         try:
-            return run()
+            with files_put_back():
+                return run()
         finally:
             self.subject.restore(self._start)
 

@@ -155,7 +155,9 @@ class Subject:
     def optimizer_state(self, parameter: Tensor) -> Iterator[tuple[str, object]]:
         """Yield what optimizers remember of a parameter, by name."""
         for optimizer in self.optimizers:
-            for key, value in sorted(optimizer.state.get(parameter, {}).items(), key=lambda item: str(item[0])):
+            for key, value in sorted(
+                optimizer.state.get(parameter, {}).items(), key=lambda item: str(item[0])
+            ):
                 if isinstance(value, (Tensor, int, float)):
                     yield str(key), value
 
@@ -163,7 +165,9 @@ class Subject:
         """Find every B that is W itself, or lies in the memory of one."""
         places = {w.data_ptr(): name for name, w in self.forward_weights.items()}
         found = [
-            Finding(name, "weight", "feedback weight", "sharing memory", "untie, or later", "storage", b.numel())
+            Finding(
+                name, "weight", "feedback weight", "sharing memory", "untie, or later", "storage", b.numel()
+            )
             for name, b in self.feedback_weights.items()
             if b.numel() and b.data_ptr() in places
         ]

@@ -114,8 +114,12 @@ def _multiplied_names(kind: type) -> set[str]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))  # type: ignore[attr-defined]
     except (OSError, TypeError, SyntaxError):
         return set()
-    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and not kind.__module__.startswith("torch.")]
-    products: list[ast.AST] = [n for n in calls if getattr(n.func, "attr", getattr(n.func, "id", "")) in PRODUCTS]
+    calls = [
+        n for n in ast.walk(tree) if isinstance(n, ast.Call) and not kind.__module__.startswith("torch.")
+    ]
+    products: list[ast.AST] = [
+        n for n in calls if getattr(n.func, "attr", getattr(n.func, "id", "")) in PRODUCTS
+    ]
     products += [n for n in ast.walk(tree) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.MatMult)]
     named = [n for product in products for n in ast.walk(product) if isinstance(n, ast.Attribute)]
     return {n.attr for n in named if isinstance(n.value, ast.Name) and n.value.id == "self"}
