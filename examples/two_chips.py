@@ -4,13 +4,13 @@
     python examples/two_chips.py --rule wm
 
 W is made in the forward process and never leaves it; B in the feedback process. All that goes between them
-goes through one pair of sockets, and the parent sits on the line: it reads every byte there, passes it on, and
-counts what it read. The chips exchange activities and deltas, and by ``wm`` the noise that neurons fire with
+goes through sockets, and the parent sits on the line: it reads every byte there, passes it on, and counts
+what it read. The chips exchange activities and deltas, and by ``wm`` the noise that neurons fire with
 the answers to it.
 
 By ``kp`` each chip computes the product of activity and delta from noisy signals of its own: the two updates
-are not equal, and weight decay brings B to W all the same. ``wm`` is the paper's mirror: all neurons of a layer
-fire independent Gaussian noise, and B learns from the covariance with the answers (Akrout et al. 2019,
+are not equal, and weight decay brings B to W all the same. ``wm`` is the paper's mirror: all neurons of a
+layer fire independent Gaussian noise, and B learns from its covariance with the answers (Akrout et al. 2019,
 equations 5 to 7). See docs/two-chips.md.
 """
 
@@ -196,7 +196,7 @@ def listen_to_noise(link: Link, feedback: Sequence[nn.Parameter]) -> None:
 
 
 def run_chip(is_forward: bool, line: socket.socket, result: socket.socket, rule: str, steps: int) -> None:
-    """Be one of the chips; give back the weights when all is done, on a line that the other has no part in."""
+    """Be one of the chips; give back the weights at the end, on a line that the other has no part in."""
     torch.set_num_threads(1)
     chip = run_forward_chip if is_forward else run_feedback_chip
     weights = chip(Link(line), rule, steps)

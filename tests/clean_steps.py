@@ -1,4 +1,4 @@
-"""Training steps that transport nothing, in as many ways as people write them: what an audit must not accuse."""
+"""Training steps that transport nothing, written in many ways: what an audit must not accuse."""
 
 import copy
 import math
@@ -9,8 +9,6 @@ from leaks import OwnMirror, Task, Whole, with_norm
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
-
-import feedbackpath as fp
 
 # Updates of W and B together, where each half depends on its own
 
@@ -320,6 +318,17 @@ class Noisy(nn.Linear):
         return F.linear(x, F.dropout(self.weight, 0.2) + 0.01 * torch.randn_like(self.weight), self.bias)
 
 
+class InputFirst(nn.Module):
+    """A dense layer that lays its weight out as ``[in, out]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(8, 8) / 3)
+
+    def forward(self, x):
+        return x @ self.kernel
+
+
 class Positions(nn.Module):
     def __init__(self):
         super().__init__()
@@ -366,6 +375,10 @@ CLEAN = {
     "dropout": lambda rule: Task(rule, model=with_norm(nn.Dropout(0.3))),
     "noisy-synapses": lambda rule: Task(
         rule, model=nn.Sequential(Noisy(6, 8), nn.ReLU(), Noisy(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    ),
+    "weights-input-first": lambda rule: Task(rule, model=with_norm(InputFirst())),
+    "layers-input-first": lambda rule: Task(
+        rule, model=nn.Sequential(nn.Linear(6, 8), nn.ReLU(), InputFirst(), nn.ReLU(), nn.Linear(8, 3))
     ),
     "positions": lambda rule: Whole(Positions, rule),
 }

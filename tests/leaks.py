@@ -423,6 +423,20 @@ def sent_by_hand(task):
     task.model[2].feedback.add_(Back(task.model[2].weight)(delta).T @ delta, alpha=1e-3)
 
 
+def through_part(task):
+    """The module is a part of the model, which the model's own forward pass never runs."""
+    delta = torch.ones(16, 8)
+    with torch.enable_grad():
+        sent = task.model[2].back(delta).detach()
+    task.model[2].feedback.add_(sent.T @ delta, alpha=1e-3)
+
+
+def with_unused_part():
+    task = Task(after_update=through_part)
+    task.model[2].back = Back(task.model[2].weight)
+    return task
+
+
 # Feedback parameters that are replaced during the step
 
 
@@ -681,6 +695,7 @@ MODULES = {
         on_hidden=add_by_module(lambda task: plain_layer_with(task.model[2].weight))
     ),
     "layer-in-function": lambda: Task(on_hidden=lambda task, h: CallsLayer.apply(h, task.model[2])),
+    "unused-part-of-the-model": with_unused_part,
     "module-after-backward": lambda: Task(after_update=sent_by_hand),
 }
 REPLACED = {

@@ -386,14 +386,16 @@ LAYERS = {
     "rnn": lambda: nn.Sequential(nn.Linear(6, 12), First(nn.RNN(12, 5))),
     "encoder": lambda: nn.Sequential(nn.Linear(6, 12), nn.TransformerEncoderLayer(12, 2, 16, dropout=0.1)),
     "conv2d": lambda: nn.Sequential(
-        nn.Unflatten(0, (3, 1)), nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(4, 2, 3), nn.ReLU(),
-        nn.Conv2d(2, 4, 3, groups=2, padding_mode="reflect", padding=1),
+        nn.Unflatten(0, (3, 1)), nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(4, 2, 3),
+        nn.ReLU(), nn.Conv2d(2, 4, 3, groups=2, padding_mode="reflect", padding=1),
     ),
     "conv3d": lambda: nn.Sequential(
         nn.Unflatten(2, (1, 2, 3)), nn.Conv3d(4, 4, (1, 1, 3), padding="same"), nn.ReLU(), nn.Conv3d(4, 2, 1)
     ),
     "cells": lambda: nn.Sequential(nn.Flatten(0, 1), nn.Linear(6, 5), nn.GRUCell(5, 4), nn.Linear(4, 3)),
-    "embedding": lambda: nn.Sequential(Rounded(), nn.Embedding(9, 6), nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)),
+    "embedding": lambda: nn.Sequential(
+        Rounded(), nn.Embedding(9, 6), nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)
+    ),
     "product-and-sum": lambda: nn.Sequential(nn.Linear(6, 5), BySum(5, 4), nn.Linear(4, 2)),
 }  # fmt: skip
 
@@ -720,8 +722,11 @@ def test_the_table_of_kinds_is_right(kind, begin, end, verdict, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     task = Task("kp")
     w, b = task.model[2].weight, task.model[2].feedback
-    names = {"torch": torch, "fp": fp, "F": F, "os": os, "model": task.model, "path": task.path, "w": w, "b": b,
-             "layer": task.model[2], "task": task, "optimizer": task.optimizer, "notes": {}, "batches": iter(range(99))}  # fmt: skip
+    names = {
+        "torch": torch, "fp": fp, "os": os, "model": task.model, "path": task.path, "w": w, "b": b,
+        "layer": task.model[2], "task": task, "optimizer": task.optimizer, "notes": {},
+        "batches": iter(range(99)),
+    }  # fmt: skip
 
     def step():
         with torch.no_grad():

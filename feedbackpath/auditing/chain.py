@@ -6,7 +6,6 @@ is held: whatever W does on any other way shows in the deltas, in a B, or in an 
 """
 
 import dataclasses
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from feedbackpath.auditing import operators as ops
 from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, FEEDBACK, Kind, Ledger, Made, join
-from feedbackpath.auditing.record import Entry, Record, Sight, digest_of
+from feedbackpath.auditing.record import Entry, Record, digest_of
 from feedbackpath.auditing.subject import Subject
 from feedbackpath.core import pytorch
 from feedbackpath.core.layers import UntiedWeight
@@ -51,8 +49,9 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._is_aside = False
         self._modules: list[nn.Module] = []
         self._passages: list[tuple[Tensor, ...]] = []
-        self._known_calls: set[tuple[Any, ...]] = set()
+        self._known_calls: dict[tuple[Any, ...], Entry] = {}
         self._probes: dict[str, int] = {}
+        self._doubted: list[Entry] = []
         self._written_early: list[tuple[Tensor, Made, str, str]] = []
         self._stack = ExitStack()
 
@@ -72,7 +71,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.record.seen.append([])
         if self.watches:
             self.fix_parameters()
-            stack.enter_context(_Exits(self))
+            stack.enter_context(ops.Exits(self._see_exit))
             stack.enter_context(self)
 
     def attach(self, path: FeedbackPath) -> None:
@@ -83,7 +82,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if tensor.data_ptr() == feedback.data_ptr():
                     renamed = tuple(self.subject.renamed.get(source, source) for source in made.sources)
                     made = dataclasses.replace(made, sources=renamed)
-                    self._sight("feedback weight", made, f"aten.{name}", where, feedback.numel())
+                    self.record.add_sight("feedback weight", made, f"aten.{name}", where, feedback.numel())
         self._written_early.clear()
         if self.watches:
             self.fix_parameters()
@@ -140,6 +139,8 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         self._modules.pop()
+        if not self._modules and self._doubted:
+            self._wait_for_delta(output)
         name = self.subject.layer_names.get(id(module))
         if name is None or self._passages or not module.__dict__["untied"].is_one_product:
             return
@@ -150,7 +151,19 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._see_output(name, tensor, probes)
                 probes = 0
         if is_probe:
-            self._count_probes(name, probes)
+            self.record.count_probes(name, probes)
+
+    def _wait_for_delta(self, output: Any) -> None:
+        """Take products of one call for answers of the model if they train: if an error comes back."""
+        doubted, self._doubted = self._doubted, []
+
+        def confirm(delta: Tensor) -> None:
+            for entry in doubted:
+                entry.is_answer |= bool(delta.ne(0).any())
+
+        for tensor in ops.tensors_in(output):
+            if tensor.requires_grad:
+                tensor.register_hook(confirm)  # type: ignore[no-untyped-call]
 
     def _tap(self, weight: UntiedWeight, _: Tensor, output: Tensor, rows: slice) -> None:
         if output.requires_grad:
@@ -163,10 +176,6 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def leave_passage(self, weights: tuple[Tensor, ...]) -> None:
         """It does so no longer."""
         self._passages.pop()
-
-    def _count_probes(self, name: str, count: int) -> None:
-        if count:
-            self.record.probes[name] = self.record.probes.get(name, 0) + count
 
     # What must be the same in every pass
 
@@ -185,10 +194,10 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if len(self.record.seen) == 2 and not self.subject.path.context.is_measuring:
             self.record.activities[layer] = self.record.activities.get(layer, 0) + output.numel()
         waiting = [probes]
-        self._count_probes(layer, probes)
+        self.record.count_probes(layer, probes)
 
         def see(delta: Tensor) -> Tensor | None:
-            self._count_probes(layer, -waiting.pop() if waiting else 0)  # it was no probe: it trains
+            self.record.count_probes(layer, -waiting.pop() if waiting else 0)  # it was no probe: it trains
             return self._see_delta(layer, delta)
 
         output.register_hook(see)  # type: ignore[no-untyped-call]
@@ -201,7 +210,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.record.deltas.append((layer, delta.detach().clone()))
         made = self._made_of(delta)
         if made.kind == "weight":
-            self._sight("delta", made, made.operation, made.where, delta.numel())
+            self.record.add_sight("delta", made, made.operation, made.where, delta.numel())
         return None
 
     def _look_at_feedback(self) -> None:
@@ -241,12 +250,15 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return Made("weight", tuple(s for s in made.sources if s in self.record.uses))
         return made
 
-    def _meets(self, name: str, args: tuple[Any, ...]) -> tuple[Made, tuple[str, ...]] | None:
-        """Return the weights and the signals, as digests, of a layer's forward map; None: it is none."""
+    def _meets(self, name: str, args: tuple[Any, ...]) -> tuple[Made, tuple[str, ...], bool] | None:
+        """Return the weights of a layer's forward map, its signals as digests, and whether it surely is one.
+
+        None: it is none.
+        """
         is_library = bool(self._passages) and bool(ops.calling_module())
         if name in ops.SUMS:
             product = self._made_of(args[0])
-            return (product, ()) if product.is_product and self._modules else None
+            return (product, (), True) if product.is_product and self._modules else None
         if name not in ops.CONTRACTIONS and (not is_library or name in ops.OVERWRITES):
             return None
         places = ops.CONTRACTIONS.get(name, range(len(args)))
@@ -261,9 +273,11 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for i in tracked if name in ops.CONTRACTIONS and name != "embedding" else ():
             for source in made[i].sources:
                 self.record.uses[source] = args[i].numel()
-        if not self._is_open(name, args, tracked, made, is_library):
+        is_inside = self.subject.model in self._modules or (is_library and not self._modules)
+        is_sure = is_inside or self._are_forward_maps(name, args, {i: made[i] for i in tracked})
+        if not is_sure and not any(self.subject.is_in_model(module) for module in self._modules):
             return None
-        return join([made[i] for i in tracked], name, ""), tuple(self._digest(t) for t in signals)
+        return join([made[i] for i in tracked], name, ""), tuple(self._digest(t) for t in signals), is_sure
 
     def _fix_strangers(self, tensors: Sequence[Tensor]) -> None:
         """Know the parameters of no module, such as those in a dictionary, from when they are first met."""
@@ -273,48 +287,40 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 name = f"a parameter of shape {list(root.shape)}, in no module"
                 self._ledger.fix(root, Made("other", (self.subject.add(name, root),)))
 
-    def _is_open(
-        self, name: str, args: Any, tracked: list[int], made: dict[int, Made], is_library: bool
-    ) -> bool:
-        """Whether this is a place where signals go forward through weights."""
-        in_model = any(self.subject.is_in_model(module) for module in self._modules)
-        if in_model or (is_library and not self._modules):
-            return True
-        untied = [i for i in tracked if made[i].kind == "weight"]
-        if not (self._modules or self._passages):
-            return False
+    def _are_forward_maps(self, name: str, args: Any, tracked: dict[int, Made]) -> bool:
+        """Whether weights meet a signal as in their own layers: in a module's call, or a declared passage."""
+        untied = {i: made for i, made in tracked.items() if made.kind == "weight"}
         if not untied:
             return bool(self._modules)
-        if not self._modules and not self._is_declared(made, untied):
-            return False
-        weights = [self.subject.weight_named(made[i].sources[0]) for i in untied]
-        return all(
-            weight is not None and ops.is_forward_map(name, args, i, weight)
-            for i, weight in zip(untied, weights, strict=True)
-        )
+        passing = {id(weight) for weights in self._passages[-1:] for weight in weights}
+        for i, made in untied.items():
+            weight = self.subject.weight_named(made.sources[0])
+            if weight is None or not (self._modules or id(weight.weight) in passing):
+                return False
+            if len(made.sources) > 1 or not ops.is_forward_map(name, args, i, weight):
+                return False
+        return True
 
-    def _is_declared(self, made: dict[int, Made], untied: list[int]) -> bool:
-        passing = {id(weight) for weight in self._passages[-1]}
-        weights = self.subject.forward_weights
-        return all(id(weights[source]) in passing for i in untied for source in made[i].sources)
+    def _hold(self, name: str, made: Made, digests: tuple[str, ...], is_sure: bool, output: Any) -> bool:
+        """Write what a layer answers on the tape, or read it there; return whether this is such an answer.
 
-    def _hold(self, name: str, made: Made, digests: tuple[str, ...], output: Any) -> bool:
-        """Write what a layer answers on the tape, or read it there; return whether this is such an answer."""
+        In a backward pass it is one only where a forward pass is done again, as checkpointing does.
+        """
         outputs = [tensor for tensor in ops.tensors_in(output) if tensor.numel()]
-        call = (name, made.sources, digests)
-        if pytorch.is_in_backward() and call not in self._known_calls:
-            return (
-                False  # no forward pass done again, as checkpointing does: a product with W on the way back
-            )
-        self._known_calls.add(call)
+        first = self._known_calls.get((name, made.sources, digests))
+        if pytorch.is_in_backward() and first is None:
+            return False
         self._count(name, made, outputs)
         if self._tape is None:
-            self.record.tape.append(Entry(name, digests, [tensor.detach().clone() for tensor in outputs]))
-            return True
-        entry = next(self._tape, None)
-        if entry is not None and (entry.operation, entry.signals) == (name, digests):
-            for tensor, held in zip(outputs, entry.outputs, strict=True):
-                tensor.copy_(held)
+            entry = Entry(name, digests, [tensor.detach().clone() for tensor in outputs], is_sure, first)
+            self.record.tape.append(entry)
+            self._doubted += [] if is_sure or pytorch.is_in_backward() else [entry]
+        else:
+            entry = next(self._tape, Entry("", (), []))
+            if (entry.operation, entry.signals) == (name, digests) and entry.holds:
+                for tensor, held in zip(outputs, entry.outputs, strict=True):
+                    tensor.copy_(held)
+        self._known_calls.setdefault((name, made.sources, digests), entry)
         return True
 
     def _count(self, name: str, made: Made, outputs: list[Tensor]) -> None:
@@ -328,7 +334,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._probes[layer] = probes
             if self._passages:
                 self.record.answers[layer] = self.record.answers.get(layer, 0) + values
-                self._count_probes(layer, probes)
+                self.record.count_probes(layer, probes)
 
     def _note(
         self, name: str, inputs: list[Tensor], written: list[Tensor], results: list[Tensor], is_held: bool
@@ -345,7 +351,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             made = self._join(name, parts, weights, [*results, *written], where)
         if weights and name in ops.EXITS:
-            self._sight("exit", made, f"aten.{name}", where, weights[0][0].numel())
+            self.record.add_sight("exit", made, f"aten.{name}", where, weights[0][0].numel())
         for tensor in written:
             self._write(tensor, made, name, where)
         for tensor in results:
@@ -383,32 +389,12 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if made.kind == "weight" and not self.subject.forward_weights:
                 self._written_early.append((tensor, made, name, where))
         elif fixed.kind == "feedback" and made.kind == "weight":
-            self._sight("feedback weight", made, f"aten.{name}", where or made.where, tensor.numel())
+            self.record.add_sight(
+                "feedback weight", made, f"aten.{name}", where or made.where, tensor.numel()
+            )
 
-    def _sight(self, sink: str, made: Made, operation: str, where: str, values: int) -> None:
-        for layer in made.sources:
-            sight = Sight(sink, made, operation, where, values)
-            self.record.sights.setdefault((layer, sink, operation, where), sight)
-
-    def see_exit(self, name: str, tensor: Tensor) -> None:
+    def _see_exit(self, name: str, tensor: Tensor) -> None:
         """Note that a tensor leaves PyTorch."""
         made = self._made_of(tensor)
         if made.kind == "weight":
-            self._sight("exit", made, f"Tensor.{name}", ops.call_site(), tensor.numel())
-
-
-class _Exits(TorchFunctionMode):
-    """Sees where tensors leave PyTorch: by NumPy, by pickle, by address, as numbers of Python's."""
-
-    NAMES = ("numpy", "tolist", "__array__", "data_ptr", "__reduce_ex__", "__dlpack__", "untyped_storage")
-
-    def __init__(self, chain: Chain) -> None:
-        super().__init__()
-        self._chain = chain
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        if name in self.NAMES and isinstance(args[0], Tensor) and not caller.startswith("feedbackpath."):
-            self._chain.see_exit(name, args[0])
-        return func(*args, **(kwargs or {}))
+            self.record.add_sight("exit", made, f"Tensor.{name}", ops.call_site(), tensor.numel())

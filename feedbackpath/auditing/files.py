@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-NAMED = {"os.remove": 1, "os.rename": 2, "os.mkdir": 1, "os.rmdir": 1, "os.truncate": 1, "os.link": 2,
-         "os.symlink": 2}  # fmt: skip
+NAMED = {"os.remove": 1, "os.rename": 2, "os.mkdir": 1, "os.rmdir": 1, "os.link": 2, "os.symlink": 2}
 
 
 class _Journal:
@@ -68,8 +67,9 @@ def _listen(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES:
         _journals[-1].note(arguments[0])
-    for path in arguments[: NAMED.get(event, 0)]:
-        _journals[-1].note(path)
+    if event in NAMED and arguments[-1] == -1:  # else a name is relative to some open folder
+        for path in arguments[: NAMED[event]]:
+            _journals[-1].note(path)
 
 
 @contextmanager

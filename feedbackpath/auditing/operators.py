@@ -1,10 +1,11 @@
 """What PyTorch's operators do with a weight, and the tensors among their arguments."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from feedbackpath.core.layers import UntiedWeight
 
@@ -20,7 +21,8 @@ EXITS = ("_local_scalar_dense", "equal", "is_nonzero")
 CONTRACTIONS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "linear", "convolution", "convolution_overrideable",
                      "cudnn_convolution", "mkldnn_convolution", "miopen_convolution", "embedding"), (0, 1)),
-    **dict.fromkeys(("addmm", "addmm_", "_addmm_activation", "baddbmm", "baddbmm_", "addbmm", "addmv"), (1, 2)),
+    **dict.fromkeys(("addmm", "addmm_", "_addmm_activation", "baddbmm", "baddbmm_", "addbmm", "addmv"),
+                    (1, 2)),
     **dict.fromkeys(("_trilinear", "mkldnn_rnn_layer", "_scaled_dot_product_flash_attention_for_cpu",
                      "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
                      "_scaled_dot_product_cudnn_attention"), (0, 1, 2)),
@@ -79,18 +81,19 @@ def is_forward_map(name: str, args: tuple[Any, ...], place: int, weight: UntiedW
         weight: W.
     """
     w, given = weight.weight, args[place]
-    if not given.is_set_to(w.detach()) and (given.data_ptr() != w.data_ptr() or given.numel() != w.numel()):
+    if given.data_ptr() != w.data_ptr() or given.numel() != w.numel():
         return False
+    is_as_it_is = bool(given.shape == w.shape and given.stride() == w.stride())
     if "convolution" in name:
         transposed = args[6] if name in ("convolution", "convolution_overrideable") else weight.transposed
-        return bool(place == 1 and given.shape == w.shape and transposed == weight.transposed)
+        return bool(place == 1 and is_as_it_is and transposed == weight.transposed)
     if "rnn" in name or name in ("linear", "_trilinear"):
-        return bool(place > 0 and given.shape == w.shape)
+        return bool(place > 0 and is_as_it_is)
     if w.dim() != 2 or given.dim() != 2:
         return False
     first, other = CONTRACTIONS[name]
     if place == first:
-        return bool(given.shape == w.shape and given.stride() == w.stride())
+        return is_as_it_is
     is_turned = given.shape == w.shape[::-1] and given.stride() == w.stride()[::-1]
     return bool(place == other and is_turned)
 
@@ -121,3 +124,25 @@ def _calling_frame() -> Any:
             return frame
         frame = frame.f_back
     return None
+
+
+class Exits(TorchFunctionMode):
+    """Sees where tensors leave PyTorch: by NumPy, by pickle, by address, as numbers of Python's.
+
+    Args:
+        see: Called with the name of the method, and the tensor.
+    """
+
+    NAMES = ("numpy", "tolist", "__array__", "data_ptr", "__reduce_ex__", "__dlpack__", "untyped_storage")
+
+    def __init__(self, see: Callable[[str, Tensor], None]) -> None:
+        super().__init__()
+        self._see = see
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a method or function."""
+        name = getattr(func, "__name__", "")
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if name in self.NAMES and isinstance(args[0], Tensor) and not caller.startswith("feedbackpath."):
+            self._see(name, args[0])
+        return func(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""Passes in processes of their own: each begins with all of Python's state as it was, and leaves none behind."""
+"""Passes in processes of their own: each begins with Python's state as it was, and leaves none behind."""
 
 import multiprocessing
 import os

@@ -16,11 +16,23 @@ CALLS = "calls"
 
 @dataclass
 class Entry:
-    """One call of a layer's forward map: what went in, as digests, and what came out."""
+    """One call of a layer's forward map: what went in, as digests, and what came out.
+
+    Attributes:
+        is_answer: Whether it is one for sure; else an error has to come back, as from what trains.
+        first: The same call in the forward pass, where it may be one that is done again.
+    """
 
     operation: str
     signals: tuple[str, ...]
     outputs: list[Tensor]
+    is_answer: bool = True
+    first: "Entry | None" = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether its outputs are held while W is absent."""
+        return self.is_answer or (self.first is not None and self.first.holds)
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,17 @@ class Record:
     aliases: list[Finding] = field(default_factory=list)
     declared: dict[str, int] = field(default_factory=dict)
     transposed: dict[str, bool] = field(default_factory=dict)
+
+    def add_sight(self, sink: str, made: Made, operation: str, where: str, values: int) -> None:
+        """Note a trace of W."""
+        for layer in made.sources:
+            sight = Sight(sink, made, operation, where, values)
+            self.sights.setdefault((layer, sink, operation, where), sight)
+
+    def count_probes(self, layer: str, count: int) -> None:
+        """Note signals that were sent through a layer to read it."""
+        if count:
+            self.probes[layer] = self.probes.get(layer, 0) + count
 
 
 def digest_of(value: object) -> str:

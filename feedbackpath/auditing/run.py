@@ -45,7 +45,7 @@ def audit(
             ``path.step()``.
         path: The model's feedback path.
         build: Instead of both: returns (step, path). It runs in a fresh process, with W absent from ``untie``
-            on, so that nothing can be left of what W made before. Another process has to be able to import it.
+            on, so that nothing can be left of what W made before. Another process must be able to import it.
         steps: Training steps in a row: a leak that waits for k steps takes k + 1 to be seen.
         stateful: What else a step changes, a scheduler or a scaler: it has ``state_dict`` and
             ``load_state_dict``. Needed where no process can be forked, as with a GPU.
@@ -193,8 +193,8 @@ def _settle(passes: _OfStep | _OfBuild) -> Report:
         if differing := first_differences(record, again):
             kind, layer = differing[0]
             return _unsettled(
-                f"done again with W as it was, the steps do something else (first in the {kind} of {layer!r}): "
-                "let step be repeatable: deterministic operations, no clock; where no process can be forked (a "
+                f"done again with W as it was, the steps do something else ({kind} of {layer!r} first): let "
+                "step be repeatable: deterministic operations, no clock; where no process can be forked (a "
                 "GPU, threads), one fixed minibatch, and schedulers and scalers in stateful=, or build=",
                 steps, passes.since, notes,
             )  # fmt: skip
