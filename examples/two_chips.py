@@ -1,32 +1,41 @@
 """Two chips: the forward path in one process, the feedback path in another, and no weight on the wire.
 
     python examples/two_chips.py --rule kp
-    python examples/two_chips.py --rule wm-exact
+    python examples/two_chips.py --rule wm
 
-W is made in the forward process and never leaves it; B in the feedback process. They exchange activities and
-deltas, and by ``wm-exact`` the noise that neurons fire with the answers to it. Both learn by the same local
-product of activity and delta; each keeps its own optimizer. The parent then trains the same network in one process,
-by the library, and compares.
+W is made in the forward process and never leaves it; B in the feedback process. All that goes between them
+goes through sockets, and the parent sits on the line: it reads every byte there, passes it on, and counts
+what it read. The chips exchange activities and deltas, and by ``wm`` the noise that neurons fire with
+the answers to it.
+
+By ``kp`` each chip computes the product of activity and delta from noisy signals of its own: the two updates
+are not equal, and weight decay brings B to W all the same. ``wm`` is the paper's mirror: all neurons of a
+layer fire independent Gaussian noise, and B learns from its covariance with the answers (Akrout et al. 2019,
+equations 5 to 7). See docs/two-chips.md.
 """
 
 import argparse
-import tempfile
+import math
+import multiprocessing
+import pickle
+import selectors
+import socket
+import struct
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import feedbackpath as fp
-
 WIDTHS = (20, 32, 16, 5)
-BATCH_SIZE, SIGMA = 64, 0.01
-FORWARD, FEEDBACK = 0, 1
-SEED_OF_W, SEED_OF_B, SEED_OF_DATA, SEED_OF_NOISE = range(4)
+BATCH_SIZE, NUM_PROBES = 64, 512
+SIGNAL_NOISE = 0.1  # of the signals of kp, in their own sizes: each chip draws its own
+MIRROR_RATE, MIRROR_DECAY = 0.1, 0.5  # eta and lambda of the paper's Algorithm 1, decay inside the rate
+SEED_OF_W, SEED_OF_B, SEED_OF_DATA, SEED_OF_NOISE, SEED_OF_OTHER_NOISE = range(5)
+KINDS = ("activities", "deltas", "noise", "answers to noise")
+HEADER = struct.Struct("<BQ")  # kind, and bytes that follow
 
 
 def make_weights(seed: int) -> list[nn.Parameter]:
@@ -50,156 +59,234 @@ def make_batch(step: int) -> tuple[Tensor, Tensor]:
     return x.double(), (x @ teacher.T).argmax(1)
 
 
-def make_codes(size: int) -> Tensor:
-    """Return noise ``[size, size]`` whose samples are orthogonal: each neuron fires its own code."""
-    generator = torch.Generator().manual_seed(SEED_OF_NOISE)
-    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q * size**0.5
+@dataclass
+class Link:
+    """A chip's end of the line. What is sent is a header and the bytes of one tensor of doubles.
 
+    Args:
+        line: The socket.
+    """
 
-class Wire:
-    """All that goes between the chips, counted in bytes by what it is."""
-
-    def __init__(self, other: int) -> None:
-        self.other = other
-        self.sent: Counter[str] = Counter()
+    line: socket.socket
 
     def send(self, kind: str, tensor: Tensor) -> None:
         """Send a tensor."""
-        tensor = tensor.detach().contiguous()
-        self.sent[kind] += tensor.numel() * tensor.element_size()
-        dist.send(tensor, self.other)
+        values = tensor.detach().contiguous().numpy().tobytes()
+        self.line.sendall(HEADER.pack(KINDS.index(kind), len(values)) + values)
 
-    def receive(self, *shape: int) -> Tensor:
-        """Wait for a tensor."""
-        tensor = torch.empty(shape, dtype=torch.float64)
-        dist.recv(tensor, self.other)
-        return tensor
+    def receive(self, kind: str, *shape: int) -> Tensor:
+        """Wait for a tensor of that kind."""
+        number, size = HEADER.unpack(self._read(HEADER.size))
+        assert KINDS[number] == kind
+        assert size == 8 * math.prod(shape)
+        return torch.frombuffer(bytearray(self._read(size)), dtype=torch.float64).view(shape)
+
+    def _read(self, size: int) -> bytes:
+        parts = bytearray()
+        while len(parts) < size:
+            part = self.line.recv(min(size - len(parts), 1 << 16))
+            if not part:
+                raise ConnectionError("the other chip is gone")
+            parts += part
+        return bytes(parts)
 
 
-def run_forward_chip(rule: str, steps: int) -> tuple[dict[str, object], Counter[str]]:
+@dataclass
+class Tapped:
+    """One direction of the line, as read off it byte by byte.
+
+    Attributes:
+        counts: Bytes of values, by kind.
+        total: All bytes, headers included.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    total: int = 0
+    _rest: bytearray = field(default_factory=bytearray)
+    _left: int = 0
+    _kind: str = ""
+
+    def read(self, data: bytes) -> None:
+        """Take in what has just passed."""
+        self.total += len(data)
+        self._rest += data
+        while self._rest:
+            if self._left:
+                taken = min(self._left, len(self._rest))
+                self.counts[self._kind] += taken
+                self._left -= taken
+                del self._rest[:taken]
+            elif len(self._rest) >= HEADER.size:
+                number, self._left = HEADER.unpack(bytes(self._rest[: HEADER.size]))
+                self._kind = KINDS[number]
+                del self._rest[: HEADER.size]
+            else:
+                return
+
+
+def perturbed(signal: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a signal as one chip reads it: with noise of that chip's own."""
+    noise = torch.randn(signal.shape, generator=generator, dtype=torch.float64)
+    return signal + SIGNAL_NOISE * signal.std() * noise
+
+
+def run_forward_chip(link: Link, rule: str, steps: int) -> list[Tensor]:
     """Hold W: send activities and the output's delta, take the other deltas, update W."""
-    wire, weights = Wire(FEEDBACK), make_weights(SEED_OF_W)
-    optimizer, losses = make_optimizer(weights), []
+    weights, generator = make_weights(SEED_OF_W), torch.Generator().manual_seed(SEED_OF_NOISE)
+    optimizer = make_optimizer(weights)
     for step in range(steps):
         x, target = make_batch(step)
         activities = [x]
         for weight in weights[:-1]:
             activities.append(torch.relu(activities[-1] @ weight.detach().T))
         output = activities[-1] @ weights[-1].detach().T
-        losses.append(F.cross_entropy(output, target).item())
         error = (output.softmax(1) - F.one_hot(target, WIDTHS[-1])) / BATCH_SIZE
         for activity in activities:
-            wire.send("activities", activity)
-        wire.send("deltas", error)
-        deltas = [wire.receive(BATCH_SIZE, width) for width in WIDTHS[1:-1]] + [error]
+            link.send("activities", activity)
+        link.send("deltas", error)
+        deltas = [link.receive("deltas", BATCH_SIZE, width) for width in WIDTHS[1:-1]] + [error]
         for weight, activity, delta in zip(weights, activities, deltas, strict=True):
+            if rule == "kp":
+                activity, delta = perturbed(activity, generator), perturbed(delta, generator)
             weight.grad = delta.T @ activity  # equation 4
         optimizer.step()
-        if rule == "wm-exact":
-            fire_noise(wire, weights)
-    return {"weights": [w.detach() for w in weights], "losses": losses}, wire.sent
+        if rule == "wm":
+            fire_noise(link, weights, generator)
+    return [weight.detach() for weight in weights]
 
 
-def fire_noise(wire: Wire, weights: Sequence[nn.Parameter]) -> None:
-    """Mirror mode: neurons fire codes and then the negatives of them, and the layer answers."""
+def fire_noise(link: Link, weights: Sequence[nn.Parameter], generator: torch.Generator) -> None:
+    """Mirror mode: all neurons of a layer fire independent noise, and the next layer answers."""
     for number, weight in enumerate(weights):
-        noise = SIGMA * make_codes(weight.shape[1])
+        noise = torch.randn(NUM_PROBES, weight.shape[1], generator=generator, dtype=torch.float64)
         drive = noise @ weight.detach().T
-        is_output = number == len(weights) - 1
-        answer = 2.0 * drive if is_output else torch.relu(drive) - torch.relu(-drive)
-        wire.send("noise", noise)
-        wire.send("answers to noise", answer)
+        link.send("noise", noise)
+        link.send("answers to noise", drive if number == len(weights) - 1 else torch.relu(drive))
 
 
-def run_feedback_chip(rule: str, steps: int) -> tuple[dict[str, object], Counter[str]]:
+def run_feedback_chip(link: Link, rule: str, steps: int) -> list[Tensor]:
     """Hold B: take activities and the output's delta, send the other deltas back through B, update B."""
-    wire, feedback = Wire(FORWARD), make_weights(SEED_OF_B)
+    feedback, generator = make_weights(SEED_OF_B), torch.Generator().manual_seed(SEED_OF_OTHER_NOISE)
     optimizer = make_optimizer(feedback)
     for _ in range(steps):
-        activities = [wire.receive(BATCH_SIZE, width) for width in WIDTHS[:-1]]
-        deltas = [wire.receive(BATCH_SIZE, WIDTHS[-1])]
+        activities = [link.receive("activities", BATCH_SIZE, width) for width in WIDTHS[:-1]]
+        deltas = [link.receive("deltas", BATCH_SIZE, WIDTHS[-1])]
         for b, activity in zip(feedback[:0:-1], activities[:0:-1], strict=True):
             deltas.insert(0, (deltas[0] @ b.detach()) * (activity > 0))  # equation 3
         for delta in deltas[:-1]:
-            wire.send("deltas", delta)
+            link.send("deltas", delta)
         if rule == "kp":
             for b, activity, delta in zip(feedback, activities, deltas, strict=True):
-                b.grad = delta.T @ activity  # equation 18: the same product, computed here
+                product = perturbed(delta, generator).T @ perturbed(activity, generator)
+                b.grad = product  # equation 17: the same product, of signals that are noisy in another way
             optimizer.step()
         else:
-            listen_to_noise(wire, feedback)
-    return {"feedback": [b.detach() for b in feedback]}, wire.sent
+            listen_to_noise(link, feedback)
+    return [b.detach() for b in feedback]
 
 
 @torch.no_grad()
-def listen_to_noise(wire: Wire, feedback: Sequence[nn.Parameter]) -> None:
+def listen_to_noise(link: Link, feedback: Sequence[nn.Parameter]) -> None:
     """Learn W from the covariance of the noise and the answers to it (equations 5 to 7, 11)."""
-    for number, b in enumerate(feedback):
-        n_out, n_in = b.shape
-        noise, answer = wire.receive(n_in, n_in), wire.receive(n_in, n_out)
-        slope = 2.0 if number == len(feedback) - 1 else 1.0  # relu(z) - relu(-z) = z; the output answers 2 z
-        b.copy_(answer.T @ noise / (n_in * SIGMA**2 * slope))
+    for b in feedback:
+        noise = link.receive("noise", NUM_PROBES, b.shape[1])
+        answer = link.receive("answers to noise", NUM_PROBES, b.shape[0])
+        covariance = (answer - answer.mean(0)).T @ noise / (NUM_PROBES - 1)
+        b.add_(MIRROR_RATE * (covariance - MIRROR_DECAY * b))
 
 
-def train_in_one_process(rule: str, steps: int) -> dict[str, object]:
-    """Train the same network by the library."""
-    layers = [nn.Linear(a, b, bias=False).double() for a, b in zip(WIDTHS[:-1], WIDTHS[1:], strict=True)]
-    model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
-    path = fp.untie(model, rule)
-    with torch.no_grad():
-        for (_, w, b), new_w, new_b in zip(
-            path.pairs(), make_weights(SEED_OF_W), make_weights(SEED_OF_B), strict=True
-        ):
-            w.copy_(new_w)
-            b.copy_(new_b)
-    optimizer, losses = make_optimizer([p for p in model.parameters() if p.requires_grad]), []
-    for step in range(steps):
-        x, target = make_batch(step)
-        loss = F.cross_entropy(model(x), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        path.step()
-        losses.append(loss.item())
-    weights, feedback = zip(*((w.detach(), b.detach()) for _, w, b in path.pairs()), strict=True)
-    return {"weights": list(weights), "feedback": list(feedback), "losses": losses}
-
-
-def run_chip(rank: int, rule: str, steps: int, folder: str) -> None:
-    """Be one of the chips."""
+def run_chip(is_forward: bool, line: socket.socket, result: socket.socket, rule: str, steps: int) -> None:
+    """Be one of the chips; give back the weights at the end, on a line that the other has no part in."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        chip = run_forward_chip if rank == FORWARD else run_feedback_chip
-        torch.save(chip(rule, steps), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    chip = run_forward_chip if is_forward else run_feedback_chip
+    weights = chip(Link(line), rule, steps)
+    line.close()
+    result.sendall(pickle.dumps([weight.numpy() for weight in weights]))
+    result.close()
+
+
+def pass_on(forward: socket.socket, feedback: socket.socket) -> tuple[Tapped, Tapped]:
+    """Carry bytes between the two chips until both are done; return what was read in each direction."""
+    down, up = Tapped(), Tapped()
+    with selectors.DefaultSelector() as lines:
+        lines.register(forward, selectors.EVENT_READ, (feedback, down))
+        lines.register(feedback, selectors.EVENT_READ, (forward, up))
+        while lines.get_map():
+            for key, _ in lines.select():
+                other, tapped = key.data
+                data = key.fileobj.recv(1 << 16)  # type: ignore[union-attr]
+                tapped.read(data)
+                if data:
+                    other.sendall(data)
+                else:
+                    lines.unregister(key.fileobj)
+    return down, up
+
+
+def train(rule: str, steps: int) -> tuple[list[Tensor], list[Tensor], Tapped, Tapped]:
+    """Train on two chips; return W, B, and what went over the line in each direction."""
+    context = multiprocessing.get_context("spawn")
+    lines, results, chips = [], [], []
+    for is_forward in (True, False):
+        ours, theirs = socket.socketpair()
+        result, their_result = socket.socketpair()
+        arguments = (is_forward, theirs, their_result, rule, steps)
+        chips.append(context.Process(target=run_chip, args=arguments))
+        chips[-1].start()
+        theirs.close()
+        their_result.close()
+        lines.append(ours)
+        results.append(result)
+    down, up = pass_on(*lines)
+    weights = []
+    for result in results:
+        with result.makefile("rb") as file:
+            weights.append([torch.from_numpy(values) for values in pickle.load(file)])  # noqa: S301 (our own)
+    for chip in chips:
+        chip.join()
+    return weights[0], weights[1], down, up
+
+
+def angle_deg(one: Tensor, other: Tensor) -> float:
+    """Return the angle between two tensors taken as vectors, in degrees."""
+    return math.degrees(
+        math.acos(min(1.0, float(F.cosine_similarity(one.detach().flatten(), other.detach().flatten(), 0))))
+    )
+
+
+def expected_bytes(rule: str, steps: int) -> tuple[Counter[str], Counter[str]]:
+    """Return the bytes that the two paths need, by kind: what sizes alone tell."""
+    down, up = Counter(), Counter()
+    down["activities"] = 8 * steps * BATCH_SIZE * sum(WIDTHS[:-1])
+    down["deltas"] = 8 * steps * BATCH_SIZE * WIDTHS[-1]
+    up["deltas"] = 8 * steps * BATCH_SIZE * sum(WIDTHS[1:-1])
+    if rule == "wm":
+        down["noise"] = 8 * steps * NUM_PROBES * sum(WIDTHS[:-1])
+        down["answers to noise"] = 8 * steps * NUM_PROBES * sum(WIDTHS[1:])
+    return down, up
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train on two chips and in one process, compare, and print what went over the wire."""
+    """Train on two chips, and print what was read off the line between them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rule", choices=("kp", "wm-exact"), default="kp")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rule", choices=("kp", "wm"), default="kp")
+    parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_chip, (options.rule, options.steps, folder), nprocs=2)
-        (forward, down), (back, up) = (
-            torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in (FORWARD, FEEDBACK)
+    weights, feedback, down, up = train(options.rule, options.steps)
+    angles = [
+        f"{angle_deg(b0, w0):.1f} to {angle_deg(b, w):.1f}"
+        for b0, w0, b, w in zip(
+            make_weights(SEED_OF_B), make_weights(SEED_OF_W), feedback, weights, strict=True
         )
-    alone = train_in_one_process(options.rule, options.steps)
-    distance = max(
-        float((mine - theirs).abs().max())
-        for kind, chip in (("weights", forward), ("feedback", back))
-        for mine, theirs in zip(chip[kind], alone[kind], strict=True)
-    )
-    first, last = forward["losses"][0], forward["losses"][-1]
-    print(f"{options.rule}: loss {first:.3f} to {last:.3f} in {options.steps} steps")
-    print(f"largest difference of a W or B from one process: {distance:.1e}")
-    for name, sent in (("forward to feedback", down), ("feedback to forward", up)):
-        for kind, count in sorted(sent.items()):
+    ]
+    print(f"{options.rule}: angles of B and W in {options.steps} steps, in degrees: {'; '.join(angles)}")
+    for name, tapped in (("forward to feedback", down), ("feedback to forward", up)):
+        print(f"{name}: {tapped.total} bytes read off the line")
+        for kind, count in sorted(tapped.counts.items()):
             print(f"{name}: {kind}, {count} bytes")
-    return 0 if distance < 1e-6 else 1
+    is_as_expected = (down.counts, up.counts) == expected_bytes(options.rule, options.steps)
+    print("this is all that the two paths need" if is_as_expected else "THE LINE CARRIED SOMETHING ELSE")
+    return 0 if is_as_expected else 1
 
 
 if __name__ == "__main__":

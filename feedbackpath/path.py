@@ -14,13 +14,22 @@ from feedbackpath.core.surgery import survey
 from feedbackpath.errors import UnconvertedLayerWarning, UntieError
 from feedbackpath.measure import angles
 from feedbackpath.rules import Rule
-from feedbackpath.rules.checks import name_newcomers, plain_layers, refuse_changed_flags, refuse_sharded
+from feedbackpath.rules.checks import (
+    hidden_weights,
+    name_newcomers,
+    plain_layers,
+    refuse_changed_flags,
+    refuse_sharded,
+)
 from feedbackpath.rules.choice import choose_rules, find_unserved, refuse_unmatched
 
 if TYPE_CHECKING:
     from feedbackpath.mirror import LayerPlan, Mirror
 
 Activations = Mapping[str, Callable[[Tensor], Tensor]]
+
+# Called with a model that is about to be untied, and None; and again with its path when that is made.
+WATCHERS: list[Callable[[nn.Module, "FeedbackPath | None"], None]] = []
 
 
 def untie(
@@ -44,7 +53,8 @@ def untie(
         rule: A rule or its name: ``"bp"``, ``"fa"``, ``"ss"``, ``"kp"``, ``"wm"``, ``"wm-exact"``,
             ``"mirror-kp"``, ``"mirror-fa"``.
         overrides: Glob patterns of layer paths to rules, such as ``{"fc": "bp"}``; the last match counts.
-        strict: Refuse a model with layers that the rule cannot govern, instead of warning.
+        strict: Refuse a model with layers that the rule cannot govern, instead of warning; and one with
+            weights that are no matrix among its parameters: buffers, flat parameters, layers in a plain list.
         activations: Glob patterns of layer paths to the activation that follows (mirror mode needs it);
             where not given it is found by tracing the model.
         batchnorm_feedback: What BatchNorm sends back in training: the whole gradient, as autograd does, or
@@ -68,11 +78,13 @@ def untie(
         >>> list(path.layers)
         ['0', '2']
     """
+    for watcher in WATCHERS:
+        watcher(model, None)
     found = survey(model)
     rules = choose_rules(found.convertible, rule, overrides or {})
     refuse_unmatched(activations or {}, "activation pattern", found.convertible)
     unserved = find_unserved(found.convertible, rules)
-    if left := found.unconverted | unserved:
+    if left := found.unconverted | unserved | (hidden_weights(model) if strict else {}):
         named = ", ".join(f"{name!r} ({why})" for name, why in left.items())
         message = f"no untied form exists for {named}: errors still go back through the weights there"
         if strict or len(unserved) == len(rules):
@@ -81,7 +93,10 @@ def untie(
     layers = {name: layer for name, layer in found.convertible.items() if name not in unserved}
     context = RuleContext(model, seed, activations)
     parts = assemble(model, layers, rules, context, sigma=batchnorm_feedback == "sigma")
-    return FeedbackPath(model, {name: rules[name] for name in layers}, context, parts)
+    path = FeedbackPath(model, {name: rules[name] for name in layers}, context, parts)
+    for watcher in WATCHERS:
+        watcher(model, path)
+    return path
 
 
 class FeedbackPath:

@@ -1,6 +1,13 @@
 """Training steps that transport weights, each in another way: what an audit must not miss."""
 
 import ctypes
+import io
+import pickle
+import shutil
+import tempfile
+import threading
+import weakref
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -16,12 +23,24 @@ class Task:
     Args:
         rule: Unties the network.
         optimizer: From parameters to their optimizer.
-        after_update: Called with the path, after ``path.step()``.
-        around: Called with the network's hidden output before it goes on.
+        before: Called with the task when a step begins.
+        after_update: Called with the task, after ``path.step()``.
+        on_hidden: Called with the task and the network's hidden output before it goes on.
+        on_loss: Called with the task and the loss.
     """
 
     def __init__(
-        self, rule="fa", *, optimizer=None, after_update=None, on_hidden=None, clip=None, model=None, **untie
+        self,
+        rule="fa",
+        *,
+        optimizer=None,
+        before=None,
+        after_update=None,
+        on_hidden=None,
+        on_loss=None,
+        clip=None,
+        model=None,
+        **untie,
     ):
         torch.manual_seed(0)
         self.model = model or nn.Sequential(
@@ -33,14 +52,20 @@ class Task:
         )
         self.optimizer = make([p for p in self.model.parameters() if p.requires_grad])
         self.x, self.y = torch.randn(16, 6), torch.randint(3, (16,))
-        self.after_update, self.on_hidden, self.clip = after_update, on_hidden, clip
+        self.before, self.after_update, self.clip = before, after_update, clip
+        self.on_hidden, self.on_loss = on_hidden, on_loss
 
     def step(self):
+        if self.before:
+            with torch.no_grad():
+                self.before(self)
         self.optimizer.zero_grad()
         h = self.model[1](self.model[0](self.x))
         if self.on_hidden:
             h = self.on_hidden(self, h)
         loss = F.cross_entropy(self.model[2:](h), self.y)
+        if self.on_loss:
+            loss = self.on_loss(self, loss)
         loss.backward()
         if self.clip:
             self.path.clip_grad_norm_(self.clip)
@@ -180,7 +205,432 @@ def aliased():
     return task
 
 
-LEAKS = {
+# Values read before the forward pass, or before the first delta
+
+
+def keep_by(take, give):
+    """Take something of each W when a step begins, and give it to its B at the end."""
+
+    def before(task):
+        task.kept = [take(w) for _, w, _ in task.path.pairs()]
+
+    def after(task):
+        for (_, _, b), kept in zip(task.path.pairs(), task.kept, strict=True):
+            give(b, kept)
+
+    return lambda: Task(before=before, after_update=after)
+
+
+def by_torch_save(w):
+    file = io.BytesIO()
+    torch.save(w.detach(), file)
+    return file
+
+
+def load_again(b, file):
+    file.seek(0)
+    b.copy_(torch.load(file))
+
+
+def learn_at_rate_of_w(task):
+    task.optimizer.param_groups[0]["lr"] = 0.1 * task.model[2].weight.norm().item()
+
+
+def choose_samples_by_w(task):
+    task.x = task.x[task.model[2].weight.flatten()[:16].argsort()]
+
+
+def seed_by_w(task):
+    torch.manual_seed(int(1e6 * abs(task.model[2].weight.sum().item())))
+
+
+def add_noise(task):
+    for _, _, b in task.path.pairs():
+        b.add_(torch.randn(b.shape), alpha=0.01)
+
+
+# Relays that wait
+
+
+def relay(keep, take):
+    """Give B what was kept in the step before, and keep something of W for the next."""
+
+    def after(task):
+        take(task)
+        keep(task)
+
+    return after
+
+
+def first_pair(task):
+    _, w, b = next(iter(task.path.pairs()))
+    return w, b
+
+
+def by_buffer():
+    task = Task(after_update=relay(
+        lambda t: t.model.carrier.copy_(torch.tensor(first_pair(t)[0].tolist())),
+        lambda t: first_pair(t)[1].add_(t.model.carrier)))  # fmt: skip
+    task.model.register_buffer("carrier", torch.zeros_like(first_pair(task)[0]))
+    return task
+
+
+def by_bias():
+    def keep(task):
+        task.model[0].bias.copy_(task.model[0].weight[:, 0])
+
+    def take(task):
+        task.model[0].feedback[:, 0] = task.model[0].bias
+
+    return Task(before=take, after_update=keep)
+
+
+def by_own_momentum():
+    def keep(task):
+        for _, w, b in task.path.pairs():
+            state = task.optimizer.state.get(b, {})
+            if "momentum_buffer" in state:
+                state["momentum_buffer"].add_(torch.tensor(w.tolist()), alpha=0.01)
+
+    return Task("kp", after_update=keep)
+
+
+class Notes:
+    """Something with a state."""
+
+    def __init__(self):
+        self.values = torch.zeros(8, 6)
+
+    def state_dict(self):
+        return {"values": self.values.clone()}
+
+    def load_state_dict(self, state):
+        self.values = state["values"].clone()
+
+
+def by_notes(waits=1):
+    task = Task(after_update=lambda t: use_notes(t, waits))
+    task.notes = [Notes() for _ in range(waits)]
+    return task
+
+
+def use_notes(task, waits):
+    w, b = first_pair(task)
+    b.add_(task.notes[-1].values)
+    for later, earlier in zip(task.notes[:0:-1], task.notes[-2::-1], strict=True):
+        later.values = earlier.values
+    task.notes[0].values = torch.from_numpy(w.detach().numpy().copy())
+
+
+def by_file(writes):
+    def make():
+        folder = tempfile.mkdtemp()
+        place = Path(folder) / "carrier"
+
+        def take(task):
+            if place.exists():
+                first_pair(task)[1].copy_(torch.load(place))
+
+        task = Task(after_update=relay(lambda t: writes(first_pair(t)[0].detach(), place), take))
+        weakref.finalize(task, shutil.rmtree, folder)
+        return task
+
+    return make
+
+
+def write_bytes(w, place):
+    file = io.BytesIO()
+    torch.save(w, file)
+    place.write_bytes(file.getvalue())
+
+
+def by_thread():
+    box = []
+
+    def keep(task):
+        task.thread = threading.Thread(target=lambda: box.append(first_pair(task)[0].detach().clone()))
+        task.thread.start()
+
+    def take(task):
+        if getattr(task, "thread", None):
+            task.thread.join()
+            first_pair(task)[1].copy_(box.pop())
+
+    return Task(after_update=relay(keep, take))
+
+
+def by_slow_copy():
+    """A running average of W, as an EMA keeps one, is read by B."""
+
+    def after(task):
+        for number, (_, w, b) in enumerate(task.path.pairs()):
+            task.averages[number].lerp_(w, 0.1)
+            b.copy_(task.averages[number])
+
+    task = Task(after_update=after)
+    task.averages = [w.detach().clone() for _, w, _ in task.path.pairs()]
+    return task
+
+
+# A module that is called during the backward pass
+
+
+class Back(nn.Module):
+    """Multiply by a weight."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, delta):
+        return delta @ self.weight
+
+
+def add_by_module(make):
+    def on_hidden(task, h):
+        module = make(task)
+
+        def hook(delta):
+            with torch.no_grad():
+                return delta + 0.1 * module(delta)
+
+        h.register_hook(hook)
+        return h
+
+    return on_hidden
+
+
+def plain_layer_with(weight):
+    layer = nn.Linear(8, 8, bias=False)
+    layer.weight = nn.Parameter(weight.detach().t())
+    return layer
+
+
+class CallsLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, layer):
+        ctx.layer = layer
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx, delta):
+        return delta + 0.1 * ctx.layer(delta), None
+
+
+def sent_by_hand(task):
+    """A delta of one's own making goes through a module after the backward pass."""
+    delta = torch.ones(16, 8)
+    task.model[2].feedback.add_(Back(task.model[2].weight)(delta).T @ delta, alpha=1e-3)
+
+
+def through_part(task):
+    """The module is a part of the model, which the model's own forward pass never runs."""
+    delta = torch.ones(16, 8)
+    with torch.enable_grad():
+        sent = task.model[2].back(delta).detach()
+    task.model[2].feedback.add_(sent.T @ delta, alpha=1e-3)
+
+
+def with_unused_part():
+    task = Task(after_update=through_part)
+    task.model[2].back = Back(task.model[2].weight)
+    return task
+
+
+# Feedback parameters that are replaced during the step
+
+
+def replaced_by_parameter(task):
+    task.own = [layer.feedback for layer in task.path.layers.values()]
+    for layer in task.path.layers.values():
+        layer.feedback = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+
+
+def replaced_in_dictionary(task):
+    task.own = [layer.feedback for layer in task.path.layers.values()]
+    for layer in task.path.layers.values():
+        layer._parameters["feedback"] = nn.Parameter(layer.weight.detach(), requires_grad=False)
+
+
+def put_back(task):
+    for layer, own in zip(task.path.layers.values(), task.own, strict=True):
+        layer.feedback = own
+
+
+def replace_data(task):
+    task.own = [b.data for _, _, b in task.path.pairs()]
+    for _, w, b in task.path.pairs():
+        b.data = w.detach().clone()
+
+
+def put_data_back(task):
+    for (_, _, b), own in zip(task.path.pairs(), task.own, strict=True):
+        b.data = own
+
+
+# Declared scalars as carriers
+
+
+def with_norm(norm):
+    return nn.Sequential(nn.Linear(6, 8), norm, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def carry_in_scale(task):
+    task.model[1].weight.copy_(task.model[2].weight.norm(dim=1))
+
+
+def carry_into_feedback(task):
+    task.model[2].feedback.mul_(task.model[1].weight[:, None])
+    task.model[1].weight.copy_(torch.tensor(task.model[2].weight[0].tolist()))
+
+
+# Control flow that depends on W
+
+
+def branch(condition):
+    def after(task):
+        if condition(task.model[2].weight):
+            task.model[2].feedback.mul_(1.01)
+
+    return lambda: Task(after_update=after)
+
+
+def stop_by_w(task):
+    """Let an exception tell one bit."""
+    try:
+        assert task.model[2].weight[0, 0] > task.model[2].weight[0, 1]
+    except AssertionError:
+        task.model[2].feedback.add_(0.01)
+
+
+def in_order_of_w(task):
+    for number in task.model[2].weight[:, 0].argsort().tolist():
+        task.model[2].feedback[number].mul_(1.0 + 1e-3 * torch.rand(()))
+
+
+# Declared passages that hand out something else
+
+
+class OwnMirror(fp.Rule):
+    """A rule that mirrors, by a function of its own."""
+
+    name: ClassVar[str] = "own-mirror"
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def start(self, weights, context):
+        fp.draw_feedback(weights, context)
+
+    @torch.no_grad()
+    def step(self, weights, context):
+        for weight in weights:
+            noise = torch.randn(64, weight.fan_in, generator=context.generator(weight, "noise"))
+            with fp.forward_passage(weight.weight):
+                answer = self.answer(weight, noise)
+            weight.feedback.copy_(answer.T @ noise / len(noise) if answer.shape[0] == 64 else answer)
+
+
+ONE = torch.ones(())
+
+
+def signal_of_w(weight, noise):
+    """The signal is W itself: what comes back is W W^T, and not an answer to noise."""
+    w = weight.weight
+    return (w @ w.T)[:, :1].expand_as(w)
+
+
+def transposed_answer(weight, noise):
+    w = weight.weight
+    back = torch.ones(64, len(w)) @ w
+    return back.T.mean(1).expand_as(w)
+
+
+# Weights that are no matrix among the model's parameters
+
+
+class WithBuffer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("middle", torch.randn(8, 8) / 3)
+
+    def forward(self, x):
+        return self.last(torch.relu(F.linear(torch.relu(self.first(x)), self.middle)))
+
+
+class WithFlat(WithBuffer):
+    def __init__(self):
+        super().__init__()
+        self.middle = None
+        self.flat = nn.Parameter(torch.randn(64) / 3)
+
+    def forward(self, x):
+        return self.last(torch.relu(F.linear(torch.relu(self.first(x)), self.flat.view(8, 8))))
+
+
+class WithList(WithBuffer):
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(8, 8)]
+
+    def forward(self, x):
+        return self.last(torch.relu(self.layers[0](torch.relu(self.first(x)))))
+
+
+class WithDictOfTensors(WithBuffer):
+    def __init__(self):
+        super().__init__()
+        self.weights = {"middle": nn.Parameter(torch.randn(8, 8) / 3)}
+
+    def forward(self, x):
+        return self.last(torch.relu(torch.relu(self.first(x)) @ self.weights["middle"]))
+
+
+class Whole(Task):
+    """A step in which the model runs as a whole, and perhaps something behind it."""
+
+    def __init__(self, model, rule="fa", behind=None, extra=()):
+        torch.manual_seed(0)
+        self.model, self.behind = model(), behind or (lambda output: output)
+        self.path = fp.untie(self.model, rule)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD([*parameters, *extra], lr=0.1, momentum=0.9, weight_decay=1e-2)
+        self.x, self.y = torch.randn(16, 6), torch.randint(3, (16,))
+
+    def step(self):
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.behind(self.model(self.x)), self.y).backward()
+        self.optimizer.step()
+        self.path.step()
+
+
+def with_head_outside():
+    head = nn.Linear(3, 3)
+    return Whole(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), behind=head)
+
+
+def with_raw_head_outside():
+    weight = torch.randn(3, 3).requires_grad_()
+    model = lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))  # noqa: E731
+    return Whole(model, behind=lambda output: output @ weight, extra=[weight])
+
+
+# In what the optimizer does
+
+
+def decay_towards_w(task):
+    for _, w, b in task.path.pairs():
+        b.grad = b.grad + 1e-2 * (b - w)
+    task.optimizer.step()
+
+
+def decay_of_w(task):
+    for _, w, b in task.path.pairs():
+        task.optimizer.state[b]["momentum_buffer"].mul_(1.0 - 0.01 * w.abs().mean())
+
+
+SEEN = {
     "backprop": lambda: Task("bp"),
     "backprop-in-one-layer": lambda: Task("fa", overrides={"2": "bp"}),
     "signs": lambda: Task("ss"),
@@ -210,3 +660,86 @@ UNSEEN_BY_OPERATORS = {
     "copied-by-address": lambda: Task(after_update=copy_by_address),
 }
 """Leaks that leave PyTorch on the way: replay finds them."""
+
+BEFORE = {
+    "numpy-before": keep_by(
+        lambda w: w.detach().numpy().copy(), lambda b, kept: b.copy_(torch.from_numpy(kept))
+    ),
+    "pickle-before": keep_by(pickle.dumps, lambda b, kept: b.lerp_(pickle.loads(kept).detach(), 0.5)),  # noqa: S301
+    "torch-save-before": keep_by(by_torch_save, load_again),
+    "floats-before": keep_by(lambda w: w.norm().item(), lambda b, kept: b.mul_(kept / b.norm())),
+    "one-float-before": keep_by(lambda w: float(w[0, 0]), lambda b, kept: b[0, 0].fill_(kept)),
+    "learning-rate": lambda: Task("kp", before=learn_at_rate_of_w),
+    "loss-scale": lambda: Task(on_loss=lambda task, loss: loss * task.model[2].weight.norm().item()),
+    "loss-scale-by-tensor": lambda: Task(
+        on_loss=lambda task, loss: loss * task.model[2].weight.detach().std()
+    ),
+    "samples-chosen-by-w": lambda: Task(before=choose_samples_by_w),
+    "seed-of-w": lambda: Task(before=seed_by_w, after_update=add_noise),
+}
+RELAYS = {
+    "relay-buffer": by_buffer,
+    "relay-bias": by_bias,
+    "relay-own-momentum": by_own_momentum,
+    "relay-stateful": by_notes,
+    "relay-two-steps": lambda: by_notes(2),
+    "relay-file": by_file(write_bytes),
+    "relay-torch-save": by_file(torch.save),
+    "relay-thread": by_thread,
+    "relay-average": by_slow_copy,
+}
+MODULES = {
+    "module-in-hook": lambda: Task(on_hidden=add_by_module(lambda task: Back(task.model[2].weight))),
+    "layer-in-hook": lambda: Task(on_hidden=add_by_module(lambda task: task.model[2])),
+    "new-layer-in-hook": lambda: Task(
+        on_hidden=add_by_module(lambda task: plain_layer_with(task.model[2].weight))
+    ),
+    "layer-in-function": lambda: Task(on_hidden=lambda task, h: CallsLayer.apply(h, task.model[2])),
+    "unused-part-of-the-model": with_unused_part,
+    "module-after-backward": lambda: Task(after_update=sent_by_hand),
+}
+REPLACED = {
+    "replaced-parameter": lambda: Task(before=replaced_by_parameter, after_update=put_back),
+    "replaced-in-dictionary": lambda: Task(before=replaced_in_dictionary, after_update=put_back),
+    "replaced-data": lambda: Task(before=replace_data, after_update=put_data_back),
+}
+CARRIERS = {
+    "scale-of-batchnorm": lambda: Task(model=with_norm(nn.BatchNorm1d(8)), after_update=carry_in_scale),
+    "scale-of-layernorm": lambda: Task(model=with_norm(nn.LayerNorm(8)), before=carry_in_scale),
+    "scale-into-feedback": lambda: Task(model=with_norm(nn.LayerNorm(8)), after_update=carry_into_feedback),
+}
+BRANCHES = {
+    "branch-on-value": branch(lambda w: w[0, 0] > 0),
+    "branch-on-other-value": branch(lambda w: w[0, 0] <= 0),
+    "branch-on-norm-above": branch(lambda w: w.norm() > 1),
+    "branch-on-norm-below": branch(lambda w: w.norm() < 5),
+    "branch-on-exception": lambda: Task(after_update=stop_by_w),
+    "order-of-w": lambda: Task(after_update=in_order_of_w),
+}
+PASSAGES = {
+    "passage-times-one": lambda: Task(OwnMirror(lambda weight, noise: weight.weight * ONE)),
+    "passage-copy": lambda: Task(OwnMirror(lambda weight, noise: weight.weight.clone())),
+    "passage-numpy": lambda: Task(
+        OwnMirror(lambda weight, noise: torch.from_numpy(weight.weight.detach().numpy().copy()))
+    ),
+    "passage-of-w": lambda: Task(OwnMirror(signal_of_w)),
+    "passage-transposed": lambda: Task(OwnMirror(transposed_answer)),
+}
+UNNAMED = {
+    "weight-in-buffer": lambda: Whole(WithBuffer),
+    "flat-parameter": lambda: Whole(WithFlat),
+    "list-of-layers": lambda: Whole(WithList),
+    "dictionary-of-tensors": lambda: Whole(WithDictOfTensors),
+    "head-outside": with_head_outside,
+    "raw-head-outside": with_raw_head_outside,
+}
+UPDATES = {
+    "decay-towards-w": lambda: Task("kp", after_update=decay_towards_w),
+    "momentum-scaled-by-w": lambda: Task("kp", after_update=decay_of_w),
+}
+KINDS = {
+    "seen": SEEN, "unseen": UNSEEN_BY_OPERATORS, "before": BEFORE, "relay": RELAYS, "module": MODULES,
+    "replaced": REPLACED, "carrier": CARRIERS, "branch": BRANCHES, "passage": PASSAGES, "unnamed": UNNAMED,
+    "update": UPDATES,
+}  # fmt: skip
+LEAKS = {name: make for kind in KINDS.values() for name, make in kind.items()}

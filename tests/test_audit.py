@@ -1,14 +1,23 @@
 """The audit: what is free of transport passes, and no leak does."""
 
 import copy
+import os
 import re
+import signal
+import threading
+import time
 from functools import partial
+from pathlib import Path
 
+import built_steps
+import leaks
 import pytest
 import torch
 import torch.nn.functional as F
-from leaks import LEAKS, UNSEEN_BY_OPERATORS, Task
+from clean_steps import CLEAN, write_log
+from leaks import LEAKS, UNSEEN_BY_OPERATORS, OwnMirror, Task, Whole
 from torch import nn
+from zoo import make_zoo, zoo_input
 
 import feedbackpath as fp
 from feedbackpath.auditing.locality import OWN, UNMOVED
@@ -65,60 +74,400 @@ def assert_same(one, other):
         assert one == other
 
 
+def fast_and_slow(names, fast):
+    """Return parameters of which some are left to the slow tests."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+FIRST_TWO = {name for kind in leaks.KINDS.values() for name in list(kind)[:2]}
+SOON = {"numpy-before", "relay-buffer", "relay-file", "module-in-hook", "replaced-data", "passage-times-one"}
+
+
 @pytest.mark.parametrize("clip", [None, 0.1], ids=["unclipped", "clipped"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("rule", FREE)
-def test_rules_that_transport_nothing_pass(rule, optimizer, clip):
+@pytest.mark.parametrize("optimizer", fast_and_slow(OPTIMIZERS, {"foreach", "fused-adamw"}))
+@pytest.mark.parametrize("rule", ["fa", "kp"])
+def test_every_optimizer_passes(rule, optimizer, clip):
     report = Task(rule, optimizer=OPTIMIZERS[optimizer], clip=clip).audit()
-    assert (report.verdict, report.notes) == ("transport-free", ()), str(report)
+    assert (report.verdict, report.notes) == ("transport-free in the 2 steps watched", ()), str(report)
 
 
-@pytest.mark.parametrize("name", MIRRORS)
-def test_every_design_and_schedule_of_the_mirror_passes(name):
+@pytest.mark.parametrize("name", fast_and_slow(MIRRORS, {"signs", "paper", "push-pull", "turn"}))
+def test_every_design_and_schedule_of_the_mirror_is_a_reading(name):
     report = Task(fp.WeightMirror(MIRRORS[name])).audit(steps=3)
-    assert (report.verdict, report.notes) == ("transport-free", ()), str(report)
+    assert report.transport_free, str(report)
+    pattern = r"transport-free in the 3 steps watched; W read by \d+ noise probes a step"
+    assert re.fullmatch(pattern, report.verdict), str(report)
 
 
-@pytest.mark.parametrize("leak", LEAKS)
-def test_leaks_are_found_with_layer_operation_and_line(leak):
+@pytest.mark.parametrize("leak", fast_and_slow(LEAKS, FIRST_TWO | SOON))
+def test_leaks_are_found(leak):
     task = LEAKS[leak]()
     report = task.audit(steps=3)
-    assert report.verdict.startswith("transports weights"), str(report)
-    assert not report.transport_free
-    assert {finding.layer for finding in report.findings} <= {weight.name for weight in task.path.weights}
-    seen = [finding for finding in report.findings if finding.method != "replay"]
+    assert report.transport_free is False, str(report)
+    assert report.verdict.startswith("transports weights")
+    assert all(finding.values > 0 or finding.sink == "calls" for finding in report.findings)
+
+
+@pytest.mark.parametrize("leak", fast_and_slow(leaks.SEEN, {"by-a-hook", "row-norms", "signs"}))
+def test_where_an_operator_shows_layer_operation_and_line_are_named(leak):
+    task = leaks.SEEN[leak]()
+    seen = [finding for finding in task.audit(steps=3).findings if finding.method != "absence"]
+    if leak == "shared-with-numpy":  # its operator copies from memory that PyTorch does not know
+        return
+    assert {finding.layer for finding in seen} <= {weight.name for weight in task.path.weights}
     assert seen
     for finding in seen:
         assert finding.operation
-        assert finding.values > 0
         if finding.method == "provenance":
             file, line = re.fullmatch(r"(.*\.py):(\d+)", finding.where).groups()
             assert int(line) > 0
-            assert file.endswith(("leaks.py", "sign_symmetry.py", "ops.py"))
+            assert file.endswith(("leaks.py", "sign_symmetry.py"))
 
 
 @pytest.mark.parametrize("leak", UNSEEN_BY_OPERATORS)
-def test_what_leaves_pytorch_on_the_way_is_found_by_replay_alone(leak):
+def test_of_what_leaves_pytorch_the_way_out_is_named(leak):
     report = UNSEEN_BY_OPERATORS[leak]().audit()
-    assert {finding.method for finding in report.findings} == {"replay"}, str(report)
+    assert {finding.method for finding in report.findings} == {"absence"}, str(report)
     assert {finding.sink for finding in report.findings} == {"feedback weight"}
+    assert all("leaks.py:" in finding.where for finding in report.findings), str(report)
 
 
-def test_what_was_kept_from_the_forward_pass_is_found_by_provenance_alone():
-    report = LEAKS["cast-kept-from-forward"]().audit()
-    assert {finding.method for finding in report.findings} == {"provenance"}
-    assert {finding.layer for finding in report.findings} == {"2"}
+@pytest.mark.parametrize("leak", ["cast-kept-from-forward", "by-a-hook"])
+def test_the_layer_whose_weight_is_transported_is_named(leak):
+    assert {finding.layer for finding in LEAKS[leak]().audit().findings} == {"2"}
+
+
+@pytest.mark.parametrize("name", fast_and_slow(leaks.UNNAMED, {"weight-in-buffer", "head-outside"}))
+def test_weights_that_are_no_matrix_of_the_model_are_named(name):
+    named = {
+        "weight-in-buffer": "middle", "flat-parameter": "flat",
+        "list-of-layers": "Linear.weight, outside the model",
+        "dictionary-of-tensors": "a parameter of shape [8, 8], in no module",
+        "head-outside": "Linear.weight, outside the model",
+        "raw-head-outside": "parameter 4 of an optimizer, in no model",
+    }[name]  # fmt: skip
+    assert {finding.layer for finding in LEAKS[name]().audit().findings} == {named}
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        (leaks.WithBuffer, "'middle' (buffer in a product)"),
+        (leaks.WithFlat, "'flat' (flat parameter)"),
+        (leaks.WithList, "'layers' (layers in a plain list)"),
+        (leaks.WithDictOfTensors, "'weights' (layers in a plain dict)"),
+    ],
+)
+def test_strict_untie_names_them_too(model, named):
+    with pytest.raises(fp.UntieError, match=re.escape(named)):
+        fp.untie(model(), "fa", strict=True)
+    fp.untie(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), "fa", strict=True)
+
+
+RULE_OF = {name: ("fa", "kp")[number % 2] for number, name in enumerate(CLEAN)}
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_clean_steps_pass(name):
+    report = CLEAN[name](RULE_OF[name]).audit()
+    assert report.transport_free is True, str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLEAN)
+def test_clean_steps_pass_under_the_other_rule(name):
+    report = CLEAN[name]({"fa": "kp", "kp": "wm"}[RULE_OF[name]]).audit(steps=3)
+    assert report.transport_free is True, str(report)
+
+
+def test_probes_are_counted():
+    assert "W read by 8 noise probes a step" in CLEAN["read-by-one-hot"]("fa").audit().verdict
+    assert "W read by 32 noise probes a step" in CLEAN["read-by-noise"]("fa").audit().verdict
+
+
+def test_a_pass_that_an_error_ends_is_noted():
+    report = CLEAN["logs-logarithm"]("fa").audit()
+    assert report.transport_free
+    (note,) = report.notes
+    assert note.startswith("with zeros for W: ValueError")
 
 
 def test_a_rare_branch_takes_as_many_steps_to_see():
-    assert LEAKS["rare-branch"]().audit(steps=1).transport_free
-    assert not LEAKS["rare-branch"]().audit(steps=3).transport_free
+    report = LEAKS["rare-branch"]().audit(steps=1)
+    assert (report.transport_free, report.verdict) == (True, "transport-free in the 1 step watched")
+    assert LEAKS["rare-branch"]().audit(steps=3).transport_free is False
 
 
 def test_signs_are_told_from_weights():
-    findings = Task("ss").audit().findings
-    assert {finding.what for finding in findings} == {"sign"}
-    assert "1 bit a weight" in str(findings[0])
+    report = Task("ss").audit()
+    assert {finding.what for finding in report.findings} == {"sign"}
+    assert report.verdict == "transports weights: their signs, 1 bit each"
+    assert "1 bit a weight" in str(report.findings[0])
+
+
+# In a fresh process
+
+
+@pytest.mark.parametrize(
+    ("name", "is_free"),
+    [
+        ("cached", False),
+        ("mirrored_first", True),
+        *(
+            pytest.param(name, is_free, marks=pytest.mark.slow)
+            for name, is_free in (
+                ("clean_fa", True), ("clean_kp", True), ("clean_wm", True), ("copied_at_the_start", False),
+                ("signs", False),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_steps_that_are_built_in_a_fresh_process(name, is_free):
+    report = fp.audit(build=getattr(built_steps, name))
+    assert report.transport_free is is_free, str(report)
+    assert "absent from untie on" in str(report)
+    if name == "copied_at_the_start":
+        assert {finding.where.rpartition("/")[2].split(":")[0] for finding in report.findings} == {
+            "built_steps.py"
+        }
+
+
+def test_only_a_fresh_process_sees_what_was_kept_before():
+    step, path = built_steps.cached()
+    step()
+    report = fp.audit(step, path)
+    assert report.transport_free
+    assert "from now on; not what W made before" in str(report)
+
+
+def test_what_cannot_be_built_is_refused():
+    with pytest.raises(fp.AuditError, match="another process can import"):
+        fp.audit(build=lambda: None)
+    with pytest.raises(fp.AuditError, match="not both"):
+        fp.audit(lambda: None, build=built_steps.cached)
+    with pytest.raises(fp.AuditError, match="which returns them"):
+        fp.audit()
+
+
+# Not settled
+
+
+def test_steps_that_cannot_be_repeated_are_not_settled():
+    task = Task(
+        "kp", before=lambda task: torch.manual_seed(time.perf_counter_ns()), after_update=leaks.add_noise
+    )
+    report = task.audit()
+    assert report.transport_free is None
+    assert report.verdict.startswith("not settled: done again with W as it was")
+    assert "build=" in report.verdict
+
+
+def test_steps_that_stop_without_w_are_not_settled():
+    def stop(task):
+        if not 0.1 < task.model[2].weight.norm() < 10:
+            raise RuntimeError("W is strange")
+
+    report = Task(before=stop).audit()
+    assert report.transport_free is None
+    assert "no pass without W came to its end" in report.verdict
+    assert "W is strange" in report.verdict
+
+
+def test_a_step_that_ends_its_process_is_not_settled():
+    report = Task(after_update=lambda task: os._exit(3)).audit()
+    assert report.transport_free is None
+    assert "exit code" in report.verdict
+
+
+# Where no process can be forked
+
+
+@pytest.fixture
+def in_one_process(monkeypatch):
+    monkeypatch.setattr("feedbackpath.auditing.run.can_fork", lambda: False)
+
+
+@pytest.mark.parametrize("leak", ["numpy-before", "relay-buffer", "by-a-hook", "scale-of-layernorm"])
+def test_leaks_are_found_in_one_process(leak, in_one_process):
+    assert LEAKS[leak]().audit(steps=3).transport_free is False
+
+
+@pytest.mark.parametrize("name", ["sam", "in-one-memory", "checkpointed", "batchnorm"])
+def test_clean_steps_pass_in_one_process_and_leave_all_as_it_was(name, in_one_process):
+    task = CLEAN[name]("kp")
+    before, random = copy.deepcopy(state_of(task)), torch.get_rng_state()
+    assert task.audit().transport_free
+    assert_same(state_of(task), before)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_fresh_minibatch_is_not_settled_in_one_process(in_one_process):
+    report = CLEAN["counter-and-minibatches"]("kp").audit()
+    assert report.transport_free is None
+    assert "fixed minibatch" in report.verdict
+
+
+def test_threads_of_ones_own_keep_the_audit_in_one_process():
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    try:
+        assert Task("kp").audit().transport_free
+    finally:
+        end.set()
+        thread.join()
+
+
+# Everything is left as it was
+
+
+@pytest.mark.parametrize("is_forked", [True, False])
+def test_files_are_put_back(is_forked, tmp_path, monkeypatch):
+    monkeypatch.setattr("feedbackpath.auditing.run.can_fork", lambda: is_forked)
+    task = Task("kp", after_update=write_log)
+    task.place = tmp_path / "log"
+    task.place.write_text("begun\n")
+
+    def step():
+        task.step()
+        torch.save(task.x, tmp_path / "new.pt")
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        (tmp_path / "folder" / "file").write_text("x")
+        task.place.rename(tmp_path / "moved")
+        (tmp_path / "moved").rename(task.place)
+
+    assert fp.audit(step, task.path).transport_free
+    assert task.place.read_text() == "begun\n"
+    assert list(tmp_path.iterdir()) == [task.place]
+
+
+def test_a_file_that_is_open_already_is_left_alone(tmp_path):
+    place = tmp_path / "log"
+    with place.open("w") as file:
+        file.write("begun\n")
+        file.flush()
+
+        def write(task):
+            file.write(f"{task.model[0].weight.norm():.4f}\n")
+            file.flush()
+
+        assert Task("kp", after_update=write).audit().transport_free
+        file.write("ended\n")
+    assert place.read_text() == "begun\nended\n"
+
+
+@pytest.mark.parametrize("is_forked", [True, False])
+def test_an_interrupt_leaves_everything_as_it_was(is_forked, tmp_path, monkeypatch):
+    monkeypatch.setattr("feedbackpath.auditing.run.can_fork", lambda: is_forked)
+    task = Task("kp", after_update=write_log)
+    task.place = tmp_path / "log"
+    before = copy.deepcopy(state_of(task))
+    parent = os.getpid()
+
+    def step():
+        task.step()
+        os.kill(parent, signal.SIGINT)
+        time.sleep(60)
+
+    with pytest.raises(KeyboardInterrupt):
+        fp.audit(step, task.path)
+    assert_same(state_of(task), before)
+    assert not list(tmp_path.iterdir())
+    assert all(layer.untied.taps == () for layer in task.path.layers.values())
+
+
+# Layers
+
+
+LAYERS = {
+    "zoo": lambda: make_zoo(dtype=torch.float32),
+    "gru": lambda: nn.Sequential(nn.Linear(6, 12), First(nn.GRU(12, 5, num_layers=2, bidirectional=True))),
+    "rnn": lambda: nn.Sequential(nn.Linear(6, 12), First(nn.RNN(12, 5))),
+    "encoder": lambda: nn.Sequential(nn.Linear(6, 12), nn.TransformerEncoderLayer(12, 2, 16, dropout=0.1)),
+    "conv2d": lambda: nn.Sequential(
+        nn.Unflatten(0, (3, 1)), nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(4, 2, 3),
+        nn.ReLU(), nn.Conv2d(2, 4, 3, groups=2, padding_mode="reflect", padding=1),
+    ),
+    "conv3d": lambda: nn.Sequential(
+        nn.Unflatten(2, (1, 2, 3)), nn.Conv3d(4, 4, (1, 1, 3), padding="same"), nn.ReLU(), nn.Conv3d(4, 2, 1)
+    ),
+    "cells": lambda: nn.Sequential(nn.Flatten(0, 1), nn.Linear(6, 5), nn.GRUCell(5, 4), nn.Linear(4, 3)),
+    "embedding": lambda: nn.Sequential(
+        Rounded(), nn.Embedding(9, 6), nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)
+    ),
+    "product-and-sum": lambda: nn.Sequential(nn.Linear(6, 5), BySum(5, 4), nn.Linear(4, 2)),
+}  # fmt: skip
+
+
+class First(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)[0]
+
+
+class Rounded(nn.Module):
+    def forward(self, x):
+        return x.mul(2).round().long().clamp(-4, 4) + 4
+
+
+class BySum(nn.Module):
+    """A dense layer, written as a product and a sum."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(n_out, n_in))
+
+    def forward(self, x):
+        return (x.unsqueeze(-2) * self.kernel).sum(-1)
+
+
+def step_on(model, path, x):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-2)
+
+    def step():
+        optimizer.zero_grad()
+        model(x).float().square().mean().backward()
+        optimizer.step()
+        path.step()
+
+    return step
+
+
+@pytest.mark.filterwarnings("ignore::feedbackpath.KolenPollackWarning")
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("rule", ["kp", pytest.param("fa", marks=pytest.mark.slow)])
+def test_every_kind_of_layer_passes(kind, rule):
+    torch.manual_seed(0)
+    model = LAYERS[kind]()
+    path = fp.untie(model, rule)
+    report = fp.audit(step_on(model, path, zoo_input(torch.float32)), path)
+    assert report.transport_free, str(report)
+
+
+@pytest.mark.parametrize("kind", fast_and_slow(LAYERS, {"zoo", "gru"}))
+def test_no_kind_of_layer_passes_with_backprop(kind):
+    torch.manual_seed(0)
+    model = LAYERS[kind]()
+    path = fp.untie(model, "bp")
+    assert fp.audit(step_on(model, path, zoo_input(torch.float32)), path).transport_free is False
+
+
+@pytest.mark.parametrize(
+    ("send_back", "is_free"),
+    [(fp.Broadcast(), True), (fp.Target(lambda weight, y: y @ weight.feedback), True)],
+)
+def test_broadcast_and_target_rules_pass(send_back, is_free):
+    class Own(fp.Rule):
+        name = "own"
+
+    Own.send_back = send_back
+    path_of = Whole(lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), Own())
+    path_of.step()
+    report = path_of.audit()
+    assert report.transport_free is is_free, str(report)
 
 
 @pytest.mark.parametrize("rule", [*FREE, "bp", "ss"])
@@ -160,7 +509,9 @@ def test_batchnorms_scale_is_declared(rule):
     report = fp.audit(step, path, steps=1)
     channels = sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     assert report.transport_free
-    assert report.verdict == f"transport-free except: BatchNorm scale ({channels} scalars)"
+    assert report.verdict.startswith(
+        f"transport-free in the 1 step watched, except: BatchNorm scale ({channels} scalars)"
+    )
     assert report.crossings["conv1"].deltas == 4 * 16 * 16 * 16
     assert set(report.crossings) == {weight.name for weight in path.weights}
 
@@ -184,7 +535,7 @@ def test_attention_passes_and_plain_layers_do_not(rule, tied):
     expected = {} if tied is None else {tied}
     assert {finding.layer for finding in report.findings} == set(expected)
     if tied is None:
-        assert report.verdict == "transport-free except: LayerNorm weight (512 scalars)"
+        assert report.verdict.endswith("except: LayerNorm weight (512 scalars)")
 
 
 class WithCell(nn.Module):
@@ -211,7 +562,7 @@ def test_recurrent_layers_pass(rule):
         path.step()
 
     report = fp.audit(step, path)
-    assert report.verdict == "transport-free", str(report)
+    assert report.transport_free, str(report)
 
 
 def test_layers_that_cannot_be_untied_are_found():
@@ -251,7 +602,7 @@ def test_autocast_accumulation_and_checkpointing_pass():
         path.step()
 
     report = fp.audit(step, path)
-    assert report.verdict == "transport-free", str(report)
+    assert report.transport_free, str(report)
 
 
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
@@ -266,7 +617,7 @@ def test_compiled_steps_run_eagerly_and_the_report_says_so():
         task.path.step()
 
     report = fp.audit(step, task.path)
-    assert report.verdict == "transport-free"
+    assert report.transport_free, str(report)
     assert report.notes == ("compiled code was run eagerly",)
 
 
@@ -281,21 +632,9 @@ def test_schedulers_and_averages_are_part_of_the_step_when_named():
         average.update_parameters(task.model)
 
     report = fp.audit(step, task.path, stateful=[scheduler, average])
-    assert report.verdict == "transport-free", str(report)
+    assert report.transport_free, str(report)
     assert scheduler.last_epoch == 0
     assert int(average.n_averaged) == 0
-
-
-def test_steps_that_cannot_be_repeated_are_refused():
-    task = Task("kp")
-    batches = iter(torch.randn(100, 16, 6))
-
-    def step():
-        task.x = next(batches)
-        task.step()
-
-    with pytest.raises(fp.AuditError, match="fixed minibatch"):
-        fp.audit(step, task.path)
 
 
 def test_steps_that_train_nothing_are_refused():
@@ -358,26 +697,48 @@ def test_the_report_reads_line_by_line():
     assert re.search(r"2: W in a delta, 128 values, by aten\.mul at .*leaks\.py:\d+ \[provenance\]", finding)
 
 
-def test_a_passage_of_ones_own_is_forward():
-    class OwnMirror(fp.Rule):
-        name = "own-mirror"
-        is_marked = True
-
-        def start(self, weights, context):
-            fp.draw_feedback(weights, context)
-
+def test_an_unmarked_product_is_no_reading():
+    class Unmarked(OwnMirror):
         @torch.no_grad()
         def step(self, weights, context):
             for weight in weights:
                 noise = torch.randn(64, weight.fan_in, generator=context.generator(weight, "noise"))
-                if self.is_marked:
-                    with fp.forward_passage(weight.weight):
-                        answer = noise @ weight.weight.T
-                else:
-                    answer = noise @ weight.weight.T
-                weight.feedback.copy_(answer.T @ noise / len(noise))
+                weight.feedback.copy_((noise @ weight.weight.T).T @ noise / len(noise))
 
-    assert Task(OwnMirror()).audit().transport_free
-    unmarked = OwnMirror()
-    unmarked.is_marked = False
-    assert not Task(unmarked).audit().transport_free
+    assert Task(Unmarked(None)).audit().transport_free is False
+    marked = Task(OwnMirror(lambda weight, noise: noise @ weight.weight.T)).audit()
+    assert marked.transport_free
+    assert marked.verdict.endswith("W read by 64 noise probes a step")
+
+
+TABLE = re.compile(r"^\| ([^|]+) \| `([^|]+)` \| `([^|]+)` \| ([a-z -]+) \|$", re.MULTILINE)
+ROWS = TABLE.findall((Path(__file__).parents[1] / "docs" / "audit.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(("kind", "begin", "end", "verdict"), ROWS, ids=[row[0] for row in ROWS])
+def test_the_table_of_kinds_is_right(kind, begin, end, verdict, tmp_path, monkeypatch):
+    """Each row has a line that runs when a step begins, and one that runs when it ends."""
+    monkeypatch.chdir(tmp_path)
+    task = Task("kp")
+    w, b = task.model[2].weight, task.model[2].feedback
+    names = {
+        "torch": torch, "fp": fp, "os": os, "model": task.model, "path": task.path, "w": w, "b": b,
+        "layer": task.model[2], "task": task, "optimizer": task.optimizer, "notes": {},
+        "batches": iter(range(99)),
+    }  # fmt: skip
+
+    def step():
+        with torch.no_grad():
+            exec(begin, names)
+        task.step()
+        with torch.no_grad():
+            exec(end, names)
+
+    report = fp.audit(step, task.path, steps=3)
+    expected = {"transports": False, "transport-free": True, "not settled": None}[verdict]
+    assert report.transport_free is expected, str(report)
+
+
+def test_the_table_is_read():
+    assert len(ROWS) >= 16
+    assert {verdict for *_, verdict in ROWS} == {"transports", "transport-free", "not settled"}

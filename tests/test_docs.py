@@ -291,6 +291,7 @@ def test_exit_codes_are_those_of_the_program():
         exit_codes.BAD_INPUT,
         exit_codes.DIVERGED,
         exit_codes.TRANSPORTS_WEIGHTS,
+        exit_codes.NOT_SETTLED,
         *interrupted,
     ]
 

@@ -1,6 +1,8 @@
 """The examples run, and show what they say."""
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,17 +12,33 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("rule", ["kp", "wm-exact"])
-def test_two_chips_learn_as_one_process_does_and_exchange_no_weight(rule):
-    command = [sys.executable, EXAMPLES / "two_chips.py", "--rule", rule, "--steps", "8"]
-    done = subprocess.run(
+def two_chips(rule, steps):
+    command = [sys.executable, EXAMPLES / "two_chips.py", "--rule", rule, "--steps", str(steps)]
+    return subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
     )
+
+
+@pytest.mark.parametrize("rule", ["kp", "wm"])
+def test_of_two_chips_the_line_carries_signals_alone_and_b_goes_to_w(rule):
+    done = two_chips(rule, 200)
     assert done.returncode == 0, done.stderr + done.stdout
-    sent = [
-        line.split(": ")[1].split(",")[0]
-        for line in done.stdout.splitlines()
-        if " to " in line and ", " in line
-    ]
-    allowed = {"activities", "deltas"} | ({"noise", "answers to noise"} if rule == "wm-exact" else set())
-    assert set(sent) == allowed
+    carried = set(re.findall(r"^forward to feedback: ([a-z ]+), \d+ bytes$", done.stdout, re.MULTILINE))
+    assert carried == {"activities", "deltas"} | ({"noise", "answers to noise"} if rule == "wm" else set())
+    assert set(re.findall(r"^feedback to forward: ([a-z ]+), ", done.stdout, re.MULTILINE)) == {"deltas"}
+    angles = re.findall(r"([\d.]+) to ([\d.]+)", done.stdout.splitlines()[0])
+    assert len(angles) == 3
+    assert all(float(first) > 80 and float(last) < 40 for first, last in angles)
+
+
+def test_a_byte_too_many_on_the_line_is_read(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    two_chips = importlib.import_module("two_chips")
+    tapped = two_chips.Tapped()
+    packet = two_chips.HEADER.pack(0, 16) + bytes(16)
+    for part in (packet[:3], packet[3:12], packet[12:] + packet):
+        tapped.read(part)
+    assert tapped.counts == {"activities": 32}
+    assert tapped.total == 2 * len(packet)
+    expected = two_chips.expected_bytes("kp", 1)
+    assert (tapped.counts, tapped.counts) != expected

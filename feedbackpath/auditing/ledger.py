@@ -1,9 +1,8 @@
-"""What each tensor is made of: the book that provenance keeps.
+"""What each tensor is made of: the book that the audit keeps while steps run.
 
-A value made of W alone (a copy, a transpose, a sign, a cast, a norm, a slice, W_t - W_(t-1)) is *weight*.
-W that meets activity going forward makes *activity*. Met anywhere else, it stays weight: a delta that W has
-touched is made of weight. Everything is known by the memory that holds it, so that views, ``.data``,
-``detach`` and in-place operations are seen through.
+A value that W has a part in is *weight*: a copy, a cast, a norm, a product with a delta. Only where a layer's
+own forward map meets a signal, W makes *activity*. Everything is known by the memory that holds it, so that
+views, ``.data``, ``detach`` and in-place operations are seen through.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-Kind = Literal["constant", "feedback", "activity", "scale", "weight"]
+Kind = Literal["constant", "feedback", "activity", "other", "weight"]
 
 
 @dataclass(frozen=True)
@@ -22,9 +21,10 @@ class Made:
     """What a value is made of.
 
     Attributes:
-        kind: Its kind; ``"scale"``: a declared parameter, of a norm or a bias.
-        sources: Names of the forward weights, or declared parameters, in it.
+        kind: Its kind; ``"other"``: parameters and buffers without feedback weights, and nothing else.
+        sources: Names of the forward weights, or other parameters, in it.
         is_sign: Whether only the signs of those weights are.
+        is_product: Whether it holds products of a weight and a signal that have not been summed.
         operation: The operator by which weight met something else; empty before.
         where: File and line of that call.
     """
@@ -32,31 +32,44 @@ class Made:
     kind: Kind
     sources: tuple[str, ...] = ()
     is_sign: bool = False
+    is_product: bool = False
     operation: str = ""
     where: str = ""
 
+    @property
+    def is_tracked(self) -> bool:
+        """Whether it is made of forward parameters or buffers."""
+        return self.kind in ("weight", "other")
+
 
 ACTIVITY, CONSTANT, FEEDBACK = Made("activity"), Made("constant"), Made("feedback")
+_RANK: tuple[Kind, ...] = ("constant", "feedback", "other", "activity", "weight")
 
 
 class Ledger:
-    """Knows of each piece of memory what is in it.
-
-    Memory is known by a weak reference to it, which also keeps its number from being given anew.
-    """
+    """Knows of each piece of memory what is in it, by a weak reference that keeps its number from reuse."""
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[StorageWeakRef, Made]] = {}
-        self._fixed: dict[int, Made] = {}
+        self._fixed: dict[int, tuple[StorageWeakRef, dict[tuple[int, int], Made]]] = {}
+
+    def release(self) -> None:
+        """Forget what parameters are: they are about to be told anew."""
+        self._fixed.clear()
 
     def fix(self, tensor: Tensor, made: Made) -> None:
-        """Say once and for all what a parameter is, whatever is written into it."""
+        """Say what a parameter is, whatever is written into it; several may share one piece of memory."""
         if tensor.numel():
-            self._fixed[_address(tensor)] = made
+            self._fixed.setdefault(_key(tensor), (_weak(tensor), {}))[1][_span(tensor)] = made
 
     def fixed(self, tensor: Tensor) -> Made | None:
-        """Return what a parameter was said to be; None of other tensors."""
-        return self._fixed.get(_address(tensor))
+        """Return what the parameters in a tensor's memory were said to be; None: there are none."""
+        entry = self._fixed.get(_key(tensor))
+        if entry is None:
+            return None
+        low, high = _span(tensor)
+        met = [made for (start, end), made in entry[1].items() if start < high and low < end]
+        return max(met, key=lambda made: _RANK.index(made.kind), default=None)
 
     def look_up(self, tensor: Tensor) -> Made:
         """Return what a tensor is made of; one that came from outside is activity: data, or a signal."""
@@ -75,36 +88,23 @@ class Ledger:
         self._made = {key: entry for key, entry in self._made.items() if not _is_gone(entry[0])}
 
 
-def join(parts: Iterable[Made], *, is_forward: bool, operation: str, where: str) -> Made:
-    """Return what comes of an operation on values so made.
-
-    Args:
-        parts: What its inputs are made of.
-        is_forward: Whether it is a part of a forward pass.
-        operation: Its name.
-        where: File and line of its call.
-    """
+def join(parts: Iterable[Made], operation: str, where: str) -> Made:
+    """Return what comes of an operation on values so made, unless it is a layer's forward map."""
     inputs = list(parts)
-    kinds = {made.kind for made in inputs}
-    if "weight" in kinds and not (is_forward and "activity" in kinds):
-        return _join_weights(inputs, operation, where)
-    for kind in ("activity", "scale", "feedback"):
-        if kind in kinds:
-            names = dict.fromkeys(name for made in inputs if kind == "scale" for name in made.sources)
-            return Made(kind, tuple(names))
-    return CONSTANT
-
-
-def _join_weights(inputs: list[Made], operation: str, where: str) -> Made:
-    weights = [made for made in inputs if made.kind == "weight"]
-    sources = tuple(dict.fromkeys(name for made in weights for name in made.sources))
-    is_sign = all(made.is_sign for made in weights)
-    first_met = next((made for made in weights if made.operation), None)
-    if first_met is not None:
-        return dataclasses.replace(first_met, sources=sources, is_sign=is_sign)
-    is_meeting = any(made.kind in ("activity", "feedback") for made in inputs)
-    met = {"operation": operation, "where": where} if is_meeting else {}
-    return Made("weight", sources, is_sign, **met)
+    kinds: list[Kind] = [made.kind for made in inputs]
+    kind: Kind = max(kinds, key=_RANK.index, default="constant")
+    if kind not in ("weight", "other"):
+        return Made(kind)
+    tracked = [made for made in inputs if made.kind == kind]
+    met = next((made for made in tracked if made.operation), None)
+    if met is None and any(made.kind in ("activity", "feedback") for made in inputs):
+        met = Made(kind, operation=operation, where=where)
+    return dataclasses.replace(
+        met or Made(kind),
+        sources=tuple(dict.fromkeys(name for made in tracked for name in made.sources)),
+        is_sign=all(made.is_sign for made in tracked),
+        is_product=any(made.is_product for made in tracked),
+    )
 
 
 def _is_gone(reference: StorageWeakRef) -> bool:
@@ -119,5 +119,8 @@ def _key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _address(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage().data_ptr())
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return the first byte that a tensor takes of its memory, and the one behind its last."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    return start, start + (int(reach) + 1) * tensor.element_size() if tensor.numel() else start

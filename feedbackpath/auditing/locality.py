@@ -5,13 +5,14 @@ mode, its synapses; all other activities and deltas are held. Only the B of its 
 A factor that all others share tells of a scalar common to the layer, or to the network: a clipped norm.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from feedbackpath.auditing.replay import Record, Replay
+from feedbackpath.auditing.chain import Chain
+from feedbackpath.auditing.record import Record
 from feedbackpath.auditing.subject import Subject
 
 STRENGTH = 1.5  # of a disturbed neuron's signal
@@ -21,16 +22,27 @@ OWN = "own pre- and postsynaptic signals"
 UNMOVED = "none in this step"
 
 
-class Disturbed(Replay):
-    """A replay in which neuron 0 of every layer sends another delta, and is another one in mirror mode."""
+class Disturbed(Chain):  # type: ignore[no-untyped-call]
+    """A pass in which neuron 0 of every layer sends another delta, and is another one in mirror mode.
 
-    def __init__(self, subject: Subject, reference: Record) -> None:
-        super().__init__(subject, reference, "none")
+    Args:
+        subject: Whose step it is.
+        deltas: Those of the first pass: all but the disturbed neurons' are held.
+    """
+
+    watches = False
+
+    def __init__(self, subject: Subject, deltas: Sequence[tuple[str, Tensor]]) -> None:
+        super().__init__(subject)
+        self._deltas = iter(deltas)
+
+    def _see(self, kind: str, layer: str, value: object) -> None:
+        """Nothing is compared bit by bit."""
 
     def _see_delta(self, layer: str, delta: Tensor) -> Tensor | None:
-        held = super()._see_delta(layer, delta)
-        disturbed = (delta if held is None else held).clone()
-        axis = _channel_axis(self._layer_of(layer), disturbed)
+        name, held = next(self._deltas, ("", delta))
+        disturbed = (held if name == layer else delta).clone()
+        axis = _channel_axis(self.subject.layer_named(layer), disturbed)
         disturbed.select(axis, 0).mul_(STRENGTH)
         return disturbed
 
@@ -44,9 +56,6 @@ class Disturbed(Replay):
         self._scale(weights, 1.0 / STRENGTH)
         super().leave_passage(weights)
 
-    def _layer_of(self, name: str) -> Any:
-        return next(weight.layer for weight in self.subject.path.weights if weight.name == name)
-
     @torch.no_grad()
     def _scale(self, weights: tuple[Tensor, ...], factor: float) -> None:
         names = {id(weight.weight): weight for weight in self.subject.path.weights}
@@ -55,26 +64,24 @@ class Disturbed(Replay):
                 _rows_of_first_neuron(weight, names[id(weight)].transposed).mul_(factor)
 
 
-def describe_locality(
-    subject: Subject, before: Mapping[str, Tensor], reference: Record, step: Callable[[], object]
-) -> dict[str, str]:
+def describe_locality(reference: Record, disturbed: Record, transposed: Mapping[str, bool]) -> dict[str, str]:
     """Return, by layer, what its B's update takes.
 
     Args:
-        subject: Whose step it is; in the state from before the step.
-        before: Each B before the step.
-        reference: What the step left.
-        step: The step.
+        reference: What the first pass left.
+        disturbed: What the first step left with neurons disturbed.
+        transposed: By layer, whether W counts inputs first.
     """
-    after = Disturbed(subject, reference).run(step).feedback
-    transposed = {weight.name: weight.transposed for weight in subject.path.weights}
     found = {}
+    if len(reference.feedback) < 2 or len(disturbed.feedback) < 2:
+        return {}
+    before, first, after = reference.feedback[0], reference.feedback[1], disturbed.feedback[1]
     for name, old in before.items():
-        plain, disturbed = reference.feedback[name] - old, after[name] - old
+        plain, other = first[name] - old, after[name] - old
         others = torch.ones_like(plain, dtype=torch.bool)
         _rows_of_first_neuron(others, transposed[name]).fill_(False)
-        rounding = ROUNDING * torch.finfo(old.dtype).eps * float(reference.feedback[name].norm())
-        found[name] = _compare(plain, disturbed, old, others, rounding)
+        rounding = ROUNDING * torch.finfo(old.dtype).eps * float(first[name].norm())
+        found[name] = _compare(plain, other, old, others, rounding)
     return found
 
 

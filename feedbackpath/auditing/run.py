@@ -1,47 +1,60 @@
-"""``audit``: watch a training step, do it again without its weights, and say what crosses."""
+"""``audit``: do the steps with the forward weights absent, and say whether they go through."""
 
 import gc
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch import nn
 
-from feedbackpath.auditing.locality import describe_locality
-from feedbackpath.auditing.replay import CORRUPTIONS, Record, Replay
+from feedbackpath.auditing.chain import Chain
+from feedbackpath.auditing.files import files_put_back
+from feedbackpath.auditing.locality import Disturbed, describe_locality
+from feedbackpath.auditing.process import LostProcess, can_fork, in_fork, in_fresh_process
+from feedbackpath.auditing.record import CALLS, Record, first_differences
 from feedbackpath.auditing.report import AuditError, Crossing, Finding, Report
-from feedbackpath.auditing.subject import Stateful, Subject, deltas_seen, differing, forward_passes_seen
-from feedbackpath.auditing.watch import Watch, declared_kinds
-from feedbackpath.mirror.passage import LISTENERS
-from feedbackpath.path import FeedbackPath
+from feedbackpath.auditing.subject import Stateful, Subject
+from feedbackpath.path import WATCHERS, FeedbackPath
 
 Step = Callable[[], object]
+Build = Callable[[], tuple[Step, FeedbackPath]]
+StandIn = tuple[float, dict[str, int]]
+# Zeros, and noise of the other sign and larger than W: what asks whether W, its sum or its norm is above or
+# below something is answered otherwise by one of them.
+SCALES = (0.0, -30.0)
 
 
-def audit(step_fn: Step, path: FeedbackPath, *, steps: int = 2, stateful: Sequence[Stateful] = ()) -> Report:
-    """Say whether a training step transports forward weights to the feedback path.
+def audit(
+    step: Step | None = None,
+    path: FeedbackPath | None = None,
+    *,
+    build: Build | None = None,
+    steps: int = 2,
+    stateful: Sequence[Stateful] = (),
+) -> Report:
+    """Say whether training steps transport forward weights to the feedback path.
 
-    Two methods, each blind where the other sees. *Provenance*: every operator of the step is watched; values
-    made of W alone are followed through copies, views, casts, norms and updates, and must reach no delta and
-    no B. *Replay*: the step is done again with W replaced by noise, and by NaN, in all that follows the
-    forward pass; every delta and every new B must be the same to the last bit. Model, optimizer, random
-    numbers and ``stateful`` are left as they were.
+    The steps are done as they are, and what layers and mirror passages answer is recorded. Then they are
+    done again with every forward weight absent: zeros or noise stand in for it from the first operation on,
+    and layers' answers come from the record. Every delta, every B and what optimizers remember of B must be
+    the same to the last bit, step after step. Model, optimizer, random numbers and files are left as they
+    were.
 
     Args:
-        step_fn: Does one whole training step, the same each time: forward pass, backward pass, the
-            optimizer's update, ``path.step()``. Let it use one fixed minibatch.
+        step: Does one whole training step: forward pass, backward pass, the optimizer's update,
+            ``path.step()``.
         path: The model's feedback path.
-        steps: Training steps in a row to watch and replay: a leak every k steps takes k to be seen.
+        build: Instead of both: returns (step, path). It runs in a fresh process, with W absent from ``untie``
+            on, so that nothing can be left of what W made before. Another process must be able to import it.
+        steps: Training steps in a row: a leak that waits for k steps takes k + 1 to be seen.
         stateful: What else a step changes, a scheduler or a scaler: it has ``state_dict`` and
-            ``load_state_dict``.
+            ``load_state_dict``. Needed where no process can be forked, as with a GPU.
 
     Returns:
-        The report: ``transport_free``, ``verdict``, ``findings``, what crosses, whose signals each B takes.
+        The report: ``transport_free`` is True, False or None (not settled); ``verdict`` says why.
 
     Raises:
-        AuditError: The step runs no untied layer, or does something else when it is done again.
+        AuditError: There is no step to audit, or it sends no delta through a layer of this path.
 
     Example:
         >>> import feedbackpath as fp
@@ -55,147 +68,232 @@ def audit(step_fn: Step, path: FeedbackPath, *, steps: int = 2, stateful: Sequen
         ...     optimizer.step()
         ...     path.step()
         >>> fp.audit(step, path).verdict
-        'transport-free'
+        'transport-free in the 2 steps watched'
     """
     if steps < 1:
         raise AuditError(f"audit: steps is {steps}; at least one has to be watched")
-    subject = Subject(path, stateful)
-    start = subject.save()
-    aliases = _find_aliases(subject)
-    with torch.compiler.set_stance("force_eager"):
+    if build is not None:
+        if step is not None or path is not None:
+            raise AuditError("audit: give a step and its path, or build, which returns them; not both")
         try:
-            watch, crossings = _watch_steps(subject, step_fn, steps)
-            if not crossings:
-                raise AuditError(
-                    "audit: step_fn sent no delta through a layer of this path: let it train its model"
-                )
-            subject.restore(start)
-            replayed, locality, repeats = _replay_steps(subject, step_fn, steps)
+            return in_fresh_process(_audit_build, build, steps)
+        except LostProcess as lost:
+            return _unsettled(f"{lost}: see what stops it when it is run by itself", steps)
+    if step is None or path is None:
+        raise AuditError("audit: give a step and its path, or build=, which returns them")
+    return _settle(_OfStep(step, path, steps, stateful))
+
+
+class _OfStep:
+    """Passes of a step that is there already, each from the same state.
+
+    Args:
+        step: The step.
+        path: Its path.
+        steps: How many to do.
+        stateful: What else they change.
+    """
+
+    since: Any = "now"
+
+    def __init__(self, step: Step, path: FeedbackPath, steps: int, stateful: Sequence[Stateful]) -> None:
+        self.steps, self._step = steps, step
+        self.subject = Subject(path.model, path, stateful)
+        self.notes = ["compiled code was run eagerly"] if _is_compiled(path.model, step) else []
+        self._forks = can_fork()
+        self._start = None if self._forks else self.subject.save()
+
+    def do(self, tape: Any = None, stand_in: StandIn | None = None) -> Record:
+        """Do one pass."""
+        return self._apart(lambda: self._pass(Chain(self.subject, tape), self.steps, stand_in))
+
+    def disturb(self, record: Record) -> Record:
+        """Do the first step with some neurons disturbed."""
+        return self._apart(lambda: self._pass(Disturbed(self.subject, record.deltas), 1, None))
+
+    def _pass(self, chain: Chain, steps: int, stand_in: StandIn | None) -> Record:
+        if stand_in is not None:
+            self.subject.stand_in(*stand_in)
+        chain.begin()
+        return chain.run(self._step, steps)
+
+    def _apart(self, run: Callable[[], Record]) -> Record:
+        if self._start is None:
+            return in_fork(run)
+        try:
+            with files_put_back():
+                return run()
         finally:
-            subject.restore(start)
-    findings = [*aliases, *watch.findings.values()]
-    if not repeats and not findings:
-        raise AuditError(
-            "audit: the step does something else when it is done again, so that replaying it proves nothing: "
-            "let step_fn use one fixed minibatch, and name schedulers, scalers and averages in stateful="
-        )
+            self.subject.restore(self._start)
+
+
+class _OfBuild:
+    """Passes that begin with ``build``, each in a process of its own, with W absent from ``untie`` on.
+
+    Args:
+        build: Returns the step and its path.
+        steps: How many to do.
+    """
+
+    since: Any = "untie"
+
+    def __init__(self, build: Build, steps: int) -> None:
+        import torch._dynamo  # noqa: F401 (once, and not in every pass)
+
+        self.steps, self._build = steps, build
+        self.notes: list[str] = []
+
+    def do(self, tape: Any = None, stand_in: StandIn | None = None) -> Record:
+        """Do one pass."""
+        return in_fork(lambda: self._pass(lambda subject: Chain(subject, tape), self.steps, stand_in))
+
+    def disturb(self, record: Record) -> Record:
+        """Do the first step with some neurons disturbed."""
+        return in_fork(lambda: self._pass(lambda subject: Disturbed(subject, record.deltas), 1, None))
+
+    def _pass(self, make: Callable[[Subject], Chain], steps: int, stand_in: StandIn | None) -> Record:
+        chains: list[Chain] = []
+
+        def watch(model: nn.Module, path: FeedbackPath | None) -> None:
+            if not chains:
+                subject = Subject(model, None)
+                if stand_in is not None:
+                    subject.stand_in(*stand_in)
+                chains.append(make(subject))
+                chains[0].begin()
+            elif path is not None and chains[0].subject.model is model:
+                chains[0].attach(path)
+
+        WATCHERS.append(watch)
+        try:
+            step, path = self._build()
+        except Exception as error:
+            if not chains:
+                raise
+            chains[0].record.error = error
+            chains[0].close()
+            return chains[0].record
+        finally:
+            WATCHERS.remove(watch)
+        if not chains or chains[0].subject.model is not path.model:
+            raise AuditError("audit: build has to untie its model, and return that path")
+        chains[0].attach(path)  # once more: optimizers have come
+        return chains[0].run(step, steps)
+
+
+def _audit_build(build: Build, steps: int) -> Report:
+    return _settle(_OfBuild(build, steps))
+
+
+def _settle(passes: _OfStep | _OfBuild) -> Report:
+    """Do the passes and come to a verdict."""
+    steps, notes = passes.steps, list(passes.notes)
+    try:
+        record, again = _record_twice(passes)
+        if differing := first_differences(record, again):
+            kind, layer = differing[0]
+            return _unsettled(
+                f"done again with W as it was, the steps do something else ({kind} of {layer!r} first): let "
+                "step be repeatable: deterministic operations, no clock; where no process can be forked (a "
+                "GPU, threads), one fixed minibatch, and schedulers and scalers in stateful=, or build=",
+                steps, passes.since, notes,
+            )  # fmt: skip
+        differing, stops = _do_without_weights(passes, record)
+        notes += stops
+        findings = _explain(record, differing)
+        reason = ""
+        if len(stops) == len(SCALES) and not findings:
+            reason = f"no pass without W came to its end ({stops[0]}): take that check of W out of the step"
+        locality = describe_locality(record, passes.disturb(record), record.transposed)
+    except LostProcess as lost:
+        return _unsettled(f"{lost}: see what stops it when it is run by itself", steps, passes.since, notes)
     locality |= {
         finding.layer: "signs of W" if finding.what == "sign" else "W"
         for finding in findings
         if finding.sink == "feedback weight"
     }
-    notes = [] if repeats else ["the step is not repeatable, so that replay says nothing"]
-    notes += ["compiled code was run eagerly"] if _is_compiled(path.model, step_fn) else []
-    findings += _only_replayed(findings, replayed)
     return Report(
-        tuple(findings), declared_kinds(subject, watch.declared), crossings, locality, tuple(notes), steps
-    )
+        tuple(findings), record.declared, _crossings(record, steps), locality, tuple(notes), steps,
+        reason, passes.since,
+    )  # fmt: skip
 
 
-def _only_replayed(findings: list[Finding], replayed: list[Finding]) -> list[Finding]:
-    """Return what only replay saw. It knows where a delta arrives, not which layer's W is in it."""
-    layers = {finding.layer for finding in findings if finding.sink == "feedback weight"}
-    has_deltas = any(finding.sink == "delta" for finding in findings)
-    return [
-        finding
-        for finding in replayed
-        if not (has_deltas if finding.sink == "delta" else finding.layer in layers)
-    ]
+def _record_twice(passes: _OfStep | _OfBuild) -> tuple[Record, Record]:
+    """Return what two passes with W present left.
+
+    What outlives a pass, such as a thread's memory, holds something else before the first than before all
+    others: then the second is taken for the first.
+    """
+    for _ in range(2):
+        record = passes.do()
+        if record.error is not None:
+            raise record.error
+        if not any(kind == "delta" for step in record.seen for kind, _, _ in step):
+            raise AuditError(
+                "audit: step sent no delta through a layer of this path: let it train its own model"
+            )
+        again = passes.do(record.tape)
+        if not first_differences(record, again):
+            break
+    return record, again
 
 
-def _find_aliases(subject: Subject) -> list[Finding]:
-    """Find every B that lies in the memory of a W."""
-    weights = {w.untyped_storage().data_ptr(): name for name, w in subject.forward_weights.items()}
-    found = [
-        Finding(name, "weight", "feedback weight", "sharing memory", "untie, or later", "storage", b.numel())
-        for name, b in subject.feedback_weights.items()
-        if b.numel() and b.untyped_storage().data_ptr() in weights
-    ]
-    tied = [weight for weight in subject.path.weights if weight.is_tied]
-    return found + [
-        Finding(w.name, "weight", "feedback weight", "being W itself", "untie", "storage", w.weight.numel())
-        for w in tied
-    ]
+def _do_without_weights(
+    passes: _OfStep | _OfBuild, record: Record
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return what differs without W, and which passes were stopped by an error."""
+    stops: list[str] = []
+    for scale in SCALES:
+        other = passes.do(record.tape, (scale, record.uses))
+        if differing := first_differences(record, other):
+            return differing, stops
+        if other.error is not None:
+            with_what = "zeros" if scale == 0 else "noise"
+            stops.append(f"with {with_what} for W: {type(other.error).__name__}: {other.error}")
+    return [], stops
 
 
-def _watch_steps(subject: Subject, step: Step, steps: int) -> tuple[Watch, dict[str, Crossing]]:
-    """Do steps under watch; return what was seen, and what each layer exchanged in the first."""
-    watch = Watch(subject)
-    activities: dict[str, int] = {}
+def _explain(record: Record, differing: Sequence[tuple[str, str]]) -> list[Finding]:
+    """Name layer, operation and line of what was found, as far as W's traces tell."""
+    findings = list(record.aliases)
+    kinds = {kind for kind, _ in differing}
+    exits: dict[str, tuple[str, str]] = {}
+    for (layer, sink, operation, where), sight in record.sights.items():
+        if sink == "exit":
+            exits.setdefault(layer, (operation, where))
+        elif sink in kinds and layer in record.uses:
+            what: Any = "sign" if sight.made.is_sign else "weight"
+            findings.append(Finding(layer, what, sink, operation, where, "provenance", sight.values))
+    explained = {finding.sink for finding in findings}
+    if "delta" in explained:
+        explained |= kinds  # what else differs follows from it
+    for kind, layer in differing:
+        if kind not in explained:
+            operation, where = exits.get(layer, next(iter(exits.values()), ("", "")))
+            values = record.sizes.get((kind, layer), 0) if kind != CALLS else 0
+            findings.append(Finding(layer, "weight", kind, operation, where, "absence", values))
+    return findings
+
+
+def _crossings(record: Record, steps: int) -> dict[str, Crossing]:
     deltas: dict[str, int] = {}
-    number = 0
-
-    def see_output(layer: str, output: Tensor) -> None:
-        def see_delta(delta: Tensor) -> None:
-            watch.check_delta(layer, delta)
-            deltas[layer] = deltas.get(layer, 0) + delta.numel() * (number == 0)
-
-        if output.requires_grad:
-            output.register_hook(see_delta)  # type: ignore[no-untyped-call]
-            activities[layer] = activities.get(layer, 0) + output.numel() * (number == 0)
-
-    def label(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        watch.label_optimizer(optimizer)
-
-    LISTENERS.append(watch)
-    hook = register_optimizer_step_pre_hook(label)
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(subject.finding_optimizers())
-            stack.enter_context(deltas_seen(subject.path, see_output))
-            stack.enter_context(forward_passes_seen(subject.model, watch.enter_forward, watch.leave_forward))
-            stack.enter_context(watch)
-            for number in range(steps):  # noqa: B007 (read by the hooks)
-                step()
-                watch.ledger.forget_freed()
-    finally:
-        hook.remove()
-        LISTENERS.remove(watch)
-    crossings = {
-        name: Crossing(activities[name], count, watch.answers.get(name, 0) // steps)
-        for name, count in deltas.items()
-    }
-    return watch, crossings
-
-
-def _replay_steps(subject: Subject, step: Step, steps: int) -> tuple[list[Finding], dict[str, str], bool]:
-    """Replay steps; return where W mattered, whose signals each B took, and whether steps can be repeated."""
-    findings: dict[tuple[str, str], Finding] = {}
-    locality: dict[str, str] = {}
-    for number in range(steps):
-        before = subject.save()
-        old = {name: b.detach().clone() for name, b in subject.feedback_weights.items()}
-        reference = Replay(subject, None, "none").run(step)
-        after = subject.save()
-        subject.restore(before)
-        if _differences(subject, reference, Replay(subject, reference, "none").run(step)):
-            return [], locality, False
-        for corruption in CORRUPTIONS:
-            subject.restore(before)
-            record = Replay(subject, reference, corruption).run(step)
-            for finding in _differences(subject, reference, record):
-                findings.setdefault((finding.layer, finding.sink), finding)
-        if number == 0:
-            subject.restore(before)
-            locality = describe_locality(subject, old, reference, step)
-        subject.restore(after)
-    return list(findings.values()), locality, True
-
-
-def _differences(subject: Subject, reference: Record, record: Record) -> list[Finding]:
-    sizes = {layer: delta.numel() for layer, delta in reference.deltas}
-    found = [
-        Finding(layer, "weight", "delta", "", "", "replay", sizes.get(layer, 0)) for layer in record.changed
-    ]
-    changed = differing(reference.feedback.values(), record.feedback.values())
-    names = [name for name, differs in zip(reference.feedback, changed, strict=True) if differs]
-    return found + [
-        Finding(name, "weight", "feedback weight", "", "", "replay", subject.feedback_weights[name].numel())
+    for layer, delta in record.deltas:
+        deltas[layer] = deltas.get(layer, 0) + delta.numel()
+    names = dict.fromkeys([*deltas, *record.answers, *record.probes])
+    return {
+        name: Crossing(
+            record.activities.get(name, 0), deltas.get(name, 0), record.answers.get(name, 0) // steps,
+            -(-record.probes.get(name, 0) // steps),
+        )
         for name in names
-    ]
+    }  # fmt: skip
 
 
-def _is_compiled(model: torch.nn.Module, step: Step) -> bool:
+def _unsettled(reason: str, steps: int, since: Any = "now", notes: Sequence[str] = ()) -> Report:
+    return Report((), {}, {}, {}, tuple(notes), steps, reason, since)
+
+
+def _is_compiled(model: nn.Module, step: Step) -> bool:
     """Whether the model, or the step, runs under ``torch.compile`` where the user calls it."""
     if getattr(step, "_torchdynamo_orig_callable", None) or getattr(model, "_compiled_call_impl", None):
         return True

@@ -1,18 +1,17 @@
-"""Whose step is audited: its weights, and all of its state, so that a step can be done again."""
+"""Whose steps are audited: the weights, which of them are absent, and all state that a step may change."""
 
 import copy
+import gc
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from feedbackpath.auditing.report import Finding
 from feedbackpath.core.layers import UntiedWeight
-from feedbackpath.core.modules import tapped
 from feedbackpath.path import FeedbackPath
 
 State = dict[str, Any]
@@ -30,122 +29,232 @@ class Stateful(Protocol):
 
 
 class Subject:
-    """A model with a feedback path, and the optimizers that its step is found to use.
+    """A model with a feedback path, and the optimizers that update it.
 
     Args:
-        path: The feedback path.
+        model: The model.
+        path: Its feedback path; None: it is being made, and ``attach`` will tell.
         stateful: What else a step changes.
 
     Attributes:
-        forward_weights: By name, every parameter that is a matrix and no B.
-        feedback_weights: By layer, every B that is a tensor of its own.
-        declared: By name, the other parameters: scales of norms, and biases.
-        optimizers: Found when they step, with their state from before.
+        forward_weights: By name, every weight that has, or will have, a feedback weight.
+        others: By name, every other parameter and floating buffer of the model, of its optimizers, and of
+            modules that are called besides.
+        scales: Names of those of them that are scales, if they multiply signals number by number.
+        layer_names: Names of the untied layers, by id.
+        renamed: Names of parameters in the model to those of the weights that they turned out to be.
     """
 
-    def __init__(self, path: FeedbackPath, stateful: Sequence[Stateful]) -> None:
-        self.path, self.model, self.stateful = path, path.model, list(stateful)
-        pairs = list(path.pairs())
-        layer_of = {id(weight): name for name, weight, _ in pairs}
-        self.feedback_weights = {name: b for name, w, b in pairs if b is not w}
-        own = {id(feedback) for feedback in self.feedback_weights.values()}
-        self.forward_weights: dict[str, nn.Parameter] = {}
-        self.declared: dict[str, nn.Parameter] = {}
-        for name, parameter in self.model.named_parameters():
-            if id(parameter) in layer_of:
-                self.forward_weights[layer_of[id(parameter)]] = parameter
-            elif id(parameter) not in own:
-                kind = self.forward_weights if parameter.dim() > 1 else self.declared
-                kind[name] = parameter
-        self.optimizers: dict[int, tuple[torch.optim.Optimizer, State]] = {}
+    def __init__(
+        self, model: nn.Module, path: FeedbackPath | None, stateful: Sequence[Stateful] = ()
+    ) -> None:
+        self.model, self.stateful = model, list(stateful)
+        self.forward_weights: dict[str, Tensor] = {}
+        self.others: dict[str, Tensor] = {}
+        self.scales: set[str] = set()
+        self.layer_names: dict[int, str] = {}
+        self.renamed: dict[str, str] = {}
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self._standing_in: tuple[float, dict[str, int]] | None = None
+        self._parts = {id(module) for module in model.modules()}
+        self._known: set[int] = set()
+        self._path: FeedbackPath | None = None
+        self._take(model, "")
+        if path is not None:
+            self.attach(path)
+
+    def attach(self, path: FeedbackPath) -> None:
+        """Know the feedback path, and the optimizers there are."""
+        self._path = path
+        self.layer_names = {id(layer): name for name, layer in path.layers.items()}
+        names = {id(tensor): name for name, tensor in self.others.items()}
+        for weight in path.weights:
+            self.forward_weights[weight.name] = weight.weight
+            if id(weight.weight) in names:
+                self.renamed[names[id(weight.weight)]] = weight.name
+                self.others.pop(names[id(weight.weight)], None)
+            if not weight.is_tied and weight.has_feedback:
+                self._known.add(id(weight.feedback))
+                self.others.pop(names.get(id(weight.feedback), ""), None)
+        mine = {id(parameter) for parameter in self.model.parameters()}
+        self.optimizers = [
+            thing
+            for thing in gc.get_objects()
+            if issubclass(type(thing), torch.optim.Optimizer)
+            and any(id(p) in mine for group in thing.param_groups for p in group["params"])
+        ]
+        extra = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+        for number, parameter in enumerate(extra):
+            self.add(f"parameter {number} of an optimizer, in no model", parameter)
 
     @property
-    def tensors(self) -> Iterator[Tensor]:
-        """All parameters and buffers."""
-        yield from self.model.parameters()
-        yield from self.model.buffers()
+    def path(self) -> FeedbackPath:
+        """The feedback path."""
+        assert self._path is not None
+        return self._path
 
-    @contextmanager
-    def finding_optimizers(self) -> Iterator[None]:
-        """Keep the state of every optimizer as it is before it first steps."""
+    @property
+    def feedback_weights(self) -> dict[str, nn.Parameter]:
+        """By layer, every B that is a tensor of its own, as it is now."""
+        weights = [] if self._path is None else self._path.weights
+        return {w.name: w.feedback for w in weights if not w.is_tied and w.has_feedback}
 
-        def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            if id(optimizer) not in self.optimizers:
-                self.optimizers[id(optimizer)] = (optimizer, copy.deepcopy(optimizer.state_dict()))
+    def _take(self, module: nn.Module, prefix: str) -> None:
+        for path, part in module.named_modules(prefix=prefix):
+            for name, tensor in _own_tensors(part):
+                self.add(f"{path}.{name}".lstrip("."), tensor)
+                if isinstance(tensor, nn.Parameter) and not name.endswith("bias"):
+                    self.scales.add(f"{path}.{name}".lstrip("."))
 
-        hook = register_optimizer_step_pre_hook(note)
-        try:
-            yield
-        finally:
-            hook.remove()
+    def add(self, name: str, tensor: Tensor) -> str:
+        """Know a parameter or buffer, once; return the name that it got."""
+        if id(tensor) in self._known:
+            return name
+        name = name if name not in self.others else f"{name} ({len(self.others)})"
+        self._known.add(id(tensor))
+        self.others[name] = tensor
+        if self._standing_in is not None:
+            scale, uses = self._standing_in
+            if name in uses:
+                _replace(tensor, scale, torch.Generator().manual_seed(len(self._known)))
+        return name
+
+    def newcomers(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Yield parameters and buffers of a module that is called and was not known, by name."""
+        own = getattr(module, "untied", None)
+        feedback = {weight.feedback_name for weight in own.weights} if own is not None else set()
+        place = "" if id(module) in self._parts else ", outside the model"
+        for name, tensor in _own_tensors(module):
+            if id(tensor) not in self._known and name not in feedback:
+                yield self.add(f"{type(module).__name__}.{name}{place}", tensor), tensor
+
+    def is_in_model(self, module: nn.Module) -> bool:
+        """Whether a module is a part of the model."""
+        return id(module) in self._parts
+
+    def is_model(self, module: nn.Module) -> bool:
+        """Whether a module is the whole model."""
+        return module is self.model
+
+    def weight_named(self, name: str) -> UntiedWeight | None:
+        """Return the untied weight of that name."""
+        weights = [] if self._path is None else self._path.weights
+        return next((weight for weight in weights if weight.name == name), None)
+
+    def layer_named(self, name: str) -> nn.Module:
+        """Return the layer of a name that deltas are known by: its own, or that of one of its weights."""
+        found = self.path.layers.get(name)
+        return next(w.layer for w in self.path.weights if w.name == name) if found is None else found
+
+    @staticmethod
+    def num_neurons(weight: UntiedWeight) -> int:
+        """Return how many outputs W has, channels in a convolution."""
+        w = weight.weight
+        return w.shape[1] * int(weight.layer.groups) if weight.transposed else w.shape[0]
+
+    def optimizer_state(self, parameter: Tensor) -> Iterator[tuple[str, object]]:
+        """Yield what optimizers remember of a parameter, by name."""
+        for optimizer in self.optimizers:
+            for key, value in sorted(
+                optimizer.state.get(parameter, {}).items(), key=lambda item: str(item[0])
+            ):
+                if isinstance(value, (Tensor, int, float)):
+                    yield str(key), value
+
+    def find_aliases(self) -> list[Finding]:
+        """Find every B that is W itself, or lies in the memory of one."""
+        places = {w.data_ptr(): name for name, w in self.forward_weights.items()}
+        found = [
+            Finding(
+                name, "weight", "feedback weight", "sharing memory", "untie, or later", "storage", b.numel()
+            )
+            for name, b in self.feedback_weights.items()
+            if b.numel() and b.data_ptr() in places
+        ]
+        tied = {weight.name: weight.weight for weight in self.path.weights if weight.is_tied}
+        return found + [
+            Finding(name, "weight", "feedback weight", "being W itself", "untie", "storage", w.numel())
+            for name, w in tied.items()
+        ]
+
+    def declared(self, used: Mapping[str, int]) -> dict[str, int]:
+        """Add up scalars by the kind of layer that they belong to: ``BatchNorm scale``."""
+        kinds: dict[str, int] = {}
+        modules = dict(self.model.named_modules())
+        for name in self.scales & used.keys():
+            if name in self.others:
+                owner, _, own = name.rpartition(".")
+                is_batch_norm = isinstance(modules[owner], nn.modules.batchnorm._NormBase)
+                kind = "BatchNorm scale" if is_batch_norm else f"{type(modules[owner]).__name__} {own}"
+                kinds[kind] = kinds.get(kind, 0) + self.others[name].numel()
+        return dict(sorted(kinds.items()))
+
+    def stand_in(self, scale: float, uses: dict[str, int]) -> None:
+        """Replace every forward weight, and whatever else multiplies activities, by noise.
+
+        Args:
+            scale: Size of the noise, in standard deviations of each weight; below 0: of the sign that each
+                value has not; 0: zeros.
+            uses: Names of parameters and buffers that multiply activities.
+        """
+        self._standing_in = scale, uses
+        names = [*self.forward_weights, *(name for name in self.others if name in uses)]
+        generator = torch.Generator().manual_seed(1)
+        for name in names:
+            _replace(self.forward_weights.get(name, self.others.get(name)), scale, generator)
+
+    # State, for where no process of its own can be had
 
     @torch.no_grad()
     def save(self) -> State:
         """Return a copy of everything that a step may change."""
+        modules = list(self.model.modules())
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.others.values()]
         return {
-            "values": [tensor.detach().clone() for tensor in self.tensors],
-            "gradients": [None if p.grad is None else p.grad.clone() for p in self.model.parameters()],
+            "modules": [(m, dict(m._parameters), dict(m._buffers), m.training) for m in modules],
+            "values": [(t, t.data, t.detach().clone(), copy.deepcopy(t.grad)) for t in tensors],
             "path": copy.deepcopy(self.path.state_dict()),
             "stateful": [copy.deepcopy(part.state_dict()) for part in self.stateful],
-            "optimizers": {key: copy.deepcopy(o.state_dict()) for key, (o, _) in self.optimizers.items()},
-            "training": [module.training for module in self.model.modules()],
+            "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self.optimizers],
             "random": _random_state(),
         }
 
     @torch.no_grad()
     def restore(self, state: State) -> None:
         """Go back to a saved state."""
-        for tensor, value in zip(self.tensors, state["values"], strict=True):
+        self._standing_in = None
+        for module, parameters, buffers, is_training in state["modules"]:
+            vars(module).update(_parameters=dict(parameters), _buffers=dict(buffers), training=is_training)
+        for tensor, data, value, gradient in state["values"]:
             with preserve_version(tensor):
+                if tensor.data_ptr() != data.data_ptr():
+                    tensor.data = data
                 tensor.copy_(value)
-        for parameter, gradient in zip(self.model.parameters(), state["gradients"], strict=True):
-            parameter.grad = None if gradient is None else gradient.clone()
+            tensor.grad = copy.deepcopy(gradient)
         self.path.load_state_dict(copy.deepcopy(state["path"]))
         for part, value in zip(self.stateful, state["stateful"], strict=True):
             part.load_state_dict(copy.deepcopy(value))
-        for key, (optimizer, first) in self.optimizers.items():
-            optimizer.load_state_dict(copy.deepcopy(state["optimizers"].get(key, first)))
-        for module, training in zip(self.model.modules(), state["training"], strict=True):
-            module.training = training
+        for optimizer, value in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(copy.deepcopy(value))
         _set_random_state(state["random"])
 
 
-@contextmanager
-def deltas_seen(path: FeedbackPath, see: Any) -> Iterator[None]:
-    """Call ``see(layer, output)`` with the output of every untied weight while the model runs forward."""
-    names = {(id(weight.layer), weight.weight_name): weight.name for weight in path.weights}
-
-    def tap(weight: UntiedWeight, _: Tensor, output: Tensor, rows: slice) -> None:
-        see(names[id(weight.layer), weight.weight_name], output)
-
-    with tapped([weight.layer for weight in path.weights], tap):
-        yield
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    own: Iterable[tuple[str, Tensor]] = [
+        *module.named_parameters(recurse=False),
+        *module.named_buffers(recurse=False),
+    ]
+    return ((name, tensor) for name, tensor in own if tensor.is_floating_point())
 
 
-@contextmanager
-def forward_passes_seen(model: nn.Module, enter: Any, leave: Any) -> Iterator[None]:
-    """Call ``enter(module)`` and ``leave(module)`` round the forward pass of every module of a model."""
-    hooks = []
-    for module in model.modules():
-        hooks.append(module.register_forward_pre_hook(lambda module, args: enter(module)))
-        end = module.register_forward_hook(lambda module, args, output: leave(module), always_call=True)
-        hooks.append(end)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def differing(ones: Iterable[Tensor], others: Iterable[Tensor]) -> list[bool]:
-    """Return which tensors differ in any bit that is not NaN on both sides."""
-    return [not _is_same(one, other) for one, other in zip(ones, others, strict=True)]
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+@torch.no_grad()
+def _replace(tensor: Any, scale: float, generator: torch.Generator) -> None:
+    """Fill a tensor with noise, unseen by autograd."""
+    noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+    noise = torch.where(tensor == 0, noise, noise.abs() * tensor.sign())
+    size = tensor.detach().float().std(correction=0).clamp_min(1e-3).to(tensor)
+    with preserve_version(tensor):
+        tensor.copy_(noise * size * scale)
 
 
 def _random_state() -> State:

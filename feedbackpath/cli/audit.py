@@ -6,7 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
-from feedbackpath.cli.exit_codes import DONE, TRANSPORTS_WEIGHTS
+from feedbackpath.cli.exit_codes import DONE, NOT_SETTLED, TRANSPORTS_WEIGHTS
 from feedbackpath.train.config import AuditConfig, merge_config
 
 
@@ -17,7 +17,7 @@ def audit(
 ) -> int:
     """Say whether a training step transports weights: verdict, findings, and what crosses.
 
-    Exit codes: 0 transport-free, 2 bad input, 4 weights are transported.
+    Exit codes: 0 transport-free, 2 bad input, 4 weights are transported, 5 that could not be settled.
     """
     from feedbackpath.jobs.audit import audit_run
 
@@ -25,4 +25,4 @@ def audit(
     report = audit_run(settings)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(f"{settings.model}, {settings.rule}: {report}")
-    return DONE if report.transport_free else TRANSPORTS_WEIGHTS
+    return {True: DONE, False: TRANSPORTS_WEIGHTS, None: NOT_SETTLED}[report.transport_free]

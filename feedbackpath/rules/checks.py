@@ -1,13 +1,17 @@
 """What is checked of an untied model while it trains: what would turn a rule into another one in silence."""
 
+import ast
+import inspect
+import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from feedbackpath.core.layers import UntiedWeight, kind_of
 from feedbackpath.core.modules import FeedbackModule
+from feedbackpath.core.operations import PRODUCTS
 from feedbackpath.errors import RuleError, UnconvertedLayerWarning, UntieError
 
 
@@ -73,3 +77,49 @@ def plain_layers(model: nn.Module) -> set[str]:
         if kind_of(module).weights(module)
         and not (isinstance(module, FeedbackModule) and module.untied.weights)
     }
+
+
+def hidden_weights(model: nn.Module) -> dict[str, str]:
+    """Return weights that are no matrix among the model's parameters, by path, with what they are.
+
+    Buffers and one-dimensional parameters that a module's code puts into a product, and layers or parameters
+    in a plain list or dictionary, which PyTorch does not find either.
+    """
+    known = {id(module) for module in model.modules()} | {id(p) for p in model.parameters()}
+    found = {}
+    for path, module in model.named_modules():
+        multiplied = _multiplied_names(type(module))
+        for name, tensor in [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]:
+            is_flat = isinstance(tensor, nn.Parameter) and tensor.dim() < 2
+            if name in multiplied and tensor.is_floating_point() and (is_flat or name in module._buffers):
+                found[f"{path}.{name}".lstrip(".")] = "flat parameter" if is_flat else "buffer in a product"
+        for name, value in vars(module).items():
+            if not name.startswith("_") and any(id(part) not in known for part in _modules_in(value)):
+                found[f"{path}.{name}".lstrip(".")] = f"layers in a plain {type(value).__name__}"
+    return found
+
+
+def _modules_in(value: Any) -> Iterator[nn.Module | nn.Parameter]:
+    """Yield the modules, and parameters, in lists, tuples and dictionaries."""
+    parts = value.values() if isinstance(value, dict) else value
+    for part in parts if isinstance(value, (list, tuple, dict)) else ():
+        if isinstance(part, (nn.Module, nn.Parameter)):
+            yield part
+        yield from _modules_in(part)
+
+
+def _multiplied_names(kind: type) -> set[str]:
+    """Return the attributes that the forward pass of a user's class puts into a product."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))  # type: ignore[attr-defined]
+    except (OSError, TypeError, SyntaxError):
+        return set()
+    calls = [
+        n for n in ast.walk(tree) if isinstance(n, ast.Call) and not kind.__module__.startswith("torch.")
+    ]
+    products: list[ast.AST] = [
+        n for n in calls if getattr(n.func, "attr", getattr(n.func, "id", "")) in PRODUCTS
+    ]
+    products += [n for n in ast.walk(tree) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.MatMult)]
+    named = [n for product in products for n in ast.walk(product) if isinstance(n, ast.Attribute)]
+    return {n.attr for n in named if isinstance(n.value, ast.Name) and n.value.id == "self"}

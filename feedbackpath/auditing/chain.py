@@ -1,0 +1,400 @@
+"""One pass through the steps: what layers answer is recorded, or held while W is absent.
+
+Every operator is watched, below autograd. Where a layer's own forward map meets a signal, the output goes to
+a tape in the first pass, and comes from it in later ones, if the signal is the one that it was. Nothing else
+is held: whatever W does on any other way shows in the deltas, in a B, or in an optimizer's state of one.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from feedbackpath.auditing import operators as ops
+from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, FEEDBACK, Kind, Ledger, Made, join
+from feedbackpath.auditing.record import Entry, Record, digest_of
+from feedbackpath.auditing.subject import Subject
+from feedbackpath.core import pytorch
+from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.core.modules import tapped
+from feedbackpath.core.operations import is_matrix
+from feedbackpath.mirror.passage import LISTENERS
+from feedbackpath.path import FeedbackPath
+
+
+class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs the steps once.
+
+    Args:
+        subject: Whose steps they are.
+        tape: What layers answered in the first pass; None: this is the first.
+
+    Attributes:
+        record: What this pass leaves.
+    """
+
+    watches = True
+
+    def __init__(self, subject: Subject, tape: Sequence[Entry] | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.subject, self.record = subject, Record()
+        self._tape = None if tape is None else iter(tape)
+        self._ledger = Ledger()
+        self._is_aside = False
+        self._modules: list[nn.Module] = []
+        self._passages: list[tuple[Tensor, ...]] = []
+        self._known_calls: dict[tuple[Any, ...], Entry] = {}
+        self._probes: dict[str, int] = {}
+        self._doubted: list[Entry] = []
+        self._written_early: list[tuple[Tensor, Made, str, str]] = []
+        self._stack = ExitStack()
+
+    def begin(self) -> None:
+        """Watch from here on."""
+        stack = self._stack
+        LISTENERS.append(self)
+        stack.callback(LISTENERS.remove, self)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings(
+            "ignore", ".*global hooks on modules"
+        )  # of compiled models, which run eagerly
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
+        end = register_module_forward_hook(self._leave_module, always_call=True)
+        stack.callback(end.remove)
+        self.record.seen.append([])
+        if self.watches:
+            self.fix_parameters()
+            stack.enter_context(ops.Exits(self._see_exit))
+            stack.enter_context(self)
+
+    def attach(self, path: FeedbackPath) -> None:
+        """Know the path of a model that has just been untied under watch, and what was written into its B."""
+        self.subject.attach(path)
+        for tensor, made, name, where in self._written_early:
+            for feedback in self.subject.feedback_weights.values():
+                if tensor.data_ptr() == feedback.data_ptr():
+                    renamed = tuple(self.subject.renamed.get(source, source) for source in made.sources)
+                    made = dataclasses.replace(made, sources=renamed)
+                    self.record.add_sight("feedback weight", made, f"aten.{name}", where, feedback.numel())
+        self._written_early.clear()
+        if self.watches:
+            self.fix_parameters()
+
+    def run(self, step: Callable[[], object], steps: int) -> Record:
+        """Do the steps, and look at B after each."""
+        layers = self.subject.path.layers.values()
+        inner = [layer for layer in layers if not layer.untied.is_one_product]
+        self.record.aliases = self.subject.find_aliases()
+        try:
+            self._stack.enter_context(tapped(inner, self._tap))
+            if self.watches:
+                self.fix_parameters()
+            self._look_at_feedback()
+            for _ in range(steps):
+                self.record.seen.append([])
+                step()
+                self._look_at_feedback()
+                self._ledger.forget_freed()
+        except Exception as error:
+            self.record.error = error
+        finally:
+            self.close()
+        self.record.transposed = {weight.name: weight.transposed for weight in self.subject.path.weights}
+        self.record.declared = self.subject.declared(self.record.scales)
+        for name in self.subject.renamed:  # by these names they are known before they are untied
+            self.record.uses[name] = 0
+        return self.record
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self._stack.close()
+
+    def fix_parameters(self) -> None:
+        """Know the memory of every parameter and buffer; an update may have given one another."""
+        self._ledger.release()
+        is_early = not self.subject.forward_weights
+        for name, tensor in self.subject.others.items():
+            kind: Kind = "weight" if is_early and is_matrix(tensor) else "other"
+            self._ledger.fix(tensor, Made(kind, (name,)))
+        for name, tensor in self.subject.forward_weights.items():
+            self._ledger.fix(tensor, Made("weight", (name,)))
+        for feedback in self.subject.feedback_weights.values():
+            self._ledger.fix(feedback, FEEDBACK)
+
+    # Modules and passages
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        if not self._modules and self.watches:
+            self.fix_parameters()
+        for name, tensor in self.subject.newcomers(module):
+            self._ledger.fix(tensor, Made("other", (name,)))
+        self._modules.append(module)
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._modules.pop()
+        if not self._modules and self._doubted:
+            self._wait_for_delta(output)
+        name = self.subject.layer_names.get(id(module))
+        if name is None or self._passages or not module.__dict__["untied"].is_one_product:
+            return
+        is_probe = not self._modules and not self.subject.is_model(module)
+        probes = self._probes.get(name, 0) if is_probe else 0
+        for tensor in ops.tensors_in(output):
+            if tensor.requires_grad:
+                self._see_output(name, tensor, probes)
+                probes = 0
+        if is_probe:
+            self.record.count_probes(name, probes)
+
+    def _wait_for_delta(self, output: Any) -> None:
+        """Take products of one call for answers of the model if they train: if an error comes back."""
+        doubted, self._doubted = self._doubted, []
+
+        def confirm(delta: Tensor) -> None:
+            for entry in doubted:
+                entry.is_answer |= bool(delta.ne(0).any())
+
+        for tensor in ops.tensors_in(output):
+            if tensor.requires_grad:
+                tensor.register_hook(confirm)  # type: ignore[no-untyped-call]
+
+    def _tap(self, weight: UntiedWeight, _: Tensor, output: Tensor, rows: slice) -> None:
+        if output.requires_grad:
+            self._see_output(weight.name, output)
+
+    def enter_passage(self, weights: tuple[Tensor, ...]) -> None:
+        """Noise goes forward through weights from here on."""
+        self._passages.append(weights)
+
+    def leave_passage(self, weights: tuple[Tensor, ...]) -> None:
+        """It does so no longer."""
+        self._passages.pop()
+
+    # What must be the same in every pass
+
+    def _digest(self, value: object) -> str:
+        before, self._is_aside = self._is_aside, True
+        try:
+            return digest_of(value)
+        finally:
+            self._is_aside = before
+
+    def _see(self, kind: str, layer: str, value: object) -> None:
+        self.record.seen[-1].append((kind, layer, self._digest(value)))
+        self.record.sizes[kind, layer] = value.numel() if isinstance(value, Tensor) else 1
+
+    def _see_output(self, layer: str, output: Tensor, probes: int = 0) -> None:
+        if len(self.record.seen) == 2 and not self.subject.path.context.is_measuring:
+            self.record.activities[layer] = self.record.activities.get(layer, 0) + output.numel()
+        waiting = [probes]
+        self.record.count_probes(layer, probes)
+
+        def see(delta: Tensor) -> Tensor | None:
+            self.record.count_probes(layer, -waiting.pop() if waiting else 0)  # it was no probe: it trains
+            return self._see_delta(layer, delta)
+
+        output.register_hook(see)  # type: ignore[no-untyped-call]
+
+    def _see_delta(self, layer: str, delta: Tensor) -> Tensor | None:
+        if ops.calling_module() == "feedbackpath.measure.angles":
+            return None  # the path is being compared with backprop
+        self._see("delta", layer, delta)
+        if len(self.record.seen) == 2 and self._tape is None:
+            self.record.deltas.append((layer, delta.detach().clone()))
+        made = self._made_of(delta)
+        if made.kind == "weight":
+            self.record.add_sight("delta", made, made.operation, made.where, delta.numel())
+        return None
+
+    def _look_at_feedback(self) -> None:
+        subject = self.subject
+        with torch.no_grad():
+            for name, feedback in subject.feedback_weights.items():
+                self._see("feedback weight", name, feedback)
+                for key, value in subject.optimizer_state(feedback):
+                    self._see(f"optimizer state {key} of B", name, value)
+            for name in self.record.scales:
+                if name in subject.scales:
+                    self._see("declared scale", name, subject.others[name])
+            if len(self.record.seen) <= 2:
+                values = {name: b.detach().clone() for name, b in subject.feedback_weights.items()}
+                self.record.feedback.append(values)
+
+    # Operators
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator, hold its output where it is a layer's, and note what comes of it."""
+        kwargs = kwargs or {}
+        if self._is_aside or func.is_view:
+            return func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        met = self._meets(name, args)
+        output = func(*args, **kwargs)
+        is_held = met is not None and self._hold(name, *met, output)
+        for inputs, written, results in ops.split(func, args, kwargs, output):
+            self._note(name, inputs, written, results, is_held)
+        return output
+
+    def _made_of(self, tensor: Tensor) -> Made:
+        made = self._ledger.look_up(tensor)
+        if made.kind == "other" and any(source in self.record.uses for source in made.sources):
+            return Made("weight", tuple(s for s in made.sources if s in self.record.uses))
+        return made
+
+    def _meets(self, name: str, args: tuple[Any, ...]) -> tuple[Made, tuple[str, ...], bool] | None:
+        """Return the weights of a layer's forward map, its signals as digests, and whether it surely is one.
+
+        None: it is none.
+        """
+        is_library = bool(self._passages) and bool(ops.calling_module())
+        if name in ops.SUMS:
+            product = self._made_of(args[0])
+            return (product, (), True) if product.is_product and self._modules else None
+        if name not in ops.CONTRACTIONS and (not is_library or name in ops.OVERWRITES):
+            return None
+        places = ops.CONTRACTIONS.get(name, range(len(args)))
+        operands = [(i, t) for i in places if i < len(args) for t in ops.tensors_in(args[i])]
+        if not pytorch.is_in_backward():
+            self._fix_strangers([t for _, t in operands])
+        made = {i: self._ledger.look_up(t) for i, t in operands}
+        tracked = [i for i, m in made.items() if m.is_tracked and not m.operation]
+        signals = [t for i, t in operands if not made[i].is_tracked]
+        if not tracked or not signals:
+            return None
+        for i in tracked if name in ops.CONTRACTIONS and name != "embedding" else ():
+            for source in made[i].sources:
+                self.record.uses[source] = args[i].numel()
+        is_inside = self.subject.model in self._modules or (is_library and not self._modules)
+        is_sure = is_inside or self._are_forward_maps(name, args, {i: made[i] for i in tracked})
+        if not is_sure and not any(self.subject.is_in_model(module) for module in self._modules):
+            return None
+        return join([made[i] for i in tracked], name, ""), tuple(self._digest(t) for t in signals), is_sure
+
+    def _fix_strangers(self, tensors: Sequence[Tensor]) -> None:
+        """Know the parameters of no module, such as those in a dictionary, from when they are first met."""
+        for tensor in tensors:
+            root = tensor if tensor._base is None else tensor._base
+            if isinstance(root, nn.Parameter) and self._ledger.fixed(root) is None:
+                name = f"a parameter of shape {list(root.shape)}, in no module"
+                self._ledger.fix(root, Made("other", (self.subject.add(name, root),)))
+
+    def _are_forward_maps(self, name: str, args: Any, tracked: dict[int, Made]) -> bool:
+        """Whether weights meet a signal as in their own layers: in a module's call, or a declared passage."""
+        untied = {i: made for i, made in tracked.items() if made.kind == "weight"}
+        if not untied:
+            return bool(self._modules)
+        passing = {id(weight) for weights in self._passages[-1:] for weight in weights}
+        for i, made in untied.items():
+            weight = self.subject.weight_named(made.sources[0])
+            if weight is None or not (self._modules or id(weight.weight) in passing):
+                return False
+            if len(made.sources) > 1 or not ops.is_forward_map(name, args, i, weight):
+                return False
+        return True
+
+    def _hold(self, name: str, made: Made, digests: tuple[str, ...], is_sure: bool, output: Any) -> bool:
+        """Write what a layer answers on the tape, or read it there; return whether this is such an answer.
+
+        In a backward pass it is one only where a forward pass is done again, as checkpointing does.
+        """
+        outputs = [tensor for tensor in ops.tensors_in(output) if tensor.numel()]
+        first = self._known_calls.get((name, made.sources, digests))
+        if pytorch.is_in_backward() and first is None:
+            return False
+        self._count(name, made, outputs)
+        if self._tape is None:
+            entry = Entry(name, digests, [tensor.detach().clone() for tensor in outputs], is_sure, first)
+            self.record.tape.append(entry)
+            self._doubted += [] if is_sure or pytorch.is_in_backward() else [entry]
+        else:
+            entry = next(self._tape, Entry("", (), []))
+            if (entry.operation, entry.signals) == (name, digests) and entry.holds:
+                for tensor, held in zip(outputs, entry.outputs, strict=True):
+                    tensor.copy_(held)
+        self._known_calls.setdefault((name, made.sources, digests), entry)
+        return True
+
+    def _count(self, name: str, made: Made, outputs: list[Tensor]) -> None:
+        for source in made.sources if outputs and name != "convolution_backward" else ():
+            weight = self.subject.weight_named(source)
+            if weight is None:
+                continue
+            values = outputs[0].numel() * (2 if outputs[0].is_complex() else 1)
+            probes = values // self.subject.num_neurons(weight)
+            layer = weight.name
+            self._probes[layer] = probes
+            if self._passages:
+                self.record.answers[layer] = self.record.answers.get(layer, 0) + values
+                self.record.count_probes(layer, probes)
+
+    def _note(
+        self, name: str, inputs: list[Tensor], written: list[Tensor], results: list[Tensor], is_held: bool
+    ) -> None:
+        """Note what one operator made of its inputs, or one part of a list operator."""
+        overwritten = {id(t) for t in written} if name in ops.OVERWRITES or name in ops.RANDOM else set()
+        parts = [(t, self._made_of(t)) for t in inputs if id(t) not in overwritten]
+        weights = [(t, made) for t, made in parts if made.kind == "weight"]
+        where = ops.call_site() if weights and not is_held else ""
+        if is_held:
+            made = ACTIVITY
+        elif name in ops.RANDOM or name.endswith("_like") or name.startswith("new_"):
+            made = CONSTANT
+        else:
+            made = self._join(name, parts, weights, [*results, *written], where)
+        if weights and name in ops.EXITS:
+            self.record.add_sight("exit", made, f"aten.{name}", where, weights[0][0].numel())
+        for tensor in written:
+            self._write(tensor, made, name, where)
+        for tensor in results:
+            if not any(tensor.untyped_storage()._cdata == t.untyped_storage()._cdata for t in inputs):
+                self._ledger.enter(tensor, made)
+
+    def _join(
+        self, name: str, parts: list[tuple[Tensor, Made]], weights: Any, results: list[Tensor], where: str
+    ) -> Made:
+        """Return what comes of an operator that is no layer's forward map."""
+        made = join([part for _, part in parts], f"aten.{name}", where)
+        signals = [t for t, part in parts if part.kind == "activity"]
+        is_forward = bool(self._modules) and not pytorch.is_in_backward()
+        if name in ops.SIGNS or name == "copysign":
+            source = parts[1 if name == "copysign" else 0][1]
+            is_sign = source.kind == "weight" and not source.operation
+            return Made("weight", source.sources, True, False, f"aten.{name}", where) if is_sign else made
+        if not (is_forward and signals and results):
+            return made
+        if "norm" in name or "prelu" in name or name in ops.FACTORS:
+            for t, part in parts:
+                self.record.scales |= {source: t.numel() for source in part.sources if part.kind == "other"}
+        most = max(t.numel() for t in signals)
+        if name in ops.FACTORS and made.kind == "weight" and results[0].numel() > most:
+            self.record.uses |= {source: weights[0][0].numel() for source in made.sources}
+            return Made("weight", made.sources, is_product=True)
+        is_weight_changed = any(t.shape == results[0].shape for t, _ in weights)
+        return made if made.kind != "weight" or is_weight_changed else ACTIVITY
+
+    def _write(self, tensor: Tensor, made: Made, name: str, where: str) -> None:
+        """Note a write; into a B, nothing made of weight may go."""
+        fixed = self._ledger.fixed(tensor)
+        if fixed is None:
+            self._ledger.enter(tensor, made)
+            if made.kind == "weight" and not self.subject.forward_weights:
+                self._written_early.append((tensor, made, name, where))
+        elif fixed.kind == "feedback" and made.kind == "weight":
+            self.record.add_sight(
+                "feedback weight", made, f"aten.{name}", where or made.where, tensor.numel()
+            )
+
+    def _see_exit(self, name: str, tensor: Tensor) -> None:
+        """Note that a tensor leaves PyTorch."""
+        made = self._made_of(tensor)
+        if made.kind == "weight":
+            self.record.add_sight("exit", made, f"Tensor.{name}", ops.call_site(), tensor.numel())

@@ -1,0 +1,144 @@
+"""Passes in processes of their own: each begins with Python's state as it was, and leaves none behind."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from feedbackpath.auditing.files import detach_open_files, files_put_back, release_files
+from feedbackpath.auditing.report import AuditError
+
+T = TypeVar("T")
+
+
+class LostProcess(Exception):
+    """A forked process ended without a result."""
+
+
+def can_fork() -> bool:
+    """Whether a copy of this process can go on by itself.
+
+    Backward passes cannot once a GPU's threads have begun, and threads of the user's would be missing.
+    """
+    has_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return hasattr(os, "fork") and not has_gpu and threading.active_count() == 1
+
+
+def in_fork(run: Callable[[], T]) -> T:
+    """Run something in a forked process and return what it returns; files are put back afterwards.
+
+    Raises:
+        LostProcess: The process ended without a result.
+    """
+    with tempfile.TemporaryDirectory() as folder, files_put_back():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # threads of OpenMP are no threads of Python's
+            child = os.fork()
+        if child == 0:
+            _be_child(run, f"{folder}/result")
+        try:
+            _, status = os.waitpid(child, 0)
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise
+        try:
+            result = torch.load(f"{folder}/result", weights_only=False, mmap=True)
+        except (OSError, RuntimeError):
+            code = os.waitstatus_to_exitcode(status)
+            raise LostProcess(f"the step ended its process (exit code {code})") from None
+    if isinstance(result, BaseException):
+        raise result
+    return result  # type: ignore[no-any-return]
+
+
+def _be_child(run: Callable[[], object], place: str) -> None:
+    detach_open_files()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a step prints would be printed once a pass
+    results: list[object] = []
+
+    def work() -> None:
+        try:
+            results.append(run())
+        except BaseException as error:  # it is raised in the parent
+            results.append(error)
+
+    # OpenMP's threads did not come along; a thread that has never used them gets new ones.
+    thread = threading.Thread(target=work, daemon=True)
+    if torch.get_num_threads() > 1:
+        thread.start()
+        thread.join()
+    else:
+        work()
+    try:
+        release_files()
+        _write(results[0], place)
+    finally:
+        os._exit(0)
+
+
+def _write(result: object, place: str) -> None:
+    try:
+        torch.save(result, place)
+    except (pickle.PicklingError, TypeError, AttributeError):
+        error = getattr(result, "error", None) or result
+        torch.save(AuditError(f"audit: {type(error).__name__}: {error}"), place)
+
+
+def in_fresh_process(function: Callable[..., T], *args: object) -> T:
+    """Call a function in a process that has run nothing before, and return what it returns.
+
+    Raises:
+        AuditError: Function or arguments cannot be sent there.
+        LostProcess: The process ended without a result.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, function, *args))
+    try:
+        process.start()
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise AuditError(
+            f"audit: build has to be a function that another process can import ({error}): define it at the "
+            "top level of a file"
+        ) from None
+    theirs.close()
+    try:
+        result = ours.recv()
+    except EOFError:
+        raise LostProcess("the process that build ran in ended") from None
+    except BaseException:
+        process.terminate()
+        raise
+    finally:
+        process.join()
+    if isinstance(result, BaseException):
+        raise result
+    return result  # type: ignore[no-any-return]
+
+
+def _serve(connection: Any, function: Callable[..., object], *args: object) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        result: object = function(*args)
+    except Exception as error:
+        result = error
+    try:
+        connection.send(result)
+    except (pickle.PicklingError, TypeError, AttributeError):
+        connection.send(AuditError(f"audit: {type(result).__name__}: {result}"))

@@ -1,0 +1,128 @@
+"""What one pass through the steps leaves, and where two passes differ."""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from feedbackpath.auditing.ledger import Made
+from feedbackpath.auditing.report import Finding
+
+CALLS = "calls"
+"""What differs where a pass takes another course: other layers are called, or other deltas arrive."""
+
+
+@dataclass
+class Entry:
+    """One call of a layer's forward map: what went in, as digests, and what came out.
+
+    Attributes:
+        is_answer: Whether it is one for sure; else an error has to come back, as from what trains.
+        first: The same call in the forward pass, where it may be one that is done again.
+    """
+
+    operation: str
+    signals: tuple[str, ...]
+    outputs: list[Tensor]
+    is_answer: bool = True
+    first: "Entry | None" = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether its outputs are held while W is absent."""
+        return self.is_answer or (self.first is not None and self.first.holds)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Something made of W that was seen where it should not be: in a delta, in a B, or leaving PyTorch."""
+
+    sink: str
+    made: Made
+    operation: str
+    where: str
+    values: int
+
+
+@dataclass
+class Record:
+    """What one pass left.
+
+    Attributes:
+        tape: The outputs of layers and of mirror passages, call by call.
+        seen: By step, what must be the same in every pass: (kind, layer, digest), in order.
+        sights: Traces of W, by layer; they explain what is found.
+        uses: Parameters and buffers that multiply activities, with their sizes.
+        scales: Those that do so number by number: of norms, say.
+        activities: Outputs of each layer in the first step, in values.
+        sizes: Values of each thing that was seen.
+        answers: Answers to noise by each layer in mirror mode, in values.
+        probes: Signals that were sent through each layer to read it, in the step that sent most.
+        deltas: Those of the first step, in full.
+        feedback: Each B before the first step, and after it.
+        error: What a step raised.
+        aliases: Every B that is W, or lies in its memory.
+        declared: Scalars that the backward pass takes besides, by kind of layer.
+        transposed: By layer, whether W counts inputs first.
+    """
+
+    tape: list[Entry] = field(default_factory=list)
+    seen: list[list[tuple[str, str, str]]] = field(default_factory=list)
+    sights: dict[tuple[str, ...], Sight] = field(default_factory=dict)
+    uses: dict[str, int] = field(default_factory=dict)
+    scales: dict[str, int] = field(default_factory=dict)
+    activities: dict[str, int] = field(default_factory=dict)
+    sizes: dict[tuple[str, str], int] = field(default_factory=dict)
+    answers: dict[str, int] = field(default_factory=dict)
+    probes: dict[str, int] = field(default_factory=dict)
+    deltas: list[tuple[str, Tensor]] = field(default_factory=list)
+    feedback: list[dict[str, Tensor]] = field(default_factory=list)
+    error: BaseException | None = None
+    aliases: list[Finding] = field(default_factory=list)
+    declared: dict[str, int] = field(default_factory=dict)
+    transposed: dict[str, bool] = field(default_factory=dict)
+
+    def add_sight(self, sink: str, made: Made, operation: str, where: str, values: int) -> None:
+        """Note a trace of W."""
+        for layer in made.sources:
+            sight = Sight(sink, made, operation, where, values)
+            self.sights.setdefault((layer, sink, operation, where), sight)
+
+    def count_probes(self, layer: str, count: int) -> None:
+        """Note signals that were sent through a layer to read it."""
+        if count:
+            self.probes[layer] = self.probes.get(layer, 0) + count
+
+
+def digest_of(value: object) -> str:
+    """Return what tells two values apart to the last bit; a tensor's zeros may have either sign."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    tensor = value.detach().to_dense() if value.layout != torch.strided else value.detach()
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    tensor = tensor + 0 if tensor.is_floating_point() else tensor
+    memory: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{tuple(tensor.shape)}{tensor.dtype}{hashlib.blake2b(memory, digest_size=12).hexdigest()}"
+
+
+def first_differences(record: Record, other: Record) -> list[tuple[str, str]]:
+    """Return (kind, layer) of what differs in the first step in which anything does.
+
+    What comes later, and deltas upstream of the first that differs, follow from these. A pass that was
+    stopped by an error is compared as far as it came.
+    """
+    for ours, theirs in zip(record.seen, other.seen, strict=False):
+        is_cut = other.error is not None and theirs is other.seen[-1]
+        found: list[tuple[str, str]] = []
+        for (kind, layer, digest), (their_kind, their_layer, their_digest) in zip(ours, theirs, strict=False):
+            if (kind, layer) != (their_kind, their_layer):
+                return [*found, (CALLS, layer)]
+            if digest != their_digest and (kind != "delta" or "delta" not in [k for k, _ in found]):
+                found.append((kind, layer))
+        if len(ours) != len(theirs) and not is_cut:
+            found.append((CALLS, ours[-1][1] if ours else ""))
+        if found:
+            return list(dict.fromkeys(found))
+    return []

@@ -1,0 +1,384 @@
+"""Training steps that transport nothing, written in many ways: what an audit must not accuse."""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from leaks import OwnMirror, Task, Whole, with_norm
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+# Updates of W and B together, where each half depends on its own
+
+
+class Stacked(torch.optim.Optimizer):
+    """SGD with momentum on all parameters of one shape at once."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.05})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for shape in {p.shape for p in parameters}:
+            alike = [p for p in parameters if p.shape == shape]
+            values, gradients = torch.stack(alike), torch.stack([p.grad for p in alike])
+            values.mul_(0.99).sub_(gradients, alpha=0.05)
+            for parameter, value in zip(alike, values, strict=True):
+                parameter.copy_(value)
+
+
+class Flattened(Stacked):
+    """SGD on one vector of all parameters."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        vector = nn.utils.parameters_to_vector(parameters)
+        gradient = nn.utils.parameters_to_vector([p.grad for p in parameters])
+        nn.utils.vector_to_parameters(vector * 0.99 - 0.05 * gradient, parameters)
+
+
+class InOneMemory(Stacked):
+    """SGD on one vector that all parameters are views of."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters)
+        parameters = self.param_groups[0]["params"]
+        self.vector = nn.utils.parameters_to_vector(parameters).detach().clone()
+        start = 0
+        for parameter in parameters:
+            parameter.data = self.vector[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        parameters = self.param_groups[0]["params"]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        self.vector.mul_(0.99).sub_(nn.utils.parameters_to_vector(gradients), alpha=0.05)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal by Newton and Schulz's iteration."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.02})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is None:
+                continue
+            momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+            momentum.mul_(0.95).add_(parameter.grad)
+            update = momentum
+            if update.dim() == 2:
+                update = update / (update.norm() + 1e-7)
+                for _ in range(5):
+                    update = 1.5 * update - 0.5 * update @ update.T @ update
+            parameter.mul_(1 - 1e-3).sub_(update, alpha=0.02)
+
+
+class SharpnessAware(torch.optim.SGD):
+    """Two passes: the second where W has climbed along its gradient."""
+
+    @torch.no_grad()
+    def climb(self):
+        parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+        for p in parameters:
+            self.state[p]["old"] = p.data.clone()
+            p.add_(p.grad, alpha=0.05 / (float(norm) + 1e-12))
+        self.zero_grad()
+
+    @torch.no_grad()
+    def descend(self):
+        for state, p in [
+            (self.state[p], p) for g in self.param_groups for p in g["params"] if p in self.state
+        ]:
+            if "old" in state:
+                p.data = state.pop("old")
+        self.step()
+
+
+class SharpnessAwareTask(Task):
+    def __init__(self, rule):
+        super().__init__(rule, optimizer=lambda p: SharpnessAware(p, lr=0.1, weight_decay=1e-2))
+
+    def step(self):
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(self.x), self.y).backward()
+        self.optimizer.climb()
+        F.cross_entropy(self.model(self.x), self.y).backward()
+        self.optimizer.descend()
+        self.path.step()
+
+
+class ClosureTask(Task):
+    def __init__(self, rule, search=None):
+        super().__init__(
+            rule, optimizer=lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=4, line_search_fn=search)
+        )
+
+    def step(self):
+        def closure():
+            self.optimizer.zero_grad()
+            loss = F.cross_entropy(self.model(self.x), self.y)
+            loss.backward()
+            return loss
+
+        self.optimizer.step(closure)
+        self.path.step()
+
+
+# What is logged and asserted of W
+
+
+def log_much(task):
+    task.log = []
+    for _, w, _ in task.path.pairs():
+        assert w.isfinite().all()
+        task.log.append((torch.linalg.svdvals(w).tolist(), torch.histc(w, 5).tolist(), int(1000 * w.sum())))
+        task.log.append((w.argmax().item(), w.detach().numpy().mean(), f"{w.norm():.3f}"))
+
+
+def log_logarithm(task):
+    """Zeros have none: the pass that tries them ends there."""
+    task.log = [math.log(w.norm().item()) for _, w, _ in task.path.pairs()]
+
+
+def log_angles(task):
+    task.log = task.path.matrix_angles(), task.path.gains()
+
+
+def measure_deltas(task):
+    with torch.enable_grad():
+        task.log = task.path.delta_angles(lambda: F.cross_entropy(task.model(task.x), task.y))
+
+
+def stop_if_large(task):
+    for _, w, _ in task.path.pairs():
+        if w.abs().max() > 1e4:
+            raise RuntimeError("diverged")
+
+
+# Python's own state
+
+
+class Counting(Task):
+    """The learning rate falls with a counter, and each step takes another minibatch."""
+
+    def __init__(self, rule):
+        super().__init__(rule)
+        self.count = 0
+        self.batches = iter(torch.randn(100, 16, 6))
+
+    def step(self):
+        self.count += 1
+        self.optimizer.param_groups[0]["lr"] = 0.1 / self.count
+        self.x = next(self.batches)
+        super().step()
+
+
+class Loading(Task):
+    def __init__(self, rule):
+        super().__init__(rule)
+        data = TensorDataset(torch.randn(64, 6), torch.randint(3, (64,)))
+        self.batches = iter(DataLoader(data, batch_size=16, shuffle=True))
+
+    def step(self):
+        self.x, self.y = next(self.batches)
+        super().step()
+
+
+def write_log(task):
+    with open(task.place, "a") as file:
+        file.write(f"{task.model[0].weight.norm():.4f}\n")
+
+
+# Averages, scalers, checkpoints
+
+
+def with_average(rule):
+    task = Task(rule, after_update=lambda task: task.average.update_parameters(task.model))
+    task.average = torch.optim.swa_utils.AveragedModel(task.model)
+    return task
+
+
+class Teacher(Whole):
+    """Learns from an average of itself as well: both are run forward."""
+
+    def __init__(self, rule):
+        super().__init__(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), rule)
+        self.teacher = copy.deepcopy(self.model)
+
+    def step(self):
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            target = self.teacher(self.x).softmax(1)
+        F.cross_entropy(self.model(self.x), target).backward()
+        self.optimizer.step()
+        self.path.step()
+        with torch.no_grad():
+            for mean, own in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
+                mean.lerp_(own, 0.1)
+
+
+def with_lookahead(rule):
+    def after(task):
+        task.count += 1
+        if task.count % 2 == 0:
+            for slow, parameter in zip(task.slow, task.model.parameters(), strict=True):
+                slow.lerp_(parameter, 0.5)
+                parameter.copy_(slow)
+
+    task = Task(rule, after_update=after)
+    task.count, task.slow = 0, [p.detach().clone() for p in task.model.parameters()]
+    return task
+
+
+class Scaled(Task):
+    def step(self):
+        self.scaler = getattr(self, "scaler", None) or torch.amp.GradScaler("cpu", init_scale=256.0)
+        self.optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(self.model(self.x), self.y)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        self.path.clip_grad_norm_(1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.path.step()
+
+
+class Checkpointed(Task):
+    reentrant = False
+
+    def step(self):
+        self.optimizer.zero_grad()
+        for x, y in zip(self.x.chunk(2), self.y.chunk(2), strict=True):
+            x = x.clone().requires_grad_()
+            hidden = checkpoint(self.model[:4], x, use_reentrant=self.reentrant)
+            F.cross_entropy(self.model[4](hidden), y).backward()
+        self.optimizer.step()
+        self.path.step()
+
+
+class CheckpointedReentrantly(Checkpointed):
+    reentrant = True
+
+
+# Readings: the layer's own map of a signal that was made without W
+
+
+def read_by_layer(signal):
+    def after(task):
+        for layer in task.path.layers.values():
+            bias = 0.0 if layer.bias is None else layer.bias
+            layer.feedback.lerp_((layer(signal(layer)) - bias).T @ signal(layer) / len(signal(layer)), 0.5)
+
+    return after
+
+
+def one_hot(layer):
+    return torch.eye(layer.in_features)
+
+
+def noise(layer):
+    return torch.randn(32, layer.in_features, generator=torch.Generator().manual_seed(5))
+
+
+# What B does by itself
+
+
+def tend_feedback(task):
+    for _, _, b in task.path.pairs():
+        b.mul_(0.999).add_(torch.randn(b.shape), alpha=1e-3).clamp_(-1, 1)
+        b.mul_(2.0 / b.norm())
+        b[b.abs() < 1e-2] = 0.0
+
+
+def penalty(task, loss):
+    """A penalty on W gives W a gradient, and B none."""
+    return loss + 0.01 * sum(w.square().sum() for _, w, _ in task.path.pairs())
+
+
+def project_weights(task):
+    for _, w, _ in task.path.pairs():
+        w.div_(w.norm(dim=1, keepdim=True).clamp_min(1.0))
+        w.mul_(w.abs() > 1e-3)
+
+
+class Noisy(nn.Linear):
+    """A layer whose synapses are noisy."""
+
+    def forward(self, x):
+        return F.linear(x, F.dropout(self.weight, 0.2) + 0.01 * torch.randn_like(self.weight), self.bias)
+
+
+class InputFirst(nn.Module):
+    """A dense layer that lays its weight out as ``[in, out]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(8, 8) / 3)
+
+    def forward(self, x):
+        return x @ self.kernel
+
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(16, 6))
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(F.gelu(self.first(x + self.positions)))
+
+
+CLEAN = {
+    "stacked": lambda rule: Task(rule, optimizer=Stacked),
+    "flattened": lambda rule: Task(rule, optimizer=Flattened),
+    "in-one-memory": lambda rule: Task(rule, optimizer=InOneMemory),
+    "muon": lambda rule: Task(rule, optimizer=Muon),
+    "adafactor": lambda rule: Task(rule, optimizer=lambda p: torch.optim.Adafactor(p, lr=1e-2)),
+    "sam": SharpnessAwareTask,
+    "lbfgs": ClosureTask,
+    "lbfgs-wolfe": lambda rule: ClosureTask(rule, "strong_wolfe"),
+    "logs-much": lambda rule: Task(rule, before=log_much, after_update=log_much),
+    "logs-logarithm": lambda rule: Task(rule, before=log_logarithm),
+    "logs-angles": lambda rule: Task(rule, after_update=log_angles),
+    "measures-deltas": lambda rule: Task(rule, after_update=measure_deltas),
+    "stops-if-large": lambda rule: Task(rule, before=stop_if_large),
+    "counter-and-minibatches": Counting,
+    "loader": Loading,
+    "average": with_average,
+    "teacher": Teacher,
+    "lookahead": with_lookahead,
+    "scaler-and-autocast": Scaled,
+    "checkpointed": Checkpointed,
+    "checkpointed-reentrantly": CheckpointedReentrantly,
+    "read-by-one-hot": lambda rule: Task(rule, after_update=read_by_layer(one_hot)),
+    "read-by-noise": lambda rule: Task(rule, after_update=read_by_layer(noise)),
+    "own-mirror": lambda rule: Task(OwnMirror(lambda weight, noise: noise @ weight.weight.T)),
+    "own-mirror-by-layer": lambda rule: Task(OwnMirror(lambda weight, noise: weight.layer(noise))),
+    "feedback-tended": lambda rule: Task(rule, after_update=tend_feedback),
+    "penalty": lambda rule: Task(rule, on_loss=penalty),
+    "weights-projected": lambda rule: Task(rule, after_update=project_weights),
+    "batchnorm": lambda rule: Task(rule, model=with_norm(nn.BatchNorm1d(8))),
+    "layernorm": lambda rule: Task(rule, model=with_norm(nn.LayerNorm(8))),
+    "rmsnorm": lambda rule: Task(rule, model=with_norm(nn.RMSNorm(8))),
+    "prelu": lambda rule: Task(rule, model=with_norm(nn.PReLU(8))),
+    "dropout": lambda rule: Task(rule, model=with_norm(nn.Dropout(0.3))),
+    "noisy-synapses": lambda rule: Task(
+        rule, model=nn.Sequential(Noisy(6, 8), nn.ReLU(), Noisy(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    ),
+    "weights-input-first": lambda rule: Task(rule, model=with_norm(InputFirst())),
+    "layers-input-first": lambda rule: Task(
+        rule, model=nn.Sequential(nn.Linear(6, 8), nn.ReLU(), InputFirst(), nn.ReLU(), nn.Linear(8, 3))
+    ),
+    "positions": lambda rule: Whole(Positions, rule),
+}
