@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from feedbackpath.train.checkpoint import write_json
 from rich.console import Console
 from study_figures import write_study_figures
 from study_table import STUDY_SCHEMA, describe_cell, read_study, rich_study_table

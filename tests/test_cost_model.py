@@ -183,19 +183,6 @@ def test_signs_move_the_bytes_of_the_model(model, layers):
     assert count_movement(step.path.step) == expected
 
 
-@pytest.mark.parametrize("model", [*MODELS, "mlpx2"])
-def test_pairs_move_the_bytes_of_the_model(model):
-    sizes = measure_layers(find_workload(model))
-    step = make_step(model, fp.WeightMirror(MIRRORS["wm"]))
-    step()
-    step()
-    num_calls, num_bytes = count_movement(step.path.step)
-    assert num_bytes == pytest.approx(moved_bytes("wm", sizes, "sgd"), rel=0.02)
-    if max(layer.values for layer in sizes) <= CHUNK_VALUES:
-        num_odd = sum(layer.inputs % 2 for layer in sizes)  # zeros to pad with, W into them, B out of them
-        assert num_calls == calls("wm", sizes) + 3 * num_odd
-
-
 @pytest.mark.parametrize("model", ["transformer", "resnet8"])
 def test_noise_moves_about_the_bytes_of_the_model(model, layers):
     step = make_step(model, fp.WeightMirror(MIRRORS[GAUSSIAN]))

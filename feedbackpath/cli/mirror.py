@@ -1,7 +1,7 @@
 """The command ``mirror plan``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -9,11 +9,13 @@ from rich.console import Console
 from feedbackpath.cli.exit_codes import DONE
 from feedbackpath.errors import ConfigError
 
+Noise = Literal["gaussian", "uniform", "signs", "orthogonal", "hadamard"]
+
 
 def plan(
     *,
     model: Annotated[str, Parameter(help="network")] = "resnet8",
-    noise: Annotated[str, Parameter(help="gaussian, uniform, signs, orthogonal or hadamard")] = "gaussian",
+    noise: Annotated[Noise, Parameter(help="gaussian, uniform, signs, orthogonal or hadamard")] = "gaussian",
     target_angle_deg: Annotated[
         float | None,
         Parameter(help="angle that independent noise may leave, in degrees; else the minibatch decides"),
@@ -46,25 +48,14 @@ def plan(
     when = When() if cost_share is None else When(cost_share=cost_share)
     settings = Mirror(noise=noise, target_angle_deg=target_angle_deg, when=when)
     layers, size = plan_of_model(model, settings, batch_size)
-    names = (
-        "layer",
-        "inputs",
-        "samples",
-        "maps of",
-        "angle",
-        "FLOPs",
-        "of a step",
-        "reads",
-        "spikes",
-        "every",
-    )
-    table = Table(*names)
+    names = "layer,inputs,samples,maps of,angle,FLOPs,of a step,reads,spikes,every"
+    table = Table(*names.split(","))
     for layer in layers:
         dues = layer.dues
         table.add_row(
             layer.name, str(layer.inputs), str(layer.samples), str(layer.positions),
-            f"{layer.angle_deg:.2g}°", f"{layer.flops:.2g}", f"{100 * layer.share:.2g}%", f"{dues.reads:.2g}", f"{dues.spikes:.2g}",
-            f"{layer.steps_between:.1f}",
+            f"{layer.angle_deg:.2g}°", f"{layer.flops:.2g}", f"{100 * layer.share:.2g}%",
+            f"{dues.reads:.2g}", f"{dues.spikes:.2g}", f"{layer.steps_between:.1f}",
         )  # fmt: skip
     console = Console()
     console.print(f"{model}, batch {size}, {noise} noise")
@@ -73,8 +64,8 @@ def plan(
     every = layers[0].steps_between
     reads, spikes = (sum(getattr(layer.dues, what) for layer in layers) for what in ("reads", "spikes"))
     console.print(
-        f"the simulation: all layers once take {100 * total:.2g}% of a training step's FLOPs (Appendix "
-        f"B's count); each is mirrored every {every:.1f} steps on average; angles are what noise leaves, W at rest"
+        f"the simulation: all layers once take {100 * total:.2g}% of a training step's FLOPs (Appendix B "
+        f"has the count); each is mirrored every {every:.1f} steps on average; angles are what noise leaves, W at rest"
     )
     console.print(
         f"a brain or a chip: all layers once take {reads:.2g} reads of an array of W, as many writes of each "

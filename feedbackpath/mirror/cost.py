@@ -1,7 +1,7 @@
 """What mirroring costs: what the simulation computes, and what a brain or a chip would pay.
 
 The simulation's work is counted in FLOPs as in Appendix B of Akrout et al. 2019: two for each product of a
-weight and a signal that is added up. Both follow from layers' sizes and uses alone, the same on every machine.
+weight and a signal that is added up. Both follow from layers' sizes and uses alone, on every machine.
 """
 
 from collections.abc import Sequence

@@ -13,6 +13,7 @@ LEAST_FORGETTING, MOST_FORGETTING = 0.02, 0.1
 NOISE_DEG = 10.0  # that sampling may leave: where a pass has few samples, B remembers longer
 UNSEEN_EXAMPLES = 2048  # of a pass, where no minibatch has been seen: the paper's (Appendix D.2)
 CODES = ("orthogonal", "hadamard")
+Noise = Literal["gaussian", "uniform", "signs", "orthogonal", "hadamard"]
 Reading = Literal["calibrated", "inside", "printed", "scaled"]
 
 
@@ -84,7 +85,7 @@ class Mirror:
         when: When a rule mirrors which layers.
     """
 
-    noise: Literal["gaussian", "uniform", "signs", "orthogonal", "hadamard"] = "gaussian"
+    noise: Noise = "gaussian"
     sigma: float | None = None
     samples: int | None = None
     target_angle_deg: float | None = None

@@ -2,9 +2,9 @@
 
 Where a layer answers a code and its negative with ``phi(z) - phi(-z) = 2 s z`` (``odd_slope``: ReLU, GELU,
 SiLU, no activation; bias blocked), orthogonal codes of any length tell W exactly. How many inputs fire
-together makes a difference to the time of simulating it, and to nothing else. Here one does, with a sign c of its own, and
-its neurons answer with ``z = c w``; what they tell is ``B = c z``. No layer runs, so that this is taken only
-where the layer would do nothing else: see ``can_read_out``.
+together makes a difference to the time of simulating it, and to nothing else. Here one does, with a sign c
+of its own, and its neurons answer with ``z = c w``; what they tell is ``B = c z``. No layer runs, so this is
+taken only where the layer would do nothing else: see ``can_read_out``.
 """
 
 import functools
