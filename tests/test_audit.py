@@ -80,12 +80,12 @@ def fast_and_slow(names, fast):
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-FIRST_TWO = {name for kind in leaks.KINDS.values() for name in list(kind)[:2]}
+FIRST = {name for kind in leaks.KINDS.values() for name in list(kind)[:1]}
 SOON = {"numpy-before", "relay-buffer", "relay-file", "module-in-hook", "replaced-data", "passage-times-one"}
 
 
 @pytest.mark.parametrize("clip", [None, 0.1], ids=["unclipped", "clipped"])
-@pytest.mark.parametrize("optimizer", fast_and_slow(OPTIMIZERS, {"foreach", "fused-adamw"}))
+@pytest.mark.parametrize("optimizer", fast_and_slow(OPTIMIZERS, {"fused-adamw"}))
 @pytest.mark.parametrize("rule", ["fa", "kp"])
 def test_every_optimizer_passes(rule, optimizer, clip):
     report = Task(rule, optimizer=OPTIMIZERS[optimizer], clip=clip).audit()
@@ -100,7 +100,7 @@ def test_every_design_and_schedule_of_the_mirror_is_a_reading(name):
     assert re.fullmatch(pattern, report.verdict), str(report)
 
 
-@pytest.mark.parametrize("leak", fast_and_slow(LEAKS, FIRST_TWO | SOON))
+@pytest.mark.parametrize("leak", fast_and_slow(LEAKS, FIRST | SOON))
 def test_leaks_are_found(leak):
     task = LEAKS[leak]()
     report = task.audit(steps=3)
