@@ -79,12 +79,12 @@ def fast_and_slow(names, fast):
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-FIRST_TWO = {name for kind in leaks.KINDS.values() for name in list(kind)[:2]}
+FIRST = {name for kind in leaks.KINDS.values() for name in list(kind)[:1]}
 SOON = {"numpy-before", "relay-buffer", "relay-file", "module-in-hook", "replaced-data", "passage-times-one"}
 
 
 @pytest.mark.parametrize("clip", [None, 0.1], ids=["unclipped", "clipped"])
-@pytest.mark.parametrize("optimizer", fast_and_slow(OPTIMIZERS, {"foreach", "fused-adamw"}))
+@pytest.mark.parametrize("optimizer", fast_and_slow(OPTIMIZERS, {"fused-adamw"}))
 @pytest.mark.parametrize("rule", ["fa", "kp"])
 def test_every_optimizer_passes(rule, optimizer, clip):
     report = Task(rule, optimizer=OPTIMIZERS[optimizer], clip=clip).audit()
@@ -99,7 +99,8 @@ def test_every_design_and_schedule_of_the_mirror_is_a_reading(name):
     assert re.fullmatch(pattern, report.verdict), str(report)
 
 
-@pytest.mark.parametrize("leak", fast_and_slow(LEAKS, FIRST_TWO | SOON))
+@pytest.mark.filterwarnings("ignore::feedbackpath.UnconvertedLayerWarning")
+@pytest.mark.parametrize("leak", fast_and_slow(LEAKS, FIRST | SOON))
 def test_leaks_are_found(leak):
     task = LEAKS[leak]()
     report = task.audit(steps=3)
@@ -137,6 +138,7 @@ def test_the_layer_whose_weight_is_transported_is_named(leak):
     assert {finding.layer for finding in LEAKS[leak]().audit().findings} == {"2"}
 
 
+@pytest.mark.filterwarnings("ignore::feedbackpath.UnconvertedLayerWarning")
 @pytest.mark.parametrize("name", fast_and_slow(leaks.UNNAMED, {"weight-in-buffer", "head-outside"}))
 def test_weights_that_are_no_matrix_of_the_model_are_named(name):
     named = {
@@ -176,8 +178,13 @@ def test_clean_steps_pass(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLEAN)
 def test_clean_steps_pass_under_the_other_rule(name):
-    report = CLEAN[name]({"fa": "kp", "kp": "wm"}[RULE_OF[name]]).audit(steps=3)
+    report = CLEAN[name]({"fa": "kp", "kp": "fa"}[RULE_OF[name]]).audit(steps=3)
     assert report.transport_free is True, str(report)
+
+
+@pytest.mark.parametrize("name", ["flattened", "sam"])
+def test_the_mirror_passes_where_an_update_gives_weights_another_memory(name):
+    assert CLEAN[name]("wm").audit().transport_free
 
 
 def test_probes_are_counted():

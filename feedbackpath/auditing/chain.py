@@ -89,8 +89,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def run(self, step: Callable[[], object], steps: int) -> Record:
         """Do the steps, and look at B after each."""
-        layers = self.subject.path.layers.values()
-        inner = [layer for layer in layers if not layer.untied.is_one_product]
+        inner = [one for one in self.subject.path.layers.values() if not one.untied.is_one_product]
         self.record.aliases = self.subject.find_aliases()
         try:
             self._stack.enter_context(tapped(inner, self._tap))
@@ -127,8 +126,6 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._ledger.fix(tensor, Made("weight", (name,)))
         for feedback in self.subject.feedback_weights.values():
             self._ledger.fix(feedback, FEEDBACK)
-
-    # Modules and passages
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         if not self._modules and self.watches:
@@ -171,6 +168,8 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def enter_passage(self, weights: tuple[Tensor, ...]) -> None:
         """Noise goes forward through weights from here on."""
+        if self.watches:
+            self.fix_parameters()
         self._passages.append(weights)
 
     def leave_passage(self, weights: tuple[Tensor, ...]) -> None:

@@ -91,7 +91,12 @@ def hidden_weights(model: nn.Module) -> dict[str, str]:
         multiplied = _multiplied_names(type(module))
         for name, tensor in [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]:
             is_flat = isinstance(tensor, nn.Parameter) and tensor.dim() < 2
-            if name in multiplied and tensor.is_floating_point() and (is_flat or name in module._buffers):
+            if (
+                name in multiplied
+                and not name.endswith("bias")
+                and tensor.is_floating_point()
+                and (is_flat or name in module._buffers)
+            ):
                 found[f"{path}.{name}".lstrip(".")] = "flat parameter" if is_flat else "buffer in a product"
         for name, value in vars(module).items():
             if not name.startswith("_") and any(id(part) not in known for part in _modules_in(value)):
