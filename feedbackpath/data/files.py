@@ -238,7 +238,7 @@ class _ArrayUnpickler(pickle._Unpickler):
 class _CountedReads(io.BytesIO):
     """Bytes that are read in so many parts at most: a byte of a pickle can make an object of sixty."""
 
-    parts_left = 2_000_000  # CIFAR-100's training batch has half a million
+    parts_left = 1_000_000  # CIFAR-100's training batch has half a million
 
     def read(self, size: int | None = -1) -> bytes:
         self.parts_left -= 1
