@@ -65,7 +65,8 @@ def plan(
     reads, spikes = (sum(getattr(layer.dues, what) for layer in layers) for what in ("reads", "spikes"))
     console.print(
         f"the simulation: all layers once take {100 * total:.2g}% of a training step's FLOPs (Appendix B "
-        f"has the count); each is mirrored every {every:.1f} steps on average; angles are what noise leaves, W at rest"
+        f"has the count); each is mirrored every {every:.1f} steps on average; angles are what noise leaves, "
+        "W at rest"
     )
     console.print(
         f"a brain or a chip: all layers once take {reads:.2g} reads of an array of W, as many writes of each "
