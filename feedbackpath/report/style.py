@@ -49,6 +49,7 @@ _BUILT_IN = {  # colours from the palette of Okabe and Ito (2008)
     "kp": ("Kolen–Pollack", "#0072B2", "-", "v"),
     "mirror-fa": ("mirror, then feedback alignment", "#D55E00", ":", "X"),
     "mirror-kp": ("mirror, then Kolen–Pollack", "#56B4E9", "--", "P"),
+    "wm-exact": ("exact read-out", "#999999", "-.", "D"),
 }
 _OTHER_COLOURS = ("#332288", "#882255", "#999933", "#44AA99", "#666666")
 
