@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from cyclopts import Group, Parameter
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from feedbackpath.errors import ConfigError
 from feedbackpath.train.faults import first_fault
@@ -26,6 +34,16 @@ DATA, NETWORK = _section("Data", 1), _section("Network", 2)
 OPTIMIZER, SCHEDULE = _section("Optimizer", 3), _section("Schedule", 4)
 RULES, MACHINE, KEPT = _section("Rules", 0), _section("Machine", 5), _section("What is kept", 6)
 IN_A_FILE = Parameter(parse=False)  # no flag: it takes a mapping
+
+
+def _refuse_separators(name: str) -> str:
+    if os.sep in name:
+        raise ValueError(f"files are called after it, so that it cannot have a {os.sep!r}")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_refuse_separators)]
+"""What a rule or a network is called."""
 
 
 class DataSettings(BaseModel):
@@ -61,7 +79,7 @@ class DataSettings(BaseModel):
 class NetworkSettings(BaseModel):
     """What learns."""
 
-    model: Annotated[str, NETWORK] = Field(
+    model: Annotated[Name, NETWORK] = Field(
         "resnet8",
         description="mlp, lenet, transformer, resnet8, 20, 56, 18 or 50, gpt, lstm (text), or your own",
     )
@@ -92,9 +110,14 @@ class OptimizerSettings(BaseModel):
     clip_norm: Annotated[float | None, OPTIMIZER] = Field(
         None, gt=0, description="largest gradient norm, that of W alone"
     )
-    batch_size: Annotated[int, OPTIMIZER] = Field(128, ge=2, description="samples per step, over all devices")
+    batch_size: Annotated[int, OPTIMIZER] = Field(
+        128, ge=2, lt=2**31, description="samples per step, over all devices"
+    )
     micro_batch_size: Annotated[int | None, OPTIMIZER] = Field(
-        None, ge=1, description="samples at once on a device; more are accumulated (all unless given)"
+        None,
+        ge=1,
+        lt=2**31,
+        description="samples at once on a device; more are accumulated (all unless given)",
     )
 
 
@@ -185,7 +208,7 @@ class TrainConfig(
 ):
     """Everything that decides the numbers of training, whatever the rule."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     by_rule: Annotated[dict[str, dict[str, Any]], IN_A_FILE] = Field(
         default_factory=dict,
@@ -195,7 +218,7 @@ class TrainConfig(
     @field_validator("milestones", mode="before")
     @classmethod
     def _split_numbers(cls, value: Any) -> Any:
-        parts = [value] if isinstance(value, str | int) else list(value)
+        parts = list(value) if isinstance(value, list | tuple) else [value]
         return tuple(part for joined in parts for part in str(joined).split(",") if part.strip())
 
     @field_validator("by_rule")
@@ -206,6 +229,15 @@ class TrainConfig(
                 if name not in OptimizerSettings.model_fields | {"warmup_epochs": None}:
                     raise ValueError(f"{rule} may have optimizer settings of its own, and {name} is none")
         return value
+
+    @model_validator(mode="after")
+    def _check_settings_of_rules(self) -> Self:
+        for rule in self.by_rule:  # not when its turn comes, hours later
+            try:
+                self.for_rule(rule)
+            except ValidationError as error:
+                raise ValueError(f"by_rule, {rule}: {first_fault(error)}") from None
+        return self
 
     def for_rule(self, rule: str) -> Self:
         """Return the settings that hold for a rule: those of ``by_rule`` go before the others."""
@@ -239,7 +271,7 @@ class TrainConfig(
 class CompareConfig(TrainConfig):
     """The settings of a comparison; the same for every rule."""
 
-    rules: Annotated[tuple[str, ...], RULES, Parameter(negative="")] = Field(
+    rules: Annotated[tuple[Name, ...], RULES, Parameter(negative="")] = Field(
         ("bp", "fa", "ss", "kp", "wm"), description="rules to compare, by commas"
     )
     seeds: Annotated[int, RULES] = Field(1, ge=1, description="number of seeds, counted up from --seed")
@@ -272,7 +304,7 @@ class CompareConfig(TrainConfig):
 class RunConfig(TrainConfig):
     """The settings of one run: one rule, one seed."""
 
-    rule: Annotated[str, RULES] = Field("bp", description="rule to train by")
+    rule: Annotated[Name, RULES] = Field("bp", description="rule to train by")
     select_best: Annotated[bool, KEPT] = Field(
         True, description="measure the validation metric too, and keep the best checkpoint by it"
     )
@@ -316,7 +348,7 @@ def read_config(file: Path, kind: type[BaseModel] = CompareConfig) -> dict[str, 
         raise ConfigError(
             f"cannot read config file {file}: {getattr(error, 'strerror', None) or error}"
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # it raises ValueError for 2024-02-30
         where = " ".join(str(error).split())
         raise ConfigError(f"config file {file} is not YAML: {where}") from None
     if not isinstance(settings, dict):
