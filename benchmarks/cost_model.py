@@ -27,7 +27,7 @@ COST_SHARE = 0.03  # of a step's FLOPs, that a mirror took by default then
 # Bytes that operators read and write for one float32 value, and their calls for one weight; tests count them.
 SIGN_BYTES = 12  # W and sizes in, B out
 CODE_BYTES, CODE_CALLS = 16, 2  # of pairs; on a CPU, of each chunk of a large W
-NOISE_BYTES, NOISE_CALLS = 60, 19  # for one sample of noise at one channel, in or out
+NOISE_BYTES, NOISE_CALLS = 60, 19  # for one sample at one channel, in or out; counted at an earlier version
 OPTIMIZER_BYTES = {"sgd": 56, "adamw": 84}  # PyTorch's own, with momentum; not its fused kernels
 
 

@@ -14,12 +14,13 @@ from feedbackpath.errors import ConfigError
 from feedbackpath.recipes.imagenet import PAPER_MIRROR
 from feedbackpath.tasks import load_task
 from feedbackpath.train.build import make_network, make_optimizer
-from feedbackpath.train.config import CompareConfig, RunConfig, merge_config, read_config
+from feedbackpath.train.config import CompareConfig, RunConfig
 from feedbackpath.train.divergence import LOSS_ITSELF, find_origin
 from feedbackpath.train.engine import Engine
 from feedbackpath.train.loop import Diverged, Measured, Paused, Step, train
 from feedbackpath.train.rules import make_rule
 from feedbackpath.train.schedule import learning_rate
+from feedbackpath.train.settings import merge_config, read_config
 
 SMALL = {"data": "digits", "model": "mlp", "epochs": 3, "samples_per_epoch": 256, "batch_size": 64}
 

@@ -10,7 +10,8 @@ from feedbackpath.data.dataset import ArraySplit
 from feedbackpath.errors import ConfigError
 from feedbackpath.jobs.tune import Search, point_of, settings_for, space_of, tune
 from feedbackpath.tasks import load_task
-from feedbackpath.train.config import CompareConfig, merge_config
+from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.settings import merge_config
 
 SMALL = {"data": "digits", "model": "mlp", "epochs": 1, "samples_per_epoch": 256, "num_threads": 1}
 

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from feedbackpath.cli.exit_codes import DONE
 from feedbackpath.errors import ConfigError
-from feedbackpath.train.config import CompareConfig, merge_config
+from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.settings import merge_config
 
 IDLE = {"seeds", "equivalence", "evaluate_on", "select_best", "checkpoint_steps", "keep_checkpoints"}
 

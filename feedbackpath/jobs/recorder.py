@@ -13,7 +13,7 @@ from feedbackpath.errors import ConfigError
 from feedbackpath.jobs.book import describe_versions, write_results
 from feedbackpath.path import FeedbackPath
 from feedbackpath.report import write_report
-from feedbackpath.train.config import first_fault
+from feedbackpath.train.faults import first_fault
 from feedbackpath.train.results import DataFacts, Entry, Metric, Results, Run, read_results
 from feedbackpath.train.store import locked
 

@@ -21,8 +21,9 @@ from feedbackpath.jobs.imports import import_files
 from feedbackpath.jobs.run import prepare
 from feedbackpath.jobs.signals import Interrupted, StopRequest
 from feedbackpath.rules import RULES, resolve_rule
-from feedbackpath.train.config import CompareConfig, RunConfig, first_fault
+from feedbackpath.train.config import CompareConfig, RunConfig
 from feedbackpath.train.engine import Engine
+from feedbackpath.train.faults import first_fault
 from feedbackpath.train.loop import Diverged, Measured, Paused, train
 from feedbackpath.train.results import Metric
 from feedbackpath.train.store import locked, write_json, write_text
