@@ -155,7 +155,7 @@ def test_feedback_has_the_size_that_is_said_and_nothing_from_the_weights():
         model(torch.randn(2, 6))
         drawn += [b for _, _, b in path.pairs()]
     assert torch.equal(*drawn)
-    assert abs(drawn[0].std().item() * 5 - 1) < 0.03
+    assert abs(drawn[0].std().item() / (2 / 425) ** 0.5 - 1) < 0.03
 
 
 def test_layers_that_take_their_input_apart_are_named():

@@ -7,7 +7,8 @@ Nokland 2016, equation 7. With e the error at the model's output and B_l of laye
 No error waits for the layers above: one matrix takes it to each layer, and the depth of the net makes no
 difference. The last layer gets e itself, as in backprop.
 
-Differs from the paper: the law of B is Gaussian with variance 1 / outputs (in the paper, uniform).
+Differs from the paper: B is drawn from N(0, 2 / (inputs + outputs)), with the inputs of the layer and the
+outputs of the model, as a last layer's B is under feedback alignment; in the paper, from a uniform law.
 """
 
 import math
@@ -42,13 +43,14 @@ class DirectFeedbackAlignment(Rule):
     is_mirrorable: ClassVar[bool] = False
 
     def start(self, weights: Weights, context: RuleContext) -> None:
-        """Draw every B from N(0, 1 / outputs)."""
+        """Draw every B from N(0, 2 / (inputs + outputs))."""
         draw_broadcast(weights, context)
 
 
 def draw_broadcast(weights: Weights, context: RuleContext) -> None:
-    """Draw every B from N(0, 1 / outputs): each neuron gets a number of the size of the error's entries."""
+    """Draw every B from N(0, 2 / (inputs + outputs)): inputs of its layer, outputs of the model."""
     with torch.no_grad():
         for weight in weights:
-            std = 1.0 / math.sqrt(len(weight.feedback))
-            weight.feedback.normal_(0.0, std, generator=context.generator(weight, "draw_broadcast"))
+            b = weight.feedback
+            std = math.sqrt(2.0 / (len(b) + b[0].numel()))
+            b.normal_(0.0, std, generator=context.generator(weight, "draw_broadcast"))

@@ -94,8 +94,8 @@ def resolve_rule(rule: "str | Rule") -> Rule:
         RuleError: No rule has that name, or the rule cannot be compared with others.
 
     Example:
-        >>> resolve_rule("kp")
-        KolenPollack()
+        >>> resolve_rule("fa")
+        FeedbackAlignment()
     """
     if isinstance(rule, type):
         raise RuleError(f"a rule is an object, not a class: pass {rule.__name__}()")
