@@ -50,8 +50,7 @@ def untie(
     Args:
         model: Any model. Each parameter with two dimensions larger than 1 gets a feedback weight, but for
             embeddings and norms.
-        rule: A rule or its name: ``"bp"``, ``"fa"``, ``"ss"``, ``"kp"``, ``"wm"``, ``"wm-exact"``,
-            ``"mirror-kp"``, ``"mirror-fa"``.
+        rule: A rule or its name: ``"bp"``, ``"fa"``, ``"kp"``, ``"mirror-kp"``, ...; all are in ``fp.RULES``.
         overrides: Glob patterns of layer paths to rules, such as ``{"fc": "bp"}``; the last match counts.
         strict: Refuse a model with layers that the rule cannot govern, instead of warning; and one with
             weights that are no matrix among its parameters: buffers, flat parameters, layers in a plain list.
@@ -166,7 +165,8 @@ class FeedbackPath:
         groups = [group for group in self.groups if group[0].is_mirrorable and group[0].send_back.is_local]
         if not groups:
             raise UntieError(
-                "nothing to mirror: every B is W itself (bp), computed from it (ss) or of another shape"
+                "nothing to mirror: every B is W itself (bp), computed from it (ss), of another shape (dfa) "
+                "or of a form of its own (fa-sparse, ia)"
             )
         return groups
 

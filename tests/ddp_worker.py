@@ -6,6 +6,7 @@ import pickle
 from unittest import mock
 
 import torch
+from problems import COVERING_RULES
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -13,6 +14,7 @@ import feedbackpath as fp
 from feedbackpath.core import pytorch
 
 STEPS, BATCH = 4, 8
+RULES = (*COVERING_RULES, "dkp", "ia", "aa")
 AVERAGED = fp.Mirror(noise="gaussian", samples=64, across_devices="averaged")
 
 
@@ -21,6 +23,7 @@ def train(rule, rank=0, world_size=1):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3)).double()
     path = fp.untie(model, rule)
+    model(torch.zeros(1, 6, dtype=torch.float64))  # a rule that broadcasts errors makes its feedback weights
     parallel = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     generator = torch.Generator().manual_seed(1)
@@ -152,7 +155,7 @@ def run_all_rules(rank, world_size, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
     try:
-        torch.save({rule: train(rule, rank, world_size) for rule in fp.RULES}, f"{folder}/{rank}.pt")
+        torch.save({rule: train(rule, rank, world_size) for rule in RULES}, f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 

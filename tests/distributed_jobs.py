@@ -3,9 +3,9 @@
 import os
 
 import torch
+from problems import COVERING_RULES
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-import feedbackpath as fp
 from feedbackpath.tasks import load_task
 from feedbackpath.train.config import RunConfig
 from feedbackpath.train.engine import Engine
@@ -26,7 +26,7 @@ STEPS = 50  # one last minibatch of two samples (1090 = 17 * 64 + 2) within them
 def train_all_rules(world_size=1, rank=0):
     """Train by every rule for 50 steps; return losses, final state and bytes of gradients sent a step."""
     found = {}
-    for rule in fp.RULES:
+    for rule in COVERING_RULES:
         config = RunConfig(**SETTINGS, rule=rule, max_steps=STEPS, devices=world_size, select_best=False)
         run = Training(config, rule, 0, load_task("digits", samples_per_epoch=1090), Engine(config))
         sent = count_bytes(run.wrapped_model) if world_size > 1 else []

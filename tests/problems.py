@@ -7,6 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PAPER_RULES = ("bp", "fa", "ss", "kp", "wm", "mirror-kp", "mirror-fa")
+"""The rules that tests of whole networks run over; ``test_every_rule.py`` runs over all of them."""
+COVERING_RULES = (*PAPER_RULES, "dfa")
+"""The same where a rule may broadcast errors."""
+
 
 @dataclass(frozen=True)
 class Problem:

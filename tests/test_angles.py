@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from problems import CONVNET, ENCODER, MLP, Problem, by_id, make_attention, make_shared
+from problems import CONVNET, ENCODER, MLP, PAPER_RULES, Problem, by_id, make_attention, make_shared
 from torch import nn
 
 import feedbackpath as fp
@@ -108,7 +108,7 @@ def test_delta_angles_of_attention_projections():
     assert max(path.delta_angles(compute_loss).values()) < 1e-6
 
 
-@pytest.mark.parametrize("rule", fp.RULES)
+@pytest.mark.parametrize("rule", PAPER_RULES)
 @pytest.mark.parametrize("problem", [CONVNET, ENCODER], ids=by_id)
 def test_measuring_leaves_everything_as_it_was(problem, rule):
     model = problem.build()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from feedbackpath import cli
+from feedbackpath.rules import RULES
 
 SMALL = ["--data", "digits", "--model", "mlp", "--samples-per-epoch", "256", "--num-threads", "1"]
 
@@ -138,6 +139,23 @@ def test_a_diverged_rule_is_recorded_and_the_others_go_on(tmp_path, capsys):
     assert runs["fa"]["diverged_epoch"] >= 1
     assert runs["bp"]["status"] in ("finished", "diverged")
     assert "diverged" in capsys.readouterr().out
+
+
+def test_all_rules_can_be_compared_by_one_word(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "feedbackpath.cli.compare.run", lambda settings, out, resume: given.append(settings) or 0
+    )
+    assert compare(tmp_path, "--rules", "all") == 0
+    assert given[0].rules == tuple(RULES)
+
+
+def test_rules_are_listed_by_group(capsys):
+    assert run_cli("rules") == 0
+    shown = capsys.readouterr().out
+    groups = ["ruler", "transports", "fixed", "learned", "broadcast", "mirrors"]
+    assert [line.strip() for line in shown.splitlines() if line.strip() in groups] == groups
+    assert all(f" {rule} " in shown for rule in RULES)
 
 
 def test_report_renders_a_folder_anew(tmp_path):

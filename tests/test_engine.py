@@ -7,8 +7,8 @@ import sys
 import distributed_jobs
 import pytest
 import torch
+from problems import COVERING_RULES
 
-import feedbackpath as fp
 from feedbackpath.errors import ConfigError
 from feedbackpath.train.config import RunConfig
 from feedbackpath.train.engine import Engine
@@ -33,7 +33,7 @@ def by_one() -> dict:
     return distributed_jobs.train_all_rules()
 
 
-@pytest.mark.parametrize("rule", fp.RULES)
+@pytest.mark.parametrize("rule", COVERING_RULES)
 def test_two_processes_equal_one_after_50_steps(rule, by_one, by_two):
     alone, together = by_one[rule], by_two[0][rule]
     assert len(alone["losses"]) == len(together["losses"]) == distributed_jobs.STEPS
@@ -42,7 +42,7 @@ def test_two_processes_equal_one_after_50_steps(rule, by_one, by_two):
     assert alone["test_error"] == together["test_error"]
 
 
-@pytest.mark.parametrize("rule", fp.RULES)
+@pytest.mark.parametrize("rule", COVERING_RULES)
 def test_replicas_agree_bit_for_bit(rule, by_two):
     first, second = (found[rule] for found in by_two)
     assert first["losses"] == second["losses"]

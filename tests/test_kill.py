@@ -9,18 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
-
-import feedbackpath as fp
+from problems import COVERING_RULES
 
 SCRIPT = Path(__file__).parent / "kill_jobs.py"
 
 
 @pytest.mark.parametrize(("world_size", "kills"), [(1, 4), (2, 4)])  # 24 kills over the six rules
 def test_killed_and_resumed_runs_end_bit_identical_to_unbroken_ones(tmp_path, world_size, kills):
-    command = [sys.executable, str(SCRIPT), str(tmp_path), str(world_size), str(kills), *fp.RULES]
+    command = [sys.executable, str(SCRIPT), str(tmp_path), str(world_size), str(kills), *COVERING_RULES]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    for rule in fp.RULES:
+    for rule in COVERING_RULES:
         assert f"{rule}: killed {kills} times, bit-identical" in done.stdout
 
 

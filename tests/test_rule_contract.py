@@ -1,17 +1,15 @@
-"""What every rule must hold, on every kind of network: a new rule is tested by being listed in RULES."""
+"""What the paper's rules must hold, on every kind of network; see ``test_every_rule.py`` for all rules."""
 
-import contextlib
 import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
-from problems import CONVNET, MLP, NETWORKS, by_id, make_mlp
+from problems import CONVNET, MLP, NETWORKS, PAPER_RULES, by_id
 from torch.utils.checkpoint import checkpoint
 
 import feedbackpath as fp
 
-pytestmark = pytest.mark.parametrize("rule", fp.RULES)
+pytestmark = pytest.mark.parametrize("rule", PAPER_RULES)
 over_networks = pytest.mark.parametrize("problem", NETWORKS, ids=by_id)
 
 
@@ -188,57 +186,3 @@ def test_what_is_done_to_one_gradient_does_not_reach_the_other(rule, problem):
             pair[changed].grad.add_(1.0)
             assert torch.equal(pair[kept].grad, before)
             assert torch.equal(pair[changed].grad, before + 1.0)
-
-
-def train(model, path, optimizer, steps):
-    """Train; a step's data depends on the number of steps taken alone."""
-    for _ in range(steps):
-        generator = torch.Generator().manual_seed(path.state_dict()["steps"])
-        x, target = torch.randn(5, 6, generator=generator), torch.arange(5) % 3
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), target).backward()
-        optimizer.step()
-        path.step()
-
-
-def test_resumed_training_is_bit_identical(rule, tmp_path):
-    def start():
-        torch.manual_seed(1)
-        model = make_mlp()
-        path = fp.untie(model, rule, seed=7)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
-        return model, path, optimizer
-
-    whole = start()
-    train(*whole, steps=3)
-    saved = {
-        part: holder.state_dict() for part, holder in zip(("model", "path", "optimizer"), whole, strict=True)
-    }
-    torch.save(saved, tmp_path / "state.pt")
-    train(*whole, steps=3)
-    resumed, loaded = start(), torch.load(tmp_path / "state.pt", weights_only=True)
-    for part, holder in zip(("model", "path", "optimizer"), resumed, strict=True):
-        holder.load_state_dict(loaded[part])
-    torch.rand(3)
-    train(*resumed, steps=3)
-    ours, expected = (holder[0].state_dict() for holder in (resumed, whole))
-    assert ours.keys() == expected.keys()
-    assert all(torch.equal(ours[key], expected[key]) for key in ours)
-
-
-def test_every_rule_is_documented_and_named_as_it_is_listed(rule):
-    assert fp.RULES[rule].name == rule
-    assert fp.RULES[rule].__doc__
-    assert fp.RULES[rule]() == fp.RULES[rule]()
-
-
-def test_the_state_says_how_far_a_path_has_come(rule):
-    path = fp.untie(make_mlp(), rule, seed=3)
-    with contextlib.suppress(fp.UntieError):  # backprop has nothing to mirror
-        path.mirror(steps=2)
-    path.step()
-    state = path.state_dict()
-    assert (state["seed"], state["steps"]) == (3, 1)
-    fresh = fp.untie(make_mlp(), rule)
-    fresh.load_state_dict(state)
-    assert fresh.state_dict() == state

@@ -347,3 +347,94 @@ def test_two_rules_cannot_have_one_name(registered):
     with pytest.raises(fp.RuleError, match=r"a rule named 'fa' exists already \(FeedbackAlignment\)"):
         fp.register_rule(type("Other", (HalfWeights,), {"name": "fa"}))
     assert fp.RULES["fa"] is fp.FeedbackAlignment
+
+
+def feedbacks(rule, problem=MLP, seed=3):
+    return [b.detach() for _, _, b in fp.untie(problem.build(), rule, seed=seed).pairs()]
+
+
+over_shapes = pytest.mark.parametrize("problem", [MLP, CONVNET], ids=["mlp", "convnet"])
+
+
+@over_shapes
+def test_low_rank_and_sparse_feedback_are_feedback_alignments_at_full_rank_and_share(problem):
+    whole = feedbacks("fa", problem)
+    for rule in (fp.LowRankFeedbackAlignment(rank=1000), fp.SparseFeedbackAlignment(share=1.0)):
+        ours = feedbacks(rule, problem)
+        assert all(torch.equal(b, expected) for b, expected in zip(ours, whole, strict=True))
+
+
+@over_shapes
+def test_low_rank_feedback_has_its_rank_and_is_a_projection_of_feedback_alignments(problem):
+    whole = fp.untie(problem.build(), "fa", seed=3)
+    low = fp.untie(problem.build(), fp.LowRankFeedbackAlignment(rank=2), seed=3)
+    for weight, plain in zip(low.weights, whole.weights, strict=True):
+        view = weight.kind.as_matrix
+        for b, full in zip(
+            view(weight.layer, weight.feedback), view(plain.layer, plain.feedback), strict=True
+        ):
+            m = min(b.shape)
+            rank = min(2, m)
+            assert torch.linalg.matrix_rank(b) == rank
+            # With P = Q Q^T, the projection: <B_r, B> = sqrt(m / r) |P B|^2 and |B_r|^2 = m / r |P B|^2.
+            torch.testing.assert_close(
+                b.square().sum(), math.sqrt(m / rank) * (b * full).sum(), rtol=1e-6, atol=1e-6
+            )
+
+
+def test_low_rank_and_sparse_feedback_keep_the_size_of_feedback_alignments():
+    for rule in (fp.LowRankFeedbackAlignment(rank=30), fp.SparseFeedbackAlignment(share=0.2)):
+        whole, ours = nn.Linear(300, 200), nn.Linear(300, 200)
+        fp.untie(whole, "fa"), fp.untie(ours, rule)
+        assert ours.feedback.norm() / whole.feedback.norm() == pytest.approx(1.0, abs=0.05)
+
+
+@over_shapes
+@pytest.mark.parametrize("share", [0.001, 0.25, 0.5])
+def test_sparse_feedback_has_its_share_of_feedback_alignments_weights(problem, share):
+    for b, full in zip(
+        feedbacks(fp.SparseFeedbackAlignment(share), problem), feedbacks("fa", problem), strict=True
+    ):
+        kept = b != 0
+        assert kept.sum() == max(1, round(share * b.numel()))
+        torch.testing.assert_close(b[kept], full[kept] * math.sqrt(b.numel() / kept.sum().item()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fp.LowRankFeedbackAlignment(rank=0), "rank must be at least 1"),
+        (lambda: fp.SparseFeedbackAlignment(share=0.0), "share must be above 0"),
+        (lambda: fp.KolenPollack(feedback_rate=0.0), "feedback_rate must be above 0"),
+    ],
+)
+def test_settings_that_make_no_feedback_are_refused(make, message):
+    with pytest.raises(fp.RuleError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("rule", ["fa-lowrank", "fa-sparse", "sc", "sa", "ia", "aa", "dfa"])
+def test_rules_whose_feedback_has_a_form_are_not_mirrored(rule):
+    with pytest.raises(fp.UntieError, match="nothing to mirror"):
+        fp.untie(make_mlp(), rule).mirror()
+
+
+def test_sign_concordance_is_the_fixed_form_of_sign_symmetry():
+    ends = []
+    for rule in ("sc", fp.SignSymmetry(magnitude="fixed")):
+        model = MLP.build()
+        path = fp.untie(model, rule, seed=3)
+        list(train(model, path, torch.optim.SGD(model.parameters(), lr=2.0), steps=3))
+        ends.append([b for _, _, b in path.pairs()])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov"])
+def test_kolen_pollack_with_a_feedback_rate_settles_at_that_multiple_of_w(name):
+    model = MLP.build()
+    path = fp.untie(model, fp.KolenPollack(feedback_rate=0.5))
+    gaps = [(0.5 * w - b).detach() for _, w, b in path.pairs()]
+    for step, _ in enumerate(train(model, path, OPTIMIZERS[name](model.parameters()), steps=12), start=1):
+        left = reference.gap_sizes(name, step, lr=0.1, decay=0.3)
+        for (_, w, b), gap in zip(path.pairs(), gaps, strict=True):
+            torch.testing.assert_close(0.5 * w - b, left * gap, rtol=1e-9, atol=1e-9)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from problems import COVERING_RULES
 
 import feedbackpath as fp
 from feedbackpath.data import UNREADABLE
@@ -44,7 +45,7 @@ def without_times(event: Measured) -> dict:
 
 
 def test_every_rule_of_a_seed_starts_from_the_same_forward_weights_and_sees_the_same_samples():
-    starts = {rule: next(events(rule, max_steps=1)) for rule in fp.RULES}
+    starts = {rule: next(events(rule, max_steps=1)) for rule in COVERING_RULES}
     reference = starts["bp"]
     for rule, start in starts.items():
         for key, value in reference.state["model"].items():
@@ -52,7 +53,7 @@ def test_every_rule_of_a_seed_starts_from_the_same_forward_weights_and_sees_the_
         assert start.entry.test == reference.entry.test
     first_losses = {
         rule: next(event.loss for event in run(rule, max_steps=1) if isinstance(event, Step))
-        for rule in fp.RULES
+        for rule in COVERING_RULES
     }
     assert len(set(first_losses.values())) == 1
 
@@ -61,7 +62,7 @@ def last_weights(seen) -> dict:
     return measured(seen)[-1].state["model"]
 
 
-@pytest.mark.parametrize("rule", fp.RULES)
+@pytest.mark.parametrize("rule", COVERING_RULES)
 @pytest.mark.parametrize("stop_after", [4, 5])  # at an epoch's end, where none is left of it, and within one
 def test_a_resumed_run_ends_bit_identical_to_an_unbroken_one(rule, stop_after):
     whole = run(rule)

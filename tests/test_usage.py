@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from problems import PAPER_RULES
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -348,7 +349,7 @@ def test_the_networks_of_the_library_are_quiet(name):
     assert id(model) in quiet_modules(model)
 
 
-@pytest.mark.parametrize("rule", fp.RULES)
+@pytest.mark.parametrize("rule", PAPER_RULES)
 def test_no_rule_makes_a_quiet_network_watched(rule):
     model = build_model("mlp", sample_shape=(1, 4, 4), num_classes=3)
     path = fp.untie(model, rule)

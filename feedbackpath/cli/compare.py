@@ -23,4 +23,11 @@ def compare(
 
     Exit codes: 0 done, 2 bad input, 3 a run diverged, 130 or 143 interrupted (what was done is kept).
     """
-    return run(merge_config(flags, config), out, resume=resume)
+    settings = merge_config(flags, config)
+    if settings.rules == ("all",):
+        from feedbackpath.jobs.imports import import_files
+        from feedbackpath.rules import RULES
+
+        import_files(settings.imports)
+        settings = settings.model_copy(update={"rules": tuple(RULES)})
+    return run(settings, out, resume=resume)

@@ -27,7 +27,7 @@ from feedbackpath.core import pytorch
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.one_operation import Known, exchange_saved, write_twice
 from feedbackpath.core.operations import Args, Call, Kwargs, is_matrix, name_of, replaced, run, tensors_in
-from feedbackpath.errors import UnconvertedLayerWarning
+from feedbackpath.errors import RuleError, UnconvertedLayerWarning
 
 
 class Exchange(TorchFunctionMode):
@@ -335,10 +335,13 @@ def _warn_of_product(met: Sequence[Known], name: str) -> None:
 
 def tell_rule(weight: UntiedWeight, x: Tensor, output: Tensor, rows: slice) -> None:
     """Tell a rule of the error that arrives at an output, when it does."""
-    untied = weight.layer.untied
+    untied, version = weight.layer.untied, None if pytorch.is_traced() else pytorch.version_of(output)
+
+    def tell(delta: Tensor) -> None:
+        if untied.rule.reads_output and version not in (None, pytorch.version_of(output)):
+            why = "was changed in place: use ReLU() in place of ReLU(inplace=True), or the like"
+            raise RuleError(f"the output of {weight.name!r}, which {untied.rule.name} reads, {why}")
+        untied.rule.after_backward(weight, x.detach(), output.detach(), delta, untied.context)
+
     if output.requires_grad:
-        output.register_hook(  # type: ignore[no-untyped-call]
-            lambda delta: untied.rule.after_backward(
-                weight, x.detach(), output.detach(), delta, untied.context
-            )
-        )
+        output.register_hook(tell)  # type: ignore[no-untyped-call]

@@ -73,8 +73,9 @@ class _OneInput:
     is_local: ClassVar[bool] = False
 
     def serves(self, weights: list[UntiedWeight]) -> bool:
-        """Layers with one weight: a linear layer or a convolution."""
-        return len(weights) == 1
+        """Layers with one weight and one input, such as linear layers, convolutions; not attention's."""
+        unfit = nn.MultiheadAttention, nn.Bilinear, nn.modules.linear.NonDynamicallyQuantizableLinear
+        return len(weights) == 1 and not isinstance(weights[0].layer, unfit)
 
     def run(self, layer: nn.Module, forward: Call, args: Args, kwargs: Kwargs, exchange: "Exchange") -> Any:
         """Run the layer on an input that sends nothing back by itself."""
@@ -98,9 +99,11 @@ class Broadcast(_OneInput):
 
     B of a layer is ``[outputs, *input]``: ``[outputs, in_features]`` of a linear layer, ``[outputs, C, H,
     W]`` of a convolution. It is made when the model first runs. The model's output is a tensor ``[...,
-    outputs]``; layers without an input that asks for a gradient need no error, and get no B.
+    outputs]``; layers without an input that asks for a gradient need no error, and get no B. ``signal`` makes
+    of e what is sent in its place, ``dx = signal(e) B``; None: e itself.
     """
 
+    signal: Callable[[Tensor], Tensor] | None = None
     is_broadcast: ClassVar[bool] = True
 
     def feedback_shape(self, weight: UntiedWeight) -> torch.Size | None:
@@ -159,7 +162,8 @@ def broadcast_error(output: Any, deliveries: list[tuple[Tensor, UntiedWeight]]) 
         weight.layer.__dict__["untied"].make_feedback(weight, _shape_for(x, output, weight))
     xs = [x for x, _ in deliveries]
     feedbacks = [weight.feedback for _, weight in deliveries]
-    return _BroadcastError.apply(output, len(xs), *feedbacks, *xs)  # type: ignore[no-untyped-call]
+    signals = tuple(weight.layer.__dict__["untied"].send_back.signal for _, weight in deliveries)
+    return _BroadcastError.apply(output, signals, *feedbacks, *xs)  # type: ignore[no-untyped-call]
 
 
 def _shape_for(x: Tensor, output: Tensor, weight: UntiedWeight) -> torch.Size:
@@ -178,23 +182,24 @@ class _BroadcastError(torch.autograd.Function):
     """Return the output; send e on, ``e B`` to each input, and ``e^T x`` to each B that learns."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, count: int, *feedbacks_and_inputs: Tensor) -> Tensor:
-        feedbacks, xs = feedbacks_and_inputs[:count], feedbacks_and_inputs[count:]
-        ctx.count = count
+    def forward(ctx: Any, output: Tensor, signals: Any, *feedbacks_and_inputs: Tensor) -> Tensor:
+        feedbacks, xs = feedbacks_and_inputs[: len(signals)], feedbacks_and_inputs[len(signals) :]
+        ctx.signals = signals
         ctx.save_for_backward(*feedbacks, *[x for b, x in zip(feedbacks, xs, strict=True) if b.requires_grad])
         return output.clone()  # not a view of it: a loss may change it in place
 
     @staticmethod
     def backward(ctx: Any, *errors: Tensor) -> Any:
-        (e,) = errors
-        feedbacks, kept = ctx.saved_tensors[: ctx.count], list(ctx.saved_tensors[ctx.count :])
-        to_inputs = [torch.tensordot(e, b.to(e.dtype), dims=1) for b in feedbacks]
+        (e,), count = errors, len(ctx.signals)
+        feedbacks, kept = ctx.saved_tensors[:count], list(ctx.saved_tensors[count:])
+        sent = [e if signal is None else signal(e) for signal in ctx.signals]
+        to_inputs = [torch.tensordot(s, b.to(s.dtype), dims=1) for s, b in zip(sent, feedbacks, strict=True)]
         samples = list(range(e.dim() - 1))
         to_feedbacks = [
-            torch.tensordot(e, kept.pop(0).to(e.dtype), dims=(samples, samples)).to(b.dtype)
+            torch.tensordot(s, kept.pop(0).to(s.dtype), dims=(samples, samples)).to(b.dtype)
             if b.requires_grad
             else None
-            for b in feedbacks
+            for s, b in zip(sent, feedbacks, strict=True)
         ]
         return e, None, *to_feedbacks, *to_inputs
 

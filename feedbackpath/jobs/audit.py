@@ -7,7 +7,7 @@ from feedbackpath.data import minibatches
 from feedbackpath.errors import ConfigError
 from feedbackpath.jobs.imports import import_files
 from feedbackpath.jobs.run import make_task
-from feedbackpath.train.build import make_network, make_optimizer, make_path
+from feedbackpath.train.build import make_network, make_optimizer, make_path, run_once
 from feedbackpath.train.config import AuditConfig
 
 
@@ -28,6 +28,7 @@ def audit_run(config: AuditConfig) -> Report:
     except (RuntimeError, AssertionError) as error:  # torch was built without the device, or lacks it
         raise ConfigError(f"device {config.device!r} cannot be used: {str(error).splitlines()[0]}") from None
     path = make_path(run, config.rule, run.seed, model)
+    run_once(path, task)
     optimizer = make_optimizer(model, run)
     x, y = next(minibatches(task.train, batch_size=run.batch_size, seed=run.seed, epoch=1, shuffle=True))
     x, y = task.train.prepare(x.to(config.device)), y.to(config.device)

@@ -41,7 +41,7 @@ class RuleStyle:
 
 
 Styles = dict[str, RuleStyle]
-_BUILT_IN = {  # colours from the palette of Okabe and Ito (2008)
+_BUILT_IN = {  # colours from the palettes of Okabe and Ito (2008), and below of Tol (2021)
     "bp": ("backprop", "#000000", "-", "o"),
     "fa": ("feedback alignment", "#E69F00", ":", "s"),
     "ss": ("sign-symmetry", "#CC79A7", "-.", "^"),
@@ -50,6 +50,15 @@ _BUILT_IN = {  # colours from the palette of Okabe and Ito (2008)
     "mirror-fa": ("mirror, then feedback alignment", "#D55E00", ":", "X"),
     "mirror-kp": ("mirror, then Kolen–Pollack", "#56B4E9", "--", "P"),
     "wm-exact": ("exact read-out", "#999999", "-.", "D"),
+    "fa-lowrank": ("feedback alignment of low rank", "#F0E442", "-.", "s"),
+    "fa-sparse": ("sparse feedback alignment", "#DDCC77", "--", "s"),
+    "sc": ("sign-concordant feedback", "#AA4499", ":", "^"),
+    "sa": ("symmetric alignment", "#661100", "--", "^"),
+    "ia": ("information alignment", "#117733", "-.", "D"),
+    "aa": ("activation alignment", "#88CCEE", ":", "D"),
+    "dfa": ("direct feedback alignment", "#CC6677", "-", "X"),
+    "drtp": ("direct random target projection", "#BBBBBB", "-.", "X"),
+    "dkp": ("direct Kolen–Pollack", "#004488", "--", "v"),
 }
 _OTHER_COLOURS = ("#332288", "#882255", "#999933", "#44AA99", "#666666")
 

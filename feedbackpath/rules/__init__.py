@@ -1,34 +1,49 @@
-"""The rules, one per file, and the table that names them. A rule is imported when it is asked for."""
+"""The rules, one per file. A rule is imported when it is asked for; ``registry.py`` has the table."""
 
-import difflib
 import importlib
-import re
-from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
-from feedbackpath.errors import RuleError
 from feedbackpath.rules.base import Rule, Weights, draw_feedback
+from feedbackpath.rules.registry import OWN, RULES, looks_of_rules, register_rule, resolve_rule
 
 if TYPE_CHECKING:
+    from feedbackpath.rules.activation_alignment import ActivationAlignment
     from feedbackpath.rules.backprop import Backprop
+    from feedbackpath.rules.direct_feedback_alignment import DirectFeedbackAlignment
+    from feedbackpath.rules.direct_kolen_pollack import DirectKolenPollack
+    from feedbackpath.rules.direct_random_target_projection import DirectRandomTargetProjection
     from feedbackpath.rules.exact_mirror import ExactMirror
     from feedbackpath.rules.feedback_alignment import FeedbackAlignment
+    from feedbackpath.rules.information_alignment import InformationAlignment
     from feedbackpath.rules.kolen_pollack import KolenPollack
+    from feedbackpath.rules.low_rank_feedback_alignment import LowRankFeedbackAlignment
     from feedbackpath.rules.mirror_feedback_alignment import MirrorFeedbackAlignment
     from feedbackpath.rules.mirror_kolen_pollack import MirrorKolenPollack
+    from feedbackpath.rules.sign_concordance import SignConcordance
     from feedbackpath.rules.sign_symmetry import SignSymmetry
+    from feedbackpath.rules.sparse_feedback_alignment import SparseFeedbackAlignment
+    from feedbackpath.rules.symmetric_alignment import SymmetricAlignment
     from feedbackpath.rules.weight_mirror import WeightMirror
 
 __all__ = [
     "RULES",
+    "ActivationAlignment",
     "Backprop",
+    "DirectFeedbackAlignment",
+    "DirectKolenPollack",
+    "DirectRandomTargetProjection",
     "ExactMirror",
     "FeedbackAlignment",
+    "InformationAlignment",
     "KolenPollack",
+    "LowRankFeedbackAlignment",
     "MirrorFeedbackAlignment",
     "MirrorKolenPollack",
     "Rule",
+    "SignConcordance",
     "SignSymmetry",
+    "SparseFeedbackAlignment",
+    "SymmetricAlignment",
     "WeightMirror",
     "Weights",
     "draw_feedback",
@@ -36,112 +51,10 @@ __all__ = [
     "register_rule",
     "resolve_rule",
 ]
-_OWN = {  # name: file and class
-    "bp": ("backprop", "Backprop"),
-    "fa": ("feedback_alignment", "FeedbackAlignment"),
-    "ss": ("sign_symmetry", "SignSymmetry"),
-    "kp": ("kolen_pollack", "KolenPollack"),
-    "wm": ("weight_mirror", "WeightMirror"),
-    "wm-exact": ("exact_mirror", "ExactMirror"),
-    "mirror-kp": ("mirror_kolen_pollack", "MirrorKolenPollack"),
-    "mirror-fa": ("mirror_feedback_alignment", "MirrorFeedbackAlignment"),
-}
-
-
-class _Rules(MutableMapping[str, type[Rule]]):
-    """The table of rules by name: the library's own, and those that users registered."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, type[Rule] | None] = dict.fromkeys(_OWN)
-
-    def __getitem__(self, name: str) -> type[Rule]:
-        rule = self._found[name]
-        if rule is None:
-            file, kind = _OWN[name]
-            rule = self._found[name] = getattr(importlib.import_module(f"feedbackpath.rules.{file}"), kind)
-        return rule
-
-    def __setitem__(self, name: str, rule: type[Rule]) -> None:
-        self._found[name] = rule
-
-    def __delitem__(self, name: str) -> None:
-        del self._found[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-
-RULES = _Rules()
 
 
 def __getattr__(name: str) -> Any:
-    for file, kind in _OWN.values():
+    for file, kind in OWN.values():
         if kind == name:
             return getattr(importlib.import_module(f"feedbackpath.rules.{file}"), kind)
     raise AttributeError(f"module 'feedbackpath.rules' has no attribute {name!r}")
-
-
-def register_rule(rule: type[Rule]) -> type[Rule]:
-    """Add a rule class to the table under its ``name``; usable as a decorator.
-
-    Reports call it by its class attribute ``label`` and draw it in its ``colour``, ``#RRGGBB``, where it has
-    them. A colour that another rule of the same page has gives way, and the page says so.
-
-    Raises:
-        RuleError: It is no rule, another rule has that name, or its label or colour is none.
-    """
-    if not (isinstance(rule, type) and issubclass(rule, Rule)) or not isinstance(
-        getattr(rule, "name", None), str
-    ):
-        raise RuleError(f"{rule!r} is no rule: derive a class from fp.Rule and give it a name")
-    name = rule.name
-    if name in RULES and RULES[name] is not rule:
-        raise RuleError(f"a rule named {name!r} exists already ({RULES[name].__name__}); choose another name")
-    if rule.label is not None and not isinstance(rule.label, str):
-        raise RuleError(f"the label of the rule {name!r} is {rule.label!r}; give a string, or leave it out")
-    if rule.colour is not None and not re.fullmatch("#[0-9A-Fa-f]{6}", str(rule.colour)):
-        raise RuleError(f"the colour of the rule {name!r} is {rule.colour!r}; give it as '#RRGGBB'")
-    RULES[name] = rule
-    return rule
-
-
-def looks_of_rules() -> dict[str, tuple[str | None, str | None]]:
-    """Return label and colour of the users' rules that set one of them, by name."""
-    theirs = {name: RULES[name] for name in RULES if name not in _OWN}
-    return {name: (rule.label, rule.colour) for name, rule in theirs.items() if rule.label or rule.colour}
-
-
-def resolve_rule(rule: "str | Rule") -> Rule:
-    """Return the rule of that name, with its default settings, or the rule itself.
-
-    Raises:
-        RuleError: No rule has that name, or the rule cannot be compared with others.
-
-    Example:
-        >>> resolve_rule("kp")
-        KolenPollack()
-    """
-    if isinstance(rule, type):
-        raise RuleError(f"a rule is an object, not a class: pass {rule.__name__}()")
-    if not isinstance(rule, str):
-        if not isinstance(rule, Rule):
-            raise RuleError(
-                f"{rule!r} is no rule: pass a name ({', '.join(RULES)}) or an object of a subclass of Rule"
-            )
-        try:
-            hash(rule)
-        except TypeError as error:
-            raise RuleError(
-                f"the rule {type(rule).__name__} has no hash, so that its layers cannot be grouped "
-                f"({error}): make it "
-                "a frozen dataclass, with settings that have one"
-            ) from error
-        return rule
-    if rule in RULES:
-        return RULES[rule]()
-    close = difflib.get_close_matches(rule, RULES, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise RuleError(f"unknown rule {rule!r}; known rules are {', '.join(RULES)}{hint}")

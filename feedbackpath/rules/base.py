@@ -31,6 +31,9 @@ class Rule:
         after_backward: ``after_backward(weight, x, output, delta, context)`` is called in each backward pass,
             when the error delta arrives at the output of the operation in which W met activity; None: never.
             With it, the input x of each layer is kept until then.
+        reads_output: Whether ``after_backward`` needs the output as it was; an operation that has changed it
+            in place is then refused.
+        group: Under which heading ``feedbackpath rules`` lists it; None: it is told from what is above.
         search_space: What ``feedbackpath tune`` searches for this rule beside learning rate and weight decay:
             names of settings to ``("log", low, high)``, ``("linear", low, high)`` or ``("choice", a, b)``.
         label: Its name in full, for legends and headings; None: its name.
@@ -44,6 +47,8 @@ class Rule:
     is_mirrorable: ClassVar[bool] = True
     gradients: ClassVar[Callable[..., tuple[Tensor, Tensor | None]] | None] = None
     after_backward: ClassVar[Callable[..., None] | None] = None
+    reads_output: ClassVar[bool] = False
+    group: ClassVar[str | None] = None
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {}
     label: ClassVar[str | None] = None
     colour: ClassVar[str | None] = None
@@ -67,6 +72,23 @@ class Rule:
 
     def detach(self, weights: Weights, context: RuleContext) -> None:
         """Take such hooks off again; called by ``retie``."""
+
+
+def group_of(rule: type[Rule]) -> str:
+    """Return the heading that a rule is listed under: its own, or one that its other attributes tell.
+
+    Example:
+        >>> import feedbackpath as fp
+        >>> [group_of(fp.RULES[name]) for name in ("bp", "ss", "fa", "kp", "dfa", "wm")]
+        ['ruler', 'transports', 'fixed', 'learned', 'broadcast', 'mirrors']
+    """
+    told = {
+        "ruler": rule.is_tied,
+        "mirrors": hasattr(rule, "__dataclass_fields__") and "mirror" in rule.__dataclass_fields__,
+        "broadcast": rule.send_back.is_broadcast,
+        "learned": rule.learns or rule.after_backward is not None,
+    }
+    return rule.group or next((group for group, holds in told.items() if holds), "fixed")
 
 
 def draw_feedback(weights: Weights, context: RuleContext) -> None:

@@ -7,13 +7,26 @@ Akrout et al. 2019, equations 16 and 17 (Kolen & Pollack 1994), in W's layout::
 
 Each synapse of B computes the product from its own two signals. The optimizer does the updates: with B
 among its parameters, treated as W is, any elementwise optimizer keeps W and B on the same course.
+
+Algorithm 2 of the paper lets the two sides have learning rates of their own, eta_W and eta_B. With SGD,
+momentum included, and r = eta_B / eta_W::
+
+    dB = -r eta delta y^T - lambda B        so r W - B shrinks by (1 - lambda) a step
+
+so that B comes to be r W: the angle goes to 0, and the gain to r.
+
+Differs from the paper: all updates follow the backward pass, as in equations 16 and 17. Algorithm 2 updates
+each B just before delta passes through it. Here the optimizer updates, once gradients are complete: averaged
+over processes, clipped, unscaled; and autograd does not let a tensor change that it still needs.
 """
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.errors import KolenPollackWarning, RuleError, level_outside
@@ -30,6 +43,10 @@ class KolenPollack(Rule):
     mu and L2 penalty wd in the gradient, W - B shrinks e-fold in (1 - mu) / (lr wd) steps; without
     weight decay it never does.
 
+    Args:
+        feedback_rate: eta_B / eta_W: how much of W's gradient B gets. It takes SGD: an optimizer that divides
+            a gradient by its size, such as Adam, undoes it. On several devices B is then averaged by itself.
+
     Example:
         >>> import feedbackpath as fp
         >>> model = torch.nn.Linear(3, 2)
@@ -42,6 +59,18 @@ class KolenPollack(Rule):
     name: ClassVar[str] = "kp"
     learns: ClassVar[bool] = True
     needs_decay: ClassVar[bool] = True
+    feedback_rate: float = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Refuse a rate that is none."""
+        if not self.feedback_rate > 0.0:
+            raise RuleError(f"kp: feedback_rate must be above 0, not {self.feedback_rate}")
+
+    @property
+    def gradients(self) -> Callable[..., tuple[Tensor, Tensor | None]] | None:  # type: ignore[override]
+        """What W and B get of an outer product; None: both get it as it is."""
+        rate = self.feedback_rate
+        return None if rate == 1.0 else lambda weight, product, context: (product, rate * product)
 
     def start(self, weights: Weights, context: RuleContext) -> None:
         """Draw every B at random, and see that the optimizer will know of it."""

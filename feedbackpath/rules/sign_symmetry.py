@@ -44,6 +44,7 @@ class SignSymmetry(Rule):
     """
 
     name: ClassVar[str] = "ss"
+    group: ClassVar[str] = "transports"
     is_mirrorable: ClassVar[bool] = False
     search_space: ClassVar[Mapping[str, Sequence[str]]] = {
         "magnitude": ("choice", "uniform", "fixed", "batchwise"), "scale": ("choice", "xavier", "he"),

@@ -54,7 +54,8 @@ class UpdateWatch:
         if forgotten:
             raise RuleError(
                 "the optimizer updates the forward weights but not the feedback weights of "
-                f"{', '.join(forgotten)}; make it after untie, from model.parameters()"
+                f"{', '.join(forgotten)}; make it after untie, from model.parameters(), and if the rule "
+                "broadcasts errors, after the model has run once"
             )
 
     def close(self) -> None:

@@ -41,6 +41,22 @@ def make_path(config: TrainConfig, rule: str, seed: int, model: nn.Module) -> Fe
     )
 
 
+def run_once(path: FeedbackPath, task: Task) -> None:
+    """Run a model on a sample where a rule broadcasts errors: its feedback weights are made then.
+
+    They have to be there before the optimizer, replicas and compilers. Nothing else of the model changes.
+    """
+    if not any(weight.layer.untied.send_back.is_broadcast for weight in path.weights):
+        return
+    was_training = [module for module in path.model.modules() if module.training]
+    like = next(path.model.parameters())
+    x = task.train.prepare(task.train.batch(torch.tensor([0]), 1)[0].to(like.device))
+    with torch.enable_grad():
+        path.model.eval()(x.to(like.dtype) if x.is_floating_point() else x)
+    for module in was_training:
+        module.training = True
+
+
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Make the optimizer of a config for all parameters that learn, feedback weights among them."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

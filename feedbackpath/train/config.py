@@ -268,7 +268,7 @@ class CompareConfig(TrainConfig):
     """The settings of a comparison; the same for every rule."""
 
     rules: Annotated[tuple[Name, ...], RULES, Parameter(negative="")] = Field(
-        ("bp", "fa", "ss", "kp", "wm"), description="rules to compare, by commas"
+        ("bp", "fa", "ss", "kp", "wm"), description="rules to compare, by commas; or all"
     )
     seeds: Annotated[int, RULES] = Field(1, ge=1, description="number of seeds, counted up from --seed")
     equivalence: Annotated[float | None, RULES] = Field(

@@ -14,7 +14,7 @@ from feedbackpath.data import Split, minibatches
 from feedbackpath.data.dataset import leave_out_unreadable
 from feedbackpath.errors import DataError
 from feedbackpath.tasks import Task
-from feedbackpath.train.build import make_network, make_optimizer, make_path
+from feedbackpath.train.build import make_network, make_optimizer, make_path, run_once
 from feedbackpath.train.config import TrainConfig
 from feedbackpath.train.divergence import LOSS_ITSELF, find_origin
 from feedbackpath.train.engine import Engine
@@ -143,6 +143,7 @@ class Training:
         self.must_stop, self.is_stopping = must_stop, False
         self.model = engine.place_model(make_network(config, seed, task))
         self.path = make_path(config, rule, seed, self.model)
+        run_once(self.path, task)
         self.optimizer = make_optimizer(self.model, config)
         self.path.check_optimizer(self.optimizer)
         self.wrapped_model, self.wrapped_optimizer = engine.set_up(self.model, self.optimizer)

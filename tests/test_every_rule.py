@@ -1,0 +1,118 @@
+"""What every rule must hold: a new rule is tested by being listed in RULES."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import CONVNET, MLP, by_id, make_mlp
+
+import feedbackpath as fp
+from feedbackpath.rules.base import group_of
+
+pytestmark = pytest.mark.parametrize("rule", fp.RULES)
+over_networks = pytest.mark.parametrize("problem", [MLP, CONVNET], ids=by_id)
+
+
+def classify(output):
+    """Return a cross entropy: the loss that every rule can learn from."""
+    return F.cross_entropy(output, torch.arange(len(output)) % output.shape[-1])
+
+
+@over_networks
+def test_the_forward_pass_and_the_plain_model_stay_as_they_are(rule, problem):
+    model, (x,) = problem.build(), problem.inputs()
+    plain, keys = copy.deepcopy(model), list(model.state_dict())
+    path = fp.untie(model, rule)
+    for _ in range(2):
+        assert torch.equal(model(x), plain(x))
+        classify(model(x)).backward()
+        path.step()
+    assert path.retie() is model
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(x), plain(x))
+
+
+@over_networks
+def test_errors_of_the_lower_layers_are_not_backprops(rule, problem):
+    model, plain = problem.build(), problem.build()
+    path = fp.untie(model, rule)
+    for network in (model, plain):
+        classify(network(*problem.inputs())).backward()
+    first, last = list(path.layers)[0], list(path.layers)[-1]
+    ours, theirs = (dict(network.named_parameters()) for network in (model, plain))
+    torch.testing.assert_close(ours[f"{last}.weight"].grad, theirs[f"{last}.weight"].grad)
+    difference = (ours[f"{first}.weight"].grad - theirs[f"{first}.weight"].grad).norm()
+    assert (difference / theirs[f"{first}.weight"].grad.norm() > 0.1) == (rule != "bp")
+
+
+@over_networks
+def test_measuring_leaves_everything_as_it_was(rule, problem):
+    model, (x,) = problem.build(), problem.inputs()
+    path = fp.untie(model, rule)
+    classify(model(x)).backward()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kept = copy.deepcopy(path.state_dict())
+    angles = path.delta_angles(lambda: classify(model(x)))
+    assert list(angles.values())[-1] < 1e-5
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(path.state_dict(), kept, rtol=0, atol=0)
+
+
+def train(model, path, optimizer, steps):
+    """Train; a step's data depends on the number of steps taken alone."""
+    for _ in range(steps):
+        generator = torch.Generator().manual_seed(path.state_dict()["steps"])
+        x, target = torch.randn(5, 6, generator=generator), torch.arange(5) % 3
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+        path.step()
+
+
+def test_resumed_training_is_bit_identical(rule, tmp_path):
+    def start():
+        torch.manual_seed(1)
+        model = make_mlp()
+        path = fp.untie(model, rule, seed=7)
+        model(torch.zeros(1, 6))  # a rule that broadcasts errors makes its feedback weights
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+        path.check_optimizer(optimizer)
+        return model, path, optimizer
+
+    whole = start()
+    train(*whole, steps=3)
+    saved = {
+        part: holder.state_dict() for part, holder in zip(("model", "path", "optimizer"), whole, strict=True)
+    }
+    torch.save(saved, tmp_path / "state.pt")
+    train(*whole, steps=3)
+    resumed, loaded = start(), torch.load(tmp_path / "state.pt", weights_only=True)
+    for part, holder in zip(("model", "path", "optimizer"), resumed, strict=True):
+        holder.load_state_dict(loaded[part])
+    torch.rand(3)
+    train(*resumed, steps=3)
+    ours, expected = (holder[0].state_dict() for holder in (resumed, whole))
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[key], expected[key]) for key in ours)
+
+
+def test_every_rule_is_documented_and_named_as_it_is_listed(rule):
+    assert fp.RULES[rule].name == rule
+    assert fp.RULES[rule].__doc__
+    assert fp.RULES[rule]() == fp.RULES[rule]()
+    assert group_of(fp.RULES[rule]) in ("ruler", "transports", "fixed", "learned", "broadcast", "mirrors")
+
+
+def test_the_state_says_how_far_a_path_has_come(rule):
+    path = fp.untie(make_mlp(), rule, seed=3)
+    with contextlib.suppress(fp.UntieError):  # backprop has nothing to mirror
+        path.mirror(steps=2)
+    path.step()
+    state = path.state_dict()
+    assert (state["seed"], state["steps"]) == (3, 1)
+    fresh = fp.untie(make_mlp(), rule)
+    fresh.load_state_dict(state)
+    assert fresh.state_dict() == state
