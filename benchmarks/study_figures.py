@@ -277,8 +277,8 @@ def _design_looks(name: str) -> dict[str, Any]:
 
 def _scale_log(row: Sequence[Axes], ends: tuple[float, float], ticks: Sequence[float]) -> None:
     """Give the panels of a row one logarithmic axis, with plain numbers."""
+    row[0].set_ylim(*ends)  # first: an exact angle of 0 gives a logarithmic axis no ends
     row[0].set_yscale("log")
-    row[0].set_ylim(*ends)
     row[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     row[0].yaxis.set_minor_locator(NullLocator())
 

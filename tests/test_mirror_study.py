@@ -152,7 +152,7 @@ def test_resume_measures_what_is_missing_and_no_more(tmp_path):
 def test_settings_that_a_cell_does_not_use_may_change(tmp_path, monkeypatch):
     run(tmp_path, "batch")
     paper, told = mirror_study.PAPER, []
-    another = replace(paper, when=replace(paper.when, cost_share=0.5, within_deg=3.0))
+    another = replace(paper, when=replace(paper.when, cost_share=0.5))
     monkeypatch.setattr(mirror_study, "PAPER", another)
     run(tmp_path, "batch", resume=True, told=told)
     assert not told

@@ -147,7 +147,7 @@ def test_the_command_plans_within_a_share_of_the_cost(capsys):
     ("arguments", "message"),
     [
         (["mirror", "plan", "--model", "vgg"], "no model 'vgg'"),
-        (["mirror", "plan", "--noise", "pink"], "noise='pink'"),
+        (["mirror", "plan", "--noise", "pink"], '"pink" for --noise'),
         (["mirror", "plan", "--cost-share", "0"], "cost_share must be above 0, not 0"),
         (["mirror", "plan", "--batch-size", "0"], "--batch-size is 0"),
     ],
