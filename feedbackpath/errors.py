@@ -16,7 +16,10 @@ class RuleError(UserError):
 
 
 class DataError(UserError):
-    """A dataset that is missing, damaged or not what was asked for."""
+    """A dataset that is missing, damaged or not what was asked for; one line, whatever its files' names."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(str(message)))
 
 
 class ConfigError(UserError):
@@ -37,6 +40,16 @@ class MirrorWarning(UserWarning):
 
 class KolenPollackWarning(UserWarning):
     """An optimizer under which Kolen-Pollack feedback weights would not converge to the forward ones."""
+
+
+def printable(text: str) -> str:
+    r"""Write out what a terminal could not print, or would obey: control characters, and bytes not in UTF-8.
+
+    Example:
+        >>> print(printable("caf\udce9 \x1b[31m"))
+        caf\udce9 \x1b[31m
+    """
+    return "".join(part if part.isprintable() else ascii(part)[1:-1] for part in text)
 
 
 def level_outside() -> int:

@@ -319,3 +319,83 @@ def test_milestones_are_flags_of_the_schedule_by_steps(capsys):
     flags = ["--schedule", "steps", "--milestones", "1,3", "--print-config"]
     assert run_cli("train", *flags) == 0
     assert yaml.safe_load(capsys.readouterr().out)["milestones"] == [1, 3]
+
+
+ON_FOLDERS = [
+    "--data",
+    "imagenet",
+    "--model",
+    "lenet",
+    "--image-size",
+    32,
+    "--batch-size",
+    8,
+    "--num-threads",
+    1,
+]
+
+
+def spoil(image):
+    """Damage the lower half of an image, where a crop may not look."""
+    raw = image.read_bytes()
+    image.write_bytes(raw[: len(raw) // 2])
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_run_that_a_bad_image_stopped_goes_on_as_its_message_says(tmp_path, capsys, part):
+    data = make_class_folders(tmp_path / "data", classes=3, train=8, val=4)
+    spoil(min((data / part).rglob("*.JPEG")))
+    run = [*ON_FOLDERS, "--data-dir", data, "--rule", "kp", "--epochs", 2]
+    assert run_cli("train", *run, "--out", tmp_path / "stopped") == 2
+    message = capsys.readouterr().err
+    assert "go on without such images by --resume RUN --on-bad-image skip" in message
+    assert "begin a new run" in message
+    assert run_cli("train", "--resume", tmp_path / "stopped", "--on-bad-image", "skip") == 0
+    assert run_cli("train", *run, "--out", tmp_path / "whole", "--on-bad-image", "skip") == 0
+    stopped, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("stopped", "whole"))
+    for key, value in whole.items():
+        assert torch.equal(value, stopped[key]), key
+    last = read_results(tmp_path / "stopped").runs[0].history[-1]
+    assert (last.unreadable_images, last.unreadable_test_images) == ((1, 0) if part == "train" else (0, 1))
+
+
+def test_the_data_of_a_stopped_run_cannot_be_changed_and_a_new_run_can_begin(tmp_path, capsys):
+    data = make_class_folders(tmp_path / "data", classes=3, train=8, val=4)
+    bad = min((data / "train").rglob("*.JPEG"))
+    spoil(bad)
+    run = [*ON_FOLDERS, "--data-dir", data, "--rule", "fa", "--epochs", 1]
+    assert run_cli("train", *run, "--out", tmp_path / "stopped") == 2
+    bad.unlink()
+    assert run_cli("train", "--resume", tmp_path / "stopped") == 2
+    assert "the data's checksum" in capsys.readouterr().err
+    assert run_cli("train", *run, "--out", tmp_path / "new") == 0
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("train", "training, epoch 1: none of 21 images could be read: feedbackpath data check DIR says why"),
+        ("val", "evaluation: none of 12 images could be read"),
+    ],
+)
+def test_where_no_image_can_be_read_there_is_no_result(tmp_path, capsys, part, message):
+    data = make_class_folders(tmp_path / "data", classes=3, train=8, val=4)
+    for image in (data / part).rglob("*.JPEG"):
+        image.write_text("<html>")
+    run = [*ON_FOLDERS, "--data-dir", data, "--rule", "fa", "--epochs", 1, "--no-select-best"]
+    assert run_cli("train", *run, "--on-bad-image", "skip", "--out", tmp_path / "run") == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert read_results(tmp_path / "run").runs[0].test is None
+
+
+def test_unreadable_test_images_are_no_errors(tmp_path):
+    data = make_class_folders(tmp_path / "data", classes=3, train=8, val=4)
+    run = [*ON_FOLDERS, "--data-dir", data, "--rule", "fa", "--epochs", 1, "--on-bad-image", "skip"]
+    for image in sorted((data / "val").rglob("*.JPEG"))[4:]:
+        image.write_text("<html>")
+    assert run_cli("train", *run, "--out", tmp_path / "run") == 0
+    (only,) = read_results(tmp_path / "run").runs[0].history
+    assert only.unreadable_test_images == 8
+    assert only.test in {0.0, 25.0, 50.0, 75.0, 100.0}  # of the four that are left

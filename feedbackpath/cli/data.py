@@ -1,5 +1,6 @@
 """The commands on image folders: `data check` and `data shrink`."""
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -18,9 +19,11 @@ from feedbackpath.data.upkeep import (
     Shrinking,
     check_images,
     find_empty_classes,
+    find_strays,
     prepare_copy,
     shrink_images,
 )
+from feedbackpath.errors import printable
 from feedbackpath.jobs.signals import StopRequest
 
 Folder = Annotated[Path, Parameter(help="image folder, in one of ImageNet's layouts")]
@@ -34,7 +37,7 @@ def check(folder: Folder, *, num_workers: Workers = 0) -> int:
     """
     images = open_folder(folder)
     parts = (check_images(part, num_workers) for part in (images.train, images.test))
-    return _go_through(images, parts, find_empty_classes(images))
+    return _go_through(images, parts, [*find_strays(images), *find_empty_classes(images)])
 
 
 def shrink(
@@ -53,7 +56,7 @@ def shrink(
     images, shrinking = open_folder(folder), Shrinking(size, quality)
     prepare_copy(images, out, shrinking)
     parts = (shrink_images(part, out, shrinking, num_workers) for part in (images.train, images.test))
-    return _go_through(images, parts, [])
+    return _go_through(images, parts, find_strays(images))
 
 
 def _go_through(
@@ -63,7 +66,12 @@ def _go_through(
     console = Console(soft_wrap=True, highlight=False, markup=False)
     num_images = len(folder.train.labels) + len(folder.test.labels)
     problems = [*problems]
-    with StopRequest() as stop, Progress(console=console, disable=not console.is_terminal) as progress:
+    with (
+        warnings.catch_warnings(),
+        StopRequest() as stop,
+        Progress(console=console, disable=not console.is_terminal) as progress,
+    ):
+        warnings.simplefilter("ignore")  # Pillow's: what is wrong with an image is listed
         task = progress.add_task(f"{num_images} images", total=num_images)
         for problem in chain.from_iterable(parts):
             if problem is not None:
@@ -77,6 +85,6 @@ def _go_through(
         console.print(f"{kind}: {count}")
         for problem in problems:
             if problem.kind == kind:
-                console.print(f"  {problem.where}: {problem.reason}")
+                console.print(f"  {printable(f'{problem.where}: {problem.reason}')}")
     console.print(f"{num_images} images, {len(problems)} problems")
     return BAD_INPUT if problems else DONE

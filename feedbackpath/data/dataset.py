@@ -86,8 +86,8 @@ def minibatches(
 
     The last batch may be short. Shuffling is for training: batch normalisation has no variance over a single
     sample, so a last batch of one is left out, and a small batch is shared by fewer processes, none of which
-    gets a single one. Images that could not be read are left out too. Evaluation sees every sample, and one
-    that could not be read has the label `UNREADABLE`, which no network predicts.
+    gets a single one. Images that could not be read are left out too. Evaluation gets every sample, and one
+    that could not be read has the label `UNREADABLE`: `leave_out_unreadable`.
 
     Args:
         split: The samples.
@@ -140,6 +140,11 @@ def _share(batch: Tensor, smallest: int, rank: int, world_size: int) -> Tensor:
 
 def _read_readable(split: Split, indices: Tensor, epoch: int) -> Samples:
     x, y = split.batch(indices, epoch)
+    return leave_out_unreadable(x, y)
+
+
+def leave_out_unreadable(x: Tensor, y: Tensor) -> Samples:
+    """Return the samples of a batch that could be read."""
     if y.is_floating_point() or y.dim() != 1:  # no labels of images
         return x, y
     is_readable = y != UNREADABLE

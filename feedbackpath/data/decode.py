@@ -9,7 +9,8 @@ rows of pixels there are. With a smaller number there, the blocks below are neve
 lies above its lower edge.
 
 As is usual for ImageNet, EXIF orientation is ignored. Grey, palette, CMYK and 16-bit images become RGB; an
-alpha channel is dropped.
+alpha channel is dropped. Pixels without an agreed white, such as 32-bit numbers, are refused, and so are
+images that would take much memory or time: `FORMATS`, `MAX_PIXELS`, `MAX_RATIO` and `MAX_SCANNED` set limits.
 """
 
 import io
@@ -38,8 +39,16 @@ Pixels = npt.NDArray[np.uint8]
 ChooseBox = Callable[[int, int], Box]
 """From the width and height of an image to the part that is wanted."""
 
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+"""What may be opened: Pillow knows others, and hands some of them to programs such as Ghostscript."""
+
+MAX_PIXELS = 2**26  # ImageNet's largest image has 61 million; decoding takes up to 20 bytes each
+MAX_RATIO = 100  # of the long side to the short one, which is scaled to a fixed length
+MAX_SCANNED = 2**31  # pixels times the scans of a progressive JPEG, each a pass over all; ten are usual
+
 JPEG_MAGIC = b"\xff\xd8\xff"
 END_OF_JPEG = b"\xff\xd9"
+START_OF_SCAN = b"\xff\xda"
 BASELINE = (0xC0, 0xC1)  # frame headers whose blocks come in one pass; others take several over the image
 NO_SEGMENT = (0xDA, 0xFF)  # the scan itself, and fill bytes, which files hardly ever have
 JPEG_COLOURS = ("YCbCr", "Gray", "RGB")  # others simplejpeg would take for RGB: Pillow converts them
@@ -57,7 +66,7 @@ def decode(raw: bytes, choose_box: ChooseBox | None = None) -> Pixels:
     """Decode an image to RGB.
 
     Args:
-        raw: The bytes of an image file of any format that Pillow reads.
+        raw: The bytes of an image file, in one of `FORMATS`.
         choose_box: Says which part is wanted; the whole by default.
 
     Returns:
@@ -77,6 +86,7 @@ def _decode_by_simplejpeg(raw: bytes, choose_box: ChooseBox | None) -> Pixels | 
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(raw)
+        _check_size(raw, width, height)
         if colours not in JPEG_COLOURS:
             return None
         left, top, right, bottom = choose_box(width, height) if choose_box else (0, 0, width, height)
@@ -93,10 +103,14 @@ def _decode_by_pillow(raw: bytes, choose_box: ChooseBox | None) -> Pixels:
     box = choose_box(*image.size) if choose_box else None
     if box and image.format == "JPEG":
         image = _open(shorten(raw, box[3]))
-    image.decodermaxblock = len(raw)  # all bytes are here: no need to feed them in blocks
+    # All bytes are here: no need to feed them in blocks.
+    image.decodermaxblock = max(len(raw), image.decodermaxblock)
     try:
+        _check_values(image)
         # Cropped before it becomes an array: what is outside need not be copied.
         return np.array(_to_rgb(image.crop(box) if box else image))
+    except UnreadableImageError:
+        raise
     except Exception as error:
         raise UnreadableImageError(f"it cannot be decoded: {error}", is_truncated=True) from error
 
@@ -153,9 +167,43 @@ def _open(raw: bytes) -> "ImageFile":
     if not raw:
         raise UnreadableImageError("it is empty")
     try:
-        return pillow.open(io.BytesIO(raw))
+        image = pillow.open(io.BytesIO(raw), formats=FORMATS)
+    except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
+        raise UnreadableImageError(f"it claims to have more than {MAX_PIXELS:,} pixels") from error
     except Exception as error:  # a format's reader may raise nearly anything on damaged bytes
-        raise UnreadableImageError("it is not an image") from error
+        raise UnreadableImageError(f"it is not an image in {', '.join(FORMATS)}") from error
+    _check_size(raw, *image.size)
+    return image
+
+
+def _check_size(raw: bytes, width: int, height: int) -> None:
+    """Refuse an image by what its header claims, before memory is taken for it."""
+    if width * height > MAX_PIXELS:
+        raise UnreadableImageError(
+            f"it claims {width} x {height} pixels, more than {MAX_PIXELS:,}: make it smaller"
+        )
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise UnreadableImageError(
+            f"it is {width} x {height} pixels, one side more than {MAX_RATIO} times the other: cut it"
+        )
+    max_scans = MAX_SCANNED // max(width * height, 1)
+    # Most files are too short for so many, and need not be searched.
+    if raw.startswith(JPEG_MAGIC) and len(raw) > 10 * max_scans < 10 * raw.count(START_OF_SCAN):
+        raise UnreadableImageError(f"its {width} x {height} pixels come in too many scans: save it anew")
+
+
+def _check_values(image: "ImageFile") -> None:
+    """Refuse grey values of which nobody can say how bright they are: all but those of 8 or 16 bits."""
+    # Tags of TIFF 6.0; with 0 in the second, larger values are darker.
+    bits_per_sample, photometric, tile_width, tile_height = 258, 262, 322, 323
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(tile_width, 0) * tags.get(tile_height, 0) > MAX_PIXELS:
+        raise UnreadableImageError(f"it claims tiles of more than {MAX_PIXELS:,} pixels")
+    is_sixteen_bits = tags.get(bits_per_sample, (16,)) == (16,) and tags.get(photometric, 1) != 0
+    if image.mode.startswith("I;16") and is_sixteen_bits:
+        return
+    if image.mode[0] == "F" or (image.mode[0] == "I" and image.format not in ("PNG", "PPM")):
+        raise UnreadableImageError("its grey values have no agreed white: save it with 8 or 16 unsigned bits")
 
 
 def _to_rgb(image: "Image") -> "Image":
@@ -164,7 +212,7 @@ def _to_rgb(image: "Image") -> "Image":
     if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would clip and not scale them
         from PIL import Image as pillow
 
-        grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        grey = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
         return pillow.fromarray(grey).convert("RGB")
     if "transparency" in image.info:  # Pillow warns where it drops that of a palette in one step
         image = image.convert("RGBA")

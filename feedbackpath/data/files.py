@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from feedbackpath.data.dataset import Augmentation, Dataset, Samples, array_dataset
-from feedbackpath.errors import DataError
+from feedbackpath.data.reading import MAX_BYTES, read_file
+from feedbackpath.errors import DataError, printable
 
 GREY_SIZE, COLOUR_SIZE = 28, 32  # pixels a side
 PADDING = 4  # pixels
@@ -78,7 +79,7 @@ def load_files(
         num_classes=source.num_classes,
         mean=[255 * mean for mean in source.mean],
         std=[255 * std for std in source.std],
-        source=str(paths[0].parent),
+        source=printable(str(paths[0].parent)),
         seed=seed,
         samples_per_epoch=samples_per_epoch,
         augment=source.augment,
@@ -167,49 +168,96 @@ def _read_cifar_batch(path: Path, num_classes: int) -> Samples:
     row = 3 * COLOUR_SIZE**2
     raw = _read_bytes(path)
     try:
-        batch = _ArrayUnpickler(io.BytesIO(raw), encoding="bytes").load()
-        data, labels = batch[b"data"], np.asarray(batch[label_key])
-        if data.dtype != np.uint8 or data.shape[1:] != (row,) or labels.dtype.kind != "i":
-            raise TypeError(f"{data.dtype} {data.shape} and {labels.dtype} {labels.shape}")
+        batch = _ArrayUnpickler(_CountedReads(raw), encoding="bytes").load()
+        data, labels = _array_of_bytes(batch[b"data"]), batch[label_key]
+        if data.shape[1:] != (row,) or not all(type(label) is int for label in labels):
+            raise TypeError(f"data of shape {data.shape}, labels in a {type(labels).__name__}")
+        labels = np.array(labels, np.int64)
     except Exception as error:  # a damaged pickle may raise nearly anything
         raise DataError(
             f"{path}: not a CIFAR batch, which is a dictionary with data, N x {row} bytes, and "
-            f"{label_key.decode()}, N whole numbers ({error!r})"
+            f"{label_key.decode()}, N whole numbers ({repr(error):.200})"
         ) from error
     _check_labels(path, labels, len(data), num_classes)
-    return torch.from_numpy(data.reshape(-1, 3, COLOUR_SIZE, COLOUR_SIZE)), torch.from_numpy(labels).long()
+    return torch.from_numpy(data.reshape(-1, 3, COLOUR_SIZE, COLOUR_SIZE)), torch.from_numpy(labels)
 
 
-def _make_dtype(spec: Any, align: Any, copy: Any) -> np.dtype[Any]:
-    """Rebuild a dtype; the files hold its flags as integers, of which newer NumPy warns."""
-    dtype: np.dtype[Any] = np.dtype(spec, align=bool(align), copy=bool(copy))
-    return dtype
+class _Pickled:
+    """What a pickle says of an array or of its dtype: NumPy would take raw bytes for pointers if told so."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
 
 
-# Where `_reconstruct` lives has changed over NumPy's versions; any array names the present one.
-_RECONSTRUCT = np.empty(0).__reduce__()[0]
-_ALLOWED_GLOBALS = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): _make_dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+def _array_of_bytes(pickled: _Pickled) -> npt.NDArray[np.uint8]:
+    """Make the array of unsigned bytes that was pickled; others are refused."""
+    _, shape, dtype, is_in_columns, raw = pickled.state
+    if dtype.arguments[0] not in ("u1", b"u1"):
+        raise TypeError("an array of other values than unsigned bytes")
+    return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if is_in_columns else "C").copy()
+
+
+_ARRAY_GLOBALS = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),  # where it was before NumPy 2
+    ("numpy._core.multiarray", "_reconstruct"),
 }
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds NumPy arrays, numbers, text, lists and dictionaries; a plain one would run any code."""
+def _skip_frame(unpickler: Any) -> None:
+    """Read over the size of a frame; what is in it follows."""
+    unpickler.read(8)
+
+
+class _ArrayUnpickler(pickle._Unpickler):
+    """Rebuilds arrays as `_Pickled`, numbers, text, lists and dictionaries; a plain one would run any code.
+
+    It is the one in Python, for that in C takes memory for as many objects as a file of ten bytes claims.
+    """
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.FRAME[0]: _skip_frame}
+    del dispatch[pickle.BYTEARRAY8[0]]  # it takes as much memory as it claims
+
+    def load(self) -> Any:
+        try:
+            return super().load()
+        except (KeyError, EOFError) as error:
+            raise pickle.UnpicklingError(f"invalid load key, or truncated: {error!r}") from error
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED_GLOBALS:
+        if (module, name) not in _ARRAY_GLOBALS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR batch needs")
-        return _ALLOWED_GLOBALS[module, name]
+        return _Pickled
+
+
+class _CountedReads(io.BytesIO):
+    """Bytes that are read in so many parts at most: a byte of a pickle can make an object of sixty."""
+
+    parts_left = 1_000_000  # CIFAR-100's training batch has half a million
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.parts_left -= 1
+        if self.parts_left < 0:
+            raise pickle.UnpicklingError("it has more parts than any CIFAR batch")
+        return super().read(size)
 
 
 def _read_bytes(path: Path) -> bytes:
+    """Return the content of a file, gzipped or not."""
     try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        raw = read_file(path)
+        if path.suffix == ".gz":
+            raw = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(MAX_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
+    if len(raw) > MAX_BYTES:
+        raise DataError(f"{path}: cannot be read (it unpacks to more than {MAX_BYTES:,} bytes)")
+    return raw
 
 
 def _check_labels(path: Path, labels: npt.NDArray[Any], num_images: int, num_classes: int) -> None:

@@ -1,6 +1,7 @@
 """Encoded images with labels, read one at a time: as files of their own, or as rows of Parquet files."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from feedbackpath.data.reading import open_file, read_file
 from feedbackpath.errors import DataError
+
+MIN_IMAGE_BYTES = 4  # of a row in a Parquet file, compressed
+MAX_GROUP_BYTES = 2**29
+MAX_LABEL = 2**31
 
 Numbers = npt.NDArray[np.int64]
 
@@ -27,7 +33,7 @@ class FileSet:
 
     def read(self, number: int) -> bytes:
         """Return the bytes of an image; an `OSError` says why they cannot be read."""
-        return (self.root / self.target(number)).read_bytes()
+        return read_file(self.root / self.target(number))
 
     def locate(self, number: int) -> str:
         """Say where an image is, for messages."""
@@ -35,7 +41,7 @@ class FileSet:
 
     def target(self, number: int) -> Path:
         """Return the path of an image as a file, relative to the top folder, here or in a copy."""
-        return Path(self.names[number].decode())
+        return Path(os.fsdecode(self.names[number]))
 
     def checksum(self) -> str:
         """Return a digest of names, sizes and labels; the images are not read for it."""
@@ -59,8 +65,7 @@ class ParquetSet:
     def read(self, number: int) -> bytes:
         """Return the bytes of an image."""
         file, group, first = self._find(number)
-        image = _read_group(self.files[file], group)[number - first].as_py()
-        raw: bytes | None = image["bytes"] if isinstance(image, dict) else image
+        raw: bytes | None = _read_group(self.files[file], group)[number - first].as_py()
         return raw or b""
 
     def locate(self, number: int) -> str:
@@ -75,7 +80,7 @@ class ParquetSet:
 
     def checksum(self) -> str:
         """Return a digest of the names and sizes of the files, and of the labels."""
-        return _digest(b"\0".join(file.name.encode() for file in self.files), self.sizes, self.labels)
+        return _digest(b"\0".join(os.fsencode(file.name) for file in self.files), self.sizes, self.labels)
 
     def _find(self, number: int) -> list[int]:
         """Return the file, the row group and its first row that an image is in."""
@@ -103,15 +108,20 @@ def open_parquet(split: str, files: Sequence[Path]) -> ParquetSet:
     groups, labels, num_rows = [], [], 0
     for place, path in enumerate(files):
         try:
-            with parquet.ParquetFile(path) as file:
+            with open_file(path) as source, parquet.ParquetFile(source) as file:
                 _check_columns(path, file.schema_arrow)
+                _check_claims(path, file.metadata)
                 labels.append(file.read(["label"], use_threads=False)["label"].to_numpy())
                 for group in range(file.num_row_groups):
                     groups.append((place, group, num_rows))
                     num_rows += file.metadata.row_group(group).num_rows
+            if len(labels[-1]) != file.metadata.num_rows:
+                raise OSError("its row groups have another number of rows than it claims")
         except (arrow.ArrowException, OSError) as error:
             raise DataError(f"{path}: cannot be read as Parquet ({error}): fetch it again") from error
-        if not np.issubdtype(labels[-1].dtype, np.integer) or labels[-1].min(initial=0) < 0:
+        if not np.issubdtype(labels[-1].dtype, np.integer) or not (
+            0 <= labels[-1].min(initial=0) <= labels[-1].max(initial=0) < MAX_LABEL
+        ):
             raise DataError(f"{path}: column 'label' must hold whole numbers from 0, and no gaps")
     sizes = np.array([path.stat().st_size for path in files], np.int64)
     table = np.array(groups, np.int64).reshape(-1, 3)
@@ -132,21 +142,44 @@ def _check_columns(path: Path, schema: Any) -> None:
         )
     from pyarrow import types
 
-    kind = schema.field("image").type
-    names = [field.name for field in kind] if types.is_struct(kind) else []
-    if not (types.is_binary(kind) or types.is_large_binary(kind) or "bytes" in names):
-        raise DataError(f"{path}: column 'image' is {kind}; it must be bytes, or structures with 'bytes'")
+    whole = kind = schema.field("image").type
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    if not (types.is_binary(kind) or types.is_large_binary(kind)):
+        raise DataError(f"{path}: column 'image' is {whole}; it must be bytes, or structures with 'bytes'")
+
+
+def _check_claims(path: Path, metadata: Any) -> None:
+    """Refuse what would take much memory, before it is read."""
+    if metadata.num_rows * MIN_IMAGE_BYTES > path.stat().st_size:
+        raise DataError(
+            f"{path}: it claims {metadata.num_rows:,} rows, more than its bytes can hold: fetch it again"
+        )
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        size = sum(group.column(column).total_uncompressed_size for column in range(group.num_columns))
+        if size > MAX_GROUP_BYTES:
+            raise DataError(
+                f"{path}: row group {number} has {size:,} bytes, more than the {MAX_GROUP_BYTES:,} that are "
+                "read at once: write it anew with smaller groups"
+            )
 
 
 @lru_cache(maxsize=1)
 def _read_group(path: Path, group: int) -> Any:
-    """Return the images of a row group, as pyarrow's scalars are made from them one by one."""
+    """Return the bytes of the images of a row group; pyarrow makes scalars of them one by one."""
     import pyarrow as arrow
-    from pyarrow import parquet
+    from pyarrow import compute, parquet, types
 
     try:
-        with parquet.ParquetFile(path) as file:
-            return file.read_row_group(group, columns=["image"], use_threads=False)["image"]
+        with open_file(path) as source:
+            metadata = parquet.read_metadata(source)
+            leaves = {metadata.schema.column(number).path for number in range(metadata.num_columns)}
+            leaves &= {"image", "image.bytes"}
+            # As a dictionary: one large image that stands in many rows is held once.
+            file = parquet.ParquetFile(source, metadata=metadata, read_dictionary=leaves)
+            column = file.read_row_group(group, columns=list(leaves), use_threads=False)["image"]
+            return compute.struct_field(column, "bytes") if types.is_struct(column.type) else column
     except arrow.ArrowException as error:
         raise OSError(f"row group {group} cannot be read ({error})") from error
 

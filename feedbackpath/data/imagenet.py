@@ -10,6 +10,7 @@ to 4/3. A crop depends on random numbers and the size of the image, not on the d
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from feedbackpath.data.decode import (
 )
 from feedbackpath.data.image_sets import ImageSet, Numbers
 from feedbackpath.data.layouts import LAYOUTS, open_folder
-from feedbackpath.errors import DataError
+from feedbackpath.errors import DataError, printable
 
 DEFAULT_SIZE = 224  # pixels a side
 VALIDATION_SHARE = 20  # one in so many
@@ -83,8 +84,9 @@ class ImageSplit(Split):
                 if self.on_bad_image == "error":
                     reason = getattr(error, "strerror", None) or error
                     raise DataError(
-                        f"{self.images.locate(number)}: cannot be read ({reason}): mend or remove it, or "
-                        "count such with --on-bad-image skip; feedbackpath data check DIR lists all of them"
+                        f"{self.images.locate(number)}: cannot be read ({reason}): go on without such images "
+                        "by --resume RUN --on-bad-image skip, or mend or remove it and begin a new run; "
+                        "feedbackpath data check DIR lists all of them"
                     ) from error
                 view.zero_()
                 label.fill_(UNREADABLE)
@@ -138,9 +140,9 @@ def load_imagenet(
         validation=ImageSplit(folder.train, validation, image_size, len(validation), on_bad_image),
         test=ImageSplit(folder.test, test, image_size, len(test), on_bad_image),
         facts={
-            "source": str(data_dir),
+            "source": printable(str(data_dir)),
             "layout": folder.layout,
-            "checksum": hashlib.sha256(names.encode()).hexdigest(),
+            "checksum": hashlib.sha256(os.fsencode(names)).hexdigest(),
             "decoders": describe_decoders(),
             "samples_per_epoch": num_samples,
             "sizes": {"train": len(train), "validation": len(validation), "test": len(test)},

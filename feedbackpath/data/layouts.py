@@ -1,7 +1,9 @@
 """How ImageNet lies in a folder: as class folders, as Kaggle ships it, or as Parquet files."""
 
 import csv
+import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from feedbackpath.data.image_sets import FileSet, ImageSet, class_name, open_parquet
+from feedbackpath.data.reading import read_file
 from feedbackpath.errors import DataError
 
 KAGGLE_IMAGES = Path("ILSVRC", "Data", "CLS-LOC")
@@ -55,6 +58,17 @@ def open_folder(root: Path) -> ImageFolder:
     return opener(root)
 
 
+def list_strays(folder: ImageFolder) -> list[str]:
+    """Return the paths of what lies beside class folders."""
+    parents = {"class folders": ("train", "val"), "kaggle": (folder.train_folder,)}.get(folder.layout, ())
+    return [
+        entry.path
+        for parent in parents
+        for entry in _list_visible(folder.root / parent)
+        if not entry.is_dir()
+    ]
+
+
 def _open_class_folders(root: Path) -> ImageFolder:
     classes = _list_folders(root / "train")
     strangers = sorted(set(_list_folders(root / "val")) - set(classes))
@@ -84,10 +98,17 @@ def _open_kaggle(root: Path) -> ImageFolder:
 
 def _open_parquet_folder(root: Path) -> ImageFolder:
     files = {split: _find_parquet(root, split) for split in ("train", "validation")}
+    for split, shards in files.items():
+        _check_shards(root, split, shards)
     if not files["validation"]:
         raise DataError(f"imagenet: {root} has train-*.parquet but no validation-*.parquet; put it there")
     train, test = open_parquet("train", files["train"]), open_parquet("val", files["validation"])
     num_classes = int(train.labels.max(initial=-1)) + 1
+    if num_classes > len(train.labels):
+        raise DataError(
+            f"imagenet: {root} has label {num_classes - 1} in train, which has {len(train.labels)} images: "
+            "number the classes from 0 without gaps"
+        )
     if test.labels.max(initial=-1) >= num_classes:
         raise DataError(
             f"imagenet: {root} has label {test.labels.max()} in validation, but none above {num_classes - 1} "
@@ -100,13 +121,13 @@ def _open_parquet_folder(root: Path) -> ImageFolder:
 def _read_kaggle_labels(path: Path, classes: Mapping[str, int]) -> dict[str, int]:
     """Return the class of every validation image, by the name of its file without the ending."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [(row["ImageId"], row["PredictionString"].split()[0]) for row in csv.DictReader(file)]
+        text = io.StringIO(read_file(path).decode("utf-8-sig"), newline="")
+        rows = [(row["ImageId"], row["PredictionString"].split()[0]) for row in csv.DictReader(text)]
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}): it belongs to Kaggle's layout"
         ) from error
-    except (KeyError, AttributeError, IndexError, ValueError) as error:
+    except (KeyError, AttributeError, IndexError, ValueError, csv.Error) as error:
         raise DataError(
             f"{path}: not Kaggle's table; each row must have an ImageId and a PredictionString that begins "
             "with a class"
@@ -114,7 +135,13 @@ def _read_kaggle_labels(path: Path, classes: Mapping[str, int]) -> dict[str, int
     strangers = sorted({name for _, name in rows} - classes.keys())
     if strangers:
         raise DataError(f"{path}: classes without a folder in train: {_shorten(strangers)}")
-    return {image: classes[name] for image, name in rows}
+    found: dict[str, int] = {}
+    doubled = sorted(
+        {image for image, name in rows if found.setdefault(image, classes[name]) != classes[name]}
+    )
+    if doubled:
+        raise DataError(f"{path}: two classes for {_shorten(doubled)}: leave the right one")
+    return found
 
 
 def _list_classes(root: Path, folder: Path, classes: Sequence[str]) -> FileSet:
@@ -129,18 +156,35 @@ def _list_classes(root: Path, folder: Path, classes: Sequence[str]) -> FileSet:
 
 def _make_set(root: Path, folder: Path, found: Sequence[tuple[str, int]], labels: Sequence[int]) -> FileSet:
     prefix = folder.relative_to(root)
-    names = [str(prefix / name).encode() for name, _ in found]
+    names = [os.fsencode(prefix / name) for name, _ in found]
     sizes = [size for _, size in found]
     return FileSet(root, np.array(names, np.bytes_), np.array(sizes, np.int64), np.array(labels, np.int64))
 
 
 def _list_folders(folder: Path) -> tuple[str, ...]:
+    names = [entry.name for entry in _list_visible(folder) if _leads_nowhere(entry)]
+    if names:
+        raise DataError(
+            f"imagenet: {folder} has links that lead nowhere: {_shorten(names)}: mend or remove them"
+        )
     return tuple(entry.name for entry in _list_visible(folder) if entry.is_dir())
 
 
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and not os.path.exists(entry.path)
+
+
 def _list_files(folder: Path) -> list[tuple[str, int]]:
-    """Return the names and sizes of all files; what is no image is found when it is read."""
-    return [(entry.name, entry.stat().st_size) for entry in _list_visible(folder) if entry.is_file()]
+    """Return the names and sizes of all that a folder holds; what is no image is found when it is read."""
+    return [(entry.name, _size(entry)) for entry in _list_visible(folder)]
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    """Return the bytes of a file; 0 of a folder, or a link that leads nowhere."""
+    try:
+        return entry.stat().st_size if entry.is_file() else 0
+    except OSError:
+        return 0
 
 
 def _list_visible(folder: Path) -> list[os.DirEntry[str]]:
@@ -155,7 +199,18 @@ def _list_visible(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _find_parquet(root: Path, split: str) -> list[Path]:
-    return sorted(root.glob(f"{split}-*.parquet")) or sorted(root.glob(f"data/{split}-*.parquet"))
+    return sorted([*root.glob(f"{split}-*.parquet"), *root.glob(f"data/{split}-*.parquet")])
+
+
+def _check_shards(root: Path, split: str, files: Sequence[Path]) -> None:
+    """Refuse numbered files, such as ``train-00000-of-00002.parquet``, if one is missing or doubled."""
+    names = [re.match(rf"{split}-(\d+)-of-(\d+)", file.name) for file in files]
+    numbers = sorted((int(name[2]), int(name[1])) for name in names if name)
+    if numbers and numbers != [(len(numbers), number) for number in range(len(numbers))]:
+        raise DataError(
+            f"imagenet: {root} has not each {split} file of {numbers[-1][0]} once, but "
+            f"{_shorten([file.name for file in files])}: add what is missing, and remove what is doubled"
+        )
 
 
 def _shorten(names: Sequence[str], shown: int = 3) -> str:

@@ -3,19 +3,27 @@
 import io
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from feedbackpath.data.decode import UnreadableImageError, decode, fit_short_side, image_format, resize
+from feedbackpath.data.decode import (
+    FORMATS,
+    UnreadableImageError,
+    decode,
+    fit_short_side,
+    image_format,
+    resize,
+)
 from feedbackpath.data.image_sets import FileSet, ImageSet
-from feedbackpath.data.layouts import KAGGLE_TEXTS, ImageFolder
+from feedbackpath.data.layouts import KAGGLE_TEXTS, ImageFolder, list_strays
+from feedbackpath.data.reading import read_file
 from feedbackpath.data.workers import map_in_order
 from feedbackpath.errors import DataError
 
 NOTE = "shrink.json"  # with the settings of a copy
+PARTIAL = ".part"  # ends the name of a file that is being written; it begins with a dot, as of no image
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,11 @@ def find_empty_classes(folder: ImageFolder) -> list[Problem]:
     ]
 
 
+def find_strays(folder: ImageFolder) -> list[Problem]:
+    """Return what lies beside the class folders, where no image is looked for."""
+    return [Problem("not looked at", path, "it is no class folder") for path in list_strays(folder)]
+
+
 @dataclass(frozen=True)
 class Shrinking:
     """How images are shrunk."""
@@ -70,19 +83,22 @@ def prepare_copy(folder: ImageFolder, out: Path, shrinking: Shrinking) -> None:
     note = {"source": str(source), "size": shrinking.size, "quality": shrinking.quality}
     path = out / NOTE
     if path.exists():
-        begun = path.read_text(encoding="utf-8").strip()
+        begun = read_file(path).decode(errors="replace").strip()
         if begun != json.dumps(note):
             raise DataError(
                 f"{out} holds a copy made otherwise ({begun}): go on with the same, or choose another folder"
             )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(entry.name != f".{NOTE}{PARTIAL}" for entry in out.iterdir()):
         raise DataError(f"{out} holds other files: choose an empty folder, or one that does not exist")
+    # First of all: a copy that is killed from here on is known for one.
+    _write_whole(path, (json.dumps(note) + "\n").encode())
+    for left_over in out.rglob(f".*{PARTIAL}"):
+        left_over.unlink(missing_ok=True)
     for name in folder.classes:
         (out / folder.train_folder / name).mkdir(parents=True, exist_ok=True)
     for name in KAGGLE_TEXTS:
         if (folder.root / name).exists():
-            shutil.copyfile(folder.root / name, out / name)
-    path.write_text(json.dumps(note) + "\n", encoding="utf-8")
+            _write_whole(out / name, read_file(folder.root / name))
 
 
 def shrink_images(
@@ -101,24 +117,31 @@ def _copy_image(images: ImageSet, out: Path, shrinking: Shrinking, number: int) 
         shrunk = shrink_image(images.read(number), target, shrinking)
     except (UnreadableImageError, OSError) as error:
         return _make_problem(images, number, error)
-    part = target.with_name(f".{target.name}.part")  # hidden, so that it is no image if the process is killed
+    _write_whole(target, shrunk)
+    return None
+
+
+def _write_whole(target: Path, content: bytes) -> None:
+    """Write a file beside its place and move it there: it is whole, or not there."""
+    beside = target.with_name(f".{target.name}{PARTIAL}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(shrunk)
-        os.replace(part, target)
+        beside.write_bytes(content)
+        os.replace(beside, target)
     except OSError as error:
+        beside.unlink(missing_ok=True)
         raise DataError(
             f"{target}: cannot be written ({error.strerror}): make room, or choose another folder, and "
             "run the command again"
         ) from error
-    return None
 
 
 def shrink_image(raw: bytes, name: Path, shrinking: Shrinking) -> bytes:
     """Return the bytes of an image whose short side is at most `size`.
 
     One that is small enough, and is what its name says, is returned as it is. Others are decoded to RGB,
-    resized with an antialiased bilinear filter, and encoded in the format of their name, without EXIF data.
+    resized with an antialiased bilinear filter, and encoded in the format of their name, or as a JPEG where
+    that is not one of `FORMATS`, without EXIF data.
     """
     from PIL import Image
 
@@ -131,7 +154,11 @@ def shrink_image(raw: bytes, name: Path, shrinking: Shrinking) -> bytes:
         pixels = resize(pixels, *fit_short_side(height, width, shrinking.size)).permute(1, 2, 0).numpy()
     stream = io.BytesIO()
     file_format = Image.registered_extensions().get(name.suffix.lower(), "JPEG")
-    Image.fromarray(pixels).save(stream, file_format, quality=shrinking.quality)
+    file_format = file_format if file_format in FORMATS else "JPEG"
+    try:
+        Image.fromarray(pixels).save(stream, file_format, quality=shrinking.quality)
+    except Exception as error:  # WebP, for one, has at most 16,383 pixels a side
+        raise UnreadableImageError(f"it cannot be written as {file_format}: {error}") from error
     return stream.getvalue()
 
 

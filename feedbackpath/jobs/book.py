@@ -36,6 +36,7 @@ from feedbackpath.train.store import Checkpoints, write_json, write_json_lines, 
 FREE_TO_CHANGE = {  # on --resume; all else decides the numbers
     "rules", "seeds", "num_threads", "num_workers", "device", "devices", "num_nodes",
     "checkpoint_steps", "keep_checkpoints", "data_dir", "imports",
+    "on_bad_image",  # until a bad image is met, both do the same, and "error" ends there
 }  # fmt: skip
 FREE_TO_MOVE = {"source"}  # among the data's facts: a checksum says whether it is the same data
 PAGE_SHARE = 20  # while a job runs, its page takes at most one part in so many of the time

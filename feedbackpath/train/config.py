@@ -48,7 +48,7 @@ class DataSettings(BaseModel):
         None, ge=2, description="training samples per epoch"
     )
     on_bad_image: Annotated[Literal["error", "skip"] | None, DATA] = Field(
-        None, description="an unreadable training image stops the run (error), or is counted (imagenet)"
+        None, description="an unreadable image stops the run (error), or is left out and counted (imagenet)"
     )
     evaluate_on: Annotated[Literal["test", "validation"], DATA] = Field(
         "test", description="split of the reported metric; choose settings on validation"

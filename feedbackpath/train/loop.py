@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from feedbackpath.data import Split, minibatches
+from feedbackpath.data.dataset import leave_out_unreadable
+from feedbackpath.errors import DataError
 from feedbackpath.tasks import Task
 from feedbackpath.train.build import make_network, make_optimizer, make_path
 from feedbackpath.train.config import TrainConfig
@@ -290,6 +292,7 @@ class Training:
 
     def _end_epoch(self, loss: float | None, started: float) -> Measured:
         epoch, unreadable = self.epoch, self.tally.unreadable
+        _refuse_if_none_is_readable(self.tally.samples, unreadable, f"training, epoch {epoch}")
         self.epoch, self.consumed, self.tally = epoch + 1, 0, _Tally()
         measured = self._measure(epoch, loss, started)
         if self.config.on_bad_image == "skip":
@@ -299,10 +302,12 @@ class Training:
     def _measure(self, epoch: int, train_loss: float | None, started: float) -> Measured:
         """Measure the metric, angles and gains."""
         self.engine.share_buffers(self.model)
+        test, unreadable = self._measure_readable(getattr(self.task, self.config.evaluate_on))
         entry = Entry(
             epoch=epoch,
             train_loss=train_loss,
-            test=self.measure_metric(getattr(self.task, self.config.evaluate_on)),
+            test=test,
+            unreadable_test_images=unreadable if self.config.on_bad_image == "skip" else None,
             validation=self.measure_metric(self.task.validation) if self.config.select_best else None,
             matrix_angle_deg=_finite(self.path.matrix_angles()),
             delta_angle_deg=_finite(self._delta_angles(epoch)),
@@ -318,17 +323,31 @@ class Training:
         x, y = next(self._batches(self.task.train, epoch=epoch, num_samples=num_samples))
         return self.path.delta_angles(lambda: self._loss(self.model, x, y)) if len(y) else {}
 
-    @torch.no_grad()
     def measure_metric(self, split: Split) -> float:
-        """Return the mean of the task's score over a split, every process taking its share."""
+        """Return the mean of the task's score over what can be read of a split; every process takes a share.
+
+        Raises:
+            DataError: Nothing of it can be read.
+        """
+        return self._measure_readable(split)[0]
+
+    @torch.no_grad()
+    def _measure_readable(self, split: Split) -> tuple[float, int]:
+        """Return the mean score over a split, and how many of its samples could not be read."""
         self.model.eval()
+        readable = 0
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         for x, y in self._batches(split, epoch=0, batch_size=EVALUATION_BATCH, shuffle=False):
+            if self.config.on_bad_image == "skip":
+                x, y = leave_out_unreadable(x, y)
+            readable += len(y)
             if len(y):
                 with self.engine.autocast():
                     total += self.task.score(self.model(self.engine.place(x)), self.engine.place(y)).sum()
-        (summed,) = self.engine.sum([total])
-        return summed / len(split)
+        summed, num_readable = self.engine.sum([total, readable])
+        unreadable = len(split) - int(num_readable)
+        _refuse_if_none_is_readable(len(split), unreadable, "evaluation")
+        return summed / num_readable, unreadable
 
     def _loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with self.engine.autocast():
@@ -354,3 +373,12 @@ class Training:
 
 def _finite(numbers: dict[str, float]) -> Layers:
     return {layer: number if math.isfinite(number) else None for layer, number in numbers.items()}
+
+
+def _refuse_if_none_is_readable(samples: int, unreadable: int, what: str) -> None:
+    """Refuse to go on with numbers that are of no image at all."""
+    if unreadable and unreadable == samples:
+        raise DataError(
+            f"{what}: none of {samples} images could be read: feedbackpath data check DIR says why; "
+            "--resume goes on once the files are there as they were"
+        )

@@ -20,7 +20,10 @@ Layers = dict[str, float | None]
 Status = Literal["waiting", "running", "interrupted", "finished", "diverged"]
 ENDED: tuple[Status, ...] = ("finished", "diverged")
 BY_LAYER = {"matrix_angle_deg", "delta_angle_deg", "gain"}  # a layer may have any name, "test" too
-SPARSE = {"start", "best", "diverged_epoch", "divergence", "diverged", "validation", "unreadable_images"}
+SPARSE = {
+    "start", "best", "diverged_epoch", "divergence", "diverged", "validation", "unreadable_images",
+    "unreadable_test_images",
+}  # fmt: skip
 """Fields that files leave out where there is nothing to say."""
 
 
@@ -71,6 +74,9 @@ class Entry(_Typed):
     gain: Layers = Field(default_factory=dict, description="⟨B,W⟩/⟨W,W⟩")
     seconds: float = Field(0.0, description="time of the epoch, measuring included")
     unreadable_images: int | None = Field(None, description="images left out, with `on_bad_image: skip`")
+    unreadable_test_images: int | None = Field(
+        None, description="images left out of the metric on that split, with `on_bad_image: skip`"
+    )
 
 
 class Best(_Typed):
