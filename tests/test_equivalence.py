@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from feedbackpath import cli
-from feedbackpath.report.equivalence import compare_with_backprop, look, seeds_needed, t_quantile
+from feedbackpath.report.equivalence import (
+    compare_with_backprop,
+    describe,
+    look,
+    seeds_needed,
+    t_quantile,
+)
 from feedbackpath.train.results import Results, Run, read_results
 
 
@@ -20,7 +26,7 @@ def results_of(**values):
 
 def test_quantiles_are_students():
     stats = pytest.importorskip("scipy.stats")
-    for freedom in (1, 2, 3, 4, 9, 10, 11, 60):
+    for freedom in (1, 2, 3, 4, 9, 10, 11, 60, 999, 1000, 10**6):
         for share in (0.5001, 0.9, 0.95, 0.975, 0.999):
             assert t_quantile(share, freedom) == pytest.approx(
                 stats.t.ppf(share, freedom), rel=1e-6, abs=1e-9
@@ -101,3 +107,32 @@ def test_the_command_writes_the_margin_down_and_prints_the_verdict(tmp_path, cap
         assert message in " ".join((printed.out + printed.err).split())
     assert [test.seeds for test in read_results(tmp_path / "run").equivalence] == [2, 3]
     assert "fa minus bp" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_rule_that_came_after_a_look_joins_it():
+    results = results_of(bp=(3.0, 3.1, 3.2), kp=(3.1, 3.1, 3.3))
+    look(results, 0.5, seeds=3)
+    (kp,) = results.equivalence[0].verdicts
+    results.runs += results_of(fa=(5.0, 5.1, 5.3)).runs
+    look(results, 0.5, seeds=3)
+    (test,) = results.equivalence
+    assert [found.rule for found in test.verdicts] == ["kp", "fa"]
+    assert test.verdicts[0] == kp
+
+
+def test_a_rule_that_could_not_be_judged_is_named():
+    results = results_of(bp=(3.0, 3.1, 3.2), kp=(3.1, 3.1, 3.3), fa=(1.0,))
+    results.runs += [Run(rule="wm", seed=seed, status="diverged") for seed in range(3)]
+    look(results, 0.5, seeds=3)
+    kp, *others = describe(results)
+    assert kp.startswith("kp minus bp: +0.07 points")
+    assert others == [
+        f"{rule} minus bp: not judged, fewer than two seeds that both have finished" for rule in ("fa", "wm")
+    ]
+
+
+@pytest.mark.parametrize(("spread", "margin"), [(0.5, 0.01), (0.0, 0.5), (3e6, 1e-3)])
+def test_a_narrow_margin_is_answered_at_once(spread, margin):
+    n = seeds_needed(spread, margin)
+    expected = 3 if spread == 0 else min(((1.6449 + 1.2816) * spread / margin) ** 2, 10**9)
+    assert n == pytest.approx(expected, rel=1e-3)

@@ -399,3 +399,40 @@ def test_unreadable_test_images_are_no_errors(tmp_path):
     (only,) = read_results(tmp_path / "run").runs[0].history
     assert only.unreadable_test_images == 8
     assert only.test in {0.0, 25.0, 50.0, 75.0, 100.0}  # of the four that are left
+
+
+def test_a_comparison_does_not_take_over_the_folder_of_a_trained_network(tmp_path, trained, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+    job = ["compare", *SMALL, "--rules", "kp", "--epochs", 3, "--select-best", "--out", out, "--resume"]
+    assert run_cli(*job) == 2
+    assert "was made by train, and compare cannot go on with it" in capsys.readouterr().err
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "checkpoints/kp-seed0/best-*.pt"])
+def test_what_a_finished_run_has_lost_is_made_again(tmp_path, trained, lost):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    best = read_results(out).runs[0].best.epoch
+    (path,) = out.glob(lost)
+    content = path.read_bytes()
+    path.unlink()
+    results = json.loads((out / "results.json").read_text())
+    results["runs"][0]["test_error"] = None
+    (out / "results.json").write_text(json.dumps(results))
+    assert run_cli("train", "--resume", out) == 0
+    assert read_results(out).runs[0].test == read_results(trained).runs[0].test
+    assert (read_results(out).runs[0].status, len(read_results(out).runs[0].history)) == ("finished", 3)
+    if best == 3 or not lost.startswith("checkpoints"):
+        assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["bq", "KP"])
+def test_settings_of_a_rule_that_does_not_exist_are_refused(tmp_path, capsys, name):
+    (tmp_path / "c.yaml").write_text(f"by_rule: {{{name}: {{lr: 0.1}}}}\n")
+    job = ["compare", *SMALL, "--rules", "kp", "--config", tmp_path / "c.yaml", "--out", tmp_path / "run"]
+    assert run_cli(*job) == 2
+    assert f"unknown rule '{name}'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -156,3 +157,129 @@ def test_a_recorder_says_how_a_run_ended(tmp_path):
     record.epoch(1, value=90.0)
     record.close("diverged")
     assert read_results(tmp_path).run_of("fa", 0).diverged_epoch == 2
+
+
+OWN = """
+import sys
+import torch
+import feedbackpath as fp
+from torch import nn
+
+x = torch.ones(40, 3)
+HERE = {here!r}
+
+
+def make(seed):
+    parts = {{name: (x, x.sum(1, keepdim=True)) for name in ("train", "validation", "test")}}
+    return fp.Task.of_tensors(
+        "own", **parts | {parts}, num_outputs=1, loss={loss}, score={score}, metric="mse", unit=""
+    )
+
+
+fp.register_task("own" + HERE, make)
+fp.register_model("net" + HERE, lambda: {model})
+{more}
+"""
+GOOD = {
+    "parts": "{}",
+    "loss": "nn.functional.mse_loss",
+    "score": "lambda output, y: (output - y).square().mean(1)",
+    "model": "nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))",
+    "more": "",
+}
+
+
+def run_own(folder, *arguments, **changes):
+    """Compare on a task and network of one's own, in this process, under names that are new."""
+    here = folder.name
+    (folder / "own.py").write_text(OWN.format(here=here, **(GOOD | changes)))
+    own = ["--import", folder / "own.py", "--data", f"own{here}", "--model", f"net{here}", *arguments]
+    return run_cli(
+        "compare", *own, "--rules", "bp", "--epochs", 2, "--num-threads", 1, "--out", folder / "run"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score": "nn.functional.mse_loss"}, "the score []"),
+        ({"score": "lambda output, y: (output - y).square()"}, "the score [2, 1]"),
+        ({"loss": "lambda output, y: (output - y).square().mean(1)"}, "the loss has the shape [2]"),
+        ({"model": "nn.Linear(5, 1)"}, "RuntimeError: mat1 and mat2 shapes"),
+        ({"model": "nn.LSTM(3, 1)"}, "'tuple' object"),
+        ({"model": "1 / 0"}, "own.py, line 19: ZeroDivisionError"),
+        ({"parts": "{'train': (x[:1], x[:1])}"}, "own.py, line 13: DataError: own: train has 1 inputs"),
+        ({"parts": "{'validation': (x[:0], x[:0])}"}, "validation has 0 inputs and 0 targets"),
+        ({"more": "sys.exit(0)"}, "own.py, line 20: SystemExit: 0"),
+        ({"more": "fp.register_task('a/b', make)"}, "'a/b' would be read as a folder"),
+        ({"more": "fp.register_task('c', lambda: 3)"}, "is called with seed=0, and cannot be"),
+        ({"more": "fp.register_model('own', None)"}, "TypeError: None is not a callable"),
+    ],
+)
+def test_what_of_ones_own_does_not_fit_is_one_line_before_anything_is_written(
+    tmp_path, capsys, changes, message
+):
+    assert run_own(tmp_path, **changes) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_a_score_that_is_not_finite_counts_as_not_measured(tmp_path, number):
+    score = f"lambda output, y: (output - y).square().mean(1) * float('{number}')"
+    assert run_own(tmp_path, "--select-best", score=score) == 0
+    (run,) = read_results(tmp_path / "run").runs
+    assert (run.status, run.test, run.best) == ("finished", None, None)
+    assert run_cli("report", tmp_path / "run") == 0
+
+
+def test_numbers_that_are_not_finite_at_first_are_never_the_best(tmp_path):
+    score = "lambda output, y, n=[0]: (n.append(0), (output - y).square().mean(1) / (len(n) > 6))[1]"
+    assert run_own(tmp_path, "--select-best", score=score) == 0
+    (run,) = read_results(tmp_path / "run").runs
+    assert run.best.epoch == 2
+
+
+@pytest.mark.parametrize("value", [np.float32(2.5), torch.tensor(2.5), np.float64(2.5)])
+def test_recorders_take_numbers_of_any_kind(tmp_path, value):
+    with fp.Recorder(tmp_path, rule="kp") as record:
+        record.epoch(1, value=value, train_loss=value, delta_angle_deg={"fc": value})
+    assert read_results(tmp_path).runs[0].test == 2.5
+
+
+@pytest.mark.parametrize(
+    "misuse",
+    [
+        lambda record: record.epoch(2, value="high"),
+        lambda record: record.epoch(1.5, value=1.0),
+        lambda record: record.epoch(-1, value=1.0),
+        lambda record: record.close("done"),
+        lambda record: (record.close(), record.epoch(2, value=1.0)),
+        lambda record: fp.Recorder(record.folder, rule=None),
+        lambda record: fp.Recorder(record.folder, rule="fa", seed="a"),
+        lambda record: fp.Recorder(record.folder, rule="fa", config={"x": torch.ones(1)}),
+    ],
+)
+def test_recorders_refuse_what_cannot_be_written_and_lose_nothing(tmp_path, misuse):
+    record = fp.Recorder(tmp_path, rule="kp")
+    record.epoch(1, value=4.0)
+    with pytest.raises(ConfigError):
+        misuse(record)
+    record.close()
+    record.close("interrupted")  # says nothing new
+    (run,) = read_results(tmp_path).runs
+    assert (run.rule, run.status, [entry.test for entry in run.history]) == ("kp", "finished", [4.0])
+
+
+def test_a_recorder_leaves_what_a_job_has_written_into_its_folder(tmp_path):
+    job = ["compare", "--data", "digits", "--model", "mlp", "--rules", "bp", *SHORT, "--out", tmp_path]
+    assert run_cli(*job) == 0
+    before = read_results(tmp_path)
+    with fp.Recorder(tmp_path, rule="mine") as record:
+        record.epoch(1, value=5.0)
+    after = read_results(tmp_path)
+    assert (after.data, after.model, after.config) == (before.data, before.model, before.config)
+    assert run_cli(*job, "--resume") == 0
+    assert [run.rule for run in read_results(tmp_path).runs] == ["bp", "mine"]

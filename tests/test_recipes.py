@@ -6,9 +6,10 @@ import pytest
 
 from feedbackpath.errors import ConfigError
 from feedbackpath.recipes import RECIPES, make_recipe
-from feedbackpath.train.config import RunConfig, merge_config
+from feedbackpath.train.config import RunConfig
 from feedbackpath.train.rules import make_rule
 from feedbackpath.train.schedule import learning_rate
+from feedbackpath.train.settings import merge_config
 
 IMAGENET = ("imagenet-resnet18", "imagenet-resnet50")
 STEPS_PER_EPOCH = 626

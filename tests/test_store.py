@@ -170,3 +170,32 @@ def test_an_error_names_its_file(tmp_path):
     (tmp_path / "a").write_text("a file")
     with pytest.raises(OSError, match=str(tmp_path / "a")):
         write_text(tmp_path / "a" / "b.txt", "text")
+
+
+def test_the_last_one_of_a_process_lets_go_of_a_folder(tmp_path):
+    script = f"""
+from pathlib import Path
+from feedbackpath.train.store import locked
+with locked(Path({str(tmp_path)!r})):
+    pass
+"""
+
+    def others_may() -> bool:
+        return subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+
+    first, second = locked(tmp_path), locked(tmp_path)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not others_may()
+    second.__exit__(None, None, None)
+    assert others_may()
+
+
+def test_what_a_job_within_a_folder_is_writing_is_left_alone(tmp_path):
+    mine = [tmp_path / f".a.json{PARTIAL}", tmp_path / "checkpoints" / "kp-seed0" / f".b.pt{PARTIAL}"]
+    theirs = [tmp_path / "run" / f".a.json{PARTIAL}", tmp_path / "run" / "checkpoints" / "x" / f".b{PARTIAL}"]
+    for file in (*mine, *theirs):
+        write_text(file, "half")
+    with locked(tmp_path):
+        assert [file.exists() for file in (*mine, *theirs)] == [False, False, True, True]

@@ -14,12 +14,13 @@ from feedbackpath.errors import ConfigError
 from feedbackpath.recipes.imagenet import PAPER_MIRROR
 from feedbackpath.tasks import load_task
 from feedbackpath.train.build import make_network, make_optimizer
-from feedbackpath.train.config import CompareConfig, RunConfig, merge_config, read_config
+from feedbackpath.train.config import CompareConfig, RunConfig
 from feedbackpath.train.divergence import LOSS_ITSELF, find_origin
 from feedbackpath.train.engine import Engine
 from feedbackpath.train.loop import Diverged, Measured, Paused, Step, train
 from feedbackpath.train.rules import make_rule
 from feedbackpath.train.schedule import learning_rate
+from feedbackpath.train.settings import merge_config, read_config
 
 SMALL = {"data": "digits", "model": "mlp", "epochs": 3, "samples_per_epoch": 256, "batch_size": 64}
 
@@ -211,6 +212,22 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
         ("rules: 5", ": name rules, as in bp,kp"),
         ("rules: [bp, 5]", ": name rules, as in bp,kp"),
         ("rules: bp,bp", "name at least one rule, and each only once"),
+        ("data_dir: 2024-13-45", "is not YAML: month must be"),
+        ("seed: " + "9" * 5000, "is not YAML"),
+        ("{" * 3000, "is not YAML"),
+        ("milestones: 5.5", "milestones.0 is '5.5': it must be a whole number"),
+        ("milestones: null", "milestones.0 is 'None': it must be a whole number"),
+        ("lr: .inf", "lr is inf: it must be a number"),
+        ("weight_decay: .inf", "weight-decay is inf: it must be a number"),
+        ("warmup_epochs: .nan", "warmup-epochs is nan: it must be a number"),
+        ("by_rule: {kp: {lr: -1}}", "by_rule, kp: lr is -1: it must be more than 0"),
+        ("by_rule: {kp: {momentum: 1}}", "by_rule, kp: momentum is 1: it must be less than 1"),
+        ("by_rule: {'{x}': {foo: 1}}", "{x} may have optimizer settings of its own, and foo is none"),
+        ("imports: a.py", "imports is 'a.py': it must be a list"),
+        ("batch_size: 99999999999999999999", "batch-size is 99999999999999999999: it must be less than"),
+        ("equivalence: 0.5\nrules: [kp]", "c.yaml: --equivalence compares rules with bp"),
+        ("rules: [../x]", "rules.0 is '../x': files are called after it"),
+        ("model: a/b", "model is 'a/b': files are called after it"),
     ],
 )
 def test_a_faulty_file_is_named(tmp_path, text, message):

@@ -10,7 +10,8 @@ from feedbackpath.data.dataset import ArraySplit
 from feedbackpath.errors import ConfigError
 from feedbackpath.jobs.tune import Search, point_of, settings_for, space_of, tune
 from feedbackpath.tasks import load_task
-from feedbackpath.train.config import CompareConfig, merge_config
+from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.settings import merge_config
 
 SMALL = {"data": "digits", "model": "mlp", "epochs": 1, "samples_per_epoch": 256, "num_threads": 1}
 
@@ -110,3 +111,41 @@ def test_the_command_prints_a_table_and_says_how_to_go_on(tmp_path, capsys):
         cli.main(["tune", "--evaluate-on", "test", "--out", str(tmp_path)])
     assert stop.value.code == 2
     assert "--evaluate-on has no effect" in capsys.readouterr().err
+
+
+def test_what_was_searched_with_is_what_is_chosen(tmp_path):
+    given = {"momentum": 0.5, "rule_settings": {"ss": {"magnitude": "batchwise"}}, "clip_norm": 3.0}
+    found = search(tmp_path, trials=1, by_rule={"bp": {"momentum": 0.7}}, **given)
+    chosen = merge_config(CompareConfig(), tmp_path / "chosen.yaml")
+    assert {name: getattr(chosen, name) for name in SMALL} == SMALL
+    assert (chosen.momentum, chosen.clip_norm) == (0.5, 3.0)
+    assert chosen.by_rule["bp"] == {"momentum": 0.7} | found.best("bp").settings
+    own = {
+        name.removeprefix("ss."): value for name, value in found.best("ss").settings.items() if "." in name
+    }
+    assert chosen.rule_settings == {"ss": given["rule_settings"]["ss"] | own}
+    search(tmp_path, trials=1, resume=True, by_rule={"bp": {"momentum": 0.7}}, **given)  # the same search
+
+
+def test_every_rule_of_a_folder_gets_as_many_trials(tmp_path):
+    search(tmp_path, trials=2, rules=("bp",))
+    for rules in (("bp",), ("fa",)):
+        with pytest.raises(ConfigError, match="holds 2 trials of a rule, and all get as many"):
+            search(tmp_path, trials=1, rules=rules, resume=True)
+    found = search(tmp_path, trials=3, rules=("fa",), resume=True)
+    assert sorted(trial.rule for trial in found.trials) == ["bp"] * 3 + ["fa"] * 3
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "\ud800"])
+def test_a_damaged_search_is_named(tmp_path, text):
+    (tmp_path / "tune.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ConfigError, match=r"tune\.json is damaged: "):
+        search(tmp_path, resume=True)
+
+
+def test_a_search_on_several_devices_or_with_a_margin_is_refused_before_it_begins(tmp_path, capsys):
+    with pytest.raises(ConfigError, match="one device"):
+        search(tmp_path, devices=2)
+    with pytest.raises(SystemExit):
+        cli.main(["tune", "--equivalence", "1", "--rules", "bp,kp", "--seeds", "2", "--out", str(tmp_path)])
+    assert "has no effect in a search" in capsys.readouterr().err

@@ -18,6 +18,8 @@ _NEXT_STEPS = {
     errno.EPERM: "; ask for the right to it, or choose another place",
     errno.EROFS: "; choose another --out",
     errno.ENOTDIR: "; choose another --out",
+    errno.EEXIST: "; choose another --out",
+    errno.ENAMETOOLONG: "; choose a shorter name",
     errno.EISDIR: "; choose another place",
 }
 

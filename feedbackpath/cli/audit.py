@@ -7,7 +7,8 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from feedbackpath.cli.exit_codes import DONE, TRANSPORTS_WEIGHTS
-from feedbackpath.train.config import AuditConfig, merge_config
+from feedbackpath.train.config import AuditConfig
+from feedbackpath.train.settings import merge_config
 
 
 def audit(

@@ -6,7 +6,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from feedbackpath.cli.running import run
-from feedbackpath.train.config import CompareConfig, merge_config
+from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.settings import merge_config
 
 
 def compare(

@@ -11,7 +11,8 @@ from feedbackpath.cli.exit_codes import DONE
 from feedbackpath.cli.running import run
 from feedbackpath.errors import ConfigError
 from feedbackpath.recipes import make_recipe
-from feedbackpath.train.config import RunConfig, merge_config, read_config, read_run
+from feedbackpath.train.config import RunConfig
+from feedbackpath.train.settings import merge_config, read_config, read_run
 
 
 def train(

@@ -12,9 +12,10 @@ from rich.table import Table
 
 from feedbackpath.cli.exit_codes import DONE
 from feedbackpath.errors import ConfigError
-from feedbackpath.train.config import CompareConfig, merge_config
+from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.settings import merge_config
 
-IDLE = {"seeds", "evaluate_on", "select_best", "checkpoint_steps", "keep_checkpoints"}
+IDLE = {"seeds", "equivalence", "evaluate_on", "select_best", "checkpoint_steps", "keep_checkpoints"}
 
 
 def tune(
@@ -36,7 +37,8 @@ def tune(
     console = Console(highlight=False, markup=False)
 
     def tell(search: Search, trial: Trial) -> None:
-        found = trial.status if trial.validation is None else f"{trial.validation:.2f}{search.metric.unit}"
+        nothing = "not finite" if trial.status == "finished" else trial.status
+        found = nothing if trial.validation is None else f"{trial.validation:.2f}{search.metric.unit}"
         console.print(
             f"{trial.rule} trial {trial.number + 1} of {trials}: {_as_text(trial.settings)}, validation "
             f"{search.metric.name} {found}"
@@ -58,7 +60,12 @@ def tune(
         )
         table.add_row(rule, str(count), *shown)
     console.print(table)
-    console.print(f"every trial is in {out}; to go on: feedbackpath compare --config {out / 'chosen.yaml'}")
+    console.print(f"every trial is in {out}; to go on, with seeds of its own:")
+    console.print(
+        shlex.join(["feedbackpath", "compare", "--config", str(out / "chosen.yaml")])
+        + f" --rules {','.join(search.spaces)} --seed {search.seed + 100}",
+        soft_wrap=True,
+    )
     return DONE
 
 

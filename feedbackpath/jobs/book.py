@@ -105,6 +105,9 @@ class ResultsBook:
             for run in self.results.runs:
                 if run.status == "finished" and not self.keeps_models:
                     self.checkpoints_of(run).remove()  # a kill may have come before that
+                elif run.status == "finished":
+                    self.take_up(run)
+                    run.status = "finished"
             if self.keeps_models:
                 self.tensorboard = TensorBoardLog(self.out / "tensorboard")
         self.save()
@@ -120,8 +123,9 @@ class ResultsBook:
             ConfigError: The checkpoint is of other settings, or of another rule, seed or data.
         """
         kept, damaged = self.checkpoints_of(run).load_newest()
-        found = Run(rule=run.rule, seed=run.seed) if kept is None else Run.model_validate(kept["run"])
-        _become(run, found)
+        if kept is not None or not run.is_ended:  # one that has ended may have lost its checkpoints
+            found = Run(rule=run.rule, seed=run.seed) if kept is None else Run.model_validate(kept["run"])
+            _become(run, found)
         run.status = "running"
         if kept is not None and self.is_writer:
             self._write_networks(run, kept["state"])
@@ -251,6 +255,9 @@ def _refuse_other_settings(
     out: Path, config: CompareConfig | RunConfig, old: Results, facts: DataFacts
 ) -> None:
     """Refuse to mix results of different settings or data in one folder."""
+    if ("rule" in old.config) != isinstance(config, RunConfig):
+        made, now = ("train", "compare") if "rule" in old.config else ("compare", "train")
+        raise ConfigError(f"{out} was made by {made}, and {now} cannot go on with it; choose another --out")
     new = config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
     there = type(config)().model_dump(mode="json") | old.config  # an older version had fewer settings
     differing = [

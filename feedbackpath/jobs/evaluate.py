@@ -8,10 +8,10 @@ from feedbackpath.errors import ConfigError
 from feedbackpath.jobs.book import checkpoints_of
 from feedbackpath.jobs.imports import import_files
 from feedbackpath.jobs.run import make_task
-from feedbackpath.train.config import read_run
 from feedbackpath.train.engine import Engine
 from feedbackpath.train.loop import Training
 from feedbackpath.train.results import DataFacts, Metric, Run
+from feedbackpath.train.settings import read_run
 
 Which = Literal["last", "best"]
 

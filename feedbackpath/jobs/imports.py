@@ -3,10 +3,11 @@
 import importlib.util
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from feedbackpath.errors import ConfigError
+from feedbackpath.errors import ConfigError, UserError
 
 _IMPORTED: set[Path] = set()
 
@@ -29,11 +30,28 @@ def import_files(files: Iterable[Path]) -> None:
             raise ConfigError(f"--import {file}: it is no Python file; give one whose name ends in .py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # what it defines can then be pickled
-        try:
+        with naming_faults(f"--import {file}", [place]):
             spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[name]
-            own = [at for at in traceback.extract_tb(error.__traceback__) if Path(at.filename) == place]
-            line = f", line {own[-1].lineno}" if own else ""
-            raise ConfigError(f"--import {file}{line}: {type(error).__name__}: {error}") from error
         _IMPORTED.add(place)
+
+
+@contextmanager
+def naming_faults(what: str, files: Iterable[Path]) -> Iterator[None]:
+    """Turn what the user's own code raises into one line that names the file and line.
+
+    Args:
+        what: What was tried.
+        files: The user's files; where there are none, errors are left as they are.
+
+    Raises:
+        ConfigError: Their code failed, or left Python.
+    """
+    places = {file.resolve() for file in files}
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        own = [at for at in traceback.extract_tb(error.__traceback__) if Path(at.filename) in places]
+        if not places or (isinstance(error, UserError | OSError) and not own):
+            raise
+        line = f", {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
+        raise ConfigError(f"{what}{line}: {type(error).__name__}: {error}; mend it there") from error

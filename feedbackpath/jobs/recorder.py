@@ -1,15 +1,19 @@
 """Numbers of a training loop of one's own, in the same table, figures and page as the library's runs."""
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
+
+from pydantic import ValidationError
 
 from feedbackpath.errors import ConfigError
 from feedbackpath.jobs.book import describe_versions, write_results
 from feedbackpath.path import FeedbackPath
 from feedbackpath.report import write_report
+from feedbackpath.train.faults import first_fault
 from feedbackpath.train.results import DataFacts, Entry, Metric, Results, Run, read_results
 from feedbackpath.train.store import locked
 
@@ -59,17 +63,16 @@ class Recorder:
         resume: bool = False,
     ) -> None:
         self.folder = Path(folder)
-        self._stack = ExitStack()
-        self._stack.enter_context(locked(self.folder))
-        judged_by = Metric(name=metric.removeprefix("test_"), unit=unit, lower_is_better=lower_is_better)
-        try:
+        with ExitStack() as stack, _refusing_bad_values():
+            stack.enter_context(locked(self.folder))
+            judged_by = Metric(name=metric.removeprefix("test_"), unit=unit, lower_is_better=lower_is_better)
+            titles = Results(runs=[], model=model, data=DataFacts(name=data), config=config or {})
+            given = {"model": model, "data": data, "config": config}
+            self._titles = {name: getattr(titles, name) for name, value in given.items() if value}
             self._take_up(rule, seed, judged_by, resume=resume)
-        except BaseException:
-            self._stack.close()
-            raise
-        self._mark = time.perf_counter()
-        self._titles = {"model": model, "data": DataFacts(name=data), "config": config or {}}
-        self._save()
+            self._mark = time.perf_counter()
+            self._save()
+            self._stack = stack.pop_all()  # kept until the recorder is closed
 
     def epoch(
         self,
@@ -91,36 +94,43 @@ class Recorder:
             path: Whose matrix angles and gains are entered.
             delta_angle_deg: What ``path.delta_angles`` returned.
         """
+        if self.run.status != "running":
+            raise ConfigError(f"the recorder of {self.run.name} is closed: make another, with resume=True")
         if not self.run.history and number not in (0, 1) and self.run.start is None:
             raise ConfigError(f"the first epoch of {self.run.name} is {number}: begin with 1, or with 0")
         now = time.perf_counter()
-        entry = Entry(
-            epoch=number,
-            train_loss=train_loss,
-            test=value,
-            validation=validation,
-            matrix_angle_deg=dict(path.matrix_angles()) if path else {},
-            delta_angle_deg=dict(delta_angle_deg or {}),
-            gain=dict(path.gains()) if path else {},
-            seconds=now - self._mark,
-        )
+        with _refusing_bad_values():
+            entry = Entry(
+                epoch=number,
+                train_loss=train_loss,
+                test=value,
+                validation=validation,
+                matrix_angle_deg=dict(path.matrix_angles()) if path else {},
+                delta_angle_deg=dict(delta_angle_deg or {}),
+                gain=dict(path.gains()) if path else {},
+                seconds=now - self._mark,
+            )
         if number == 0:
             self.run.start, self.run.history = entry, []
         else:
             self.run.history = [old for old in self.run.history if old.epoch < number] + [entry]
-            self.run.test = value
+            self.run.test = entry.test
         self.run.seconds += entry.seconds
         self._save()
         write_report(self.results, self.folder, figures=False)
         self._mark = time.perf_counter()
 
-    def close(self, status: str = "finished") -> None:
+    def close(self, status: Literal["finished", "interrupted", "diverged"] = "finished") -> None:
         """End the run and write the figures.
 
         Args:
             status: ``"finished"``, ``"interrupted"`` or ``"diverged"``.
         """
-        self.run.status = status  # type: ignore[assignment]
+        if status not in ("finished", "interrupted", "diverged"):
+            raise ConfigError(f"status is {status!r}: choose finished, interrupted or diverged")
+        if self.run.status != "running":  # closed already
+            return
+        self.run.status = status
         if status == "diverged":
             self.run.diverged_epoch = len(self.run.history) + 1
         self._save()
@@ -161,5 +171,13 @@ class Recorder:
             theirs = read_results(self.folder)
             others = [run for run in theirs.runs if (run.rule, run.seed) != (self.run.rule, self.run.seed)]
             self.results = theirs.model_copy(update={"runs": [*others, self.run]})
-        self.results = self.results.model_copy(update={k: v for k, v in self._titles.items() if v})
+        self.results = self.results.model_copy(update=self._titles)
         write_results(self.results, self.folder)
+
+
+@contextmanager
+def _refusing_bad_values() -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        raise ConfigError(f"{first_fault(error)}; nothing was recorded") from None

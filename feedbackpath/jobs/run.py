@@ -5,12 +5,15 @@ from pathlib import Path
 
 import torch
 
+from feedbackpath.data import minibatches
 from feedbackpath.errors import ConfigError, UserError
 from feedbackpath.jobs.book import ResultsBook
-from feedbackpath.jobs.imports import import_files
+from feedbackpath.jobs.imports import import_files, naming_faults
 from feedbackpath.jobs.signals import Interrupted, StopRequest
+from feedbackpath.path import FeedbackPath
 from feedbackpath.report.live import LiveView
 from feedbackpath.report.table import describe_divergence
+from feedbackpath.rules import resolve_rule
 from feedbackpath.tasks import Task, load_task
 from feedbackpath.train.build import make_network, make_path
 from feedbackpath.train.config import CompareConfig, RunConfig, TrainConfig
@@ -46,16 +49,8 @@ def run_job(
         Interrupted: SIGINT or SIGTERM came; a checkpoint of the last step is kept.
     """
     import_files(config.imports)
-    for rule, settings in config.rule_settings.items():
-        make_rule(rule, settings)
     engine = Engine(config)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    first_task = make_task(config, config.seed)
-    paths = [  # refuses what cannot be built before anything is written
-        make_path(config, rule, config.seed, make_network(config, config.seed, first_task))
-        for rule in config.rules
-    ]
+    first_task, paths = prepare(config, engine)
     if config.mirror_epochs and not any(path.mirrors for path in paths):
         raise ConfigError("--mirror-epochs has no effect here: no rule of this job mirrors; leave it out")
     with ExitStack() as stack:
@@ -72,6 +67,44 @@ def run_job(
                     _train_and_record(book, rule, seed, task, engine, stop, view)
         book.close()
     return book.results
+
+
+def prepare(config: CompareConfig | RunConfig, engine: Engine) -> tuple[Task, list[FeedbackPath]]:
+    """Load the first task and build every rule's path; refuse what does not fit before anything is written.
+
+    Raises:
+        UserError: A setting names what does not exist, or the user's task and network do not fit.
+    """
+    for rule in config.by_rule:
+        resolve_rule(rule)
+    for rule, settings in config.rule_settings.items():
+        make_rule(rule, settings)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    with naming_faults(f"--data {config.data}, --model {config.model}", config.imports):
+        task = make_task(config, config.seed)
+        paths = [
+            make_path(config, rule, config.seed, make_network(config, config.seed, task))
+            for rule in config.rules
+        ]
+        if config.imports:
+            _rehearse(config, task, engine)
+    return task, paths
+
+
+@torch.no_grad()
+def _rehearse(config: TrainConfig, task: Task, engine: Engine) -> None:
+    """Try the user's network, loss and score on two samples."""
+    x, y = next(minibatches(task.train, batch_size=2, seed=0, epoch=0, shuffle=True))
+    x, y = engine.place(task.train.prepare(x.to(engine.device))), engine.place(y)
+    with engine.autocast():
+        output = engine.place_model(make_network(config, config.seed, task)).eval()(x)
+        loss, score = task.loss(output, y), task.score(output, y)
+    if loss.dim() or score.shape != (len(y),):
+        raise ConfigError(
+            f"--data {config.data}: of {len(y)} samples, the loss has the shape {list(loss.shape)} and the "
+            f"score {list(score.shape)}; the loss must be one number, the score one for each sample"
+        )
 
 
 def _take_folder(stack: ExitStack, out: Path, engine: Engine) -> None:

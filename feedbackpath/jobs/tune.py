@@ -8,20 +8,22 @@ split is never looked at.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from feedbackpath.errors import ConfigError
 from feedbackpath.jobs.imports import import_files
-from feedbackpath.jobs.run import make_task
+from feedbackpath.jobs.run import prepare
 from feedbackpath.jobs.signals import Interrupted, StopRequest
 from feedbackpath.rules import RULES, resolve_rule
-from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.config import CompareConfig, RunConfig
 from feedbackpath.train.engine import Engine
+from feedbackpath.train.faults import first_fault
 from feedbackpath.train.loop import Diverged, Measured, Paused, train
 from feedbackpath.train.results import Metric
 from feedbackpath.train.store import locked, write_json, write_text
@@ -34,9 +36,6 @@ SHARED: dict[str, dict[str, Span]] = {
     "adamw": {"lr": ("log", 1e-4, 1e-2), "weight_decay": ("log", 1e-2, 1.0)},
 }
 """What is searched for every rule, by optimizer."""
-
-
-MOST_SETTINGS = 16  # dimensions of the sequence: fixed, so that further settings change none before them
 
 
 class Trial(BaseModel):
@@ -89,6 +88,8 @@ def space_of(rule: str, config: CompareConfig) -> dict[str, Span]:
                 f"search space of {rule}: {name} is {span!r}; give ('log', low, high), ('linear', low, high) "
                 "or ('choice', one, another)"
             )
+    if len(space) > MOST_SETTINGS:
+        raise ConfigError(f"search space of {rule} has {len(space)} settings; give {MOST_SETTINGS} at most")
     return space
 
 
@@ -105,9 +106,8 @@ def point_of(space: Mapping[str, Span], number: int, seed: int) -> dict[str, Any
     return {name: _value_at(span, share) for (name, span), share in zip(space.items(), shares, strict=False)}
 
 
-MOST_SETTINGS = (
-    16  # dimensions of the sequence: fixed, so that more settings leave the first ones as they are
-)
+MOST_SETTINGS = 16  # dimensions of the sequence: fixed, so that further settings change none before them
+NOT_CHOSEN = {"seed", "evaluate_on", "select_best", "checkpoint_steps", "keep_checkpoints"}
 
 
 def _value_at(span: Span, share: float) -> Any:
@@ -144,12 +144,13 @@ def tune(
         Interrupted: SIGINT or SIGTERM came; finished trials are kept.
     """
     import_files(config.imports)
-    engine = Engine(config)
-    if engine.world_size > 1:
+    engine = Engine(config) if config.devices * config.num_nodes == 1 else None  # it would start the others
+    if engine is None or engine.world_size > 1:
         raise ConfigError("tune trains on one device: start several, each with rules and a folder of its own")
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    task = make_task(config, config.seed)
+    kept = _read_search(out, trials, resume=resume)
+    if kept is not None:  # rules that an earlier call has searched stay part, so that all get as many trials
+        config = config.model_copy(update={"rules": tuple(dict.fromkeys([*kept.spaces, *config.rules]))})
+    task, _ = prepare(config, engine)
     spaces = {rule: space_of(rule, config) for rule in config.rules}
     search = Search(
         command=command,
@@ -161,8 +162,10 @@ def tune(
         data={"name": config.data, **task.facts},
     )
     with locked(out), StopRequest() as stop:
-        if (out / "tune.json").exists():
-            search.trials = _kept_trials(out, search, resume=resume)
+        if kept is not None:
+            kept = _read_search(out, trials, resume=resume) or kept  # another process may have added trials
+            _refuse_another_search(out, search, kept)
+            search.trials = kept.trials
         done = {(trial.rule, trial.number) for trial in search.trials}
         for number in range(trials):
             for rule in config.rules:
@@ -183,7 +186,8 @@ def settings_for(config: CompareConfig, rule: str, point: Mapping[str, Any]) -> 
     own = {name.removeprefix(f"{rule}."): value for name, value in point.items() if "." in name}
     shared = {name: value for name, value in point.items() if "." not in name}
     rule_settings = config.rule_settings | ({rule: config.rule_settings.get(rule, {}) | own} if own else {})
-    changed = {"rule_settings": rule_settings, "by_rule": config.by_rule | {rule: shared}}
+    by_rule = config.by_rule | {rule: config.by_rule.get(rule, {}) | shared}
+    changed = {"rule_settings": rule_settings, "by_rule": by_rule}
     return CompareConfig.model_validate(config.model_dump() | changed)
 
 
@@ -220,14 +224,31 @@ def _try(
     )
 
 
-def _kept_trials(out: Path, search: Search, *, resume: bool) -> list[Trial]:
+def _read_search(out: Path, trials: int, *, resume: bool) -> Search | None:
+    """Return what a folder holds, if anything."""
+    file = out / "tune.json"
+    if not file.exists():
+        return None
     if not resume:
         raise ConfigError(f"{out} holds a search already: go on with it by --resume, or choose another --out")
-    kept = Search.model_validate_json((out / "tune.json").read_text(encoding="utf-8"))
+    try:
+        kept = Search.model_validate_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, not JSON, or not a search
+        fault = first_fault(error) if isinstance(error, ValidationError) else str(error)
+        raise ConfigError(f"{file} is damaged: {fault[:200]}; choose another --out") from None
+    most = max((trial.number + 1 for trial in kept.trials), default=0)
+    if trials < most:
+        raise ConfigError(
+            f"{out} holds {most} trials of a rule, and all get as many: ask for --trials {most}"
+        )
+    return kept
+
+
+def _refuse_another_search(out: Path, search: Search, kept: Search) -> None:
     for name in ("seed", "config", "data", "metric"):
         there, now = kept.model_dump(mode="json")[name], search.model_dump(mode="json")[name]
         if isinstance(there, dict):
-            free = {"rules", "num_threads", "num_workers", "device", "data_dir", "source"}
+            free = {"rules", "num_threads", "num_workers", "device", "data_dir", "imports", "source"}
             there = {key: value for key, value in there.items() if key not in free}
             now = {key: value for key, value in now.items() if key not in free}
         if there != now:
@@ -235,19 +256,21 @@ def _kept_trials(out: Path, search: Search, *, resume: bool) -> list[Trial]:
     for rule, space in kept.spaces.items():
         if search.spaces.setdefault(rule, space) != space:
             raise ConfigError(f"{out} holds a search of {rule} over another space; choose another --out")
-    return kept.trials
 
 
 def _write(search: Search, out: Path) -> None:
     write_json(out / "tune.json", search.model_dump(mode="json"))
-    by_rule: dict[str, dict[str, Any]] = {}
-    rule_settings: dict[str, dict[str, Any]] = {}
+    default = RunConfig().model_dump(mode="json")  # what was given holds for what is done with the choice
+    config = deepcopy(search.config)
+    given = {k: v for k, v in config.items() if k in default and k not in NOT_CHOSEN and v != default[k]}
+    by_rule: dict[str, dict[str, Any]] = given.pop("by_rule", {})
+    rule_settings: dict[str, dict[str, Any]] = given.pop("rule_settings", {})
     for rule in search.spaces:
         best = search.best(rule)
         for name, value in (best.settings if best else {}).items():
-            place = rule_settings if "." in name else by_rule
-            place.setdefault(rule, {})[name.split(".")[-1]] = value
-    chosen = {"by_rule": by_rule} | ({"rule_settings": rule_settings} if rule_settings else {})
+            place = by_rule if name in SHARED[search.config["optimizer"]] else rule_settings
+            place.setdefault(rule, {})[name.removeprefix(f"{rule}.")] = value
+    chosen = given | {"by_rule": by_rule} | ({"rule_settings": rule_settings} if rule_settings else {})
     header = f"# Best of {search.trials_per_rule} trials each, by {search.metric.name} on validation data\n"
     write_text(out / "chosen.yaml", header + yaml.safe_dump(chosen, sort_keys=False))
 

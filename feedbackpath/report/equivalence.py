@@ -6,6 +6,7 @@ rule is equivalent at the level if the whole interval lies within the margin (Sc
 the 90% interval. What an interval does not show is not shown; it is no difference either.
 """
 
+import bisect
 import math
 import statistics
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from feedbackpath.train.results import EquivalenceTest, Results, Verdict
 LEVEL = 0.05
 POWER = 0.8
 FEW = 10  # seeds: with fewer it is a pilot
+MOST_SEEDS = 10**9
+MANY = 1000  # degrees of freedom: from here on a series is exact to seven digits
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,16 @@ class Comparison:
 
 
 def look(results: Results, margin: float, seeds: int) -> None:
-    """Test a job that has ended, once: a look at more seeds than before is a new one, at half the level."""
-    if results.equivalence and results.equivalence[-1].seeds >= seeds:
-        return
-    level = LEVEL / 2 ** len(results.equivalence)
-    verdicts = [
+    """Test a job that has ended, once: a look at more seeds than before is a new one, at half the level.
+
+    Rules that came after a look join it.
+    """
+    looks = results.equivalence
+    if not looks or looks[-1].seeds < seeds:
+        level = LEVEL / 2 ** len(looks)
+        looks.append(EquivalenceTest(margin=margin, level=level, seeds=seeds, verdicts=[]))
+    judged = {found.rule for found in looks[-1].verdicts}
+    looks[-1].verdicts += [
         Verdict(
             rule=found.rule,
             n=found.n,
@@ -70,9 +78,9 @@ def look(results: Results, margin: float, seeds: int) -> None:
             verdict=found.verdict,
             seeds_needed=found.seeds_needed,
         )
-        for found in compare_with_backprop(results, margin, level)
+        for found in compare_with_backprop(results, margin, looks[-1].level)
+        if found.rule not in judged
     ]
-    results.equivalence.append(EquivalenceTest(margin=margin, level=level, seeds=seeds, verdicts=verdicts))
 
 
 def describe(results: Results) -> list[str]:
@@ -90,13 +98,16 @@ def describe(results: Results) -> list[str]:
         return []
     test = results.equivalence[-1]
     unit = {"%": " points", "": ""}.get(results.metric.unit, f" {results.metric.unit}")
+    unjudged = {run.rule: None for run in results.runs if run.rule != "bp"}
+    for found in test.verdicts:
+        unjudged.pop(found.rule, None)
     interval = f"{100 * (1 - 2 * test.level):g}% interval"
     return [
         f"{found.rule} minus bp: {found.difference:+.2f}{unit}, {interval} {found.low:+.2f} to "
         f"{found.high:+.2f}, n = {found.n}: {found.verdict} within {test.margin:g}"
         + (f"; a study needs n = {max(found.seeds_needed, FEW)}" if found.n < FEW else "")
         for found in test.verdicts
-    ]
+    ] + [f"{rule} minus bp: not judged, fewer than two seeds that both have finished" for rule in unjudged]
 
 
 def compare_with_backprop(results: Results, margin: float, level: float = LEVEL) -> list[Comparison]:
@@ -146,13 +157,12 @@ def seeds_needed(spread: float, margin: float, level: float = LEVEL, power: floa
         >>> seeds_needed(spread=0.5, margin=0.5), seeds_needed(spread=0.1, margin=0.5)
         (11, 3)
     """
-    n = 3
-    while n < 100_000:
+
+    def shows(n: int) -> bool:
         reach = t_quantile(1 - level, n - 1) + t_quantile((1 + power) / 2, n - 1)
-        if reach * spread / math.sqrt(n) <= margin:
-            break
-        n += 1
-    return n
+        return reach * spread / math.sqrt(n) <= margin
+
+    return 3 + bisect.bisect_left(range(3, MOST_SEEDS), True, key=shows)
 
 
 def t_quantile(share: float, freedom: int) -> float:
@@ -162,6 +172,9 @@ def t_quantile(share: float, freedom: int) -> float:
         >>> round(t_quantile(0.95, 11), 3), round(t_quantile(0.975, 2), 3)
         (1.796, 4.303)
     """
+    if freedom >= MANY:  # Abramowitz & Stegun 1964, 26.7.5
+        z = statistics.NormalDist().inv_cdf(share)
+        return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
     low, high = 0.0, 1.0
     while _t_share(high, freedom) < share:
         high *= 2

@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -81,9 +83,11 @@ class Task(Dataset):
         """
         digest = hashlib.sha256()
         for part, (x, y) in {"train": train, "validation": validation, "test": test}.items():
-            if len(x) != len(y) or not len(x):
+            least = 2 if part == "train" else 1  # BatchNorm has no variance over a single sample
+            if len(x) != len(y) or len(x) < least:
                 raise DataError(
-                    f"{name}: {part} has {len(x)} inputs and {len(y)} targets; give as many of both"
+                    f"{name}: {part} has {len(x)} inputs and {len(y)} targets; give as many of both, and "
+                    f"{least} or more"
                 )
             for tensor in (x, y):
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
@@ -138,8 +142,14 @@ def register_task(name: str, make: Callable[..., Dataset]) -> None:
             time: validation and test data have to be.
 
     Raises:
-        DataError: The name is taken.
+        DataError: The name is taken, or has a separator of folders; or ``make`` does not take ``seed``.
     """
+    if not name or os.sep in name:
+        raise DataError(f"the name {name!r} would be read as a folder: choose one without {os.sep!r}")
+    try:
+        inspect.signature(make).bind(seed=0)
+    except TypeError as error:
+        raise DataError(f"what makes {name!r} is called with seed=0, and cannot be: {error}") from None
     if name in DATASETS and DATASETS[name] is not make:
         raise DataError(f"there is a dataset {name!r} already: choose another name")
     DATASETS[name] = make
@@ -158,4 +168,6 @@ def load_task(name: str, **options: Any) -> Task:
     data = load_dataset(name, **options)
     if isinstance(data, Task):
         return data
+    if not isinstance(data, Dataset):
+        raise DataError(f"what makes {name!r} returned {type(data).__name__}: return an fp.Task or a Dataset")
     return Task(**{field.name: getattr(data, field.name) for field in dataclasses.fields(Dataset)})

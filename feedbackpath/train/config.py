@@ -1,17 +1,21 @@
 """The settings of a training run and of a comparison: what flags, YAML files, recipes and results hold."""
 
-import difflib
 import os
-import re
-from collections.abc import Set
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from cyclopts import Group, Parameter
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from feedbackpath.errors import ConfigError
 from feedbackpath.train.faults import first_fault
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -26,6 +30,16 @@ DATA, NETWORK = _section("Data", 1), _section("Network", 2)
 OPTIMIZER, SCHEDULE = _section("Optimizer", 3), _section("Schedule", 4)
 RULES, MACHINE, KEPT = _section("Rules", 0), _section("Machine", 5), _section("What is kept", 6)
 IN_A_FILE = Parameter(parse=False)  # no flag: it takes a mapping
+
+
+def _refuse_separators(name: str) -> str:
+    if os.sep in name:
+        raise ValueError(f"files are called after it, so that it cannot have a {os.sep!r}")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_refuse_separators)]
+"""What a rule or a network is called."""
 
 
 class DataSettings(BaseModel):
@@ -61,7 +75,7 @@ class DataSettings(BaseModel):
 class NetworkSettings(BaseModel):
     """What learns."""
 
-    model: Annotated[str, NETWORK] = Field(
+    model: Annotated[Name, NETWORK] = Field(
         "resnet8",
         description="mlp, lenet, transformer, resnet8, 20, 56, 18 or 50, gpt, lstm (text), or your own",
     )
@@ -92,9 +106,14 @@ class OptimizerSettings(BaseModel):
     clip_norm: Annotated[float | None, OPTIMIZER] = Field(
         None, gt=0, description="largest gradient norm, that of W alone"
     )
-    batch_size: Annotated[int, OPTIMIZER] = Field(128, ge=2, description="samples per step, over all devices")
+    batch_size: Annotated[int, OPTIMIZER] = Field(
+        128, ge=2, lt=2**31, description="samples per step, over all devices"
+    )
     micro_batch_size: Annotated[int | None, OPTIMIZER] = Field(
-        None, ge=1, description="samples at once on a device; more are accumulated (all unless given)"
+        None,
+        ge=1,
+        lt=2**31,
+        description="samples at once on a device; more are accumulated (all unless given)",
     )
 
 
@@ -185,7 +204,7 @@ class TrainConfig(
 ):
     """Everything that decides the numbers of training, whatever the rule."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     by_rule: Annotated[dict[str, dict[str, Any]], IN_A_FILE] = Field(
         default_factory=dict,
@@ -195,7 +214,7 @@ class TrainConfig(
     @field_validator("milestones", mode="before")
     @classmethod
     def _split_numbers(cls, value: Any) -> Any:
-        parts = [value] if isinstance(value, str | int) else list(value)
+        parts = list(value) if isinstance(value, list | tuple) else [value]
         return tuple(part for joined in parts for part in str(joined).split(",") if part.strip())
 
     @field_validator("by_rule")
@@ -206,6 +225,15 @@ class TrainConfig(
                 if name not in OptimizerSettings.model_fields | {"warmup_epochs": None}:
                     raise ValueError(f"{rule} may have optimizer settings of its own, and {name} is none")
         return value
+
+    @model_validator(mode="after")
+    def _check_settings_of_rules(self) -> Self:
+        for rule in self.by_rule:  # not when its turn comes, hours later
+            try:
+                self.for_rule(rule)
+            except ValidationError as error:
+                raise ValueError(f"by_rule, {rule}: {first_fault(error)}") from None
+        return self
 
     def for_rule(self, rule: str) -> Self:
         """Return the settings that hold for a rule: those of ``by_rule`` go before the others."""
@@ -239,7 +267,7 @@ class TrainConfig(
 class CompareConfig(TrainConfig):
     """The settings of a comparison; the same for every rule."""
 
-    rules: Annotated[tuple[str, ...], RULES, Parameter(negative="")] = Field(
+    rules: Annotated[tuple[Name, ...], RULES, Parameter(negative="")] = Field(
         ("bp", "fa", "ss", "kp", "wm"), description="rules to compare, by commas"
     )
     seeds: Annotated[int, RULES] = Field(1, ge=1, description="number of seeds, counted up from --seed")
@@ -272,7 +300,7 @@ class CompareConfig(TrainConfig):
 class RunConfig(TrainConfig):
     """The settings of one run: one rule, one seed."""
 
-    rule: Annotated[str, RULES] = Field("bp", description="rule to train by")
+    rule: Annotated[Name, RULES] = Field("bp", description="rule to train by")
     select_best: Annotated[bool, KEPT] = Field(
         True, description="measure the validation metric too, and keep the best checkpoint by it"
     )
@@ -302,87 +330,3 @@ class AuditConfig(RuleSettings, OptimizerSettings, NetworkSettings, DataSettings
     def as_run(self) -> RunConfig:
         """Return the training run whose steps are audited."""
         return RunConfig.model_validate(self.model_dump(exclude={"steps"}))
-
-
-def read_config(file: Path, kind: type[BaseModel] = CompareConfig) -> dict[str, Any]:
-    """Read the settings in a YAML file.
-
-    Raises:
-        ConfigError: The file cannot be read, is no mapping, or names a setting that does not exist.
-    """
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot read config file {file}: {getattr(error, 'strerror', None) or error}"
-        ) from None
-    except yaml.YAMLError as error:
-        where = " ".join(str(error).split())
-        raise ConfigError(f"config file {file} is not YAML: {where}") from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"config file {file} must map settings to values, such as 'epochs: 6'")
-    for name in settings:
-        if name not in kind.model_fields:
-            close = difflib.get_close_matches(str(name), kind.model_fields, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"config file {file}: unknown setting {name!r}{hint}")
-    return settings
-
-
-def merge_config(flags: Config, file: Path | None, recipe: Config | None = None) -> Config:
-    """Return the config of a run: a flag overrides the file, the file the recipe, the recipe the defaults."""
-    kind = type(flags)
-    given = flags.model_dump(include=flags.model_fields_set)
-    settings = read_config(file, kind) if file is not None else {}
-    base = recipe.model_dump(include=recipe.model_fields_set) if recipe is not None else {}
-    try:
-        merged = kind(**(base | settings | given))
-    except ValidationError as error:
-        raise ConfigError(f"config file {file}: {first_fault(error)}") from None
-    differing = {name for name in settings if getattr(merged, name) != kind.model_fields[name].default}
-    refuse_without_effect(merged, flags.model_fields_set | differing)
-    if isinstance(merged, TrainConfig) and merged.mirror_epochs >= merged.epochs:
-        raise ConfigError(
-            f"--mirror-epochs {merged.mirror_epochs} of --epochs {merged.epochs} leaves none to train in: "
-            "mirror mode has the first of them; ask for more epochs"
-        )
-    return merged
-
-
-def refuse_without_effect(config: Any, given: Set[str]) -> None:
-    """Refuse settings that change nothing in this run: whoever gives one expects something of it.
-
-    Raises:
-        ConfigError: Names the first, and why.
-    """
-    has_norm = re.match("mlp|lenet|transformer|gpt|lstm", config.model) is None
-    has_maps = re.match("mlp|transformer|gpt|lstm", config.model) is None
-    idle = {
-        "norm": (not has_norm, f"{config.model} has no BatchNorm"),
-        "batchnorm_feedback": (not has_norm, f"{config.model} has no BatchNorm"),
-        "sync_batchnorm": (not has_norm, f"{config.model} has no BatchNorm"),
-        "channels_last": (not has_maps, f"{config.model} has no convolution"),
-        "momentum": (config.optimizer != "sgd", "it belongs to --optimizer sgd"),
-        "nesterov": (config.optimizer != "sgd", "it belongs to --optimizer sgd"),
-        "milestones": (getattr(config, "schedule", "steps") != "steps", "it belongs to --schedule steps"),
-    }
-    if isinstance(config, AuditConfig):
-        idle |= dict.fromkeys(NOT_IN_AN_AUDIT, (True, "an audit takes one minibatch of training data"))
-    for name, (is_idle, why) in idle.items():
-        if is_idle and name in given:
-            raise ConfigError(f"--{name.replace('_', '-')} has no effect here: {why}; leave it out")
-
-
-def read_run(folder: Path, **changes: Any) -> RunConfig:
-    """Read the config that ``feedbackpath train`` left in a folder, with some settings changed.
-
-    Raises:
-        ConfigError: The folder holds no run, or it is a comparison's.
-    """
-    file = folder / "config.yaml"
-    if not file.exists():
-        raise ConfigError(f"{folder} holds no run: give the --out folder of feedbackpath train")
-    return merge_config(RunConfig(**changes), file)
-
-
-NOT_IN_AN_AUDIT = ("evaluate_on", "num_workers", "micro_batch_size", "on_bad_image", "samples_per_epoch")

@@ -14,6 +14,7 @@ _IN_WORDS = {
     **dict.fromkeys(("float_parsing", "float_type", "finite_number"), "it must be a number"),
     **dict.fromkeys(("bool_parsing", "bool_type"), "it must be true or false"),
     **dict.fromkeys(("string_type", "path_type"), "it must be text"),
+    "tuple_type": "it must be a list",
     "dict_type": "it must map names to values",
 }
 
@@ -22,5 +23,7 @@ def first_fault(error: ValidationError) -> str:
     """Return what was found wrong first, as one line that names the setting."""
     fault = error.errors(include_url=False)[0]
     setting = ".".join(str(part) for part in fault["loc"]).replace("_", "-")
-    words = _IN_WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
-    return f"{setting} is {fault['input']!r}: {words.format(**fault.get('ctx', {}))}"
+    words = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] in _IN_WORDS:
+        words = _IN_WORDS[fault["type"]].format(**fault.get("ctx", {}))
+    return f"{setting} is {fault['input']!r}: {words}" if setting else words

@@ -5,17 +5,23 @@ and ``validation_error`` where these types say ``test`` and ``validation``.
 """
 
 import json
+from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from feedbackpath.errors import ConfigError
 
 SCHEMA = 1
 """Version of the layout of ``results.json``."""
 
-Layers = dict[str, float | None]
+Measurement = Annotated[
+    float | None,
+    AfterValidator(lambda value: float(value) if value is not None and isfinite(value) else None),
+]
+"""A number that was measured; what is not finite counts as not measured, in memory as in files."""
+Layers = dict[str, Measurement]
 """Layer paths to a number, from the input layer to the output layer; None where it was not finite."""
 Status = Literal["waiting", "running", "interrupted", "finished", "diverged"]
 ENDED: tuple[Status, ...] = ("finished", "diverged")
@@ -59,12 +65,12 @@ class Metric(_Typed):
 class Entry(_Typed):
     """What was measured after an epoch, or (epoch 0) before the first."""
 
-    epoch: int = Field(description="0: before training")
-    train_loss: float | None = Field(
+    epoch: int = Field(ge=0, description="0: before training")
+    train_loss: Measurement = Field(
         None, description="mean over the epoch's samples; none where only mirror mode ran"
     )
-    test: float | None = Field(None, description="the metric on the split that `evaluate_on` names")
-    validation: float | None = Field(
+    test: Measurement = Field(None, description="the metric on the split that `evaluate_on` names")
+    validation: Measurement = Field(
         None, description="the metric on the validation split, with `select_best`"
     )
     matrix_angle_deg: Layers = Field(default_factory=dict, description="angle between B and W, in degrees")

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ def write_model(path: Path, state: Mapping[str, Tensor]) -> None:
     write_bytes(path, save(whole))
 
 
-_HELD: set[tuple[int, Path]] = set()  # processes and the folders that they have locked
+_HELD: dict[tuple[int, Path], list[Any]] = {}  # of processes and folders: the lock's file, and who has it
 
 
 @contextmanager
@@ -101,29 +101,37 @@ def locked(folder: Path) -> Iterator[None]:
         ConfigError: Another process has the folder; its number and machine are named.
     """
     held = os.getpid(), folder.resolve()
-    if held in _HELD:  # recorders of one process share a folder
+    if held not in _HELD:
+        _HELD[held] = [_lock(folder)]
+    token = object()
+    _HELD[held].append(token)  # recorders of one process share a folder; the last one lets go of it
+    try:
         yield
-        return
+    finally:
+        _HELD[held].remove(token)
+        if len(_HELD[held]) == 1:
+            _HELD.pop(held)[0].close()
+
+
+def _lock(folder: Path) -> TextIO:
+    """Return the file whose being open keeps other processes out of a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a forked worker does not inherit it
-        except (BlockingIOError, PermissionError):  # which of the two depends on the system
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise ConfigError(
-                f"{folder} is in use by {holder}: wait until it has ended, or choose another --out"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        for partial in folder.rglob(f".*{PARTIAL}"):
-            partial.unlink(missing_ok=True)
-        _HELD.add(held)
-        try:
-            yield
-        finally:
-            _HELD.discard(held)
+    file = (folder / ".lock").open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a forked worker does not inherit it
+    except (BlockingIOError, PermissionError):  # which of the two depends on the system
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ConfigError(
+            f"{folder} is in use by {holder}: wait until it has ended, or choose another --out"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    for partial in (*folder.glob(f".*{PARTIAL}"), *folder.glob(f"checkpoints/*/.*{PARTIAL}")):
+        partial.unlink(missing_ok=True)  # not those of a job whose folder lies in this one
+    return file
 
 
 class Checkpoints:

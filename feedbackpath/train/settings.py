@@ -1,0 +1,100 @@
+"""Where settings come from: flags, YAML files, recipes and run folders, and which of them change nothing."""
+
+import difflib
+import re
+from collections.abc import Set
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from feedbackpath.errors import ConfigError
+from feedbackpath.train.config import AuditConfig, CompareConfig, RunConfig, TrainConfig
+from feedbackpath.train.faults import first_fault
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def read_config(file: Path, kind: type[BaseModel] = CompareConfig) -> dict[str, Any]:
+    """Read the settings in a YAML file.
+
+    Raises:
+        ConfigError: The file cannot be read, is no mapping, or names a setting that does not exist.
+    """
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read config file {file}: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # it raises ValueError for 2024-02-30
+        where = " ".join(str(error).split())
+        raise ConfigError(f"config file {file} is not YAML: {where}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"config file {file} must map settings to values, such as 'epochs: 6'")
+    for name in settings:
+        if name not in kind.model_fields:
+            close = difflib.get_close_matches(str(name), kind.model_fields, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"config file {file}: unknown setting {name!r}{hint}")
+    return settings
+
+
+def merge_config(flags: Config, file: Path | None, recipe: Config | None = None) -> Config:
+    """Return the config of a run: a flag overrides the file, the file the recipe, the recipe the defaults."""
+    kind = type(flags)
+    given = flags.model_dump(include=flags.model_fields_set)
+    settings = read_config(file, kind) if file is not None else {}
+    base = recipe.model_dump(include=recipe.model_fields_set) if recipe is not None else {}
+    try:
+        merged = kind(**(base | settings | given))
+    except ValidationError as error:
+        raise ConfigError(f"config file {file}: {first_fault(error)}") from None
+    differing = {name for name in settings if getattr(merged, name) != kind.model_fields[name].default}
+    refuse_without_effect(merged, flags.model_fields_set | differing)
+    if isinstance(merged, TrainConfig) and merged.mirror_epochs >= merged.epochs:
+        raise ConfigError(
+            f"--mirror-epochs {merged.mirror_epochs} of --epochs {merged.epochs} leaves none to train in: "
+            "mirror mode has the first of them; ask for more epochs"
+        )
+    return merged
+
+
+def refuse_without_effect(config: Any, given: Set[str]) -> None:
+    """Refuse settings that change nothing in this run: whoever gives one expects something of it.
+
+    Raises:
+        ConfigError: Names the first, and why.
+    """
+    has_norm = re.match("mlp|lenet|transformer|gpt|lstm", config.model) is None
+    has_maps = re.match("mlp|transformer|gpt|lstm", config.model) is None
+    idle = {
+        "norm": (not has_norm, f"{config.model} has no BatchNorm"),
+        "batchnorm_feedback": (not has_norm, f"{config.model} has no BatchNorm"),
+        "sync_batchnorm": (not has_norm, f"{config.model} has no BatchNorm"),
+        "channels_last": (not has_maps, f"{config.model} has no convolution"),
+        "momentum": (config.optimizer != "sgd", "it belongs to --optimizer sgd"),
+        "nesterov": (config.optimizer != "sgd", "it belongs to --optimizer sgd"),
+        "milestones": (getattr(config, "schedule", "steps") != "steps", "it belongs to --schedule steps"),
+    }
+    if isinstance(config, AuditConfig):
+        idle |= dict.fromkeys(NOT_IN_AN_AUDIT, (True, "an audit takes one minibatch of training data"))
+    for name, (is_idle, why) in idle.items():
+        if is_idle and name in given:
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect here: {why}; leave it out")
+
+
+def read_run(folder: Path, **changes: Any) -> RunConfig:
+    """Read the config that ``feedbackpath train`` left in a folder, with some settings changed.
+
+    Raises:
+        ConfigError: The folder holds no run, or it is a comparison's.
+    """
+    file = folder / "config.yaml"
+    if not file.exists():
+        raise ConfigError(f"{folder} holds no run: give the --out folder of feedbackpath train")
+    return merge_config(RunConfig(**changes), file)
+
+
+NOT_IN_AN_AUDIT = ("evaluate_on", "num_workers", "micro_batch_size", "on_bad_image", "samples_per_epoch")
