@@ -128,6 +128,7 @@ class ResultsBook:
             _become(run, found)
         run.status = "running"
         if kept is not None and self.is_writer:
+            self.checkpoints_of(run).prune()
             self._write_networks(run, kept["state"])
         self._write_page()
         onward = "going on from the one before" if kept else "beginning this run anew"

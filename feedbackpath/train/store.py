@@ -157,9 +157,13 @@ class Checkpoints:
             CheckpointError: It could not be written; those before it are as they were.
         """
         path = self._write("epoch-{:04}-sample-{:09}".format(*position), content)
+        self.prune()
+        return path
+
+    def prune(self) -> None:
+        """Remove all but the newest; a kill may have come between."""
         for old in self.list_newest_first()[self.keep :]:
             old.unlink(missing_ok=True)
-        return path
 
     def save_best(self, content: Mapping[str, Any]) -> Path:
         """Save the best state so far in place of the one before."""
