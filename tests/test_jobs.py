@@ -24,6 +24,8 @@ from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.results import Look, read_results
 
 SMALL = ["--data", "digits", "--model", "mlp", "--samples-per-epoch", "256", "--num-threads", "1"]
+ON_FOLDERS = ["--data", "imagenet", "--model", "lenet", "--image-size", 32]
+ON_FOLDERS += ["--batch-size", 8, "--num-threads", 1]
 
 
 def run_cli(*arguments) -> int:
@@ -165,19 +167,7 @@ def test_a_run_resumed_with_other_settings_is_refused(trained, capsys):
 def test_a_run_goes_on_where_its_data_has_moved_but_not_with_other_data(tmp_path, capsys):
     here, there = make_class_folders(tmp_path / "here"), tmp_path / "there"
     out = tmp_path / "run"
-    small = (
-        "--data",
-        "imagenet",
-        "--model",
-        "lenet",
-        "--image-size",
-        32,
-        "--batch-size",
-        8,
-        "--num-threads",
-        1,
-    )
-    assert run_cli("train", *small, "--data-dir", here, "--epochs", 1, "--out", out) == 0
+    assert run_cli("train", *ON_FOLDERS, "--data-dir", here, "--epochs", 1, "--out", out) == 0
     here.rename(there)
     assert run_cli("train", "--resume", out, "--data-dir", there) == 0
     next(there.glob("train/*/*.JPEG")).unlink()
@@ -319,20 +309,6 @@ def test_milestones_are_flags_of_the_schedule_by_steps(capsys):
     flags = ["--schedule", "steps", "--milestones", "1,3", "--print-config"]
     assert run_cli("train", *flags) == 0
     assert yaml.safe_load(capsys.readouterr().out)["milestones"] == [1, 3]
-
-
-ON_FOLDERS = [
-    "--data",
-    "imagenet",
-    "--model",
-    "lenet",
-    "--image-size",
-    32,
-    "--batch-size",
-    8,
-    "--num-threads",
-    1,
-]
 
 
 def spoil(image):

@@ -31,7 +31,14 @@ from feedbackpath.train.results import (
     entry_to_json,
     read_results,
 )
-from feedbackpath.train.store import Checkpoints, write_json, write_json_lines, write_model, write_text
+from feedbackpath.train.store import (
+    Checkpoints,
+    differences,
+    write_json,
+    write_json_lines,
+    write_model,
+    write_text,
+)
 
 FREE_TO_CHANGE = {  # on --resume; all else decides the numbers
     "rules", "seeds", "num_threads", "num_workers", "device", "devices", "num_nodes",
@@ -51,7 +58,9 @@ class ResultsBook:
         task: What is learned; its data says whether it is the same.
         command: The command line.
         resume: Whether to go on with what the folder holds.
-        keeps_models: Whether the folder is to hold trained networks, not results alone.
+
+    Attributes:
+        keeps_models: Whether the folder is to hold a trained network, not results alone.
 
     Raises:
         ConfigError: The folder holds results already, of another job or without ``resume``.
@@ -74,7 +83,7 @@ class ResultsBook:
             raise ConfigError(
                 f"{out} holds results already: go on with them by --resume, or choose another --out"
             )
-        facts = DataFacts(**{"name": config.data, **task.facts})
+        facts = facts_of(config, task)
         if old is not None:
             _refuse_other_settings(out, config, old, facts)
         seeds = range(config.seed, config.seed + config.seeds)
@@ -90,7 +99,7 @@ class ResultsBook:
             device=describe_device(config),
             data=facts,
             model=config.model,
-            metric=Metric(name=task.metric, unit=task.unit, lower_is_better=task.lower_is_better),
+            metric=metric_of(task),
             config=config.model_dump(mode="json"),
             looks=_looks_of({rule for rule, _ in runs}, old),
             runs=list(runs.values()),
@@ -222,8 +231,7 @@ def checkpoints_of(out: Path, config: TrainConfig, rule: str, seed: int, data: D
     """Return where a run of a job keeps what it needs to go on, and refuses what is of another."""
     own = config.for_rule(rule)
     settings = own.model_dump(mode="json", exclude=FREE_TO_CHANGE | {"rule", "seed", "by_rule"})
-    facts = {f"the data's {name}": value for name, value in _facts_that_count(data).items()}
-    fingerprint = {"rule": rule, "seed": seed, **settings, **facts}
+    fingerprint = {"rule": rule, "seed": seed, **settings, **_facts_that_count(data)}
     return Checkpoints(out / "checkpoints" / f"{rule}-seed{seed}", fingerprint, config.keep_checkpoints)
 
 
@@ -249,7 +257,19 @@ def _looks_of(rules: set[str], old: Results | None) -> dict[str, Look]:
 
 
 def _facts_that_count(data: DataFacts) -> dict[str, Any]:
-    return data.model_dump(mode="json", exclude=FREE_TO_MOVE)
+    return {
+        f"the data's {name}": of for name, of in data.model_dump(mode="json", exclude=FREE_TO_MOVE).items()
+    }
+
+
+def metric_of(task: Task) -> Metric:
+    """Return what a task is judged by, as result files have it."""
+    return Metric(name=task.metric, unit=task.unit, lower_is_better=task.lower_is_better)
+
+
+def facts_of(config: TrainConfig, task: Task) -> DataFacts:
+    """Return what a task's data says of itself, under the name that the config has for it."""
+    return DataFacts(**{"name": config.data, **task.facts})
 
 
 def _refuse_other_settings(
@@ -261,15 +281,8 @@ def _refuse_other_settings(
         raise ConfigError(f"{out} was made by {made}, and {now} cannot go on with it; choose another --out")
     new = config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
     there = type(config)().model_dump(mode="json") | old.config  # an older version had fewer settings
-    differing = [
-        f"{name} ({there[name]!r} there, {new[name]!r} now)" for name in new if new[name] != there[name]
-    ]
-    known, data = _facts_that_count(old.data), _facts_that_count(facts)
-    differing += [
-        f"the data's {name} ({known.get(name)!r} there, {data.get(name)!r} now)"
-        for name in dict.fromkeys([*known, *data])
-        if known.get(name) != data.get(name)
-    ]
+    differing = differences({name: there[name] for name in new}, new)
+    differing += differences(_facts_that_count(old.data), _facts_that_count(facts))
     if differing:
         raise ConfigError(f"{out} was run with other settings: {', '.join(differing)}; choose another --out")
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from feedbackpath.errors import ConfigError
-from feedbackpath.jobs.book import checkpoints_of
+from feedbackpath.jobs.book import checkpoints_of, facts_of, metric_of
 from feedbackpath.jobs.imports import import_files
 from feedbackpath.jobs.run import make_task
 from feedbackpath.train.engine import Engine
 from feedbackpath.train.loop import Training
-from feedbackpath.train.results import DataFacts, Metric, Run
+from feedbackpath.train.results import Metric, Run
 from feedbackpath.train.settings import read_run
 
 Which = Literal["last", "best"]
@@ -52,8 +52,7 @@ def evaluate(folder: Path, which: Which = "last", **changes: Any) -> Evaluation:
     config = read_run(folder, **changes)
     import_files(config.imports)
     task = make_task(config, config.seed)
-    facts = DataFacts(**{"name": config.data, **task.facts})
-    checkpoints = checkpoints_of(folder, config, config.rule, config.seed, facts)
+    checkpoints = checkpoints_of(folder, config, config.rule, config.seed, facts_of(config, task))
     kept = checkpoints.load_best() if which == "best" else checkpoints.load_newest()[0]
     if kept is None:
         raise ConfigError(f"{folder} holds no {which} checkpoint; run feedbackpath train --resume {folder}")
@@ -61,7 +60,7 @@ def evaluate(folder: Path, which: Which = "last", **changes: Any) -> Evaluation:
     training.load_state(kept["state"])
     return Evaluation(
         Run.model_validate(kept["run"]),
-        Metric(name=task.metric, unit=task.unit, lower_is_better=task.lower_is_better),
+        metric_of(task),
         training.measure_metric(task.validation),
         training.measure_metric(task.test),
         training.path.matrix_angles(),

@@ -10,7 +10,6 @@ from feedbackpath.errors import ConfigError, UserError
 from feedbackpath.jobs.book import ResultsBook
 from feedbackpath.jobs.imports import import_files, naming_faults
 from feedbackpath.jobs.signals import Interrupted, StopRequest
-from feedbackpath.path import FeedbackPath
 from feedbackpath.report.live import LiveView
 from feedbackpath.report.table import describe_divergence
 from feedbackpath.rules import resolve_rule
@@ -50,8 +49,8 @@ def run_job(
     """
     import_files(config.imports)
     engine = Engine(config)
-    first_task, paths = prepare(config, engine)
-    if config.mirror_epochs and not any(path.mirrors for path in paths):
+    first_task, mirrors = prepare(config, engine)
+    if config.mirror_epochs and not mirrors:
         raise ConfigError("--mirror-epochs has no effect here: no rule of this job mirrors; leave it out")
     with ExitStack() as stack:
         _take_folder(stack, out, engine)
@@ -69,8 +68,11 @@ def run_job(
     return book.results
 
 
-def prepare(config: CompareConfig | RunConfig, engine: Engine) -> tuple[Task, list[FeedbackPath]]:
+def prepare(config: CompareConfig | RunConfig, engine: Engine) -> tuple[Task, bool]:
     """Load the first task and build every rule's path; refuse what does not fit before anything is written.
+
+    Returns:
+        The task, and whether any rule mirrors. Each network is let go before the next one is built.
 
     Raises:
         UserError: A setting names what does not exist, or the user's task and network do not fit.
@@ -83,13 +85,13 @@ def prepare(config: CompareConfig | RunConfig, engine: Engine) -> tuple[Task, li
         torch.set_num_threads(config.num_threads)
     with naming_faults(f"--data {config.data}, --model {config.model}", config.imports):
         task = make_task(config, config.seed)
-        paths = [
-            make_path(config, rule, config.seed, make_network(config, config.seed, task))
+        mirrors = [
+            make_path(config, rule, config.seed, make_network(config, config.seed, task)).mirrors
             for rule in config.rules
         ]
         if config.imports:
             _rehearse(config, task, engine)
-    return task, paths
+    return task, any(mirrors)
 
 
 @torch.no_grad()

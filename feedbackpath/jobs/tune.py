@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from feedbackpath.errors import ConfigError
+from feedbackpath.jobs.book import metric_of
 from feedbackpath.jobs.imports import import_files
 from feedbackpath.jobs.run import prepare
 from feedbackpath.jobs.signals import Interrupted, StopRequest
@@ -154,7 +155,7 @@ def tune(
     spaces = {rule: space_of(rule, config) for rule in config.rules}
     search = Search(
         command=command,
-        metric=Metric(name=task.metric, unit=task.unit, lower_is_better=task.lower_is_better),
+        metric=metric_of(task),
         seed=config.seed,
         trials_per_rule=trials,
         spaces={rule: {name: list(span) for name, span in space.items()} for rule, space in spaces.items()},

@@ -10,7 +10,6 @@ import bisect
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from feedbackpath.report.curves import finished, group_by_rule
@@ -23,41 +22,6 @@ MOST_SEEDS = 10**9
 MANY = 1000  # degrees of freedom: from here on a series is exact to seven digits
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A rule beside backprop.
-
-    Attributes:
-        rule: The rule.
-        n: Seeds that both have finished.
-        difference: Mean of the paired differences, in the metric's unit; positive where the number is higher.
-        low: Lower end of the interval.
-        high: Its upper end.
-        margin: How far a difference may go.
-        level: Of each of the two tests.
-        seeds_needed: Seeds that a study needs to show equivalence with 80% power, if these are pilot seeds
-            and the true difference is none.
-    """
-
-    rule: str
-    n: int
-    difference: float
-    low: float
-    high: float
-    margin: float
-    level: float
-    seeds_needed: int
-
-    @property
-    def verdict(self) -> Literal["equivalent", "not equivalent", "not shown"]:
-        """What the tests say."""
-        if -self.margin < self.low and self.high < self.margin:
-            return "equivalent"
-        if self.low > self.margin or self.high < -self.margin:
-            return "not equivalent"
-        return "not shown"
-
-
 def look(results: Results, margin: float, seeds: int) -> None:
     """Test a job that has ended, once: a look at more seeds than before is a new one, at half the level.
 
@@ -68,19 +32,8 @@ def look(results: Results, margin: float, seeds: int) -> None:
         level = LEVEL / 2 ** len(looks)
         looks.append(EquivalenceTest(margin=margin, level=level, seeds=seeds, verdicts=[]))
     judged = {found.rule for found in looks[-1].verdicts}
-    looks[-1].verdicts += [
-        Verdict(
-            rule=found.rule,
-            n=found.n,
-            difference=found.difference,
-            low=found.low,
-            high=found.high,
-            verdict=found.verdict,
-            seeds_needed=found.seeds_needed,
-        )
-        for found in compare_with_backprop(results, margin, looks[-1].level)
-        if found.rule not in judged
-    ]
+    found = compare_with_backprop(results, margin, looks[-1].level)
+    looks[-1].verdicts += [verdict for verdict in found if verdict.rule not in judged]
 
 
 def describe(results: Results) -> list[str]:
@@ -110,7 +63,7 @@ def describe(results: Results) -> list[str]:
     ] + [f"{rule} minus bp: not judged, fewer than two seeds that both have finished" for rule in unjudged]
 
 
-def compare_with_backprop(results: Results, margin: float, level: float = LEVEL) -> list[Comparison]:
+def compare_with_backprop(results: Results, margin: float, level: float = LEVEL) -> list[Verdict]:
     """Test each rule of a job against backprop, over the seeds that both have finished; two at least.
 
     Example:
@@ -137,11 +90,27 @@ def compare_with_backprop(results: Results, margin: float, level: float = LEVEL)
     return found
 
 
-def _compare(rule: str, differences: Sequence[float], margin: float, level: float) -> Comparison:
+def _compare(rule: str, differences: Sequence[float], margin: float, level: float) -> Verdict:
     n, mean, spread = len(differences), statistics.fmean(differences), statistics.stdev(differences)
     half = t_quantile(1 - level, n - 1) * spread / math.sqrt(n)
-    needed = seeds_needed(spread, margin, level)
-    return Comparison(rule, n, mean, mean - half, mean + half, margin, level, needed)
+    low, high = mean - half, mean + half
+    return Verdict(
+        rule=rule,
+        n=n,
+        difference=mean,
+        low=low,
+        high=high,
+        verdict=_judge(low, high, margin),
+        seeds_needed=seeds_needed(spread, margin, level),
+    )
+
+
+def _judge(low: float, high: float, margin: float) -> Literal["equivalent", "not equivalent", "not shown"]:
+    if -margin < low and high < margin:
+        return "equivalent"
+    if low > margin or high < -margin:
+        return "not equivalent"
+    return "not shown"
 
 
 def seeds_needed(spread: float, margin: float, level: float = LEVEL, power: float = POWER) -> int:

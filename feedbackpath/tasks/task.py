@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from feedbackpath.data import DATASETS, Dataset, load_dataset
+from feedbackpath.data import DATASETS, Dataset, Split, load_dataset
 from feedbackpath.data.dataset import stream_positions
 from feedbackpath.errors import DataError
 
@@ -105,7 +105,7 @@ class Task(Dataset):
 
 
 @dataclass(frozen=True, eq=False)
-class TensorSplit:
+class TensorSplit(Split):
     """Samples in memory as tensors.
 
     Attributes:
@@ -125,10 +125,6 @@ class TensorSplit:
         """Return some samples of an epoch."""
         rows = stream_positions(indices, epoch, self.samples_per_epoch, len(self.x))
         return self.x[rows], self.y[rows]
-
-    def prepare(self, x: Tensor) -> Tensor:
-        """Return ``x``: it needs nothing."""
-        return x
 
 
 def register_task(name: str, make: Callable[..., Dataset]) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from feedbackpath.data import Split
 from feedbackpath.data.counter import uniform
 from feedbackpath.errors import DataError
 from feedbackpath.tasks.task import Samples, Task, register_task
@@ -81,7 +82,7 @@ def bits_per_byte(logits: Tensor, target: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class RandomWindows:
+class RandomWindows(Split):
     """Windows of text at places that are a function of seed, epoch and number.
 
     Attributes:
@@ -102,13 +103,9 @@ class RandomWindows:
         share = uniform(indices, 1, self.seed, epoch)[:, 0].double()
         return _windows(self.text, (share * (len(self.text) - CONTEXT)).long())
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """Return ``x``: it needs nothing."""
-        return x
-
 
 @dataclass(frozen=True, eq=False)
-class EvenWindows:
+class EvenWindows(Split):
     """Windows of text at even distances: the same ones whatever the seed.
 
     Attributes:
@@ -123,10 +120,6 @@ class EvenWindows:
     def batch(self, indices: Tensor, epoch: int) -> Samples:
         """Return some windows, and the bytes that follow each of theirs: int64 ``[N, T]`` both."""
         return _windows(self.text, indices * ((len(self.text) - 1 - CONTEXT) // max(len(self) - 1, 1)))
-
-    def prepare(self, x: Tensor) -> Tensor:
-        """Return ``x``: it needs nothing."""
-        return x
 
 
 def _windows(text: Tensor, starts: Tensor) -> Samples:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from cyclopts import Group, Parameter
@@ -17,8 +17,6 @@ from pydantic import (
 )
 
 from feedbackpath.train.faults import first_fault
-
-Config = TypeVar("Config", bound=BaseModel)
 
 
 def _section(name: str, number: int) -> Any:

@@ -224,19 +224,27 @@ class Checkpoints:
 
     def _load(self, path: Path) -> dict[str, Any]:
         content = load_checkpoint(path)
-        theirs = content.get("fingerprint", {})
-        names = dict.fromkeys([*self.fingerprint, *theirs])
-        differing = [
-            f"{name} ({theirs.get(name)!r} there, {self.fingerprint.get(name)!r} now)"
-            for name in names
-            if theirs.get(name) != self.fingerprint.get(name)
-        ]
+        differing = differences(content.get("fingerprint", {}), self.fingerprint)
         if differing:
             raise ConfigError(
                 f"checkpoint {path} is of another run: {', '.join(differing)}; choose another --out, or "
                 "delete it"
             )
         return content
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say in what settings or facts differ, as ``lr (0.2 there, 0.1 now)``.
+
+    Example:
+        >>> differences({"lr": 0.2, "seed": 0}, {"lr": 0.1, "seed": 0})
+        ['lr (0.2 there, 0.1 now)']
+    """
+    return [
+        f"{name} ({there.get(name)!r} there, {now.get(name)!r} now)"
+        for name in dict.fromkeys([*now, *there])
+        if there.get(name) != now.get(name)
+    ]
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
