@@ -194,11 +194,10 @@ def test_pairs_move_the_bytes_of_the_model(model):
     assert num_calls == calls("wm", sizes)
 
 
-@pytest.mark.parametrize(("model", "batch_size"), [("resnet8", 8), ("mlp", 8), ("mlp", 512)])
-def test_the_mirrors_share_is_that_of_its_schedule(model, batch_size, layers):
-    step = make_step(model, "wm", batch_size)
-    steps_between = step.path.plan(step.loss)[0].steps_between
-    assert mirrored_share(layers[model], batch_size) == pytest.approx(1 / steps_between)
+def test_the_mirrors_share_is_that_of_the_schedule_that_was_measured():
+    layers = [LayerSize(784, 512), LayerSize(512, 10)]  # 3% of 6 V N FLOPs, for passes of 4 V 2
+    assert mirrored_share(layers, 8) == pytest.approx(0.18)
+    assert mirrored_share(layers, 512) == 1.0
 
 
 def test_the_appendix_counts_an_update_for_each_example_and_two_products_more_for_noise():

@@ -230,4 +230,5 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_every_loader_is_in_the_table():
-    assert list(DATASETS) == ["glyphs", "digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagenet"]
+    images = ["glyphs", "digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagenet"]
+    assert list(DATASETS)[: len(images)] == images  # behind them stand those that tasks register
