@@ -24,6 +24,7 @@ from feedbackpath.train.schedule import learning_rate
 from feedbackpath.train.settings import merge_config, read_config
 
 SMALL = {"data": "digits", "model": "mlp", "epochs": 3, "samples_per_epoch": 256, "batch_size": 64}
+EXACT_START = {"mirror-kp": {"start": "exact"}}
 
 
 def events(rule: str, state=None, must_stop=lambda: False, **settings):
@@ -155,7 +156,8 @@ def test_max_steps_ends_the_run_with_a_last_measurement():
 
 
 def test_mirror_kp_follows_backprop():
-    bp, ours = (measured(run(rule, precision="64-true"))[-1].entry for rule in ("bp", "mirror-kp"))
+    runs = [run("bp", precision="64-true"), run("mirror-kp", precision="64-true", rule_settings=EXACT_START)]
+    bp, ours = (measured(found)[-1].entry for found in runs)
     assert ours.test == bp.test
     assert ours.train_loss == pytest.approx(bp.train_loss, rel=1e-6)
 
