@@ -14,14 +14,10 @@ from feedbackpath.core.surgery import survey
 from feedbackpath.errors import UnconvertedLayerWarning, UntieError
 from feedbackpath.measure import angles
 from feedbackpath.rules import Rule
-from feedbackpath.rules.checks import (
-    hidden_weights,
-    name_newcomers,
-    plain_layers,
-    refuse_changed_flags,
-    refuse_sharded,
-)
+from feedbackpath.rules.checks import clip_by_forward_norm, hidden_weights, refuse_changed_flags
 from feedbackpath.rules.choice import choose_rules, find_unserved, refuse_unmatched
+from feedbackpath.rules.guard import Guard
+from feedbackpath.rules.unfit import refuse_unfit
 
 if TYPE_CHECKING:
     from feedbackpath.mirror import LayerPlan, Mirror
@@ -79,6 +75,7 @@ def untie(
     """
     for watcher in WATCHERS:
         watcher(model, None)
+    refuse_unfit(model, batchnorm_feedback)
     found = survey(model)
     rules = choose_rules(found.convertible, rule, overrides or {})
     refuse_unmatched(activations or {}, "activation pattern", found.convertible)
@@ -115,7 +112,8 @@ class FeedbackPath:
     ) -> None:
         self.model, self.rules, self.context = model, dict(rules), context
         self.layers, self.weights, self.groups = parts.layers, parts.weights, parts.groups
-        self._parts, self._is_retied, self._left_out = parts, False, plain_layers(model)
+        self._parts, self._is_retied = parts, False
+        self._guard = Guard(model, parts.weights)
 
     def step(self) -> None:
         """Do what the rules do after an update of the forward weights: mirror, take signs, or nothing.
@@ -126,10 +124,9 @@ class FeedbackPath:
             RuleError: The optimizer has left out feedback weights that learn, or ``requires_grad`` of one was
                 changed, so that it would learn by another rule than its own.
         """
-        self._refuse_retied()
+        self._check()
         refuse_changed_flags(self.groups)
         self.context.steps += 1
-        name_newcomers(self.model, self._left_out, self.context.steps)
         for rule, group in self.groups:
             rule.step(group, self.context)
 
@@ -161,7 +158,7 @@ class FeedbackPath:
             return by_hand.plan(self.context, groups, self.weights, compute_loss, settings, scale=scale)
 
     def _to_mirror(self) -> list[tuple[Rule, list[UntiedWeight]]]:
-        self._refuse_retied()
+        self._check()
         groups = [group for group in self.groups if group[0].is_mirrorable and group[0].send_back.is_local]
         if not groups:
             raise UntieError(
@@ -181,19 +178,19 @@ class FeedbackPath:
         B is laid out as W; that of a rule that broadcasts errors is ``[outputs, *input]``, and is made when
         the model first runs.
         """
-        self._refuse_retied()
+        self._check()
         for weight in self.weights:
             if weight.is_tied or weight.has_feedback:
                 yield weight.name, weight.weight, weight.feedback
 
     def matrix_angles(self) -> dict[str, float]:
         """Return each weight's angle between B and W, in degrees; B of another shape than W has none."""
-        self._refuse_retied()
+        self._check()
         return angles.matrix_angles(self.weights)
 
     def gains(self) -> dict[str, float]:
         """Return each weight's gain <B, W> / <W, W>: 1 when B has W's size along W."""
-        self._refuse_retied()
+        self._check()
         return angles.gains(self.weights)
 
     def delta_angles(self, compute_loss: Callable[[], Tensor]) -> dict[str, float]:
@@ -202,7 +199,7 @@ class FeedbackPath:
         ``compute_loss`` runs the model forward on the same minibatch each time, and returns the loss.
         Gradients, running statistics and random numbers are left as they were.
         """
-        self._refuse_retied()
+        self._check()
         return angles.delta_angles(self.weights, self.model, compute_loss)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -212,15 +209,12 @@ class FeedbackPath:
 
         Returns the norm before clipping, of all forward gradients taken as one vector.
         """
-        learned = {id(weight.feedback) for rule, group in self.groups if rule.learns for weight in group}
-        with_gradient = [p for p in self.model.parameters() if p.grad is not None]
-        forward = [p.grad for p in with_gradient if id(p) not in learned if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(forward, norm_type)
-        torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
-        return norm
+        self._check()
+        return clip_by_forward_norm(self.model, self.groups, self.context, max_norm, norm_type)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """See that an optimizer suits the rules; what they raise and warn of is said there."""
+        self._check()
         for rule, group in self.groups:
             rule.check_optimizer(group, optimizer)
 
@@ -240,11 +234,17 @@ class FeedbackPath:
     def retie(self) -> nn.Module:
         """Give back plain torch modules, with the forward weights as they are now; return the model."""
         self._refuse_retied()
+        self._guard.refuse_other_classes()
         self._is_retied = True
+        self._guard.retie_copies()
         self._parts.undo(self.context)
         return self.model
 
     def _refuse_retied(self) -> None:
         if self._is_retied:
             raise UntieError("this path has been retied already: untie the model again for a new one")
-        refuse_sharded(self.weights)
+
+    def _check(self) -> None:
+        """See that the path may be asked something: it is not retied, and its model still what was untied."""
+        self._refuse_retied()
+        self._guard.check()

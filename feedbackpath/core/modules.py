@@ -127,6 +127,25 @@ class FeedbackModule(nn.Module):
             self.untied.is_quiet, self.untied.is_watched = False, True
         super().__setattr__(name, value)
 
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters as the plain module does, and feedback weights after them.
+
+        So lists that are gone through side by side with those of a plain copy, as a moving average of the
+        weights does, pair W with W.
+        """
+        held = [(weight.layer._parameters, weight.feedback_name) for weight in self.untied.below]
+        last = {id(parameters.get(name)) for parameters, name in held}
+        named = list(super().named_parameters(*args, **kwargs))
+        yield from sorted(named, key=lambda one: id(one[1]) in last)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state as torch does, feedback weights last."""
+        state = super().state_dict(*args, **kwargs)
+        last = {weight.feedback_name for weight in self.untied.below}
+        for key in [key for key in state if key.rpartition(".")[2] in last]:
+            state[key] = state.pop(key)
+        return state
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the plain class: this one is made when it is needed."""
         reduced = super().__reduce_ex__(protocol)
@@ -161,6 +180,9 @@ class FeedbackModule(nn.Module):
         for weight in self.untied.weights:
             if prefix + weight.feedback_name in missing:
                 missing.remove(prefix + weight.feedback_name)
+                own = getattr(self, weight.feedback_name)
+                if own is not None:  # W that was assigned may be of another precision, or elsewhere
+                    own.data = own.data.to(getattr(self, weight.weight_name))
         if local_metadata.get("assign_to_params_buffers"):
             self._attach()
 

@@ -39,8 +39,8 @@ class When:
         """Refuse settings that make no sense."""
         _refuse_unknown_names(self)
         refuse_no_count("When: every", self.every)
-        if self.cost_share is not None and not self.cost_share > 0:
-            raise RuleError(f"When: cost_share must be above 0, not {self.cost_share}")
+        if self.cost_share is not None:
+            refuse_no_size("When: cost_share", self.cost_share)
         if self.cost_share is not None and self.layers != "all":
             raise RuleError(f"When: cost_share is for layers='all'; {self.layers!r} has a turn of its own")
 
@@ -105,8 +105,8 @@ class Mirror:
         _refuse_unknown_names(self)
         for name in ("forgetting", "rate", "decay", "sigma", "target_angle_deg", "baseline"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise RuleError(f"Mirror: {name} must be above 0, not {value}")
+            if value is not None:
+                refuse_no_size(f"Mirror: {name}", value)
         if self.target_angle_deg is not None and not self.target_angle_deg < 90:
             raise RuleError(f"Mirror: target_angle_deg must be below 90, not {self.target_angle_deg}")
         if (share := self.share_for(1, 1.0)) > 1:
@@ -239,6 +239,20 @@ def refuse_no_count(what: str, value: object, least: int = 1) -> None:
         raise RuleError(f"{what} must be a whole number, not {value!r}")
     if int(value) < least:
         raise RuleError(f"{what} must be at least {least}, not {value}")
+
+
+def refuse_no_size(what: str, value: object) -> None:
+    """Refuse what is no number between 1e-12 and 1e12: squares of others leave float32, and B becomes NaN.
+
+    Raises:
+        RuleError: Says ``what`` has to be one.
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise RuleError(f"{what} must be a number, not {value!r}")
+    if not float(value) > 0:
+        raise RuleError(f"{what} must be above 0, not {value}")
+    if not 1e-12 <= float(value) <= 1e12:
+        raise RuleError(f"{what} must be between 1e-12 and 1e12, not {value}")
 
 
 def _refuse_unknown_names(settings: Any) -> None:
