@@ -236,7 +236,7 @@ class FeedbackPath:
         self._refuse_retied()
         self._guard.refuse_other_classes()
         self._is_retied = True
-        self._guard.retie_copies()
+        self._guard.release()
         self._parts.undo(self.context)
         return self.model
 

@@ -128,15 +128,16 @@ class FeedbackModule(nn.Module):
         super().__setattr__(name, value)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters as the plain module does, and feedback weights after them.
-
-        So lists that are gone through side by side with those of a plain copy, as a moving average of the
-        weights does, pair W with W.
-        """
-        held = [(weight.layer._parameters, weight.feedback_name) for weight in self.untied.below]
-        last = {id(parameters.get(name)) for parameters, name in held}
-        named = list(super().named_parameters(*args, **kwargs))
-        yield from sorted(named, key=lambda one: id(one[1]) in last)
+        """Yield the parameters, and note whether somebody stops after as many as the plain module has."""
+        feedbacks = {id(w.layer._parameters.get(w.feedback_name)) for w in self.untied.below}
+        named, done = list(super().named_parameters(*args, **kwargs)), 0
+        plain = sum(id(parameter) not in feedbacks for _, parameter in named)
+        try:
+            for done, one in enumerate(named, 1):  # noqa: B007
+                yield one
+        finally:
+            if 1 < plain <= done <= plain + 1 and done < len(named):
+                self.untied.memo["paired"] = True
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the state as torch does, feedback weights last."""
@@ -180,9 +181,8 @@ class FeedbackModule(nn.Module):
         for weight in self.untied.weights:
             if prefix + weight.feedback_name in missing:
                 missing.remove(prefix + weight.feedback_name)
-                own = getattr(self, weight.feedback_name)
-                if own is not None:  # W that was assigned may be of another precision, or elsewhere
-                    own.data = own.data.to(getattr(self, weight.weight_name))
+                if weight.has_feedback:  # W that was assigned may be of another precision, or elsewhere
+                    weight.feedback.data = weight.feedback.data.to(weight.weight)
         if local_metadata.get("assign_to_params_buffers"):
             self._attach()
 

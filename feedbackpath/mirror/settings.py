@@ -6,7 +6,7 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-from feedbackpath.errors import RuleError
+from feedbackpath.errors import RuleError, refuse_no_size
 from feedbackpath.mirror.noise import RELU_SPREAD, code_length, relative_variance
 
 LEAST_FORGETTING, MOST_FORGETTING = 0.02, 0.1
@@ -239,20 +239,6 @@ def refuse_no_count(what: str, value: object, least: int = 1) -> None:
         raise RuleError(f"{what} must be a whole number, not {value!r}")
     if int(value) < least:
         raise RuleError(f"{what} must be at least {least}, not {value}")
-
-
-def refuse_no_size(what: str, value: object) -> None:
-    """Refuse what is no number between 1e-12 and 1e12: squares of others leave float32, and B becomes NaN.
-
-    Raises:
-        RuleError: Says ``what`` has to be one.
-    """
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise RuleError(f"{what} must be a number, not {value!r}")
-    if not float(value) > 0:
-        raise RuleError(f"{what} must be above 0, not {value}")
-    if not 1e-12 <= float(value) <= 1e12:
-        raise RuleError(f"{what} must be between 1e-12 and 1e12, not {value}")
 
 
 def _refuse_unknown_names(settings: Any) -> None:

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.operations import PRODUCTS
-from feedbackpath.errors import RuleError
+from feedbackpath.errors import RuleError, UnconvertedLayerWarning, level_outside
 from feedbackpath.rules.update_watch import UpdateWatch
 
 
@@ -33,6 +34,21 @@ def refuse_changed_flags(groups: Sequence[tuple[Any, list[UntiedWeight]]]) -> No
                     f"{rule.name} no longer holds: set it back by "
                     f".{weight.feedback_name}.requires_grad_({expected})"
                 )
+
+
+def warn_of_older_copy(model: Any) -> None:
+    """Warn if somebody has gone through ``model.parameters()`` as far as a copy made before ``untie`` goes.
+
+    Such a copy has no B, so that from the second layer on each W of its is paired with another parameter.
+    """
+    if model.untied.memo.pop("paired", False):
+        warnings.warn(
+            "somebody went through model.parameters() side by side with a list without feedback weights. If "
+            "that was an average of weights (EMA, AveragedModel) made before untie, it averages W with B: "
+            "make it after untie",
+            UnconvertedLayerWarning,
+            stacklevel=level_outside(),
+        )
 
 
 def clip_by_forward_norm(

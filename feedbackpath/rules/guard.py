@@ -1,7 +1,7 @@
 """Whether a model still is what was untied: asked before each step and each measurement of a path.
 
-``untie`` refuses what it cannot do. But a model goes on living: somebody prunes it, gives it a new head, or
-copies one of its layers. Errors would then go back through W, or a B that nobody governs, in silence.
+A model goes on living after ``untie``: somebody prunes it, gives it a new head, or copies one of its layers.
+Errors would then go back through W, or a B that nobody governs, in silence.
 """
 
 import warnings
@@ -13,16 +13,18 @@ from feedbackpath.core.layers import UntiedWeight, kind_of
 from feedbackpath.core.modules import FeedbackModule, untied_type
 from feedbackpath.core.surgery import retie_module
 from feedbackpath.errors import UnconvertedLayerWarning, UntieError, level_outside
+from feedbackpath.rules.checks import warn_of_older_copy
+from feedbackpath.rules.replicas import leave_replicas, watch_replicas
 
 
 class Guard:
     """Notices what has become of a model and its untied weights since ``untie``."""
 
     def __init__(self, model: nn.Module, weights: Sequence[UntiedWeight]) -> None:
-        self._model, self._weights = model, list(weights)
-        self._plain = _plain_layers(model)
+        self._model, self._weights, self._plain = model, list(weights), _plain_layers(model)
         self._shapes, self._sharing = [weight.weight.shape for weight in weights], _sharing_of(weights)
         self._seen = self._look()
+        watch_replicas(model)
 
     def check(self) -> None:
         """See that every untied weight is in its place, and that no layer has joined them.
@@ -31,15 +33,17 @@ class Guard:
             UntieError: Says what has changed, and where.
 
         Warns:
-            UnconvertedLayerWarning: Names layers that came into the model: errors go through their weights.
+            UnconvertedLayerWarning: Names new layers, through whose weights errors go.
         """
+        watch_replicas(self._model)
+        warn_of_older_copy(self._model)
         seen = self._look()
-        if seen == self._seen:  # nothing but values has changed since all was found well
+        if seen == self._seen:
             return
         if faults := list(self._find_faults()):
             raise UntieError(
-                f"{'; '.join(faults)}: the model is not what was untied any more; path.retie(), and untie it "
-                "again when it has its final form"
+                f"{'; '.join(faults[:3])}{'; and others' * (len(faults) > 3)}: the model is no more what was "
+                "untied; path.retie(), and untie it again when it has its final form"
             )
         self._name_newcomers()
         self._seen = seen
@@ -55,20 +59,20 @@ class Guard:
                 expected = untied_type(module.plain_type, bool(module.untied.weights))
                 if type(module) is not expected:
                     raise UntieError(
-                        f"the class of {name!r} was changed to {type(module).__name__} after it was untied "
-                        "(parametrize, fully_shard): undo that first, as by "
-                        "torch.nn.utils.parametrize.remove_parametrizations, and then retie"
+                        f"the class of {name!r} was changed to {type(module).__name__} after untie; undo it "
+                        "first, as by torch.nn.utils.parametrize.remove_parametrizations, and then retie"
                     )
 
-    def retie_copies(self) -> None:
-        """Make plain modules of the layers that were copied into the model, and belong to no path."""
+    def release(self) -> None:
+        """Let go of the model, and make plain modules of untied layers that were copied into it."""
+        leave_replicas(self._model)
         for _, module in self._copies():
             if module.untied.context is not None and not module.untied.context.has_model:
                 module.untied.context.close()
                 retie_module(module)
 
     def _look(self) -> tuple[object, ...]:
-        """Return what tells in a few microseconds whether anything but values has changed."""
+        """Return what tells in a few microseconds whether more than values has changed."""
         modules: dict[int, int] = {}
         left: list[nn.Module | None] = [self._model]
         while left:
@@ -76,13 +80,11 @@ class Guard:
             if module is not None and id(module) not in modules:
                 modules[id(module)] = len(module._parameters)
                 left.extend(module._modules.values())
-        held = [
-            (id(p), None if p is None else p.shape)
-            for weight in self._weights
-            for name in (weight.weight_name, weight.feedback_name)
-            for p in (weight.layer._parameters.get(name),)
+        names = [
+            (w.layer._parameters, name) for w in self._weights for name in (w.weight_name, w.feedback_name)
         ]
-        return modules, held
+        held = [parameters.get(name) for parameters, name in names]
+        return modules, [(id(p), None if p is None else p.shape) for p in held]
 
     def _find_faults(self) -> Iterator[str]:
         layers = {id(module): name for name, module in self._model.named_modules()}

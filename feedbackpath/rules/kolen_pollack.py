@@ -29,8 +29,7 @@ import torch
 from torch import Tensor
 
 from feedbackpath.core.context import RuleContext
-from feedbackpath.errors import KolenPollackWarning, RuleError, level_outside
-from feedbackpath.mirror.settings import refuse_no_size
+from feedbackpath.errors import KolenPollackWarning, RuleError, level_outside, refuse_no_size
 from feedbackpath.rules.base import Rule, Weights, draw_feedback
 from feedbackpath.rules.shared_reduction import SharedReduction, weights_used_elsewhere
 from feedbackpath.rules.update_watch import UpdateWatch

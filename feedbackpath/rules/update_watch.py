@@ -96,8 +96,8 @@ class UpdateWatch:
             if names:
                 raise RuleError(
                     f"the optimizer updates the {whose} weights but not the {others} weights of "
-                    f"{', '.join(names)}; make it after untie, from model.parameters(), and if the rule "
-                    "broadcasts errors, after the model has run once; load_state_dict(assign=True) makes new ones"
+                    f"{', '.join(names)}; make it after untie, from model.parameters(), after any "
+                    "load_state_dict(assign=True), and if the rule broadcasts errors, after a first run"
                 )
         if scales and all(map(_is_clipped, scales)):
             warnings.warn(
