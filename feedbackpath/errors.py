@@ -1,5 +1,6 @@
 """The errors and warnings that users meet; each says what was wrong, where, and what to do next."""
 
+import numbers
 import sys
 
 
@@ -40,6 +41,20 @@ class MirrorWarning(UserWarning):
 
 class KolenPollackWarning(UserWarning):
     """An optimizer under which Kolen-Pollack feedback weights would not converge to the forward ones."""
+
+
+def refuse_no_size(what: str, value: object) -> None:
+    """Refuse what is no number between 1e-12 and 1e12: squares of others leave float32, and B becomes NaN.
+
+    Raises:
+        RuleError: Says ``what`` has to be one.
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise RuleError(f"{what} must be a number, not {value!r}")
+    if not float(value) > 0:
+        raise RuleError(f"{what} must be above 0, not {value}")
+    if not 1e-12 <= float(value) <= 1e12:
+        raise RuleError(f"{what} must be between 1e-12 and 1e12, not {value}")
 
 
 def printable(text: str) -> str:

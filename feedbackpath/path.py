@@ -15,14 +15,10 @@ from feedbackpath.errors import UnconvertedLayerWarning, UntieError
 from feedbackpath.measure.deltas import left_as_it_was
 from feedbackpath.measure.measures import Measures
 from feedbackpath.rules import Rule
-from feedbackpath.rules.checks import (
-    hidden_weights,
-    name_newcomers,
-    plain_layers,
-    refuse_changed_flags,
-    refuse_sharded,
-)
+from feedbackpath.rules.checks import clip_by_forward_norm, hidden_weights, refuse_changed_flags
 from feedbackpath.rules.choice import choose_rules, find_unserved, refuse_unmatched
+from feedbackpath.rules.guard import Guard
+from feedbackpath.rules.unfit import refuse_unfit
 
 if TYPE_CHECKING:
     from feedbackpath.mirror import LayerPlan, Mirror
@@ -80,6 +76,7 @@ def untie(
     """
     for watcher in WATCHERS:
         watcher(model, None)
+    refuse_unfit(model, batchnorm_feedback)
     found = survey(model)
     rules = choose_rules(found.convertible, rule, overrides or {})
     refuse_unmatched(activations or {}, "activation pattern", found.convertible)
@@ -116,7 +113,8 @@ class FeedbackPath(Measures):
     ) -> None:
         self.model, self.rules, self.context = model, dict(rules), context
         self.layers, self.weights, self.groups = parts.layers, parts.weights, parts.groups
-        self._parts, self._is_retied, self._left_out = parts, False, plain_layers(model)
+        self._parts, self._is_retied = parts, False
+        self._guard = Guard(model, parts.weights)
 
     def step(self) -> None:
         """Do what the rules do after an update of the forward weights: mirror, take signs, or nothing.
@@ -127,10 +125,9 @@ class FeedbackPath(Measures):
             RuleError: The optimizer has left out feedback weights that learn, or ``requires_grad`` of one was
                 changed, so that it would learn by another rule than its own.
         """
-        self._refuse_retied()
+        self._check()
         refuse_changed_flags(self.groups)
         self.context.steps += 1
-        name_newcomers(self.model, self._left_out, self.context.steps)
         for rule, group in self.groups:
             rule.step(group, self.context)
 
@@ -162,7 +159,7 @@ class FeedbackPath(Measures):
             return by_hand.plan(self.context, groups, self.weights, compute_loss, settings, scale=scale)
 
     def _to_mirror(self) -> list[tuple[Rule, list[UntiedWeight]]]:
-        self._refuse_retied()
+        self._check()
         groups = [group for group in self.groups if group[0].is_mirrorable and group[0].send_back.is_local]
         if not groups:
             raise UntieError(
@@ -182,7 +179,7 @@ class FeedbackPath(Measures):
         B is laid out as W; that of a rule that broadcasts errors is ``[outputs, *input]``, and is made when
         the model first runs.
         """
-        self._refuse_retied()
+        self._check()
         for weight in self.weights:
             if weight.is_tied or weight.has_feedback:
                 yield weight.name, weight.weight, weight.feedback
@@ -194,15 +191,12 @@ class FeedbackPath(Measures):
 
         Returns the norm before clipping, of all forward gradients taken as one vector.
         """
-        learned = {id(weight.feedback) for rule, group in self.groups if rule.learns for weight in group}
-        with_gradient = [p for p in self.model.parameters() if p.grad is not None]
-        forward = [p.grad for p in with_gradient if id(p) not in learned if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(forward, norm_type)
-        torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
-        return norm
+        self._check()
+        return clip_by_forward_norm(self.model, self.groups, self.context, max_norm, norm_type)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """See that an optimizer suits the rules; what they raise and warn of is said there."""
+        self._check()
         for rule, group in self.groups:
             rule.check_optimizer(group, optimizer)
 
@@ -222,11 +216,17 @@ class FeedbackPath(Measures):
     def retie(self) -> nn.Module:
         """Give back plain torch modules, with the forward weights as they are now; return the model."""
         self._refuse_retied()
+        self._guard.refuse_other_classes()
         self._is_retied = True
+        self._guard.release()
         self._parts.undo(self.context)
         return self.model
 
     def _refuse_retied(self) -> None:
         if self._is_retied:
             raise UntieError("this path has been retied already: untie the model again for a new one")
-        refuse_sharded(self.weights)
+
+    def _check(self) -> None:
+        """See that the path may be asked something: it is not retied, and its model still what was untied."""
+        self._refuse_retied()
+        self._guard.check()

@@ -52,7 +52,7 @@ class _PassScaled(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, output: Tensor, scale: Tensor) -> Tensor:
-        return output.view_as(output)
+        return output.clone()  # not a view of it: ReLU(inplace=True) may change it
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

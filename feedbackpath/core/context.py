@@ -70,6 +70,11 @@ class RuleContext:
             raise RuntimeError("the model of this feedback path is gone")
         return model
 
+    @property
+    def has_model(self) -> bool:
+        """Whether this belongs to a path: not that of a layer, or a model, which was copied by itself."""
+        return self._model is not None
+
     def attach(self, model: nn.Module) -> Self:
         """Belong to a model: needed after a path was copied or loaded from a pickle."""
         self._model = weakref.ref(model)

@@ -27,7 +27,7 @@ from feedbackpath.core import pytorch
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.one_operation import Known, exchange_saved, write_twice
 from feedbackpath.core.operations import Args, Call, Kwargs, is_matrix, name_of, replaced, run, tensors_in
-from feedbackpath.errors import RuleError, UnconvertedLayerWarning
+from feedbackpath.errors import RuleError, UnconvertedLayerWarning, UntieError
 
 
 class Exchange(TorchFunctionMode):
@@ -65,6 +65,11 @@ class Exchange(TorchFunctionMode):
                     if is_local and not RUNNING.is_backprop
                     else None
                 )
+                if b is not None and b.shape != w.shape:
+                    raise UntieError(
+                        f"the weight of {weight.name!r} has shape {list(w.shape)} and its feedback weight "
+                        f"{list(b.shape)}: path.retie(), and untie the model when it has its final form"
+                    )
                 self._note(Known(w, b, (weight,), is_whole=True))
 
     def look_up(self, tensor: Tensor) -> Known | None:

@@ -127,6 +127,26 @@ class FeedbackModule(nn.Module):
             self.untied.is_quiet, self.untied.is_watched = False, True
         super().__setattr__(name, value)
 
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters, and note whether somebody stops after as many as the plain module has."""
+        feedbacks = {id(w.layer._parameters.get(w.feedback_name)) for w in self.untied.below}
+        named, done = list(super().named_parameters(*args, **kwargs)), 0
+        plain = sum(id(parameter) not in feedbacks for _, parameter in named)
+        try:
+            for done, one in enumerate(named, 1):  # noqa: B007
+                yield one
+        finally:
+            if 1 < plain <= done <= plain + 1 and done < len(named):
+                self.untied.memo["paired"] = True
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state as torch does, feedback weights last."""
+        state = super().state_dict(*args, **kwargs)
+        last = {weight.feedback_name for weight in self.untied.below}
+        for key in [key for key in state if key.rpartition(".")[2] in last]:
+            state[key] = state.pop(key)
+        return state
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the plain class: this one is made when it is needed."""
         reduced = super().__reduce_ex__(protocol)
@@ -161,6 +181,8 @@ class FeedbackModule(nn.Module):
         for weight in self.untied.weights:
             if prefix + weight.feedback_name in missing:
                 missing.remove(prefix + weight.feedback_name)
+                if weight.has_feedback:  # W that was assigned may be of another precision, or elsewhere
+                    weight.feedback.data = weight.feedback.data.to(weight.weight)
         if local_metadata.get("assign_to_params_buffers"):
             self._attach()
 

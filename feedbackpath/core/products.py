@@ -35,7 +35,7 @@ def multiply(layer: Any, w: Tensor, b: Tensor, args: Args, kwargs: Kwargs) -> Te
         args: What it is called with: a batch ``[N, in_features]`` or ``[N, C, ...]``.
         kwargs: None may be given.
     """
-    if len(args) != 1 or kwargs:
+    if len(args) != 1 or kwargs or b.shape != w.shape:
         return None
     x = args[0]
     if isinstance(layer, nn.Linear):

@@ -193,7 +193,9 @@ class _BroadcastError(torch.autograd.Function):
         (e,), count = errors, len(ctx.signals)
         feedbacks, kept = ctx.saved_tensors[:count], list(ctx.saved_tensors[count:])
         sent = [e if signal is None else signal(e) for signal in ctx.signals]
-        to_inputs = [torch.tensordot(s, b.to(s.dtype), dims=1) for s, b in zip(sent, feedbacks, strict=True)]
+        to_inputs = [
+            torch.tensordot(s, b.detach().to(s.dtype), dims=1) for s, b in zip(sent, feedbacks, strict=True)
+        ]
         samples = list(range(e.dim() - 1))
         to_feedbacks = [
             torch.tensordot(s, kept.pop(0).to(s.dtype), dims=(samples, samples)).to(b.dtype)

@@ -7,7 +7,6 @@ hooks, shared modules and references to the layer stay good, and the model itsel
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from feedbackpath.core.batchnorm import SigmaBatchNorm, sigma_type
@@ -34,11 +33,8 @@ def survey(model: nn.Module) -> Survey:
     """Find what can be untied and what cannot.
 
     Raises:
-        UntieError: The model cannot be untied as it stands; every reason and its remedy is named.
+        UntieError: No module in it owns a weight that can be untied.
     """
-    faults = list(_find_faults(model))
-    if faults:
-        raise UntieError("; ".join(faults))
     layers = {name: module for name, module in model.named_modules() if kind_of(module).weights(module)}
     unconverted = {name: type(layer).__name__ for name, layer in layers.items() if is_patched(layer)}
     convertible = {name: layer for name, layer in layers.items() if name not in unconverted}
@@ -124,45 +120,3 @@ def send_back_sigma(model: nn.Module) -> list[SigmaBatchNorm]:
 def retie_norm(norm: SigmaBatchNorm) -> None:
     """Turn such a layer back into the one that it was."""
     norm.__class__ = norm.plain_type  # type: ignore[assignment]
-
-
-def _find_faults(model: nn.Module) -> Iterator[str]:
-    """Say why a model cannot be untied as it stands, each time with the remedy."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    if isinstance(model, wrappers) or type(model).__name__ == "FullyShardedDataParallel":
-        yield f"the model is wrapped in {type(model).__name__}: untie model.module first, then wrap"
-        return
-    if type(model).__name__ == "OptimizedModule" or getattr(model, "_compiled_call_impl", None) is not None:
-        yield "the model is compiled: untie the plain model first, then compile"
-        return
-    if isinstance(model, torch.jit.ScriptModule):
-        yield "the model is a TorchScript module, whose layers are fixed: untie the Python model"
-        return
-    for name, module in model.named_modules():
-        yield from _find_faults_of(f"{name!r} ({type(module).__name__})", module)
-
-
-def _find_faults_of(where: str, module: nn.Module) -> Iterator[str]:
-    named = dict(module.named_parameters(recurse=False))
-    parameters = named.values()
-    is_computed = any(name.endswith(("weight_g", "weight_v", "weight_orig")) for name in named)
-    if isinstance(module, FeedbackModule):
-        if module.untied.weights:
-            yield f"{where} is untied already: call path.retie() first"
-    elif any(nn.parameter.is_lazy(parameter) for parameter in parameters):
-        yield f"{where} is lazy and has no weights yet: run one forward pass first"
-    elif is_computed or torch.nn.utils.parametrize.is_parametrized(module):
-        yield (
-            f"{where} computes its weight from other parameters (weight_norm, spectral_norm, parametrize): "
-            "remove the parametrization first"
-        )
-    elif any(parameter.is_meta for parameter in parameters):
-        yield f"{where} is on the meta device and has no values yet: load its weights first"
-    elif any(parameter.is_complex() and parameter.dim() > 1 for parameter in parameters):
-        yield f"{where} has complex weights, which have no untied form: split real and imaginary parts"
-    elif any(hasattr(parameter, "full_tensor") for parameter in parameters):
-        yield f"{where} is sharded (FSDP, tensor parallelism), which has no untied form; use DDP"
-    else:
-        for weight in kind_of(module).weights(module).values():
-            if hasattr(module, weight):
-                yield f"{where} has an attribute named {weight!r} already: rename it first"

@@ -17,16 +17,16 @@ class Measures:
 
     model: nn.Module
     weights: Sequence[UntiedWeight]
-    _refuse_retied: Callable[[], None]
+    _check: Callable[[], None]
 
     def matrix_angles(self) -> dict[str, float]:
         """Return each weight's angle between B and W, in degrees; B of another shape than W has none."""
-        self._refuse_retied()
+        self._check()
         return angles.matrix_angles(self.weights)
 
     def gains(self) -> dict[str, float]:
         """Return each weight's gain <B, W> / <W, W>: 1 when B has W's size along W."""
-        self._refuse_retied()
+        self._check()
         return angles.gains(self.weights)
 
     def delta_angles(self, compute_loss: Callable[[], Tensor]) -> dict[str, float]:
@@ -38,7 +38,7 @@ class Measures:
 
         See `feedbackpath.measure.deltas.deltas`: an angle says nothing where errors vanish.
         """
-        self._refuse_retied()
+        self._check()
         return deltas.deltas(self.weights, self.model, compute_loss)
 
     def update_angles(self, compute_loss: Callable[[], Tensor]) -> dict[str, float]:
@@ -46,5 +46,5 @@ class Measures:
 
         See `feedbackpath.measure.deltas.update_angles`.
         """
-        self._refuse_retied()
+        self._check()
         return deltas.update_angles(self.weights, self.model, compute_loss)

@@ -2,6 +2,7 @@
 
 import torch
 
+from feedbackpath.errors import RuleError
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.context import MirrorContext
 from feedbackpath.mirror.estimate import Estimate
@@ -28,8 +29,16 @@ def learn(context: MirrorContext, found: Estimate, settings: Mirror, share: floa
         settings: Which reading, and its numbers.
         share: d of ``"calibrated"``; None: ``forgetting``, and at first the pass's share of all samples so
             far, until that falls to ``forgetting``: a plain average.
+
+    Raises:
+        RuleError: The activation made of finite drives what is not finite. B is as it was.
     """
     weight, feedback = found.weight, found.weight.feedback.detach()
+    if not found.drive_answer.isfinite().all() and found.drive_power.isfinite().all():
+        raise RuleError(
+            f"mirror mode: the activation of {weight.name!r} returns NaN or infinity for noise of deviation "
+            f"{settings.deviation:g}; give another one by untie(..., activations=...), or a smaller sigma"
+        )
     passes = context.passes.get(weight.name, 0)
     full = settings.share_for(fields.inputs_of(weight), found.effective_samples or found.num_samples)
     if settings.reading != "calibrated" and (passes + 1) % passes_to_fill(full) == 0:

@@ -6,7 +6,7 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-from feedbackpath.errors import RuleError
+from feedbackpath.errors import RuleError, refuse_no_size
 from feedbackpath.mirror.noise import RELU_SPREAD, code_length, relative_variance
 
 LEAST_FORGETTING, MOST_FORGETTING = 0.02, 0.1
@@ -39,8 +39,8 @@ class When:
         """Refuse settings that make no sense."""
         _refuse_unknown_names(self)
         refuse_no_count("When: every", self.every)
-        if self.cost_share is not None and not self.cost_share > 0:
-            raise RuleError(f"When: cost_share must be above 0, not {self.cost_share}")
+        if self.cost_share is not None:
+            refuse_no_size("When: cost_share", self.cost_share)
         if self.cost_share is not None and self.layers != "all":
             raise RuleError(f"When: cost_share is for layers='all'; {self.layers!r} has a turn of its own")
 
@@ -105,8 +105,8 @@ class Mirror:
         _refuse_unknown_names(self)
         for name in ("forgetting", "rate", "decay", "sigma", "target_angle_deg", "baseline"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise RuleError(f"Mirror: {name} must be above 0, not {value}")
+            if value is not None:
+                refuse_no_size(f"Mirror: {name}", value)
         if self.target_angle_deg is not None and not self.target_angle_deg < 90:
             raise RuleError(f"Mirror: target_angle_deg must be below 90, not {self.target_angle_deg}")
         if (share := self.share_for(1, 1.0)) > 1:

@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from feedbackpath.core.layers import UntiedWeight, kind_of
-from feedbackpath.core.modules import FeedbackModule
+from feedbackpath.core.context import RuleContext
+from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.operations import PRODUCTS
-from feedbackpath.errors import RuleError, UnconvertedLayerWarning, UntieError
+from feedbackpath.errors import RuleError, UnconvertedLayerWarning, level_outside
+from feedbackpath.rules.update_watch import UpdateWatch
 
 
 def refuse_changed_flags(groups: Sequence[tuple[Any, list[UntiedWeight]]]) -> None:
@@ -34,49 +36,38 @@ def refuse_changed_flags(groups: Sequence[tuple[Any, list[UntiedWeight]]]) -> No
                 )
 
 
-def refuse_sharded(weights: Sequence[UntiedWeight]) -> None:
-    """Refuse weights that were sharded after they were untied: a process sees its own part of each alone.
+def warn_of_older_copy(model: Any) -> None:
+    """Warn if somebody has gone through ``model.parameters()`` as far as a copy made before ``untie`` goes.
 
-    Raises:
-        UntieError: Names the first such weight.
+    Such a copy has no B, so that from the second layer on each W of its is paired with another parameter.
     """
-    for weight in weights:
-        if hasattr(weight.weight, "full_tensor"):
-            raise UntieError(
-                f"the weight of {weight.name!r} is sharded over processes (FSDP, tensor parallelism), and "
-                "rules, mirrors and measures would see one part of it: use DistributedDataParallel"
-            )
-
-
-def name_newcomers(model: nn.Module, known: set[str], step: int) -> None:
-    """Warn of layers that came into a model after it was untied: errors go back through their weights.
-
-    Args:
-        model: The untied model.
-        known: Paths to layers without feedback weights that have been named; new ones are added.
-        step: The number of the step. It takes time to look, so that this is done ever more seldom.
-    """
-    if step & (step - 1):
-        return
-    newcomers = plain_layers(model) - known
-    known |= newcomers
-    if newcomers:
+    if model.untied.memo.pop("paired", False):
         warnings.warn(
-            f"{', '.join(map(repr, sorted(newcomers)))} came into the model after it was untied: errors "
-            "go back through the weights there; untie the model after its last layer is in place",
+            "somebody went through model.parameters() side by side with a list without feedback weights. If "
+            "that was an average of weights (EMA, AveragedModel) made before untie, it averages W with B: "
+            "make it after untie",
             UnconvertedLayerWarning,
-            stacklevel=3,
+            stacklevel=level_outside(),
         )
 
 
-def plain_layers(model: nn.Module) -> set[str]:
-    """Return the paths to the layers that own weights and have no feedback weights."""
-    return {
-        name
-        for name, module in model.named_modules()
-        if kind_of(module).weights(module)
-        and not (isinstance(module, FeedbackModule) and module.untied.weights)
-    }
+def clip_by_forward_norm(
+    model: nn.Module,
+    groups: Sequence[tuple[Any, list[UntiedWeight]]],
+    context: RuleContext,
+    max_norm: float,
+    norm_type: float,
+) -> Tensor:
+    """Scale all gradients alike, so that those of forward parameters have at most a norm; return theirs."""
+    learning = [w for rule, group in groups if rule.learns for w in group if w.has_feedback]
+    learned = {id(weight.feedback) for weight in learning}
+    with_gradient = [p for p in model.parameters() if p.grad is not None]
+    forward = [p.grad for p in with_gradient if id(p) not in learned if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(forward, norm_type)
+    torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
+    for weight in learning:
+        context.part(UpdateWatch).note(weight)
+    return norm
 
 
 def hidden_weights(model: nn.Module) -> dict[str, str]:

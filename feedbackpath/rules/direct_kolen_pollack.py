@@ -56,6 +56,10 @@ class DirectKolenPollack(DirectFeedbackAlignment):
         super().start(weights, context)
         context.part(UpdateWatch).watch(weights)
 
+    def attach(self, weights: Weights, context: RuleContext) -> None:
+        """Watch the first update of those that are there."""
+        context.part(UpdateWatch).watch(weights)
+
     def step(self, weights: Weights, context: RuleContext) -> None:
         """See that the first update has reached every B; the optimizer has done it."""
         context.part(UpdateWatch).check([weight for weight in weights if weight.has_feedback])

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from feedbackpath.core.context import RuleContext
-from feedbackpath.errors import KolenPollackWarning, RuleError, level_outside
+from feedbackpath.errors import KolenPollackWarning, RuleError, level_outside, refuse_no_size
 from feedbackpath.rules.base import Facts, Rule, Weights, draw_feedback
 from feedbackpath.rules.shared_reduction import SharedReduction, weights_used_elsewhere
 from feedbackpath.rules.update_watch import UpdateWatch
@@ -70,8 +70,7 @@ class KolenPollack(Rule):
 
     def __post_init__(self) -> None:
         """Refuse a rate that is none."""
-        if not self.feedback_rate > 0.0:
-            raise RuleError(f"kp: feedback_rate must be above 0, not {self.feedback_rate}")
+        refuse_no_size("kp: feedback_rate", self.feedback_rate)
 
     @property
     def gradients(self) -> Callable[..., tuple[Tensor, Tensor | None]] | None:  # type: ignore[override]
@@ -80,9 +79,8 @@ class KolenPollack(Rule):
         return None if rate == 1.0 else lambda weight, product, context: (product, rate * product)
 
     def start(self, weights: Weights, context: RuleContext) -> None:
-        """Draw every B at random, and see that the optimizer will know of it."""
+        """Draw every B at random."""
         draw_feedback(weights, context)
-        context.part(UpdateWatch).watch(weights)
         elsewhere = weights_used_elsewhere(context.model)
         shared = [weight for weight in weights if id(weight.weight) in elsewhere]
         if shared:
@@ -99,7 +97,8 @@ class KolenPollack(Rule):
             context.part(SharedReduction).begin([weight for weight in weights if weight not in shared])
 
     def attach(self, weights: Weights, context: RuleContext) -> None:
-        """Let B take over the gradient that several processes have averaged for W."""
+        """Watch the first update; let B take over the gradient that several processes have averaged for W."""
+        context.part(UpdateWatch).watch(weights)
         context.part(SharedReduction).attach(weights)
 
     def step(self, weights: Weights, context: RuleContext) -> None:

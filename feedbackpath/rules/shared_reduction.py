@@ -17,6 +17,7 @@ from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.modules import FeedbackModule
 from feedbackpath.rules.base import Weights
+from feedbackpath.rules.update_watch import UpdateWatch
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DistributedDataParallel asks its module for
 
@@ -39,6 +40,8 @@ class SharedReduction:
         self._before: list[str] | None = None
         self._has_begun = False
         self._hooks: list[RemovableHandle] = []
+        self._weights: dict[tuple[int, str], UntiedWeight] = {}
+        self._waits_for: int | None = None
 
     def begin(self, weights: Weights) -> None:
         """Leave the feedback weights of a model out of what is sent; ``attach`` then shares gradients."""
@@ -61,7 +64,34 @@ class SharedReduction:
     def attach(self, weights: Weights) -> None:
         """Hook on to weights that are new: those of a model that was untied, copied or loaded."""
         once = [w for w in weights if w.weight_name in w.layer.untied.memo.get("reduced_once", ())]
-        self._hooks += [_watch(weight) for weight in once if weight.weight.requires_grad]
+        self._weights |= {(id(weight.layer), weight.weight_name): weight for weight in once}
+        self._hooks += [
+            weight.weight.register_post_accumulate_grad_hook(self._hand_over_later)  # type: ignore[no-untyped-call]
+            for weight in once
+            if weight.weight.requires_grad
+        ]
+
+    def _hand_over_later(self, _: Tensor) -> None:
+        """Hand the averages over when this backward pass has ended: where several devices are at work."""
+        number = pytorch.backward_id()
+        if pytorch.has_processes() and (number is None or number != self._waits_for):
+            self._waits_for = number
+            pytorch.after_backward(self._hand_over)
+
+    @torch.no_grad()
+    def _hand_over(self) -> None:
+        """Give every B the gradient of W; also where this process has not used a layer that others have."""
+        for weight in self._weights.values():
+            gradient, feedback = weight.weight.grad, weight.feedback
+            if gradient is None or not feedback.requires_grad:
+                continue
+            if gradient.untyped_storage().nbytes() == gradient.nbytes:
+                feedback.grad = pytorch.share(gradient)
+            elif feedback.grad is None:
+                feedback.grad = gradient.clone()
+            else:  # a part of what is sent at once: all of that would be kept
+                feedback.grad.copy_(gradient)
+            self._context.part(UpdateWatch).note(weight)
 
     def close(self) -> None:
         """Leave the model as it was."""
@@ -82,23 +112,3 @@ class SharedReduction:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing has to be resumed."""
-
-
-def _watch(weight: UntiedWeight) -> RemovableHandle:
-    """Hand the average over whenever W has got a gradient, and it has been averaged."""
-
-    @torch.no_grad()
-    def hand_over() -> None:
-        gradient, own = weight.weight.grad, weight.feedback.grad
-        if gradient is None or own is None:
-            return
-        if gradient.untyped_storage().nbytes() == gradient.nbytes:
-            weight.feedback.grad = pytorch.share(gradient)
-        else:  # a part of what is sent at once: all of that would be kept
-            own.copy_(gradient)
-
-    def hand_over_later(_: Tensor) -> None:
-        if pytorch.has_processes():
-            pytorch.after_backward(hand_over)
-
-    return weight.weight.register_post_accumulate_grad_hook(hand_over_later)  # type: ignore[no-any-return,no-untyped-call]

@@ -1,68 +1,122 @@
-"""Whether the first update of forward weights reaches feedback weights that learn as well."""
+"""Whether updates of forward weights reach feedback weights that learn as well, and clipping spares them.
 
+Each weight is watched until its first update: what the optimizer changes, by the values themselves, for no
+version counter counts a write through ``.data``; and whether a norm that counts B scales the gradients.
+"""
+
+import math
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.pytorch import version_of
-from feedbackpath.errors import RuleError
+from feedbackpath.errors import KolenPollackWarning, RuleError, level_outside
 from feedbackpath.rules.base import Weights
+
+_Key = tuple[int, str]
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class _Noted(NamedTuple):
+    """W and B when a step's first gradient had arrived, and the gradient when its last one had."""
+
+    weight: Tensor
+    feedback: Tensor
+    gradient: Tensor
+    version: int
+    size: Tensor
 
 
 class UpdateWatch:
-    """Finds an optimizer that was made before ``untie``: it updates W, and never B."""
+    """Finds an optimizer that updates W without B, or B without W, and a norm that counts B."""
 
     def __init__(self, context: RuleContext) -> None:
-        self._at_backward: dict[int, tuple[int, int]] = {}
-        self._watches: list[RemovableHandle] = []
+        self._context = context
+        self._noted: dict[_Key, _Noted] = {}
+        self._watches: dict[_Key, RemovableHandle] = {}
 
     def watch(self, weights: Weights) -> None:
-        """Watch weights whose B learns, until they have been updated once."""
-        self._watches += [self._watch(weight) for weight in weights if weight.feedback.requires_grad]
+        """Watch weights whose B learns, each until it has been updated once."""
+        for weight in weights:
+            if weight.has_feedback and weight.feedback.requires_grad:
+                self._stop(_key_of(weight))
+                self._watches[_key_of(weight)] = self._watch(weight)
 
     def _watch(self, weight: UntiedWeight) -> RemovableHandle:
-        """Note the versions of W and B whenever B has got a gradient: the optimizer changes them next."""
-
         def note(_: Tensor) -> None:
-            self._at_backward[id(weight.weight)] = version_of(weight.weight), version_of(weight.feedback)
+            if self._context.has_model:  # a layer that was copied by itself has nobody who asks
+                self.note(weight)
 
         return weight.feedback.register_post_accumulate_grad_hook(note)  # type: ignore[no-any-return,no-untyped-call]
 
+    def note(self, weight: UntiedWeight) -> None:
+        """Note W, B, and B's gradient, which is as it ought to be: what scales it next is something else."""
+        key, gradient = _key_of(weight), weight.feedback.grad
+        if key in self._watches and gradient is not None and not hasattr(gradient, "full_tensor"):
+            first = self._noted.get(key)
+            w = _digest(weight.weight) if first is None else first.weight
+            b = _digest(weight.feedback) if first is None else first.feedback
+            self._noted[key] = _Noted(
+                w, b, gradient, version_of(gradient), torch.stack([gradient.norm(), gradient.sum()])
+            )
+
     def check(self, weights: Weights) -> None:
-        """Refuse an optimizer that has updated W and not B.
+        """Refuse an optimizer that has updated one of W and B alone.
 
         Raises:
-            RuleError: Names the weights whose B was left out.
+            RuleError: Names the weights of which one was left out.
+
+        Warns:
+            KolenPollackWarning: The gradients were scaled, and not by ``path.clip_grad_norm_``.
         """
         if not self._watches:
             return
-        forgotten, was_updated = [], False
+        without_b: list[str] = []
+        without_w: list[str] = []
+        scales = []
         for weight in weights:
-            if weight.feedback.grad is None:
-                continue  # nothing of this step was for it to learn
-            now = version_of(weight.weight), version_of(weight.feedback)
-            before = self._at_backward.get(id(weight.weight), now)
-            was_updated |= now[0] > before[0]
-            if now[0] > before[0] and now[1] == before[1]:
-                forgotten.append(repr(weight.name))
-        if was_updated:
-            self.close()
-        if forgotten:
-            raise RuleError(
-                "the optimizer updates the forward weights but not the feedback weights of "
-                f"{', '.join(forgotten)}; make it after untie, from model.parameters(), and if the rule "
-                "broadcasts errors, after the model has run once"
+            noted = self._noted.pop(_key_of(weight), None)
+            if noted is None or (weight.feedback.grad is None and weight.weight.grad is not None):
+                continue  # nothing of this step was for B to learn
+            has_w = bool(_digest(weight.weight) != noted.weight)
+            has_b = bool(_digest(weight.feedback) != noted.feedback)
+            if has_w != has_b:
+                (without_b if has_w else without_w).append(repr(weight.name))
+            elif has_w:
+                self._stop(_key_of(weight))
+                is_written = version_of(noted.gradient) > noted.version
+                scales.append(_scale_of(noted) if is_written else math.nan)
+        for names, whose, others in ((without_b, "forward", "feedback"), (without_w, "feedback", "forward")):
+            if names:
+                raise RuleError(
+                    f"the optimizer updates the {whose} weights but not the {others} weights of "
+                    f"{', '.join(names)}; make it after untie, from model.parameters(), after any "
+                    "load_state_dict(assign=True), and if the rule broadcasts errors, after a first run"
+                )
+        if scales and all(map(_is_clipped, scales)):
+            warnings.warn(
+                f"Kolen-Pollack: gradients were scaled by {scales[0]:.3g} between the backward pass and "
+                "path.step(). If that was clipping to a norm, as torch.nn.utils.clip_grad_norm_, Lightning, "
+                "Hugging Face's Trainer and accelerate do it, the norm has counted feedback weights too, and "
+                "clips harder than under backprop: switch it off and call path.clip_grad_norm_",
+                KolenPollackWarning,
+                stacklevel=level_outside(),
             )
+
+    def _stop(self, key: _Key) -> None:
+        if key in self._watches:
+            self._watches.pop(key).remove()
 
     def close(self) -> None:
         """Take the hooks off the weights."""
-        for watch in self._watches:
-            watch.remove()
-        self._watches.clear()
+        for key in list(self._watches):
+            self._stop(key)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing has to be resumed."""
@@ -70,3 +124,25 @@ class UpdateWatch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing has to be resumed."""
+
+
+def _key_of(weight: UntiedWeight) -> _Key:
+    return id(weight.layer), weight.weight_name
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor's bits, read as whole numbers: another one where any value has changed."""
+    return tensor.detach().view(_INTEGERS[tensor.element_size()]).sum()
+
+
+def _scale_of(noted: _Noted) -> float:
+    """Return by what a gradient was scaled; not a number where something else was done to it."""
+    norm, total = noted.size.tolist()
+    new_norm, new_total = float(noted.gradient.norm()), float(noted.gradient.sum())
+    scale = new_norm / norm if norm else math.nan
+    return scale if abs(new_total - scale * total) <= 1e-3 * new_norm else math.nan
+
+
+def _is_clipped(scale: float) -> bool:
+    """Whether a scale is above 0 and at most 1, and none by which GradScaler unscales: 1/2, 1/4, ..."""
+    return 0.0 < scale <= 1.0 and (scale == 1.0 or math.frexp(scale)[0] != 0.5)

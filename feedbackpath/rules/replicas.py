@@ -1,0 +1,85 @@
+"""What all processes of a job have to have alike: B that learns, and how far the rules have come.
+
+DistributedDataParallel sends what the first process has to all others when it wraps a model. It knows nothing
+of a path, and leaves out each B that learns (``feedbackpath.rules.shared_reduction``). When it first runs the
+model, those are sent as well: a checkpoint that the first process alone has loaded then counts for all.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from feedbackpath.core import pytorch
+from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.errors import RuleError, UntieError
+
+KNOWN = "_feedbackpath_models"  # where a DistributedDataParallel keeps the models that were begun alike
+
+
+def watch_replicas(model: Any) -> None:
+    """See to an untied model whenever it runs, if this process is one of several."""
+    memo = model.untied.memo
+    if pytorch.has_processes() and "replicas" not in memo:
+        memo["replicas"] = model.register_forward_pre_hook(begin_alike)
+
+
+def leave_replicas(model: Any) -> None:
+    """Let a model run unseen again."""
+    if (handle := model.untied.memo.pop("replicas", None)) is not None:
+        handle.remove()
+
+
+def begin_alike(model: Any, _: Any) -> None:
+    """Give all processes what the first has, before DistributedDataParallel runs a model for the first time.
+
+    Raises:
+        UntieError: The model was sharded after it was untied.
+        RuleError: Processes may take different numbers of steps, and a rule mirrors after each.
+    """
+    if torch.compiler.is_compiling():
+        return
+    weights: list[UntiedWeight] = model.untied.below
+    ddp = pytorch.running_ddp()
+    if ddp is None:
+        sharded = [repr(weight.name) for weight in weights if hasattr(weight.weight, "full_tensor")]
+        if sharded:
+            raise UntieError(
+                f"the weights of {', '.join(sharded)} were sharded over processes after untie, and their "
+                "feedback weights were not: use DistributedDataParallel"
+            )
+        return
+    if ddp._join_config.enable and (names := [w.name for w in weights if _mirrors_at_steps(w)]):
+        raise RuleError(
+            f"DistributedDataParallel.join lets processes take different numbers of steps, and {names[0]!r} "
+            "is mirrored by steps, so that B would part: give each process as many batches (drop_last=True)"
+        )
+    known = vars(ddp).setdefault(KNOWN, set())
+    if not torch.is_grad_enabled() or not ddp.require_backward_grad_sync or id(model) in known:
+        return
+    known.add(id(model))
+    learning = {id(w.feedback): w.feedback for w in weights if w.has_feedback and w.feedback.requires_grad}
+    # What ``join`` sends when the last process has ended is then all that is left out of gradients' traffic.
+    ddp.parameters_to_ignore -= {name for name, p in ddp.module.named_parameters() if id(p) in learning}
+    if not ddp._join_config.enable:  # a process without a first batch would be waited for
+        _send(list(learning.values()), weights, ddp.process_group)
+
+
+def _send(feedbacks: list[nn.Parameter], weights: list[UntiedWeight], group: Any) -> None:
+    first = torch.distributed.get_global_rank(group, 0)
+    for feedback in feedbacks:
+        torch.distributed.broadcast(feedback.detach(), first, group=group)
+    for context in {
+        id(weight.layer.untied.context): weight.layer.untied.context for weight in weights
+    }.values():
+        state = [context.state_dict()]
+        torch.distributed.broadcast_object_list(state, first, group=group)
+        if torch.distributed.get_rank() != first:
+            context.load_state_dict(state[0])
+
+
+def _mirrors_at_steps(weight: UntiedWeight) -> bool:
+    """Whether a weight is mirrored again and again: not at all, or once, before training, does no harm."""
+    rule = weight.layer.untied.rule
+    mirrors_once = hasattr(rule, "start_angle_deg") and getattr(rule, "every", None) is None
+    return getattr(rule, "mirror", None) is not None and not mirrors_once
