@@ -1,8 +1,7 @@
 """The command ``rules``."""
 
-from rich.console import Console
-
 from feedbackpath.cli.exit_codes import DONE
+from feedbackpath.cli.output import make_console
 
 GROUPS = {
     "ruler": "B is W itself",
@@ -22,7 +21,7 @@ def rules() -> int:
     from feedbackpath.rules.base import group_of
 
     groups = {name: group_of(rule) for name, rule in RULES.items()}
-    console = Console()
+    console = make_console()
     for group in dict.fromkeys([*GROUPS, *groups.values()]):
         table = Table("rule", "class", "what it does", title=group, caption=GROUPS.get(group))
         for name in [name for name, own in groups.items() if own == group]:

@@ -45,7 +45,7 @@ def run_job(
             what does not exist.
         DataError: The data is missing or damaged.
         CheckpointError: A checkpoint could not be written.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint of the last step is kept.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint of the last step is kept.
     """
     import_files(config.imports)
     engine = Engine(config)
@@ -57,7 +57,7 @@ def run_job(
         book = ResultsBook(out, config, first_task, command, resume=resume)
         engine.gather(None)  # every process has looked at the folder before the main one writes into it
         book.open(is_writer=engine.is_main)
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(StopRequest(is_told=engine.is_main))
         stack.enter_context(view)
         for seed in range(config.seed, config.seed + config.seeds):
             task = first_task if seed == config.seed else make_task(config, seed)
@@ -168,9 +168,10 @@ def _train_and_record(
                 status = "diverged"
                 book.record_divergence(run, event)
                 view.show_note(f"{run.rule} seed {run.seed} {describe_divergence(run)}")
-    except Interrupted:
+    except Interrupted as asked:
         book.end(run, "interrupted")
-        book.close()
+        if not asked.is_at_once:
+            book.close()
         raise
     book.end(run, status)
     view.end_run()

@@ -4,21 +4,23 @@ import dataclasses
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
+from feedbackpath.arguments import CheckedArguments
 from feedbackpath.errors import RuleError
 from feedbackpath.mirror.noise import RELU_SPREAD, code_length, relative_variance
 
 LEAST_FORGETTING, MOST_FORGETTING = 0.02, 0.1
 NOISE_DEG = 10.0  # that sampling may leave: where a pass has few samples, B remembers longer
 UNSEEN_EXAMPLES = 2048  # of a pass, where no minibatch has been seen: the paper's (Appendix D.2)
+SMALLEST, LARGEST = 1e-9, 1e9  # of settings: float32 holds their squares, and what is divided by them
 CODES = ("orthogonal", "hadamard")
 Noise = Literal["gaussian", "uniform", "signs", "orthogonal", "hadamard"]
 Reading = Literal["calibrated", "inside", "printed", "scaled"]
 
 
 @dataclass(frozen=True)
-class When:
+class When(CheckedArguments):
     """When a rule mirrors which layers.
 
     Args:
@@ -37,7 +39,6 @@ class When:
 
     def __post_init__(self) -> None:
         """Refuse settings that make no sense."""
-        _refuse_unknown_names(self)
         refuse_no_count("When: every", self.every)
         if self.cost_share is not None and not self.cost_share > 0:
             raise RuleError(f"When: cost_share must be above 0, not {self.cost_share}")
@@ -46,7 +47,7 @@ class When:
 
 
 @dataclass(frozen=True)
-class Mirror:
+class Mirror(CheckedArguments):
     """Settings of mirror mode.
 
     Args:
@@ -102,11 +103,12 @@ class Mirror:
 
     def __post_init__(self) -> None:
         """Refuse settings that make no sense."""
-        _refuse_unknown_names(self)
         for name in ("forgetting", "rate", "decay", "sigma", "target_angle_deg", "baseline"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise RuleError(f"Mirror: {name} must be above 0, not {value}")
+            if value is not None and not SMALLEST <= value <= LARGEST:
+                raise RuleError(f"Mirror: {name} must lie between {SMALLEST:g} and {LARGEST:g}, not {value}")
         if self.target_angle_deg is not None and not self.target_angle_deg < 90:
             raise RuleError(f"Mirror: target_angle_deg must be below 90, not {self.target_angle_deg}")
         if (share := self.share_for(1, 1.0)) > 1:
@@ -239,12 +241,3 @@ def refuse_no_count(what: str, value: object, least: int = 1) -> None:
         raise RuleError(f"{what} must be a whole number, not {value!r}")
     if int(value) < least:
         raise RuleError(f"{what} must be at least {least}, not {value}")
-
-
-def _refuse_unknown_names(settings: Any) -> None:
-    """Refuse a value that is none of those that its field's ``Literal`` lists."""
-    for name, hint in get_type_hints(type(settings)).items():
-        known = get_args(hint)
-        if known and all(isinstance(value, str) for value in known) and getattr(settings, name) not in known:
-            kind, value = type(settings).__name__, getattr(settings, name)
-            raise RuleError(f"{kind}: {name}={value!r} is not one of {', '.join(known)}")

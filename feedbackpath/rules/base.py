@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from feedbackpath.arguments import CheckedArguments
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.sendback import LOCAL, SendBack
@@ -14,7 +15,7 @@ from feedbackpath.core.sendback import LOCAL, SendBack
 Weights = Sequence[UntiedWeight]
 
 
-class Rule:
+class Rule(CheckedArguments):
     """How the feedback weights come about. A subclass has a ``name`` and whichever hooks it needs.
 
     Make it a frozen dataclass: its fields are its settings, and layers whose rules are equal are governed

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from feedbackpath.errors import ConfigError
 from feedbackpath.train.config import TrainConfig
+from feedbackpath.train.devices import usable_device
 
 Value = TypeVar("Value")
 
@@ -35,7 +36,8 @@ class Engine:
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
-        kind, index = _usable_device(config.device)
+        device = usable_device(config.device)
+        kind, index = device.type, device.index
         devices, nodes = _count_processes(config)
         self._fabric = Fabric(
             accelerator=kind,
@@ -134,15 +136,6 @@ class Engine:
     @property
     def _memory_format(self) -> torch.memory_format:
         return torch.channels_last if self._config.channels_last else torch.contiguous_format
-
-
-def _usable_device(name: str) -> tuple[str, int | None]:
-    try:
-        torch.zeros(1).to(name).item()  # refuses devices that hold no values, as meta does
-        device = torch.device(name)
-    except (RuntimeError, AssertionError) as error:  # torch was built without the device, or lacks it
-        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device.type, device.index
 
 
 def _join_group_of_torchrun(kind: str) -> None:

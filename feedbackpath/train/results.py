@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from feedbackpath.errors import ConfigError
+from feedbackpath.train.faults import first_fault
 
 SCHEMA = 1
 """Version of the layout of ``results.json``."""
@@ -226,7 +227,8 @@ def parse_results(content: Any, where: str) -> Results:
         names = {theirs: ours for ours, theirs in names_in_files(metric).items()}
         return Results.model_validate(_translated(content, names, set()))
     except (ValidationError, TypeError) as error:
-        raise ConfigError(f"{where} is damaged: {_first_fault(error)}; choose another folder") from None
+        fault = first_fault(error) if isinstance(error, ValidationError) else error
+        raise ConfigError(f"{where} is damaged: {fault}; choose another folder") from None
 
 
 def read_results(folder: Path) -> Results:
@@ -272,10 +274,3 @@ def _renamed(value: Any, names: dict[str, str], sparse: set[str]) -> Any:
         for name, item in value.items()
         if not (name in sparse and item is None)
     }
-
-
-def _first_fault(error: ValidationError | TypeError) -> str:
-    if isinstance(error, TypeError):
-        return str(error)
-    fault = error.errors(include_url=False)[0]
-    return f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
