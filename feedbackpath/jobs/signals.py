@@ -16,11 +16,12 @@ class Interrupted(BaseException):
     Attributes:
         exit_code: 129 after SIGHUP, 130 after SIGINT, 143 after SIGTERM.
         is_at_once: Whether it was asked a second time: nothing more is to be done.
+        reason: Why, for the user.
     """
 
-    def __init__(self, exit_code: int, *, is_at_once: bool = False) -> None:
+    def __init__(self, exit_code: int, *, is_at_once: bool = False, reason: str = "interrupted") -> None:
         super().__init__(exit_code)
-        self.exit_code, self.is_at_once = exit_code, is_at_once
+        self.exit_code, self.is_at_once, self.reason = exit_code, is_at_once, reason
 
 
 class StopRequest:

@@ -289,7 +289,9 @@ class Training:
     def _is_time_to_save(self) -> bool:
         every = self.config.checkpoint_steps
         is_epochs_end = self.consumed >= len(self.task.train) - 1
-        return every is not None and self.step % every == 0 and not is_epochs_end
+        passes = math.ceil(self.consumed / self.config.batch_size)  # of mirror mode, which takes no steps
+        done = passes if self.is_mirroring else self.step
+        return every is not None and done % every == 0 and not is_epochs_end
 
     def _end_epoch(self, loss: float | None, started: float) -> Measured:
         epoch, unreadable = self.epoch, self.tally.unreadable
