@@ -7,12 +7,14 @@ import functools
 import inspect
 import math
 import numbers
+import os
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Self, TypeVar, Union, cast, get_args, get_origin
+from types import GenericAlias, NoneType, UnionType
+from typing import Any, Literal, Self, SupportsFloat, TypeVar, Union, cast, get_args, get_origin
 
 from feedbackpath.errors import RuleError, UserError
 
@@ -56,7 +58,8 @@ def checked(error: type[UserError], *, but: Sequence[str] = ()) -> Callable[[Fun
     def wrap(function: Function) -> Function:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            _refuse_misfits(function, args, kwargs, function.__name__, error, but)
+            name = function.__qualname__.removesuffix(".__init__")
+            _refuse_misfits(function, args, kwargs, name, error, but)
             return function(*args, **kwargs)
 
         return cast(Function, call)
@@ -83,6 +86,8 @@ def fits(value: object, hint: Any, *, is_finite: bool = False) -> bool:
         >>> fits(3, float), fits(True, int), fits("a", Literal["a", "b"]), fits([1, "a"], Sequence[int])
         (True, False, True, False)
     """
+    if hint is Any:
+        return True
     origin, inner = get_origin(hint), get_args(hint)
     same = functools.partial(fits, is_finite=is_finite)
     if origin is Literal:
@@ -93,7 +98,8 @@ def fits(value: object, hint: Any, *, is_finite: bool = False) -> bool:
         return value is None
     if hint in (int, float):
         kind = numbers.Integral if hint is int else numbers.Real
-        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        is_like_one = hint is float and not is_finite and isinstance(value, SupportsFloat)  # a tensor's, say
+        is_number = (isinstance(value, kind) or is_like_one) and not isinstance(value, bool)
         return is_number and not (is_finite and isinstance(value, float) and not math.isfinite(value))
     if origin is type:
         return isinstance(value, type) and (not isinstance(inner[0], type) or issubclass(value, inner[0]))
@@ -127,6 +133,8 @@ def in_words(hint: Any, *, is_finite: bool = False) -> str:
     if hint is float and is_finite:
         return "a finite number"
     kind = origin or hint
+    if kind is Any:
+        return "anything"
     if kind in _IN_WORDS:
         return _IN_WORDS[kind]
     if kind is Callable:
@@ -135,6 +143,31 @@ def in_words(hint: Any, *, is_finite: bool = False) -> str:
         each = " to ".join(in_words(one, is_finite=is_finite) for one in inner if one is not ...)
         return f"a {kind.__name__.lower()} of {each}"
     return f"a {getattr(kind, '__name__', kind)}"
+
+
+@contextmanager
+def refusing(error: type[UserError], message: str) -> Iterator[None]:
+    """Turn what Python raises for a content of another form into an error of ours.
+
+    Example:
+        >>> with refusing(UserError, "no state of a path"):
+        ...     {}["steps"]
+        Traceback (most recent call last):
+        feedbackpath.errors.UserError: no state of a path (KeyError: 'steps')
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as wrong:
+        if isinstance(wrong, UserError):
+            raise
+        reason = " ".join(str(wrong).split())[:200]
+        raise error(f"{message} ({type(wrong).__name__}: {reason})") from wrong
+
+
+def refuse_name(name: str, what: str, error: type[UserError]) -> None:
+    """Refuse a name that cannot be one of a file, nor one of several that commas part."""
+    if not name or not name.isprintable() or {os.sep, ","} & set(name):
+        raise error(f"{what} cannot be called {name!r}: files are called after it, and commas part names")
 
 
 def _refuse_misfits(
@@ -168,12 +201,16 @@ def _signature_of(function: Callable[..., Any]) -> tuple[inspect.Signature, dict
     """Return a function's signature and its annotations, as far as they can be looked up."""
     signature, hints = inspect.signature(function), {}
     for name, parameter in signature.parameters.items():
-        is_many = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         hint = parameter.annotation
         if isinstance(hint, str):
-            hint = eval(hint, function.__globals__, _PublicNames())  # noqa: S307 (our own source)
-        if name != "self":
-            hints[name] = Any if is_many or hint is parameter.empty else hint
+            hint = eval(hint, function.__globals__, _PublicNames())
+        if hint is parameter.empty:
+            continue
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            hint = GenericAlias(tuple, (hint, ...))
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            hint = GenericAlias(dict, (str, hint))
+        hints[name] = hint
     return signature, hints
 
 

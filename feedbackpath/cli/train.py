@@ -45,9 +45,19 @@ def train(
     if print_config:
         write_out(settings.to_yaml())
         return DONE
-    # torchrun starts the same command anew after a crash: it goes on then with what is there.
-    was_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    return run(settings, folder, resume=resume is not None or was_restarted)
+    return run(settings, folder, resume=resume is not None or _was_restarted(folder))
+
+
+def _was_restarted(folder: Path) -> bool:
+    """Whether torchrun starts this command anew after a crash: it goes on then with what it has begun.
+
+    After a refusal it does so too; what the folder holds is then another's, and is refused again.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return False
+    from feedbackpath.jobs.book import is_of_this_launch
+
+    return is_of_this_launch(folder)
 
 
 def _settings_of_run(flags: RunConfig, recipe: str | None, config: Path | None) -> RunConfig:

@@ -185,7 +185,8 @@ def _train_and_record(
                     book.record_divergence(run, event)
                     view.show_note(f"{run.rule} seed {run.seed} {describe_divergence(run)}")
     except Interrupted as asked:
-        book.end(run, "interrupted")
+        run.status = "interrupted"
+        book.save()
         if not asked.is_at_once:
             book.close()
         raise

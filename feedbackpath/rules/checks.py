@@ -12,7 +12,7 @@ from torch import nn
 from feedbackpath.core.layers import UntiedWeight, kind_of
 from feedbackpath.core.modules import FeedbackModule
 from feedbackpath.core.operations import PRODUCTS
-from feedbackpath.errors import RuleError, UnconvertedLayerWarning, UntieError
+from feedbackpath.errors import RuleError, UnconvertedLayerWarning, UntieError, level_outside
 
 
 def refuse_changed_flags(groups: Sequence[tuple[Any, list[UntiedWeight]]]) -> None:
@@ -65,7 +65,7 @@ def name_newcomers(model: nn.Module, known: set[str], step: int) -> None:
             f"{', '.join(map(repr, sorted(newcomers)))} came into the model after it was untied: errors "
             "go back through the weights there; untie the model after its last layer is in place",
             UnconvertedLayerWarning,
-            stacklevel=3,
+            stacklevel=level_outside(),
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from feedbackpath.data import Split, minibatches
 from feedbackpath.data.dataset import leave_out_unreadable
-from feedbackpath.errors import DataError
+from feedbackpath.errors import CheckpointError, DataError
 from feedbackpath.tasks import Task
 from feedbackpath.train.build import make_network, make_optimizer, make_path, run_once
 from feedbackpath.train.config import TrainConfig
@@ -187,14 +187,22 @@ class Training:
         yield self._end_epoch(None if self.is_mirroring else self.tally.mean_loss, started)
 
     def load_state(self, state: State) -> None:
-        """Go back to where ``state`` was taken."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.path.load_state_dict(state["path"])
-        self.epoch, self.consumed, self.step = state["epoch"], state["consumed"], state["step"]
-        self.tally = _Tally(**state["tally"])
-        if self.engine.rank < len(state["rng"]):
-            self.engine.set_rng_state(state["rng"][self.engine.rank])
+        """Go back to where ``state`` was taken.
+
+        Raises:
+            CheckpointError: It is of another network, or of none.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.path.load_state_dict(state["path"])
+            self.epoch, self.consumed, self.step = state["epoch"], state["consumed"], state["step"]
+            self.tally = _Tally(**state["tally"])
+            if self.engine.rank < len(state["rng"]):
+                self.engine.set_rng_state(state["rng"][self.engine.rank])
+        except Exception as error:  # whatever a state of another form leads to
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"the checkpoint does not fit this run ({reason}); delete it") from error
 
     def state(self) -> State:
         """Return all that a run goes on from, the same on every process."""

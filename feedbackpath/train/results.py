@@ -17,11 +17,22 @@ from feedbackpath.train.faults import first_fault
 SCHEMA = 1
 """Version of the layout of ``results.json``."""
 
+
+def _refuse_other_names(name: str) -> str:
+    if not name.isprintable() or "/" in name:
+        raise ValueError(
+            "files are called after it, so that it can have no '/' and nothing that is not printed"
+        )
+    return name
+
+
 Measurement = Annotated[
     float | None,
     AfterValidator(lambda value: float(value) if value is not None and isfinite(value) else None),
 ]
 """A number that was measured; what is not finite counts as not measured, in memory as in files."""
+RuleName = Annotated[str, AfterValidator(_refuse_other_names)]
+"""What a run's rule is called; files are called after it."""
 Layers = dict[str, Measurement]
 """Layer paths to a number, from the input layer to the output layer; None where it was not finite."""
 Status = Literal["waiting", "running", "interrupted", "finished", "diverged"]
@@ -105,7 +116,7 @@ class Divergence(_Typed):
 class Run(_Typed):
     """One rule and one seed."""
 
-    rule: str = Field(description="the rule's name")
+    rule: RuleName = Field(description="the rule's name")
     seed: int = Field(description="runs of one seed start from the same W and see the same samples")
     status: Status = Field("waiting", description="how it stands")
     test: float | None = Field(None, description="the metric after the last epoch so far")
