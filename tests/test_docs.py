@@ -321,7 +321,7 @@ def test_every_public_name_is_in_the_reference(name):
 
 
 RESULTS = [path.parent.name for path in sorted(ROOT.glob("benchmarks/*/results.json"))]
-SHOWN = ("rule", "n", "test error", "minus bp", "angle, max", "δ angle, max", "gain")
+SHOWN = ("rule", "n", "test error", "minus bp", "angle, max", "angle, worst epoch", "δ angle, max", "gain")
 
 
 @pytest.mark.parametrize("name", RESULTS)

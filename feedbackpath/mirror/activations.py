@@ -183,8 +183,8 @@ def refuse_no_activation(name: str, activation: Activation) -> None:
         return
     if not isinstance(answer, Tensor) or answer.shape != z.shape or not answer.isfinite().all():
         raise RuleError(
-            f"mirror mode: the activation given for {name!r} does not return a finite number for each one between "
-            "-3 and 3; give the function that follows the layer, as in activations={'0': torch.relu}"
+            f"mirror mode: the activation given for {name!r} does not return a finite number for each "
+            "one between -3 and 3; give what follows the layer, as in activations={'0': torch.relu}"
         )
 
 
