@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from feedbackpath.arguments import checked, checked_methods, refusing
 from feedbackpath.core.assembly import Assembly, assemble
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.surgery import survey
-from feedbackpath.errors import UnconvertedLayerWarning, UntieError
+from feedbackpath.errors import RuleError, UnconvertedLayerWarning, UntieError, level_outside
 from feedbackpath.measure.deltas import left_as_it_was
 from feedbackpath.measure.measures import Measures
 from feedbackpath.rules import Rule
@@ -29,6 +30,7 @@ Activations = Mapping[str, Callable[[Tensor], Tensor]]
 WATCHERS: list[Callable[[nn.Module, "FeedbackPath | None"], None]] = []
 
 
+@checked(UntieError, but=("rule",))
 def untie(
     model: nn.Module,
     rule: str | Rule,
@@ -86,7 +88,7 @@ def untie(
         message = f"no untied form exists for {named}: errors still go back through the weights there"
         if strict or len(unserved) == len(rules):
             raise UntieError(f"{message}; replace these layers, or give them another rule by overrides=")
-        warnings.warn(message, UnconvertedLayerWarning, stacklevel=2)
+        warnings.warn(message, UnconvertedLayerWarning, stacklevel=level_outside())
     layers = {name: layer for name, layer in found.convertible.items() if name not in unserved}
     context = RuleContext(model, seed, activations)
     parts = assemble(model, layers, rules, context, sigma=batchnorm_feedback == "sigma")
@@ -96,6 +98,7 @@ def untie(
     return path
 
 
+@checked_methods(RuleError)
 class FeedbackPath(Measures):
     """The feedback path of an untied model: its feedback weights, their rules, and what can be asked of them.
 
@@ -139,10 +142,7 @@ class FeedbackPath(Measures):
         until_angle_deg: float | None = None,
         most_steps: int | None = None,
     ) -> None:
-        """Go into mirror mode by hand, at any time: see ``feedbackpath.mirror.by_hand.mirror``.
-
-        Where some layers' rule mirrors by itself, only those are mirrored, unless ``settings`` are given.
-        """
+        """Go into mirror mode by hand, at any time: see ``feedbackpath.mirror.by_hand.mirror``."""
         from feedbackpath.mirror import by_hand
 
         groups = self._to_mirror()
@@ -206,7 +206,8 @@ class FeedbackPath(Measures):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the state that ``state_dict`` returned."""
-        self.context.load_state_dict(state)
+        with refusing(UntieError, "this is no state of a path"):
+            self.context.load_state_dict(state)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up a copied or loaded path: its context belongs to the model that came with it."""

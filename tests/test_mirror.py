@@ -515,7 +515,7 @@ def test_noise_is_a_function_of_seed_and_pass_alone():
         ({"reading": "aloud"}, "reading='aloud' is not one of calibrated, inside, printed, scaled"),
         ({"noise": "white"}, "noise='white' is not one of gaussian, uniform, signs, orthogonal, hadamard"),
         ({"sigma": 0.0}, r"sigma must be above 0, not 0\.0"),
-        ({"rate": float("nan")}, "rate must be above 0, not nan"),
+        ({"rate": float("nan")}, "rate must be a finite number, not nan"),
         ({"noise": "signs", "samples": 1}, "samples must be at least 2, not 1"),
         ({"reading": "printed", "decay": 1.5}, r"would replace 1\.5 of B"),
         ({"target_angle_deg": 90.0}, "target_angle_deg must be below 90"),

@@ -212,7 +212,7 @@ def run_own(folder, *arguments, **changes):
         ({"parts": "{'train': (x[:1], x[:1])}"}, "own.py, line 13: DataError: own: train has 1 inputs"),
         ({"parts": "{'validation': (x[:0], x[:0])}"}, "validation has 0 inputs and 0 targets"),
         ({"more": "sys.exit(0)"}, "own.py, line 20: SystemExit: 0"),
-        ({"more": "fp.register_task('a/b', make)"}, "'a/b' would be read as a folder"),
+        ({"more": "fp.register_task('a/b', make)"}, "cannot be called 'a/b'"),
         ({"more": "fp.register_task('c', lambda: 3)"}, "is called with seed=0, and cannot be"),
         ({"more": "fp.register_model('own', None)"}, "TypeError: None is not a callable"),
     ],

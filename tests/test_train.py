@@ -187,7 +187,7 @@ def test_make_rule_takes_nested_settings_and_names_wrong_ones():
     assert exact == fp.MirrorKolenPollack(fp.Mirror.exact(sigma=0.5))
     with pytest.raises(ConfigError, match="mirror has no setting 'readin'; it has noise, "):
         make_rule("wm", {"mirror": {"readin": "printed"}})
-    with pytest.raises(ConfigError, match="samples cannot be 'many'"):
+    with pytest.raises(fp.RuleError, match="samples must be a whole number, not 'many'"):
         make_rule("wm", {"mirror": {"samples": "many"}})
     rule = make_rule("wm", {"mirror": {"when": {"layers": "turn", "every": 2}}})
     assert rule.mirror.when == fp.When("turn", every=2)

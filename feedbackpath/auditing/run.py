@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from feedbackpath.arguments import checked
 from feedbackpath.auditing.chain import Chain
 from feedbackpath.auditing.files import files_put_back
 from feedbackpath.auditing.locality import Disturbed, describe_locality
@@ -24,6 +25,7 @@ StandIn = tuple[float, dict[str, int]]
 SCALES = (0.0, -30.0)
 
 
+@checked(AuditError)
 def audit(
     step: Step | None = None,
     path: FeedbackPath | None = None,

@@ -1,6 +1,7 @@
 """The whole benchmark: every rule on every network beside plain PyTorch, as numbers ready for JSON."""
 
 import gc
+import math
 import platform
 import statistics
 import time
@@ -26,6 +27,7 @@ from feedbackpath.bench.workloads import PLAIN, Arithmetic, TrainingStep, Worklo
 from feedbackpath.errors import ConfigError
 from feedbackpath.path import FeedbackPath
 from feedbackpath.rules import RULES, resolve_rule
+from feedbackpath.train.devices import usable_device
 
 WARM_UP = 3
 ANGLE_STEPS = 10  # at most, after each of which a mirror's angles are looked at
@@ -62,7 +64,11 @@ class BenchSettings:
         for rule in self.rules:
             resolve_rule(rule)
         check_rounds(self.rounds)
-        self.arithmetic.check_device()
+        if self.batch_size is not None and not 0 < self.batch_size < 2**31:
+            raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1, and below 2**31")
+        if not 0 <= self.least_seconds < math.inf:
+            raise ConfigError(f"seconds is {self.least_seconds}; it must be at least 0, and finite")
+        usable_device(self.arithmetic.device)
 
 
 def check_rounds(rounds: int) -> None:

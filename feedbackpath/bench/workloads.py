@@ -96,15 +96,6 @@ class Arithmetic:
     is_channels_last: bool = True
     is_compiled: bool = False
 
-    def check_device(self) -> None:
-        """Refuse a device that is not there.
-
-        Raises:
-            ConfigError: It is a GPU, and PyTorch finds none.
-        """
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device is cuda, but PyTorch finds no GPU here; choose cpu")
-
     @property
     def memory_format(self) -> torch.memory_format:
         """The memory format of images."""

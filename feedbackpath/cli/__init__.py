@@ -1,14 +1,19 @@
 """The command line: parse and dispatch, nothing else; a command's module is imported when it runs."""
 
 import errno
+import os
+import re
+import signal
 import sys
-from typing import Any
+import traceback
+from pathlib import Path
 
 from cyclopts import App, CycloptsError
 from cyclopts.exceptions import ValidationError as FlagError
 
 from feedbackpath import __version__
-from feedbackpath.cli.exit_codes import BAD_INPUT
+from feedbackpath.cli.exit_codes import BAD_INPUT, DONE
+from feedbackpath.cli.output import complain, write_out_what_cannot_be_encoded
 from feedbackpath.errors import UserError
 
 _NEXT_STEPS = {
@@ -22,6 +27,10 @@ _NEXT_STEPS = {
     errno.ENAMETOOLONG: "; choose a shorter name",
     errno.EISDIR: "; choose another place",
 }
+
+_SMALLER = "a smaller --batch-size, --samples-per-epoch or --model"
+TRACEBACK = "FEEDBACKPATH_TRACEBACK"
+"""The environment variable with which errors that nobody foresaw are shown whole."""
 
 app = App(
     name="feedbackpath",
@@ -86,18 +95,39 @@ app.command(data_app)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit; what the user can mend is one line on standard error, and code 2."""
+    """Run the command line and exit; whatever goes wrong is one line on standard error."""
+    write_out_what_cannot_be_encoded()
     try:
         code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-    except FlagError as error:
-        _refuse(_describe(error))
-    except (CycloptsError, UserError) as error:
-        _refuse(str(error))
-    except OSError as error:  # a folder that cannot be written, a disk that is full
-        _refuse(
-            f"{error.filename or 'a file'}: {error.strerror or error}{_NEXT_STEPS.get(error.errno or 0, '')}"
-        )
-    sys.exit(code if isinstance(code, int) else 0)
+    except KeyboardInterrupt:  # a job that has begun takes the signal itself, and keeps its work
+        complain("interrupted")
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if TRACEBACK in os.environ:
+            raise
+        complain(_in_one_line(error))
+        sys.exit(BAD_INPUT)
+    sys.exit(code if isinstance(code, int) else DONE)
+
+
+def _in_one_line(error: Exception) -> str:
+    """Say what was wrong, where, and what to do next."""
+    if isinstance(error, FlagError):
+        return _describe(error)
+    if isinstance(error, CycloptsError | UserError):
+        return str(error)
+    if isinstance(error, OSError):  # a folder that cannot be written, a disk that is full
+        next_step = _NEXT_STEPS.get(error.errno or 0, "")
+        return f"{error.filename or 'a file'}: {error.strerror or error}{next_step}"
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+        return f"there is not enough memory ({_first_line(error)}); ask for less: {_SMALLER}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    return f"{type(error).__name__} in {place}: {_first_line(error)}; {TRACEBACK}=1 shows the whole traceback"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "no memory" if isinstance(error, MemoryError) else "")[:300]
 
 
 def _describe(error: FlagError) -> str:
@@ -108,8 +138,3 @@ def _describe(error: FlagError) -> str:
 
     cause = error.__cause__
     return f"--{first_fault(cause)}" if isinstance(cause, ValidationError) else str(error)
-
-
-def _refuse(message: str) -> Any:
-    sys.stderr.write(f"feedbackpath: {' '.join(message.split())}\n")
-    sys.exit(BAD_INPUT)

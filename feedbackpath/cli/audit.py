@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from feedbackpath.cli.exit_codes import DONE, NOT_SETTLED, TRANSPORTS_WEIGHTS
+from feedbackpath.cli.output import make_console
 from feedbackpath.train.config import AuditConfig
 from feedbackpath.train.settings import merge_config
 
@@ -24,6 +24,6 @@ def audit(
 
     settings = merge_config(flags, config)
     report = audit_run(settings)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = make_console(soft_wrap=True)
     console.print(f"{settings.model}, {settings.rule}: {report}")
     return {True: DONE, False: TRANSPORTS_WEIGHTS, None: NOT_SETTLED}[report.transport_free]

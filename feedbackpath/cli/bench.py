@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from feedbackpath.cli.exit_codes import DONE
+from feedbackpath.cli.output import make_console
 from feedbackpath.errors import ConfigError
+from feedbackpath.train.config import MOST_THREADS
 
 
 def bench(
@@ -47,16 +48,18 @@ def bench(
     from feedbackpath.bench.workloads import Arithmetic
     from feedbackpath.train.store import write_json
 
-    if num_threads < 1:
-        raise ConfigError(f"--num-threads is {num_threads}; it must be at least 1")
+    if not 1 <= num_threads <= MOST_THREADS:
+        raise ConfigError(f"--num-threads is {num_threads}; give 1 to {MOST_THREADS}")
+    if out.exists() and not out.read_bytes().startswith(b'{\n "command": "feedbackpath'):
+        raise ConfigError(f"--out {out} is there, and no figures of bench's; choose another file")
     torch.set_num_threads(num_threads)
     arithmetic = Arithmetic(device, bf16, channels_last, compile)
     settings = BenchSettings(
         tuple(models.split(",")), tuple(rules.split(",")), rounds, batch_size, arithmetic, seconds
     )
-    console = Console()
+    console = make_console()
     console.print("a training step's time over plain PyTorch's, medians:")
-    found = run_bench(settings, lambda line: console.print(line, highlight=False))
+    found = run_bench(settings, console.print)
     write_json(out, {"command": shlex.join(["feedbackpath", *sys.argv[1:]]), **found})
     console.print(f"quartiles, memory, angles, traffic and start-up are in {out}")
     return DONE

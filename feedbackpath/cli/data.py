@@ -9,10 +9,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
-from rich.console import Console
 from rich.progress import Progress
 
 from feedbackpath.cli.exit_codes import BAD_INPUT, DONE
+from feedbackpath.cli.output import make_console
 from feedbackpath.data.layouts import ImageFolder, open_folder
 from feedbackpath.data.upkeep import (
     Problem,
@@ -23,7 +23,6 @@ from feedbackpath.data.upkeep import (
     prepare_copy,
     shrink_images,
 )
-from feedbackpath.errors import printable
 from feedbackpath.jobs.signals import StopRequest
 
 Folder = Annotated[Path, Parameter(help="image folder, in one of ImageNet's layouts")]
@@ -63,7 +62,7 @@ def _go_through(
     folder: ImageFolder, parts: Iterable[Iterator[Problem | None]], problems: list[Problem]
 ) -> int:
     """Go through the images of a folder, show how far, and list the problems; return the exit code."""
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = make_console(soft_wrap=True)
     num_images = len(folder.train.labels) + len(folder.test.labels)
     problems = [*problems]
     with (
@@ -85,6 +84,6 @@ def _go_through(
         console.print(f"{kind}: {count}")
         for problem in problems:
             if problem.kind == kind:
-                console.print(f"  {printable(f'{problem.where}: {problem.reason}')}")
+                console.print(f"  {problem.where}: {problem.reason}")
     console.print(f"{num_images} images, {len(problems)} problems")
     return BAD_INPUT if problems else DONE

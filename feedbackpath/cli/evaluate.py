@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from feedbackpath.cli.exit_codes import DONE
+from feedbackpath.cli.output import make_console
 
 
 def evaluate(
@@ -21,14 +21,13 @@ def evaluate(
 
     changes: dict[str, Any] = {"data_dir": data_dir} if data_dir else {}
     found = job(folder, which, device=device, devices=1, num_nodes=1, **changes)
-    console = Console()
+    console = make_console()
     console.print(
         f"{found.run.rule} seed {found.run.seed}, {len(found.run.history)} epochs, "
         f"{which} checkpoint of {folder}",
-        markup=False,
     )
     name, unit = found.metric.name, found.metric.unit
     console.print(f"validation {name} {found.validation:.2f}{unit}, test {name} {found.test:.2f}{unit}")
     for layer, angle in found.matrix_angle_deg.items():
-        console.print(f"  {layer}: matrix angle {angle:.2f}°, gain {found.gain[layer]:.3f}", highlight=False)
+        console.print(f"  {layer}: matrix angle {angle:.2f}°, gain {found.gain[layer]:.3f}")
     return DONE

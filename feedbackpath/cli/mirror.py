@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from feedbackpath.cli.exit_codes import DONE
+from feedbackpath.cli.output import make_console
 from feedbackpath.errors import ConfigError
 
 Noise = Literal["gaussian", "uniform", "signs", "orthogonal", "hadamard"]
@@ -57,7 +57,7 @@ def plan(
             f"{layer.angle_deg:.2g}°", f"{layer.flops:.2g}", f"{100 * layer.share:.2g}%",
             f"{dues.reads:.2g}", f"{dues.spikes:.2g}", f"{layer.steps_between:.1f}",
         )  # fmt: skip
-    console = Console()
+    console = make_console()
     console.print(f"{model}, batch {size}, {noise} noise")
     console.print(table)
     total = sum(layer.share for layer in layers)

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from feedbackpath.cli.exit_codes import DONE
+from feedbackpath.cli.output import make_console
 
 
 def report(
@@ -23,13 +23,13 @@ def report(
     from feedbackpath.report.equivalence import describe
     from feedbackpath.train.results import read_results
 
-    console = Console()
+    console = make_console()
     if len(folders) == 1 and out in (None, folders[0]):
         results = read_results(folders[0])
         write_report(results, folders[0])
         console.print(rich_table(results))
         for line in describe(results):
-            console.print(line, markup=False, highlight=False)
+            console.print(line)
         return DONE
     out = out or Path("runs/report")
     console.print(rich_error_table(write_side_by_side(folders, out)))

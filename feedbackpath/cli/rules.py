@@ -1,13 +1,13 @@
 """The command ``rules``."""
 
 import json
-import sys
 from dataclasses import asdict
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from feedbackpath.cli.exit_codes import DONE
+from feedbackpath.cli.output import make_console
 
 GROUPS = {
     "ruler": "B is W itself",
@@ -29,14 +29,15 @@ def rules(
     from feedbackpath.rules import RULES
 
     found = [_describe(name, RULES[name]) for name in RULES]
+    console = make_console()
     if as_json:
-        sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        console.out(json.dumps(found, indent=2, ensure_ascii=False), highlight=False)
         return DONE
     for group in dict.fromkeys([*GROUPS, *(rule["group"] for rule in found)]):
-        sys.stdout.write(f"{group}: {GROUPS[group]}\n\n" if group in GROUPS else f"{group}\n\n")
+        console.out(f"{group}: {GROUPS[group]}\n" if group in GROUPS else f"{group}\n", highlight=False)
         for rule in found:
             if rule["group"] == group:
-                sys.stdout.write(_to_text(rule))
+                console.out(_to_text(rule), highlight=False)
     return DONE
 
 
@@ -64,4 +65,4 @@ def _to_text(rule: dict[str, Any]) -> str:
         "a step": f"{flops:.2f} of backprop's FLOPs" if flops is not None else "",
     }
     details = "".join(f"      {what:9}{text}\n" for what, text in lines.items() if text)
-    return f"  {rule['rule']} ({rule['class']}): {rule['what']}\n{details}\n"
+    return f"  {rule['rule']} ({rule['class']}): {rule['what']}\n{details}"

@@ -5,9 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from feedbackpath.cli.exit_codes import DIVERGED, DONE
+from feedbackpath.cli.output import make_console
 from feedbackpath.train.config import CompareConfig, RunConfig
 
 
@@ -18,7 +17,7 @@ def run(settings: CompareConfig | RunConfig, out: Path, *, resume: bool) -> int:
     from feedbackpath.report.equivalence import describe
     from feedbackpath.report.live import LiveView
 
-    console = Console(quiet=not _is_main_process())
+    console = make_console(quiet=not _is_main_process())
     command = shlex.join(["feedbackpath", *sys.argv[1:]])
     try:
         results = run_job(settings, out, resume=resume, command=command, view=LiveView(console))
@@ -28,12 +27,12 @@ def run(settings: CompareConfig | RunConfig, out: Path, *, resume: bool) -> int:
             if isinstance(settings, RunConfig)
             else ("the same command with --resume")
         )
-        console.print(f"interrupted: what was done is kept in {out}; {onward} goes on", markup=False)
+        console.print(f"{stop.reason}: what was done is kept in {out}; {onward} goes on")
         return stop.exit_code
     console.print(rich_table(results))
     for line in describe(results):
-        console.print(line, markup=False, highlight=False)
-    console.print(f"results, figures and report.html are in {out}", markup=False)
+        console.print(line)
+    console.print(f"results, figures and report.html are in {out}")
     return DIVERGED if any(run.status == "diverged" for run in results.runs) else DONE
 
 

@@ -1,13 +1,13 @@
 """The command ``train``."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from feedbackpath.cli.exit_codes import DONE
+from feedbackpath.cli.output import write_out
 from feedbackpath.cli.running import run
 from feedbackpath.errors import ConfigError
 from feedbackpath.recipes import make_recipe
@@ -43,18 +43,28 @@ def train(
         name = recipe or f"{settings.data}-{settings.model}"
         folder = out or Path("runs") / f"{name}-{settings.rule}-norm-{settings.norm}-seed{settings.seed}"
     if print_config:
-        sys.stdout.write(settings.to_yaml())
+        write_out(settings.to_yaml())
         return DONE
-    # torchrun starts the same command anew after a crash: it goes on then with what is there.
-    was_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    return run(settings, folder, resume=resume is not None or was_restarted)
+    return run(settings, folder, resume=resume is not None or _was_restarted(folder))
+
+
+def _was_restarted(folder: Path) -> bool:
+    """Whether torchrun starts this command anew after a crash: it goes on then with what it has begun.
+
+    After a refusal it does so too; what the folder holds is then another's, and is refused again.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return False
+    from feedbackpath.jobs.book import is_of_this_launch
+
+    return is_of_this_launch(folder)
 
 
 def _settings_of_run(flags: RunConfig, recipe: str | None, config: Path | None) -> RunConfig:
     """Return a run's config; the recipe is that of the rule and norm which the flags or the file name."""
     if recipe is None:
         return merge_config(flags, config)
-    given = read_config(config, RunConfig) if config is not None else {}
-    given |= flags.model_dump(include=flags.model_fields_set)
+    settings = read_config(config, RunConfig) if config is not None else {}
+    given = settings | flags.model_dump(include=flags.model_fields_set)
     cell = {name: given[name] for name in ("rule", "norm") if name in given}
-    return merge_config(flags, config, make_recipe(recipe, **cell))
+    return merge_config(flags, config, make_recipe(recipe, **cell), settings)

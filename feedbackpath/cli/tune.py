@@ -7,10 +7,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
-from rich.console import Console
 from rich.table import Table
 
 from feedbackpath.cli.exit_codes import DONE
+from feedbackpath.cli.output import make_console
 from feedbackpath.errors import ConfigError
 from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.settings import merge_config
@@ -34,7 +34,7 @@ def tune(
     from feedbackpath.jobs.tune import Search, Trial, rows_of
     from feedbackpath.jobs.tune import tune as job
 
-    console = Console(highlight=False, markup=False)
+    console = make_console()
 
     def tell(search: Search, trial: Trial) -> None:
         nothing = "not finite" if trial.status == "finished" else trial.status

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from feedbackpath.arguments import checked
 from feedbackpath.core.operations import is_matrix
 from feedbackpath.core.usage import is_only_added
 from feedbackpath.errors import RuleError, UntieError
@@ -137,6 +138,7 @@ def is_torchs_own(layer_type: type[nn.Module]) -> bool:
     return not any(callable(value) and name not in told for names in own for name, value in names.items())
 
 
+@checked(UntieError)
 def register_layer(
     layer_type: type[nn.Module],
     *,
@@ -173,8 +175,6 @@ def register_layer(
         >>> kind_of(InputFirst()).fan_in(InputFirst(), InputFirst().kernel)
         30
     """
-    if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
-        raise UntieError(f"register_layer: {layer_type!r} is no class of modules; pass the layer's class")
     names = _names_of(weights)
     seen = as_matrix or (lambda layer, w: w.reshape(1, w.shape[0], -1))
     KINDS[layer_type] = LayerKind(

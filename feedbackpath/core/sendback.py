@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from feedbackpath.arguments import CheckedArguments
 from feedbackpath.core import pytorch
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.operations import Args, Call, Kwargs
@@ -94,7 +95,7 @@ class _OneInput:
 
 
 @dataclass(frozen=True)
-class Broadcast(_OneInput):
+class Broadcast(_OneInput, CheckedArguments):
     """Send the error at the model's output straight to each layer's input (Nokland 2016).
 
     B of a layer is ``[outputs, *input]``: ``[outputs, in_features]`` of a linear layer, ``[outputs, C, H,
@@ -122,7 +123,7 @@ class Broadcast(_OneInput):
 
 
 @dataclass(frozen=True)
-class Target(_OneInput):
+class Target(_OneInput, CheckedArguments):
     """Give each layer a target for its output, and its input the target that g makes of it.
 
     The target of y is ``y - delta``. Difference target propagation (Lee et al. 2015, equation 15) takes

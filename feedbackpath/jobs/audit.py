@@ -4,11 +4,11 @@ import torch
 
 from feedbackpath.auditing import Report, audit
 from feedbackpath.data import minibatches
-from feedbackpath.errors import ConfigError
 from feedbackpath.jobs.imports import import_files
 from feedbackpath.jobs.run import make_task
 from feedbackpath.train.build import make_network, make_optimizer, make_path, run_once
 from feedbackpath.train.config import AuditConfig
+from feedbackpath.train.devices import usable_device
 
 
 def audit_run(config: AuditConfig) -> Report:
@@ -21,17 +21,15 @@ def audit_run(config: AuditConfig) -> Report:
         UserError: There is no such rule, network or data, or the step cannot be audited.
     """
     import_files(config.imports)
+    device = usable_device(config.device)
     run = config.as_run()
     task = make_task(run, run.seed)
-    try:
-        model = make_network(run, run.seed, task).to(config.device)
-    except (RuntimeError, AssertionError) as error:  # torch was built without the device, or lacks it
-        raise ConfigError(f"device {config.device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    model = make_network(run, run.seed, task).to(device)
     path = make_path(run, config.rule, run.seed, model)
     run_once(path, task)
     optimizer = make_optimizer(model, run)
     x, y = next(minibatches(task.train, batch_size=run.batch_size, seed=run.seed, epoch=1, shuffle=True))
-    x, y = task.train.prepare(x.to(config.device)), y.to(config.device)
+    x, y = task.train.prepare(x.to(device)), y.to(device)
 
     def step() -> None:
         optimizer.zero_grad()

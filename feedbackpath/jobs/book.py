@@ -4,8 +4,11 @@ What a run goes on from is its newest checkpoint. Everything else is made from t
 file, the best checkpoint, the table, the figures. A resume makes right whatever a kill has left behind.
 """
 
+import os
 import platform
 import time
+from collections.abc import Iterable, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,12 @@ FREE_TO_CHANGE = {  # on --resume; all else decides the numbers
     "on_bad_image",  # until a bad image is met, both do the same, and "error" ends there
 }  # fmt: skip
 FREE_TO_MOVE = {"source"}  # among the data's facts: a checksum says whether it is the same data
+FILES = ("config.yaml", "history.jsonl", "model.safetensors", "report.html")  # beside results.json
+LAUNCH = ".launch"
+STATE = {
+    "epoch": int, "consumed": int, "step": int, "tally": dict, "model": dict, "optimizer": dict, "path": dict,
+    "rng": list,
+}  # fmt: skip
 PAGE_SHARE = 20  # while a job runs, its page takes at most one part in so many of the time
 
 
@@ -83,6 +92,8 @@ class ResultsBook:
             raise ConfigError(
                 f"{out} holds results already: go on with them by --resume, or choose another --out"
             )
+        if old is None and not (out / "checkpoints").exists():
+            refuse_to_overwrite(out, FILES, {"config.yaml": config.to_yaml()})
         facts = facts_of(config, task)
         if old is not None:
             _refuse_other_settings(out, config, old, facts)
@@ -111,6 +122,8 @@ class ResultsBook:
         self.is_writer = is_writer
         if is_writer:
             write_text(self.out / "config.yaml", self.config.to_yaml())
+            if (launch := launch_of_torchrun()) is not None:
+                write_text(self.out / LAUNCH, launch)
             for run in self.results.runs:
                 if run.status == "finished" and not self.keeps_models:
                     self.checkpoints_of(run).remove()  # a kill may have come before that
@@ -195,6 +208,8 @@ class ResultsBook:
     def save(self) -> None:
         """Write ``results.json`` and ``history.jsonl``."""
         if self.is_writer:
+            if not (self.out / "config.yaml").exists():  # somebody has removed the folder meanwhile
+                write_text(self.out / "config.yaml", self.config.to_yaml())
             write_results(self.results, self.out)
 
     def _write_networks(self, run: Run, state: State) -> None:
@@ -232,7 +247,52 @@ def checkpoints_of(out: Path, config: TrainConfig, rule: str, seed: int, data: D
     own = config.for_rule(rule)
     settings = own.model_dump(mode="json", exclude=FREE_TO_CHANGE | {"rule", "seed", "by_rule"})
     fingerprint = {"rule": rule, "seed": seed, **settings, **_facts_that_count(data)}
-    return Checkpoints(out / "checkpoints" / f"{rule}-seed{seed}", fingerprint, config.keep_checkpoints)
+    folder = out / "checkpoints" / f"{rule}-seed{seed}"
+    return Checkpoints(
+        folder, fingerprint, config.keep_checkpoints, check=partial(_check_content, rule, seed)
+    )
+
+
+def _check_content(rule: str, seed: int, content: dict[str, Any]) -> None:
+    """Fail where a checkpoint is whole and yet not one that a run can go on from."""
+    run, state = Run.model_validate(content["run"]), content["state"]
+    if (run.rule, run.seed) != (rule, seed):
+        raise ValueError(f"its entry is of {run.rule!r}, seed {run.seed}")
+    if not all(isinstance(state[name], kind) for name, kind in STATE.items()):
+        raise ValueError("its state is none of a run")
+
+
+def refuse_to_overwrite(folder: Path, names: Iterable[str], ours: Mapping[str, str] | None = None) -> None:
+    """Refuse a folder in which a job would write over files that no job has left there.
+
+    Args:
+        folder: The folder; it holds no results.
+        names: What the job would write.
+        ours: What it would write into some of them: where they hold that already, nothing is lost.
+
+    Raises:
+        ConfigError: One of them is there.
+    """
+    for name in names:
+        file = folder / name
+        if file.exists() and not (ours and name in ours and file.read_bytes() == ours[name].encode()):
+            raise ConfigError(f"{file} is there, and no job's: it would be overwritten; choose another --out")
+
+
+def launch_of_torchrun() -> str | None:
+    """Return what tells this start of torchrun, its restarts too, from every other; None without torchrun."""
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+    if not all(name in os.environ for name in names):
+        return None
+    parts = [os.environ[name] for name in names]
+    is_alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return " ".join([*parts, str(os.getppid()) if is_alone else "on several machines"])
+
+
+def is_of_this_launch(folder: Path) -> bool:
+    """Whether a folder holds what an earlier attempt of the same start of torchrun has begun there."""
+    mark = folder / LAUNCH
+    return mark.exists() and mark.read_text(encoding="utf-8", errors="replace") == launch_of_torchrun()
 
 
 def _become(run: Run, other: Run) -> None:

@@ -54,8 +54,13 @@ def evaluate(folder: Path, which: Which = "last", **changes: Any) -> Evaluation:
     task = make_task(config, config.seed)
     checkpoints = checkpoints_of(folder, config, config.rule, config.seed, facts_of(config, task))
     kept = checkpoints.load_best() if which == "best" else checkpoints.load_newest()[0]
+    if kept is None and which == "best":
+        raise ConfigError(
+            f"{folder} holds no best checkpoint: select_best keeps it while the run goes on, and later it "
+            "cannot be made; evaluate --which last"
+        )
     if kept is None:
-        raise ConfigError(f"{folder} holds no {which} checkpoint; run feedbackpath train --resume {folder}")
+        raise ConfigError(f"{folder} holds no last checkpoint; run feedbackpath train --resume {folder}")
     training = Training(config, config.rule, config.seed, task, Engine(config))
     training.load_state(kept["state"])
     return Evaluation(

@@ -9,8 +9,9 @@ from typing import Any, Literal, Self
 
 from pydantic import ValidationError
 
+from feedbackpath.arguments import checked, checked_methods
 from feedbackpath.errors import ConfigError
-from feedbackpath.jobs.book import describe_versions, write_results
+from feedbackpath.jobs.book import describe_versions, refuse_to_overwrite, write_results
 from feedbackpath.measure.deltas import Delta
 from feedbackpath.path import FeedbackPath
 from feedbackpath.report import write_report
@@ -19,6 +20,7 @@ from feedbackpath.train.results import DataFacts, Entry, Metric, Results, Run, r
 from feedbackpath.train.store import locked
 
 
+@checked_methods(ConfigError)
 class Recorder:
     """Writes what a loop of one's own measures into a folder: ``results.json``, a page, figures.
 
@@ -49,6 +51,7 @@ class Recorder:
         3.6
     """
 
+    @checked(ConfigError)
     def __init__(
         self,
         folder: str | Path,
@@ -152,6 +155,8 @@ class Recorder:
         self.results = Results(runs=[], metric=metric, versions=describe_versions())
         if (self.folder / "results.json").exists():
             self.results = read_results(self.folder)
+        else:
+            refuse_to_overwrite(self.folder, ["history.jsonl", "report.html"])
         if self.results.runs and self.results.metric != metric:
             raise ConfigError(
                 f"{self.folder} holds test_{self.results.metric.name} ({self.results.metric.unit!r}), not "
@@ -184,3 +189,5 @@ def _refusing_bad_values() -> Iterator[None]:
         yield
     except ValidationError as error:
         raise ConfigError(f"{first_fault(error)}; nothing was recorded") from None
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror or error}; choose another folder") from None

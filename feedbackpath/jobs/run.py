@@ -1,6 +1,7 @@
 """Run a job: every rule and seed of a config through the one training loop."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from feedbackpath.train.build import make_network, make_path
 from feedbackpath.train.config import CompareConfig, RunConfig, TrainConfig
 from feedbackpath.train.engine import Engine
 from feedbackpath.train.loop import Diverged, Measured, Paused, Step, train
+from feedbackpath.train.processes import LostProcessError
 from feedbackpath.train.results import Results
 from feedbackpath.train.rules import make_rule
 from feedbackpath.train.store import locked
@@ -45,7 +47,7 @@ def run_job(
             what does not exist.
         DataError: The data is missing or damaged.
         CheckpointError: A checkpoint could not be written.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint of the last step is kept.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint of the last step is kept.
     """
     import_files(config.imports)
     engine = Engine(config)
@@ -53,11 +55,12 @@ def run_job(
     if config.mirror_epochs and not mirrors:
         raise ConfigError("--mirror-epochs has no effect here: no rule of this job mirrors; leave it out")
     with ExitStack() as stack:
+        stack.enter_context(_ending_as_one(engine))
         _take_folder(stack, out, engine)
         book = ResultsBook(out, config, first_task, command, resume=resume)
         engine.gather(None)  # every process has looked at the folder before the main one writes into it
         book.open(is_writer=engine.is_main)
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(StopRequest(is_told=engine.is_main))
         stack.enter_context(view)
         for seed in range(config.seed, config.seed + config.seeds):
             task = first_task if seed == config.seed else make_task(config, seed)
@@ -109,6 +112,18 @@ def _rehearse(config: TrainConfig, task: Task, engine: Engine) -> None:
         )
 
 
+@contextmanager
+def _ending_as_one(engine: Engine) -> Iterator[None]:
+    """Let a job of several processes of which one was ended by a signal end as a job of one does."""
+    try:
+        with engine.naming_lost():
+            yield
+    except LostProcessError as lost:
+        if lost.exit_code <= 128:
+            raise
+        raise Interrupted(lost.exit_code, reason=str(lost)) from None
+
+
 def _take_folder(stack: ExitStack, out: Path, engine: Engine) -> None:
     """Keep other jobs out of the folder until this one ends; every process is told where that fails."""
     refusal: UserError | None = None
@@ -154,23 +169,26 @@ def _train_and_record(
         book.config.for_rule(rule), rule, seed, task, engine, state=state, must_stop=lambda: bool(stop)
     )
     try:
-        for event in events:
-            if isinstance(event, Step):
-                view.show_step(event)
-            elif isinstance(event, Measured):
-                book.record(run, event)
-                view.show_measured(event)
-            elif isinstance(event, Paused):
-                book.save_state(run, event.state)
-                if event.is_last:
-                    raise Interrupted(128 + max(engine.gather(stop.number)))
-            elif isinstance(event, Diverged):
-                status = "diverged"
-                book.record_divergence(run, event)
-                view.show_note(f"{run.rule} seed {run.seed} {describe_divergence(run)}")
-    except Interrupted:
-        book.end(run, "interrupted")
-        book.close()
+        with _ending_as_one(engine):
+            for event in events:
+                if isinstance(event, Step):
+                    view.show_step(event)
+                elif isinstance(event, Measured):
+                    book.record(run, event)
+                    view.show_measured(event)
+                elif isinstance(event, Paused):
+                    book.save_state(run, event.state)
+                    if event.is_last:
+                        raise Interrupted(128 + max(engine.gather(stop.number)))
+                elif isinstance(event, Diverged):
+                    status = "diverged"
+                    book.record_divergence(run, event)
+                    view.show_note(f"{run.rule} seed {run.seed} {describe_divergence(run)}")
+    except Interrupted as asked:
+        run.status = "interrupted"
+        book.save()
+        if not asked.is_at_once:
+            book.close()
         raise
     book.end(run, status)
     view.end_run()

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from feedbackpath.errors import ConfigError
-from feedbackpath.jobs.book import metric_of
+from feedbackpath.jobs.book import metric_of, refuse_to_overwrite
 from feedbackpath.jobs.imports import import_files
 from feedbackpath.jobs.run import prepare
 from feedbackpath.jobs.signals import Interrupted, StopRequest
@@ -229,6 +229,7 @@ def _read_search(out: Path, trials: int, *, resume: bool) -> Search | None:
     """Return what a folder holds, if anything."""
     file = out / "tune.json"
     if not file.exists():
+        refuse_to_overwrite(out, ["chosen.yaml"])
         return None
     if not resume:
         raise ConfigError(f"{out} holds a search already: go on with it by --resume, or choose another --out")

@@ -116,6 +116,14 @@ def _twice(name: str, measure: Callable[[], tuple[Gradients, Tensor]]) -> tuple[
     return ours, exact
 
 
+def _one_number(loss: object) -> Tensor:
+    """Return a loss that is one."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise UntieError(f"compute_loss returned {what}; let it return the loss, a tensor of one number")
+    return loss
+
+
 def _updates(
     weights: Sequence[UntiedWeight],
     model: nn.Module,
@@ -124,7 +132,7 @@ def _updates(
 ) -> tuple[Gradients, Tensor]:
     """Return the gradients of the loss by parameter, none of them if no untied layer ran, and the loss."""
     with left_as_it_was(weights, model), outputs_tapped(weights) as outputs, torch.enable_grad():
-        loss = compute_loss()
+        loss = _one_number(compute_loss())
         parameters = list(trained.values()) if outputs else []
         found = torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else ()
     named = zip(trained, found, strict=False)
@@ -136,7 +144,7 @@ def _deltas(
 ) -> tuple[Gradients, Tensor]:
     """Return each layer's delta, over all the times that it ran, and the loss."""
     with left_as_it_was(weights, model), outputs_tapped(weights) as outputs, torch.enable_grad():
-        loss = compute_loss()
+        loss = _one_number(compute_loss())
         seen = {name: list(edges) for name, edges in outputs.items()}  # a recomputation would add to them
         edges = [edge for of_layer in seen.values() for edge in of_layer]
         found = iter(torch.autograd.grad(loss, edges, allow_unused=True) if edges else ())

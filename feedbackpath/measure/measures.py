@@ -4,10 +4,13 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from feedbackpath.arguments import checked_methods
 from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.errors import UntieError
 from feedbackpath.measure import angles, deltas
 
 
+@checked_methods(UntieError)
 class Measures:
     """Measures of an untied model: how well its feedback weights, errors and updates agree with backprop's.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from feedbackpath.core.exchange import as_plain
 from feedbackpath.core.modules import FeedbackModule
+from feedbackpath.errors import RuleError
 
 Activation = Callable[[Tensor], Tensor]
 LEAST_SLOPE = 1e-4  # a neuron that answers with less than this share of its drive does not answer
@@ -166,6 +167,25 @@ def without_hooks(activation: Activation) -> Activation:
     """Return what an activation computes, past the hooks of its module: for those who probe it."""
     origin = origin_of(activation)
     return origin.forward if isinstance(origin, nn.Module) else activation
+
+
+@torch.no_grad()
+def refuse_no_activation(name: str, activation: Activation) -> None:
+    """Refuse what answers signals by something else than as many numbers: mirror noise would be lost in it.
+
+    Raises:
+        RuleError: It was given for the layer called ``name``.
+    """
+    z = torch.linspace(-3.0, 3.0, 64, dtype=dtype_of(activation))[:, None]
+    try:
+        answer = without_hooks(activation)(z.clone())
+    except Exception:  # it needs all channels, say, or another device: an error of its own comes when it runs
+        return
+    if not isinstance(answer, Tensor) or answer.shape != z.shape or not answer.isfinite().all():
+        raise RuleError(
+            f"mirror mode: the activation given for {name!r} does not return a finite number for each "
+            "one between -3 and 3; give what follows the layer, as in activations={'0': torch.relu}"
+        )
 
 
 def is_channelwise(activation: Activation) -> bool:

@@ -10,8 +10,14 @@ from torch import Tensor
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
-from feedbackpath.errors import MirrorWarning, RuleError
-from feedbackpath.mirror.activations import Activation, find_activations, odd_slope, out_of_place
+from feedbackpath.errors import MirrorWarning, RuleError, level_outside
+from feedbackpath.mirror.activations import (
+    Activation,
+    find_activations,
+    odd_slope,
+    out_of_place,
+    refuse_no_activation,
+)
 from feedbackpath.mirror.estimate import Estimate
 from feedbackpath.mirror.fields import Field, make_field
 from feedbackpath.mirror.schedule import Schedule
@@ -62,6 +68,7 @@ class MirrorContext:
         for name in unknown:
             for pattern, activation in self.path.activations.items():
                 if fnmatch.fnmatchcase(name, pattern):
+                    refuse_no_activation(name, activation)
                     found[name] = out_of_place(activation)
         missing = [repr(name) for name in unknown if name not in found]
         if missing:
@@ -117,7 +124,7 @@ class MirrorContext:
         """Warn of something in a layer, if that has not been done before."""
         if (kind, name) not in self._warned:
             self._warned.add((kind, name))
-            warnings.warn(f"mirror mode: {message}", MirrorWarning, stacklevel=3)
+            warnings.warn(f"mirror mode: {message}", MirrorWarning, stacklevel=level_outside())
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs, as plain values."""

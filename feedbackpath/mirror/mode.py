@@ -19,7 +19,7 @@ import torch
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
-from feedbackpath.errors import MirrorWarning, RuleError
+from feedbackpath.errors import MirrorWarning, RuleError, level_outside
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.context import MirrorContext
 from feedbackpath.mirror.cost import UseCounter
@@ -128,7 +128,7 @@ class MirrorMode(MirrorContext):
         ]
         for names, message in zip((short, untold), messages, strict=True):
             if names:
-                warnings.warn(f"mirror mode: {message}", MirrorWarning, stacklevel=3)
+                warnings.warn(f"mirror mode: {message}", MirrorWarning, stacklevel=level_outside())
         return left
 
     @torch.no_grad()

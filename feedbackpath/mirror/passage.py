@@ -10,6 +10,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from feedbackpath.arguments import checked
+from feedbackpath.errors import RuleError
+
 
 class Listener(Protocol):
     """Is told when a passage begins and ends."""
@@ -24,6 +27,7 @@ class Listener(Protocol):
 LISTENERS: list[Listener] = []
 
 
+@checked(RuleError)
 @contextmanager
 def forward_passage(*weights: Tensor) -> Iterator[None]:
     """Say that what happens meanwhile sends signals forward through ``weights``.

@@ -4,8 +4,9 @@ import dataclasses
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
+from feedbackpath.arguments import CheckedArguments
 from feedbackpath.errors import RuleError, refuse_no_size
 from feedbackpath.mirror.noise import RELU_SPREAD, code_length, relative_variance
 
@@ -18,7 +19,7 @@ Reading = Literal["calibrated", "inside", "printed", "scaled"]
 
 
 @dataclass(frozen=True)
-class When:
+class When(CheckedArguments):
     """When a rule mirrors which layers.
 
     Args:
@@ -37,7 +38,6 @@ class When:
 
     def __post_init__(self) -> None:
         """Refuse settings that make no sense."""
-        _refuse_unknown_names(self)
         refuse_no_count("When: every", self.every)
         if self.cost_share is not None:
             refuse_no_size("When: cost_share", self.cost_share)
@@ -46,7 +46,7 @@ class When:
 
 
 @dataclass(frozen=True)
-class Mirror:
+class Mirror(CheckedArguments):
     """Settings of mirror mode.
 
     Args:
@@ -102,7 +102,6 @@ class Mirror:
 
     def __post_init__(self) -> None:
         """Refuse settings that make no sense."""
-        _refuse_unknown_names(self)
         for name in ("forgetting", "rate", "decay", "sigma", "target_angle_deg", "baseline"):
             value = getattr(self, name)
             if value is not None:
@@ -239,12 +238,3 @@ def refuse_no_count(what: str, value: object, least: int = 1) -> None:
         raise RuleError(f"{what} must be a whole number, not {value!r}")
     if int(value) < least:
         raise RuleError(f"{what} must be at least {least}, not {value}")
-
-
-def _refuse_unknown_names(settings: Any) -> None:
-    """Refuse a value that is none of those that its field's ``Literal`` lists."""
-    for name, hint in get_type_hints(type(settings)).items():
-        known = get_args(hint)
-        if known and all(isinstance(value, str) for value in known) and getattr(settings, name) not in known:
-            kind, value = type(settings).__name__, getattr(settings, name)
-            raise RuleError(f"{kind}: {name}={value!r} is not one of {', '.join(known)}")

@@ -9,6 +9,7 @@ from typing import get_args
 
 from torch import nn
 
+from feedbackpath.arguments import checked, refuse_name
 from feedbackpath.errors import ConfigError
 from feedbackpath.models.language import GPT, TextLSTM
 from feedbackpath.models.resnet import BasicBlock, Bottleneck, CifarResNet, Norm, ResNet
@@ -71,6 +72,7 @@ def build_model(
     return builder(sample_shape, num_classes, norm)
 
 
+@checked(ConfigError)
 def register_model(name: str, make: Callable[..., nn.Module]) -> None:
     """Give a network of one's own a name, so that ``--model NAME`` finds it.
 
@@ -82,6 +84,7 @@ def register_model(name: str, make: Callable[..., nn.Module]) -> None:
     Raises:
         ConfigError: The name is taken.
     """
+    refuse_name(name, "a model", ConfigError)
     taken = inspect.signature(make).parameters.keys()
 
     def build(sample_shape: tuple[int, int, int], num_classes: int, norm: Norm) -> nn.Module:

@@ -83,7 +83,7 @@ def _write(panels: Sequence[Panel], folder: Path, *, figures: bool) -> list[Path
 
     drawn = render_figures(panels) if figures else {}
     files = {folder / "figures" / name: content for name, content in drawn.items()}
-    files[folder / "report.html"] = render_page(panels).encode()
+    files[folder / "report.html"] = render_page(panels).encode("utf-8", "backslashreplace")
     for path, content in files.items():
         write_bytes(path, content)
     return list(files)

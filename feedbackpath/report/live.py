@@ -24,10 +24,10 @@ class LiveView:
         self.console = console
         self.results = Results(runs=[])
         self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
+            TextColumn("{task.fields[state]}", markup=False),
             console=console,
         )
         self.task = self.progress.add_task("starting", state="")

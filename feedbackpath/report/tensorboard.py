@@ -27,8 +27,9 @@ class TensorBoardLog:
         self.folder = folder
         self._writers: dict[str, Any] = {}
         try:
+            str(folder).encode()  # what writes the logs can open no other names
             from torch.utils.tensorboard import SummaryWriter  # heavy; imports tensorboard
-        except ImportError:
+        except (ImportError, UnicodeEncodeError):
             self._make_writer: Any = None
         else:
             self._make_writer = SummaryWriter

@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from feedbackpath.arguments import CheckedArguments, checked
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.sendback import LOCAL, SendBack
+from feedbackpath.errors import RuleError
 
 Weights = Sequence[UntiedWeight]
 
@@ -34,7 +36,7 @@ class Facts:
     flops: float | None = None
 
 
-class Rule:
+class Rule(CheckedArguments):
     """How the feedback weights come about. A subclass has a ``name`` and whichever hooks it needs.
 
     Make it a frozen dataclass: its fields are its settings, and layers whose rules are equal are governed
@@ -113,6 +115,7 @@ def group_of(rule: type[Rule]) -> str:
     return rule.group or next((group for group, holds in told.items() if holds), "fixed")
 
 
+@checked(RuleError)
 def draw_feedback(weights: Weights, context: RuleContext) -> None:
     """Draw every feedback weight from N(0, 2 / (fan_in + fan_out)), never looking at W.
 

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 
 from feedbackpath.core.context import RuleContext
-from feedbackpath.errors import KolenPollackWarning, RuleError
+from feedbackpath.errors import KolenPollackWarning, RuleError, level_outside
 from feedbackpath.rules.base import Facts, Weights
 from feedbackpath.rules.direct_feedback_alignment import DirectFeedbackAlignment
 from feedbackpath.rules.update_watch import UpdateWatch
@@ -89,5 +89,5 @@ class DirectKolenPollack(DirectFeedbackAlignment):
                 f"direct Kolen-Pollack without weight decay: the random start of {', '.join(undecayed)} will "
                 "not be forgotten; give the optimizer weight_decay > 0",
                 KolenPollackWarning,
-                stacklevel=3,
+                stacklevel=level_outside(),
             )

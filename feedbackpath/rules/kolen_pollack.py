@@ -139,5 +139,5 @@ class KolenPollack(Rule):
                 f"Kolen-Pollack without weight decay: W - B of {', '.join(undecayed)} will not shrink; "
                 "give the optimizer weight_decay > 0",
                 KolenPollackWarning,
-                stacklevel=3,
+                stacklevel=level_outside(),
             )

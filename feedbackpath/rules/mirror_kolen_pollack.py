@@ -20,7 +20,7 @@ START_ANGLE_DEG = 2.0
 Start = Literal["faithful", "exact"]
 
 
-def settings_to_start(start: str, mirror: Mirror | None) -> Mirror:
+def settings_to_start(start: Start, mirror: Mirror | None) -> Mirror:
     """Return the settings of a rule's one mirroring.
 
     Args:
@@ -28,10 +28,8 @@ def settings_to_start(start: str, mirror: Mirror | None) -> Mirror:
         mirror: Settings that were given; None: the default ones of that start.
 
     Raises:
-        RuleError: There is no such start, or the settings given are those of the other.
+        RuleError: The settings given are those of the other start.
     """
-    if start not in ("faithful", "exact"):
-        raise RuleError(f"start={start!r} is not one of faithful, exact")
     chosen = mirror or (Mirror.exact() if start == "exact" else Mirror())
     if start == "exact" and not chosen.is_exact:
         raise RuleError(f"start='exact' reads out by codes, and the mirror's noise is {chosen.noise!r}")

@@ -5,6 +5,7 @@ import importlib
 import re
 from collections.abc import Iterator, MutableMapping
 
+from feedbackpath.arguments import refuse_name
 from feedbackpath.errors import RuleError
 from feedbackpath.rules.base import Rule
 
@@ -72,6 +73,7 @@ def register_rule(rule: type[Rule]) -> type[Rule]:
     ):
         raise RuleError(f"{rule!r} is no rule: derive a class from fp.Rule and give it a name")
     name = rule.name
+    refuse_name(name, "a rule", RuleError)
     if name in RULES and RULES[name] is not rule:
         raise RuleError(f"a rule named {name!r} exists already ({RULES[name].__name__}); choose another name")
     if rule.label is not None and not isinstance(rule.label, str):

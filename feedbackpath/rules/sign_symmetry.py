@@ -14,7 +14,6 @@ from torch import Tensor
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
-from feedbackpath.errors import RuleError
 from feedbackpath.rules.base import Facts, Rule, Weights
 
 
@@ -58,15 +57,6 @@ class SignSymmetry(Rule):
     }  # fmt: skip
     magnitude: Literal["uniform", "fixed", "batchwise"] = "uniform"
     scale: Literal["xavier", "he"] = "xavier"
-
-    def __post_init__(self) -> None:
-        """Refuse settings that do not exist."""
-        for value, known in (
-            (self.magnitude, ("uniform", "fixed", "batchwise")),
-            (self.scale, ("xavier", "he")),
-        ):
-            if value not in known:
-                raise RuleError(f"SignSymmetry: {value!r} is not one of {', '.join(known)}")
 
     def start(self, weights: Weights, context: RuleContext) -> None:
         """Give every B its magnitudes, then the signs of W."""

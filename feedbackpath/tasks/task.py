@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import inspect
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from feedbackpath.arguments import checked, refuse_name
 from feedbackpath.data import DATASETS, Dataset, Split, load_dataset
 from feedbackpath.data.dataset import stream_positions
 from feedbackpath.errors import DataError
@@ -47,6 +47,7 @@ class Task(Dataset):
     lower_is_better: bool = True
 
     @classmethod
+    @checked(DataError)
     def of_tensors(
         cls,
         name: str,
@@ -127,6 +128,7 @@ class TensorSplit(Split):
         return self.x[rows], self.y[rows]
 
 
+@checked(DataError)
 def register_task(name: str, make: Callable[..., Dataset]) -> None:
     """Give a task of one's own a name, so that ``--data NAME`` finds it.
 
@@ -140,8 +142,7 @@ def register_task(name: str, make: Callable[..., Dataset]) -> None:
     Raises:
         DataError: The name is taken, or has a separator of folders; or ``make`` does not take ``seed``.
     """
-    if not name or os.sep in name:
-        raise DataError(f"the name {name!r} would be read as a folder: choose one without {os.sep!r}")
+    refuse_name(name, "a task", DataError)
     try:
         inspect.signature(make).bind(seed=0)
     except TypeError as error:

@@ -36,6 +36,7 @@ def _refuse_separators(name: str) -> str:
     return name
 
 
+MOST_THREADS = 4096
 Name = Annotated[str, AfterValidator(_refuse_separators)]
 """What a rule or a network is called."""
 
@@ -92,14 +93,14 @@ class OptimizerSettings(BaseModel):
     """How an update is made."""
 
     optimizer: Annotated[Literal["sgd", "adamw"], OPTIMIZER] = Field("sgd", description="optimizer")
-    lr: Annotated[float, OPTIMIZER] = Field(0.2, gt=0, description="highest learning rate")
+    lr: Annotated[float, OPTIMIZER] = Field(0.2, gt=0, lt=1e30, description="highest learning rate")
     lr_batch_size: Annotated[int | None, OPTIMIZER] = Field(
         None, ge=1, description="lr is for batches of so many samples, and follows --batch-size"
     )
     momentum: Annotated[float, OPTIMIZER] = Field(0.9, ge=0, lt=1, description="momentum (sgd)")
     nesterov: Annotated[bool, OPTIMIZER] = Field(True, description="Nesterov's form of momentum (sgd)")
     weight_decay: Annotated[float, OPTIMIZER] = Field(
-        2e-3, ge=0, description="L2 penalty (sgd) or decoupled decay (adamw)"
+        2e-3, ge=0, lt=1e30, description="L2 penalty (sgd) or decoupled decay (adamw)"
     )
     clip_norm: Annotated[float | None, OPTIMIZER] = Field(
         None, gt=0, description="largest gradient norm, that of W alone"
@@ -153,7 +154,7 @@ class MachineSettings(BaseModel):
     )
     compile: Annotated[bool, MACHINE] = Field(False, description="run the network under torch.compile")
     num_threads: Annotated[int | None, MACHINE] = Field(
-        None, ge=1, le=4096, description="CPU threads of torch"
+        None, ge=1, le=MOST_THREADS, description="CPU threads of torch"
     )
 
 
@@ -317,12 +318,12 @@ class RunConfig(TrainConfig):
 class AuditConfig(RuleSettings, OptimizerSettings, NetworkSettings, DataSettings):
     """The settings of an audit: a step of training by one rule, on a minibatch of the data."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    rule: Annotated[str, RULES] = Field("kp", description="rule")
+    rule: Annotated[Name, RULES] = Field("kp", description="rule")
     steps: Annotated[int, RULES] = Field(2, ge=1, description="training steps in a row to watch and replay")
     seed: Annotated[int, RULES] = Field(0, ge=0, lt=2**32, description="seed")
-    batch_size: Annotated[int, OPTIMIZER] = Field(8, ge=2, description="samples of the minibatch")
+    batch_size: Annotated[int, OPTIMIZER] = Field(8, ge=2, lt=2**31, description="samples of the minibatch")
     device: Annotated[str, MACHINE] = Field("cpu", description="torch device")
 
     def as_run(self) -> RunConfig:

@@ -4,6 +4,7 @@ Processes are started by Fabric itself (``--devices 2``), by torchrun or by SLUR
 network, and gradients are averaged over them.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,12 +12,16 @@ from typing import Any, TypeVar, cast
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import Tensor, nn
 
 from feedbackpath.errors import ConfigError
 from feedbackpath.train.config import TrainConfig
+from feedbackpath.train.devices import usable_device
+from feedbackpath.train.processes import Processes
 
 Value = TypeVar("Value")
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else it tells of each process that joins
 
 
 class Engine:
@@ -35,8 +40,11 @@ class Engine:
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
-        kind, index = _usable_device(config.device)
+        device = usable_device(config.device)
+        kind, index = device.type, device.index
         devices, nodes = _count_processes(config)
+        is_started = "LOCAL_RANK" in os.environ or SLURMEnvironment.detect()
+        self._others = Processes(devices, nodes) if devices > 1 and not is_started else None
         self._fabric = Fabric(
             accelerator=kind,
             devices=[index] if index is not None and devices == 1 else devices,
@@ -131,18 +139,24 @@ class Engine:
         if self.device.type == "cuda" and len(states) > 1:
             torch.cuda.set_rng_state(states[1], self.device)
 
+    @contextmanager
+    def naming_lost(self) -> Iterator[None]:
+        """Say it where another process has ended, and this one fails for that.
+
+        Raises:
+            LostProcessError: Instead of what PyTorch raises then.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            lost = None if self._others is None else self._others.find_lost(patience_s=1.0)
+            if lost is None:
+                raise
+            raise lost from error
+
     @property
     def _memory_format(self) -> torch.memory_format:
         return torch.channels_last if self._config.channels_last else torch.contiguous_format
-
-
-def _usable_device(name: str) -> tuple[str, int | None]:
-    try:
-        torch.zeros(1).to(name).item()  # refuses devices that hold no values, as meta does
-        device = torch.device(name)
-    except (RuntimeError, AssertionError) as error:  # torch was built without the device, or lacks it
-        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device.type, device.index
 
 
 def _join_group_of_torchrun(kind: str) -> None:
@@ -171,6 +185,12 @@ def _join_group_of_torchrun(kind: str) -> None:
 def _count_processes(config: TrainConfig) -> tuple[int, int]:
     """Return devices a machine and machines: torchrun says how many it started, else the config does."""
     if not torch.distributed.is_torchelastic_launched():
+        by_hand = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"} <= os.environ.keys()
+        if config.num_nodes > 1 and not by_hand and not SLURMEnvironment.detect():
+            raise ConfigError(
+                f"num_nodes is {config.num_nodes}, but nothing has started this on the other machines: start "
+                "it on each by srun or torchrun"
+            )
         return config.devices, config.num_nodes
     devices, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     if config.devices not in (1, devices):

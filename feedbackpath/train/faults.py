@@ -1,5 +1,7 @@
 """What is wrong with a setting, in our own words: a line that names it."""
 
+import reprlib
+
 from pydantic import ValidationError
 
 _IN_WORDS = {
@@ -26,4 +28,13 @@ def first_fault(error: ValidationError) -> str:
     words = fault["msg"].removeprefix("Value error, ")
     if fault["type"] in _IN_WORDS:
         words = _IN_WORDS[fault["type"]].format(**fault.get("ctx", {}))
-    return f"{setting} is {fault['input']!r}: {words}" if setting else words
+    return f"{setting} is {shown(fault['input'])}: {words}" if setting else words
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 90 else f"{text[:60]}…"
+
+
+def shown(value: object) -> str:
+    """Return a value as a line shows it: what is long or deep is cut short."""
+    return reprlib.repr(value) if isinstance(value, list | dict | tuple) else _cut(repr(value))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from feedbackpath.data import Split, minibatches
 from feedbackpath.data.dataset import leave_out_unreadable
-from feedbackpath.errors import DataError
+from feedbackpath.errors import CheckpointError, DataError
 from feedbackpath.measure.deltas import Delta
 from feedbackpath.tasks import Task
 from feedbackpath.train.build import make_network, make_optimizer, make_path, run_once
@@ -188,14 +188,22 @@ class Training:
         yield self._end_epoch(None if self.is_mirroring else self.tally.mean_loss, started)
 
     def load_state(self, state: State) -> None:
-        """Go back to where ``state`` was taken."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.path.load_state_dict(state["path"])
-        self.epoch, self.consumed, self.step = state["epoch"], state["consumed"], state["step"]
-        self.tally = _Tally(**state["tally"])
-        if self.engine.rank < len(state["rng"]):
-            self.engine.set_rng_state(state["rng"][self.engine.rank])
+        """Go back to where ``state`` was taken.
+
+        Raises:
+            CheckpointError: It is of another network, or of none.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.path.load_state_dict(state["path"])
+            self.epoch, self.consumed, self.step = state["epoch"], state["consumed"], state["step"]
+            self.tally = _Tally(**state["tally"])
+            if self.engine.rank < len(state["rng"]):
+                self.engine.set_rng_state(state["rng"][self.engine.rank])
+        except Exception as error:  # whatever a state of another form leads to
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"the checkpoint does not fit this run ({reason}); delete it") from error
 
     def state(self) -> State:
         """Return all that a run goes on from, the same on every process."""
@@ -290,7 +298,9 @@ class Training:
     def _is_time_to_save(self) -> bool:
         every = self.config.checkpoint_steps
         is_epochs_end = self.consumed >= len(self.task.train) - 1
-        return every is not None and self.step % every == 0 and not is_epochs_end
+        passes = math.ceil(self.consumed / self.config.batch_size)  # of mirror mode, which takes no steps
+        done = passes if self.is_mirroring else self.step
+        return every is not None and done % every == 0 and not is_epochs_end
 
     def _end_epoch(self, loss: float | None, started: float) -> Measured:
         epoch, unreadable = self.epoch, self.tally.unreadable

@@ -12,15 +12,27 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from feedbackpath.errors import ConfigError
+from feedbackpath.train.faults import first_fault
 
 SCHEMA = 1
 """Version of the layout of ``results.json``."""
+
+
+def _refuse_other_names(name: str) -> str:
+    if not name.isprintable() or "/" in name:
+        raise ValueError(
+            "files are called after it, so that it can have no '/' and nothing that is not printed"
+        )
+    return name
+
 
 Measurement = Annotated[
     float | None,
     AfterValidator(lambda value: float(value) if value is not None and isfinite(value) else None),
 ]
 """A number that was measured; what is not finite counts as not measured, in memory as in files."""
+RuleName = Annotated[str, AfterValidator(_refuse_other_names)]
+"""What a run's rule is called; files are called after it."""
 Layers = dict[str, Measurement]
 """Layer paths to a number, from the input layer to the output layer; None where it was not finite."""
 Status = Literal["waiting", "running", "interrupted", "finished", "diverged"]
@@ -118,7 +130,7 @@ class Divergence(_Typed):
 class Run(_Typed):
     """One rule and one seed."""
 
-    rule: str = Field(description="the rule's name")
+    rule: RuleName = Field(description="the rule's name")
     seed: int = Field(description="runs of one seed start from the same W and see the same samples")
     status: Status = Field("waiting", description="how it stands")
     test: float | None = Field(None, description="the metric after the last epoch so far")
@@ -240,7 +252,8 @@ def parse_results(content: Any, where: str) -> Results:
         names = {theirs: ours for ours, theirs in names_in_files(metric).items()}
         return Results.model_validate(_translated(content, names, set()))
     except (ValidationError, TypeError) as error:
-        raise ConfigError(f"{where} is damaged: {_first_fault(error)}; choose another folder") from None
+        fault = first_fault(error) if isinstance(error, ValidationError) else error
+        raise ConfigError(f"{where} is damaged: {fault}; choose another folder") from None
 
 
 def read_results(folder: Path) -> Results:
@@ -286,10 +299,3 @@ def _renamed(value: Any, names: dict[str, str], sparse: set[str]) -> Any:
         for name, item in value.items()
         if not (name in sparse and item is None)
     }
-
-
-def _first_fault(error: ValidationError | TypeError) -> str:
-    if isinstance(error, TypeError):
-        return str(error)
-    fault = error.errors(include_url=False)[0]
-    return f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"

@@ -2,12 +2,15 @@
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Mapping
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, cast
 
 from feedbackpath.errors import ConfigError
 from feedbackpath.mirror import Mirror
 from feedbackpath.rules import RULES, Rule, resolve_rule
+
+NUMBER_AS_TEXT = re.compile(r"([-+]?\d+)(\.\d*)?e([-+]?)(\d+)", re.IGNORECASE)
 
 
 def make_rule(name: str, settings: Mapping[str, Any]) -> Rule:
@@ -18,6 +21,7 @@ def make_rule(name: str, settings: Mapping[str, Any]) -> Rule:
         ConfigError: The rule has no such setting.
     """
     resolve_rule(name)
+    _refuse_numbers_as_text(name, settings)
     chosen = dict(settings)
     if "mirror" in chosen:
         if not isinstance(chosen["mirror"], Mapping):
@@ -31,33 +35,30 @@ def make_rule(name: str, settings: Mapping[str, Any]) -> Rule:
 
 
 def _check_names(owner: str, kind: type, settings: Mapping[str, Any]) -> None:
-    known = list(inspect.signature(kind).parameters)
+    known = [name for name in inspect.signature(kind).parameters if name not in ("args", "kwargs")]
     for setting in settings:
         if setting not in known:
             raise ConfigError(f"{owner} has no setting {setting!r}; it has {', '.join(known) or 'none'}")
 
 
 def _change(owner: str, defaults: Any, settings: Mapping[str, Any]) -> Any:
-    """Return settings with some changed; a mapping changes settings within settings.
-
-    A value of another type than the default's is refused: dataclasses take anything.
-    """
+    """Return settings with some changed; a mapping changes settings within settings."""
     _check_names(owner, type(defaults), settings)
-    hints, changed = get_type_hints(type(defaults)), {}
+    changed = {}
     for setting, value in settings.items():
         default = getattr(defaults, setting)
         if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
             changed[setting] = _change(f"{owner}.{setting}", default, value)
-        elif _fits(value, hints[setting]):
-            changed[setting] = value
         else:
-            raise ConfigError(f"{owner}: {setting} cannot be {value!r}; the default is {default!r}")
+            changed[setting] = value
     return dataclasses.replace(defaults, **changed)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type; a whole number will do for a float, a name for a Literal."""
-    if get_origin(hint) is Literal:
-        return isinstance(value, str)
-    kinds = get_args(hint) or (hint,)
-    return type(value) in kinds or (float in kinds and type(value) is int)
+def _refuse_numbers_as_text(owner: str, settings: Mapping[str, Any]) -> None:
+    """Refuse what looks like a number and is text: YAML wants a point and a sign in 1.0e-2."""
+    for setting, value in settings.items():
+        if isinstance(value, Mapping):
+            _refuse_numbers_as_text(f"{owner}.{setting}", value)
+        elif isinstance(value, str) and (found := NUMBER_AS_TEXT.fullmatch(value)):
+            written = f"{found[1]}{found[2] or '.0'}e{found[3] or '+'}{found[4]}"
+            raise ConfigError(f"{owner}: {setting} is {value!r}, which YAML reads as text; write {written}")

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,9 +11,10 @@ from pydantic import BaseModel, ValidationError
 
 from feedbackpath.errors import ConfigError
 from feedbackpath.train.config import AuditConfig, CompareConfig, RunConfig, TrainConfig
-from feedbackpath.train.faults import first_fault
+from feedbackpath.train.faults import first_fault, shown
 
 Config = TypeVar("Config", bound=BaseModel)
+MOST_BYTES = 2**20  # of a file of settings
 
 
 def read_config(file: Path, kind: type[BaseModel] = CompareConfig) -> dict[str, Any]:
@@ -23,34 +24,49 @@ def read_config(file: Path, kind: type[BaseModel] = CompareConfig) -> dict[str, 
         ConfigError: The file cannot be read, is no mapping, or names a setting that does not exist.
     """
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        with file.open("rb") as opened:
+            content = opened.read(MOST_BYTES + 1)  # a pipe can be read once, and a device may never end
+        if len(content) > MOST_BYTES:
+            raise ConfigError(f"config file {file} has more than {MOST_BYTES} bytes: give one of settings")
+        settings = yaml.safe_load(content.decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot read config file {file}: {getattr(error, 'strerror', None) or error}"
-        ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # it raises ValueError for 2024-02-30
-        where = " ".join(str(error).split())
-        raise ConfigError(f"config file {file} is not YAML: {where}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read config file {file}: {reason}") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # its constructors raise whatever int, datetime and the like do
+        raise ConfigError(f"config file {file} is not YAML: {' '.join(str(error).split())[:300]}") from None
+    settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise ConfigError(f"config file {file} must map settings to values, such as 'epochs: 6'")
     for name in settings:
         if name not in kind.model_fields:
             close = difflib.get_close_matches(str(name), kind.model_fields, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"config file {file}: unknown setting {name!r}{hint}")
+            raise ConfigError(f"config file {file}: unknown setting {shown(name)}{hint}")
     return settings
 
 
-def merge_config(flags: Config, file: Path | None, recipe: Config | None = None) -> Config:
-    """Return the config of a run: a flag overrides the file, the file the recipe, the recipe the defaults."""
+def merge_config(
+    flags: Config,
+    file: Path | None,
+    recipe: Config | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Config:
+    """Return the config of a run: a flag overrides the file, the file the recipe, the recipe the defaults.
+
+    ``settings`` are what was read of the file, if that has been done.
+    """
     kind = type(flags)
     given = flags.model_dump(include=flags.model_fields_set)
-    settings = read_config(file, kind) if file is not None else {}
+    if settings is None:
+        settings = read_config(file, kind) if file is not None else {}
     base = recipe.model_dump(include=recipe.model_fields_set) if recipe is not None else {}
     try:
-        merged = kind(**(base | settings | given))
+        merged = kind(**(base | dict(settings) | given))
     except ValidationError as error:
-        raise ConfigError(f"config file {file}: {first_fault(error)}") from None
+        place = f"config file {file}: " if file is not None else ""
+        raise ConfigError(f"{place}{first_fault(error)}") from None
     differing = {name for name in settings if getattr(merged, name) != kind.model_fields[name].default}
     refuse_without_effect(merged, flags.model_fields_set | differing)
     if isinstance(merged, TrainConfig) and merged.mirror_epochs >= merged.epochs:

@@ -63,7 +63,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write text, atomically."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))  # a file may have any name
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -145,10 +145,17 @@ class Checkpoints:
         fingerprint: What decides the numbers of the run: settings, rule, seed, data. Kept in each checkpoint;
             one that has another is refused.
         keep: How many of the newest are kept.
+        check: Fails for a content that nobody can go on from: the file then counts as damaged.
     """
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], keep: int = 2) -> None:
-        self.folder, self.fingerprint, self.keep = folder, dict(fingerprint), keep
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: Mapping[str, Any],
+        keep: int = 2,
+        check: Callable[[dict[str, Any]], None] = lambda content: None,
+    ) -> None:
+        self.folder, self.fingerprint, self.keep, self._check = folder, dict(fingerprint), keep, check
 
     def save(self, content: Mapping[str, Any], position: tuple[int, int]) -> Path:
         """Save tensors and plain values, as of an epoch and the samples of it; remove all but the newest.
@@ -230,6 +237,10 @@ class Checkpoints:
                 f"checkpoint {path} is of another run: {', '.join(differing)}; choose another --out, or "
                 "delete it"
             )
+        try:
+            self._check(content)
+        except Exception as error:  # whatever a content of another form leads to
+            raise _damaged(path, error) from None
         return content
 
 
@@ -260,8 +271,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise ValueError("its checksum is not the one in its name")
         content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(f"checkpoint {path} is damaged ({error}); delete it") from None
+        raise _damaged(path, error) from None
+    if not isinstance(content, dict):
+        raise _damaged(path, TypeError("it holds no mapping"))
     return content
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return CheckpointError(f"checkpoint {path} is damaged ({reason}); delete it")
 
 
 def _sync_folder(folder: Path) -> None:

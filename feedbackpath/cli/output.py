@@ -1,0 +1,95 @@
+"""What commands print: never a reason to end, and never a command to the terminal.
+
+A pipe that is closed or a terminal that has gone ends no training: from then on nothing is printed. What a
+terminal cannot show is written out, as are control characters in the names of files, models and rules.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, cast
+
+from rich.console import Console
+from rich.text import Text
+
+from feedbackpath.errors import printable
+
+
+class _Outlet(io.TextIOBase):
+    """Standard output for as long as somebody reads it."""
+
+    def __init__(self) -> None:
+        # A live display puts something else there while it runs. None: whoever started us has closed it.
+        self._stream = sys.stdout or io.TextIOWrapper(io.BytesIO())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        with _going_on_unread(self._stream):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _going_on_unread(self._stream):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+class _PlainConsole(Console):
+    """A console that takes text for text: no markup, and no control characters."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
+
+
+def make_console(*, quiet: bool = False, soft_wrap: bool = False) -> Console:
+    """Return the console on which a command prints its results."""
+    return _PlainConsole(
+        file=cast(IO[str], _Outlet()),
+        quiet=quiet,
+        soft_wrap=soft_wrap,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+
+
+def write_out(text: str) -> None:
+    """Write text that another program may read to standard output, as it is."""
+    outlet = _Outlet()
+    outlet.write(text)
+    outlet.flush()
+
+
+def complain(message: str) -> None:
+    """Write one line to standard error."""
+    with _going_on_unread(sys.stderr):
+        sys.stderr.write(f"feedbackpath: {printable(' '.join(message.split()))}\n")
+        sys.stderr.flush()
+
+
+def write_out_what_cannot_be_encoded() -> None:
+    """Let names that are not in the terminal's encoding be printed with escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _going_on_unread(stream: IO[str]) -> Iterator[None]:
+    """Where nobody reads a stream any more, send what it holds and all that follows to nowhere."""
+    try:
+        yield
+    except OSError:  # a pipe that was closed (EPIPE), a terminal that has gone (EIO)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # Python itself flushes the stream when it ends
+        os.close(nowhere)
