@@ -26,6 +26,7 @@ OWN = {  # name: file and class
     "dfa": ("direct_feedback_alignment", "DirectFeedbackAlignment"),
     "drtp": ("direct_random_target_projection", "DirectRandomTargetProjection"),
     "dkp": ("direct_kolen_pollack", "DirectKolenPollack"),
+    "pfa": ("product_feedback_alignment", "ProductFeedbackAlignment"),
 }
 
 
