@@ -1,5 +1,6 @@
 """The alternatives that the paper cites, against slow readings of their equations and closed forms."""
 
+import copy
 import math
 
 import numpy as np
@@ -79,6 +80,79 @@ def test_product_feedback_alignment_says_what_it_cannot_do():
         half(torch.randn(3, 6)).sum().backward()
 
 
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 4), (40, 6)),
+    "sequences": (lambda: nn.Linear(6, 4, bias=False), (10, 5, 6)),
+    "conv2d": (lambda: nn.Conv2d(2, 3, 3, stride=2, padding=1), (10, 2, 7, 6)),
+    "grouped": (lambda: nn.Conv1d(4, 6, 3, groups=2, padding="same"), (10, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_phaseless_alignment_moves_b_towards_w_on_average(kind):
+    """E[dB] = rate (W - B): the mean over many steps of noise, for one activity that is far from white."""
+    make, shape = LAYERS[kind]
+    torch.manual_seed(0)
+    model = make().double()
+    rule = fp.PhaselessAlignment(rate=0.5, sigma=2.0)
+    path = fp.untie(model, rule)
+    x = torch.randn(shape).double().cumsum(-1) / 3 + 1
+    begun, moves = model.feedback.detach().clone(), []
+    for _ in range(400):
+        model(x).sum().backward()
+        path.step()
+        moves.append(model.feedback.detach() - begun)
+        with torch.no_grad():
+            model.feedback.copy_(begun)
+    moves = torch.stack(moves)
+    off = (moves.mean(0) - 0.5 * (model.weight.detach() - begun)) / (moves.std(0) / 400**0.5)
+    assert off.abs().max() < 4.5  # in standard errors, of up to 54 values
+    assert (moves.mean(0) / (moves.std(0) / 400**0.5)).abs().max() > 9  # so far from 0
+
+
+def test_phaseless_alignments_scatter_is_what_theory_says():
+    torch.manual_seed(0)
+    model = nn.Linear(50, 30)
+    path = fp.untie(model, fp.PhaselessAlignment(rate=0.02, sigma=0.5))
+    ratios = []
+    for step in range(500):
+        model(2 + torch.randn(64, 50)).sum().backward()  # the mean of x makes no difference
+        path.step()
+        if step >= 300:
+            ratios.append(((model.feedback - model.weight).norm() / model.weight.norm()).square().item())
+    expected = 50 * (1 / 0.5**2 + 1) / (64 * 1.98 / 0.02)
+    assert np.mean(ratios) == pytest.approx(expected, rel=0.15)
+
+
+def test_phaseless_noise_rides_on_training_alone():
+    model, plain = make_mlp(), make_mlp()
+    path = fp.untie(model, "pal")
+    assert not torch.equal(model(X), plain(X))
+    assert torch.equal(model(X), model(X))  # the same all through a step
+    with torch.no_grad():
+        assert torch.equal(model(X), plain(X))
+    first = model(X)
+    path.step()
+    assert not torch.equal(model(X), first)
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(X), model(X))
+    assert torch.equal(model.eval()(X), plain(X))
+    assert torch.equal(path.retie().train()(X), plain(X))
+
+
+def test_phaseless_alignment_refuses_what_it_cannot_tell_apart():
+    tied = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    tied[2].weight = tied[0].weight
+    with pytest.raises(fp.RuleError, match="pal: '0', '2' share a weight"):
+        fp.untie(tied, "pal")
+    assert type(tied[0]) is nn.Linear
+    with pytest.raises(fp.RuleError, match="pal: sigma must be above 0"):
+        fp.PhaselessAlignment(sigma=0.0)
+    layers = [nn.Linear(6, 6), nn.ConvTranspose1d(6, 6, 3)]
+    with pytest.warns(fp.UnconvertedLayerWarning, match=r"'1' \(ConvTranspose1d, by pal\)"):
+        fp.untie(nn.Sequential(*layers), "pal")
+
+
 def audit(rule):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
@@ -94,7 +168,7 @@ def audit(rule):
     return fp.audit(step, path)
 
 
-@pytest.mark.parametrize("rule", ["pfa"])
+@pytest.mark.parametrize("rule", ["pfa", "pal"])
 def test_the_audit_finds_no_transport(rule):
     report = audit(rule)
     assert report.transport_free is True, report.verdict

@@ -60,6 +60,7 @@ _BUILT_IN = {  # colours from the palettes of Okabe and Ito (2008), and below of
     "drtp": ("direct random target projection", "#BBBBBB", "-.", "X"),
     "dkp": ("direct Kolen–Pollack", "#004488", "--", "v"),
     "pfa": ("product feedback alignment", "#EE7733", "-", "P"),
+    "pal": ("phaseless alignment", "#EE3377", "--", "o"),
 }
 _OTHER_COLOURS = ("#332288", "#882255", "#999933", "#44AA99", "#666666")
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from feedbackpath.rules.low_rank_feedback_alignment import LowRankFeedbackAlignment
     from feedbackpath.rules.mirror_feedback_alignment import MirrorFeedbackAlignment
     from feedbackpath.rules.mirror_kolen_pollack import MirrorKolenPollack
+    from feedbackpath.rules.phaseless_alignment import PhaselessAlignment
     from feedbackpath.rules.product_feedback_alignment import ProductFeedbackAlignment
     from feedbackpath.rules.sign_concordance import SignConcordance
     from feedbackpath.rules.sign_symmetry import SignSymmetry
@@ -40,6 +41,7 @@ __all__ = [
     "LowRankFeedbackAlignment",
     "MirrorFeedbackAlignment",
     "MirrorKolenPollack",
+    "PhaselessAlignment",
     "ProductFeedbackAlignment",
     "Rule",
     "SignConcordance",

@@ -27,6 +27,7 @@ OWN = {  # name: file and class
     "drtp": ("direct_random_target_projection", "DirectRandomTargetProjection"),
     "dkp": ("direct_kolen_pollack", "DirectKolenPollack"),
     "pfa": ("product_feedback_alignment", "ProductFeedbackAlignment"),
+    "pal": ("phaseless_alignment", "PhaselessAlignment"),
 }
 
 
