@@ -42,7 +42,7 @@ class PhaselessAlignment(ActivityRule):
 
     The forward pass of a model in training mode is a noisy one. ``model.eval()``, ``torch.no_grad()`` and
     measurements of the path have no noise. An activation that works in place is refused, as it overwrites
-    the output. A layer has one noise a step: what it tells is biased if the layer runs twice in a forward pass.
+    the output. A layer has one noise a step: what that tells is biased if the layer runs twice in a pass.
 
     Args:
         rate: The share of B that a step replaces, between 0 and 2.
@@ -73,6 +73,11 @@ class PhaselessAlignment(ActivityRule):
         if not self.sigma > 0.0:
             raise RuleError(f"pal: sigma must be above 0, not {self.sigma}")
 
+    def serves(self, weights: Weights) -> bool:
+        """Linear layers, and convolutions that pad with zeros; not attention's projections, which it reads."""
+        unfit = nn.modules.linear.NonDynamicallyQuantizableLinear
+        return super().serves(weights) and not isinstance(weights[0].layer, unfit)
+
     def start(self, weights: Weights, context: RuleContext) -> None:
         """Draw every B, and let noise ride on the inputs of layers.
 
@@ -102,7 +107,7 @@ class PhaselessAlignment(ActivityRule):
         self, weight: UntiedWeight, x: Tensor, output: Tensor, delta: Tensor, context: RuleContext
     ) -> None:
         """Add what this activity tells to that of the step."""
-        if weight.layer.training:
+        if weight.layer.training and weight.layer.untied.memo.get("pal") == context.steps:
             super().after_backward(weight, x, output, delta, context)
 
     def slope(
@@ -128,6 +133,7 @@ class PhaselessAlignment(ActivityRule):
 @torch.no_grad()
 def _draw(layer: Any, x: Tensor) -> Tensor:
     (weight,), context = layer.untied.weights, layer.untied.context
+    layer.untied.memo["pal"] = context.steps  # where another module reads W, no noise rides
     noise: Tensor = layer.untied.rule.noise(weight, x, context)
     return noise
 
