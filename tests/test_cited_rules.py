@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_sendback import IMAGES, TARGET, X, make_convnet, make_mlp, numbers
+from test_sendback import IMAGES, TARGET, X, make_convnet, make_mlp, numbers, output_error
 from torch import nn
 
 import feedbackpath as fp
@@ -153,6 +153,108 @@ def test_phaseless_alignment_refuses_what_it_cannot_tell_apart():
         fp.untie(nn.Sequential(*layers), "pal")
 
 
+@pytest.mark.parametrize("inverse", ["linear", "tanh"])
+def test_targets_go_down_through_the_inverses(inverse):
+    model = make_mlp()
+    fp.untie(model, fp.DifferenceTargetPropagation(inverse=inverse))
+    F.cross_entropy(model(X), TARGET).backward()
+    (W1, b1), (W2, b2), (W3, b3) = [(numbers(model[i].weight), numbers(model[i].bias)) for i in (0, 2, 4)]
+    psi = np.tanh if inverse == "tanh" else lambda u: u
+    h1 = np.tanh(X.numpy() @ W1.T + b1)
+    h2 = np.tanh(h1 @ W2.T + b2)
+    e = output_error(h2 @ W3.T + b3, TARGET.numpy())
+
+    def error_below(name, h, w, delta):
+        b, y, n = numbers(model[name].feedback), h @ w.T, len(h)
+        return (psi(y @ b) - psi((y - n * delta) @ b)) / n
+
+    delta2 = error_below(4, h2, W3, e) * (1 - h2**2)
+    delta1 = error_below(2, h1, W2, delta2) * (1 - h1**2)
+    for layer, expected in ((4, e.T @ h2), (2, delta2.T @ h1), (0, delta1.T @ X.numpy())):
+        assert np.abs(numbers(model[layer].weight.grad) - expected).max() < 1e-10
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("inverse", ["linear", "tanh"])
+@pytest.mark.parametrize("loss", ["reconstruction", "difference"])
+def test_inverses_go_down_the_slope_of_their_loss(loss, inverse, kind):
+    """R is written down as in the papers, with the noise of the step; autograd gives its slope."""
+    make, shape = LAYERS[kind]
+    torch.manual_seed(0)
+    model, x = make().double(), torch.randn(shape).double()
+    rule = fp.DifferenceTargetPropagation(rate=0.5, loss=loss, inverse=inverse, sigma=0.3)
+    path = fp.untie(model, rule)
+    b = model.feedback.detach().clone().requires_grad_()
+    given = (
+        () if isinstance(model, nn.Linear) else (model.stride, model.padding, model.dilation, model.groups)
+    )
+    op = F.linear if isinstance(model, nn.Linear) else getattr(F, f"conv{x.dim() - 2}d")
+    run = lambda x: op(x, model.weight.detach(), None, *given)  # noqa: E731
+    path.context.steps = 1  # of the step that will be taken
+    generator = path.context.generator(path.weights[0], "dtp")
+    path.context.steps = 0
+    eps = torch.empty_like(x).normal_(0, 0.3, generator=generator)
+    eta = torch.empty_like(run(x)).normal_(0, 0.3, generator=generator)
+
+    def g(y):
+        source = torch.zeros_like(x, requires_grad=True)
+        (u,) = torch.autograd.grad(op(source, b, None, *given), source, y, create_graph=True)
+        return torch.tanh(u) if inverse == "tanh" else u
+
+    if loss == "reconstruction":
+        r, power = 0.5 * (g(run(x + eps)) - x - eps).square().sum(), run(x + eps).square().sum()
+    else:
+        told = eps * (g(run(x + eps)) - g(run(x)))
+        r = (0.5 * (g(run(x) + eta) - g(run(x))).square().sum() - told.sum()) / 0.3**2
+        power = eta.square().sum() / 0.3**2
+    (slope,) = torch.autograd.grad(r, b)
+    model(x).sum().backward()
+    path.step(), path.step()  # the second has seen nothing
+    torch.testing.assert_close(model.feedback, b - 0.5 * slope / (power * b[0, 0].numel()))
+
+
+def test_inverses_settle_at_the_regression_of_inputs_on_outputs():
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 4).double()
+    path = fp.untie(layer, fp.DifferenceTargetPropagation(rate=1.0, sigma=1e-6))
+    for _ in range(3000):
+        layer(X).sum().backward()
+        path.step()
+    w, c = numbers(layer.weight), (X.T @ X).numpy()
+    expected = np.linalg.solve(w @ c @ w.T, w @ c)
+    assert np.abs(numbers(layer.feedback) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_difference_reconstruction_brings_b_to_w_at_its_rate_and_errors_to_backprops():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8))
+    path = fp.untie(model, fp.DifferenceTargetPropagation(loss="difference"))
+    x, target = torch.randn(2000, 12), torch.randint(0, 8, (2000,))
+    compute_loss = lambda: F.cross_entropy(model(x), target)  # noqa: E731
+    gap, angles = (model[2].weight - model[2].feedback).norm().item(), []
+    for step in range(1, 41):
+        compute_loss().backward()
+        path.step()
+        left = (model[2].weight - model[2].feedback).norm().item()
+        if step in (5, 10):
+            assert left / gap == pytest.approx((1 - 1 / 8) ** step, rel=0.1)
+        angles += [path.delta_angles(compute_loss)["0"]] if step in (1, 10, 40) else []
+    assert angles[0] > 50 > angles[1] > 4 * angles[2]
+    assert angles[2] < 4
+
+
+def test_inverses_that_make_no_sense_are_refused():
+    for settings, message in (
+        ({"loss": "mse"}, "dtp: loss='mse' is not one of reconstruction, difference"),
+        ({"inverse": "relu"}, "dtp: inverse='relu' is not one of linear, tanh"),
+        ({"sigma": 0.0}, "dtp: sigma must be above 0"),
+    ):
+        with pytest.raises(fp.RuleError, match=message):
+            fp.DifferenceTargetPropagation(**settings)
+    with pytest.warns(fp.UnconvertedLayerWarning, match=r"MultiheadAttention, by dtp.*out_proj"):
+        fp.untie(nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2)), "dtp")
+
+
 def audit(rule):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
@@ -168,7 +270,7 @@ def audit(rule):
     return fp.audit(step, path)
 
 
-@pytest.mark.parametrize("rule", ["pfa", "pal"])
+@pytest.mark.parametrize("rule", ["pfa", "pal", "dtp", fp.DifferenceTargetPropagation(loss="difference")])
 def test_the_audit_finds_no_transport(rule):
     report = audit(rule)
     assert report.transport_free is True, report.verdict

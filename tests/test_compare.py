@@ -153,7 +153,7 @@ def test_all_rules_can_be_compared_by_one_word(tmp_path, monkeypatch):
 def test_rules_are_listed_by_group(capsys):
     assert run_cli("rules") == 0
     shown = capsys.readouterr().out
-    groups = ["ruler", "transports", "fixed", "learned", "broadcast", "mirrors"]
+    groups = ["ruler", "transports", "fixed", "learned", "broadcast", "targets", "mirrors"]
     assert [line.strip() for line in shown.splitlines() if line.strip() in groups] == groups
     assert all(f" {rule} " in shown for rule in RULES)
 

@@ -37,7 +37,7 @@ class When:
 
     def __post_init__(self) -> None:
         """Refuse settings that make no sense."""
-        _refuse_unknown_names(self)
+        refuse_unknown_names(self)
         refuse_no_count("When: every", self.every)
         if self.cost_share is not None and not self.cost_share > 0:
             raise RuleError(f"When: cost_share must be above 0, not {self.cost_share}")
@@ -102,7 +102,7 @@ class Mirror:
 
     def __post_init__(self) -> None:
         """Refuse settings that make no sense."""
-        _refuse_unknown_names(self)
+        refuse_unknown_names(self)
         for name in ("forgetting", "rate", "decay", "sigma", "target_angle_deg", "baseline"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -241,10 +241,10 @@ def refuse_no_count(what: str, value: object, least: int = 1) -> None:
         raise RuleError(f"{what} must be at least {least}, not {value}")
 
 
-def _refuse_unknown_names(settings: Any) -> None:
+def refuse_unknown_names(settings: Any, kind: str | None = None) -> None:
     """Refuse a value that is none of those that its field's ``Literal`` lists."""
     for name, hint in get_type_hints(type(settings)).items():
         known = get_args(hint)
         if known and all(isinstance(value, str) for value in known) and getattr(settings, name) not in known:
-            kind, value = type(settings).__name__, getattr(settings, name)
+            kind, value = kind or type(settings).__name__, getattr(settings, name)
             raise RuleError(f"{kind}: {name}={value!r} is not one of {', '.join(known)}")

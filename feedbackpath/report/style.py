@@ -61,6 +61,7 @@ _BUILT_IN = {  # colours from the palettes of Okabe and Ito (2008), and below of
     "dkp": ("direct Kolen–Pollack", "#004488", "--", "v"),
     "pfa": ("product feedback alignment", "#EE7733", "-", "P"),
     "pal": ("phaseless alignment", "#EE3377", "--", "o"),
+    "dtp": ("difference target propagation", "#AA3377", "-.", "s"),
 }
 _OTHER_COLOURS = ("#332288", "#882255", "#999933", "#44AA99", "#666666")
 

@@ -63,7 +63,7 @@ class ActivityRule(Rule):
             return
         dtype = weight.feedback.dtype
         with torch.autocast(x.device.type, enabled=False):
-            y = _without_bias(weight.layer, output.to(dtype))
+            y = without_bias(weight.layer, output.to(dtype))
             slope, power = self.slope(weight, x.to(dtype), y, context)
         seen = context.state.get(weight.name, {"slope": 0.0, "power": 0.0})
         context.state[weight.name] = {"slope": slope + seen["slope"], "power": power + seen["power"]}
@@ -117,7 +117,8 @@ def product(layer: Any, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return summed
 
 
-def _without_bias(layer: Any, output: Tensor) -> Tensor:
+def without_bias(layer: Any, output: Tensor) -> Tensor:
+    """Return ``op(x, W)``, of a layer's output."""
     if layer.bias is None:
         return output
     places = 0 if isinstance(layer, nn.Linear) else layer.weight.dim() - 2

@@ -74,7 +74,7 @@ class PhaselessAlignment(ActivityRule):
             raise RuleError(f"pal: sigma must be above 0, not {self.sigma}")
 
     def serves(self, weights: Weights) -> bool:
-        """Linear layers, and convolutions that pad with zeros; not attention's projections, which it reads."""
+        """Linear layers, and convolutions that pad with zeros; not those whose weight attention reads."""
         unfit = nn.modules.linear.NonDynamicallyQuantizableLinear
         return super().serves(weights) and not isinstance(weights[0].layer, unfit)
 

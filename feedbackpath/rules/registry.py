@@ -28,6 +28,7 @@ OWN = {  # name: file and class
     "dkp": ("direct_kolen_pollack", "DirectKolenPollack"),
     "pfa": ("product_feedback_alignment", "ProductFeedbackAlignment"),
     "pal": ("phaseless_alignment", "PhaselessAlignment"),
+    "dtp": ("difference_target_propagation", "DifferenceTargetPropagation"),
 }
 
 
