@@ -11,6 +11,8 @@ from test_sendback import IMAGES, TARGET, X, make_convnet, make_mlp, numbers, ou
 from torch import nn
 
 import feedbackpath as fp
+from feedbackpath.mirror.spikes import Cells
+from feedbackpath.train.rules import make_rule
 
 
 def as_rows(tensor):
@@ -255,6 +257,177 @@ def test_inverses_that_make_no_sense_are_refused():
         fp.untie(nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2)), "dtp")
 
 
+def test_cells_leak_and_spike_as_is_written():
+    cells = Cells(runs=64, steps=8, time_constant=4.0, threshold=0.5, common=0.3)
+    like, seed = torch.zeros(1, dtype=torch.float64), torch.Generator().manual_seed(3)
+    spikes, peak = cells.fire((2,), like, seed)
+    seed = torch.Generator().manual_seed(3)
+    u, v, top = np.zeros((64, 2)), np.zeros((64, 2)), np.full((64, 2), -np.inf)
+    for step in range(8):
+        own = np.zeros((64, 2)) + torch.zeros(64, 2, dtype=torch.float64).normal_(generator=seed).numpy()
+        shared = torch.zeros(64, 1, dtype=torch.float64).normal_(generator=seed).numpy()
+        for run in range(64):
+            for cell in range(2):
+                current = 0.7**0.5 * own[run, cell] + 0.3**0.5 * shared[run, 0]
+                current *= (1 - 0.75**2) ** 0.5
+                u[run, cell] = 0.75 * u[run, cell] + current
+                v[run, cell] = 0.75 * v[run, cell] + current
+                spiked = v[run, cell] >= 0.5
+                assert spikes[step, run, cell] == spiked
+                v[run, cell] = 0 if spiked else v[run, cell]
+                top[run, cell] = max(top[run, cell], u[run, cell])
+    assert np.abs(peak.numpy() - top).max() < 1e-12
+    assert torch.equal(spikes.sum(0) > 0, peak >= 0.5)
+    just_reached = (peak >= 0.5) & (peak < 0.55)
+    assert just_reached.any() and (spikes.sum(0)[just_reached] == 1).all()  # noqa: PT018
+
+
+def look(rule, make=lambda: nn.Linear(20, 10), steps=1):
+    """Return W, and what each of some steps tells of it."""
+    torch.manual_seed(0)
+    path = fp.untie(make().double(), rule)
+    (weight,), told = path.weights, []
+    for path.context.steps in range(1, steps + 1):
+        told.append(rule.look(weight, path.context).at_gain_one())
+    return weight, path.context, torch.stack(told)
+
+
+def test_regression_discontinuity_is_the_jump_between_two_fitted_lines():
+    rule = fp.RegressionDiscontinuity(margin=0.4)
+    weight, context, (told,) = look(rule)
+    context.steps = 1
+    spikes, peak = rule.cells.fire((20,), weight.weight, context.generator(weight, "rdd"))
+    z = numbers(spikes.sum(0) @ weight.weight.t() + weight.layer.bias)
+    for i in range(20):
+        u = peak[:, i].numpy()
+        for j in range(10):
+            above, below = (u >= 1) & (u < 1.4), (u < 1) & (u >= 0.6)
+            values = [np.polyval(np.polyfit(u[side], z[side, j], 1), 1.0) for side in (above, below)]
+            assert told[j, i].item() == pytest.approx(values[0] - values[1], abs=1e-9)
+
+
+@pytest.mark.parametrize("common", [0.0, 0.5])
+def test_regression_discontinuity_is_unbiased_even_if_inputs_have_something_in_common(common):
+    rule = fp.RegressionDiscontinuity(margin=0.3, cells=Cells(runs=2000, steps=10, common=common))
+    weight, _, told = look(rule, lambda: nn.Linear(8, 5), steps=100)
+    off = (told.mean(0) - weight.weight) / (told.std(0) / 10)
+    assert off.abs().max() < 4.0  # in standard errors, of 40 values
+    assert (told.mean(0) / (told.std(0) / 10)).abs().median() > 8
+
+
+def test_the_angle_of_regression_discontinuity_falls_with_spikes_as_theory_says():
+    rule = fp.RegressionDiscontinuity()
+    weight, context, told = look(rule, lambda: nn.Linear(60, 40), steps=30)
+    w = weight.weight.detach()
+    measured = ((told - w).square().sum((1, 2)) / w.square().sum()).mean().item()
+    spikes, peak = rule.cells.fire((60,), w, context.generator(weight, "rdd"))
+    off, counts = peak - 1.0, spikes.sum(0).var().item()
+    sides = [
+        side.sum(0).double().mean().item() for side in ((off >= 0) & (off < 0.5), (off < 0) & (off >= -0.5))
+    ]
+    assert measured == pytest.approx(4 * 60 * counts * (1 / sides[0] + 1 / sides[1]), rel=0.1)
+    averaged = [(told[:k].mean(0) - w).norm() / w.norm() for k in (5, 30)]  # six times the spikes
+    assert (averaged[0] / averaged[1]).item() == pytest.approx(6**0.5, rel=0.15)
+
+
+def test_spike_timing_inference_sums_up_what_the_paper_says_at_each_spike_above():
+    rule = fp.SpikeTimingWeightInference(cells=Cells(runs=64, steps=12, threshold=0.3), slow=6.0)
+    weight, context, (told,) = look(rule, lambda: nn.Linear(5, 3))
+    context.steps, w = 1, numbers(weight.weight)
+    spikes, _ = rule.cells.fire((5,), weight.weight, context.generator(weight, "stdwi"))
+    spikes = spikes.numpy()
+    drive = numbers(weight.layer(torch.from_numpy(spikes)))
+    scaled = (drive - drive.mean((0, 1))) / drive.std((0, 1), ddof=1)
+
+    def averaged(signal, constant):
+        average, kept = signal.mean(0), []
+        for now in signal:
+            average = average + (now - average) / constant
+            kept.append(average)
+        return np.array(kept)
+
+    v, above = np.zeros((64, 3)), np.zeros((12, 64, 3))
+    for t in range(12):
+        v = 0.8 * v + 0.6 * scaled[t]
+        above[t] = v >= 0.3
+        v[above[t] > 0] = 0
+    e, h = (averaged(signal, 3.0) - averaged(signal, 6.0) for signal in (spikes, drive))
+    above, e, h = (signal - signal.mean(1, keepdims=True) for signal in (above, e, h))
+    found = np.zeros((3, 5))
+    for t in range(12):
+        for run in range(64):
+            found += np.outer(
+                above[t, run], e[t, run]
+            )  # the mean of e is 0, so that this is its share at spikes
+    slope = (above * h).sum((0, 1)) / (h**2).sum((0, 1))
+    expected = found / slope[:, None] / ((e**2).sum() / 5)
+    assert np.abs(told.numpy() - expected).max() < 1e-9
+    assert np.abs(h - e @ w.T).max() < 1e-9  # a neuron above knows its h from its own drive
+
+
+def test_the_angle_of_spike_timing_inference_falls_with_spikes_as_theory_says():
+    rule = fp.SpikeTimingWeightInference()
+    weight, context, told = look(rule, lambda: nn.Linear(60, 40), steps=30)
+    w = weight.weight.detach()
+    scatter = (told.var(0).sum() / w.square().sum()).item()
+    spikes, _ = rule.cells.fire((60,), w, context.generator(weight, "stdwi"))
+    drive = (spikes @ w.t()).detach()
+    above, e, h = rule.cells.answer(drive), rule._timed(spikes), rule._timed(drive)
+    above, e, h = (signal - signal.mean(1, keepdim=True) for signal in (above, e, h))
+    slope = (above * h).sum((0, 1)) / h.square().sum((0, 1))
+    together = lambda x, lag: ((x[: 50 - lag] * x[lag:]).sum() / x.square().sum()).item()  # noqa: E731
+    c = 1 + 2 * sum(together(above, lag) * together(e, lag) for lag in range(1, 50))
+    once = (60 * above.square().mean((0, 1)) / (slope**2 * h.square().mean((0, 1)) * 50 * 64)).mean().item()
+    assert scatter == pytest.approx(c * once, rel=0.1)
+    bias = ((told.mean(0) - w).norm() / w.norm()).item()
+    assert 0.05 < bias < 1.5 * math.sqrt(scatter / 30 + 0.2 / 60)  # a share of W^2, of 1 / sqrt(n)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        fp.RegressionDiscontinuity(cells=Cells(runs=2048, steps=10)),
+        fp.SpikeTimingWeightInference(cells=Cells(runs=64, steps=40, threshold=0.0)),
+    ],
+    ids=["rdd", "stdwi"],
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Conv2d(2, 4, 3, stride=2, padding=1),
+        lambda: nn.Conv1d(8, 6, 5, groups=2),
+        lambda: nn.ConvTranspose2d(16, 2, 2),
+        lambda: nn.Conv1d(6, 4, 3, padding=1, padding_mode="circular"),
+    ],
+    ids=["conv2d", "grouped", "transposed", "circular"],
+)
+def test_spikes_tell_of_convolutions(rule, make):
+    weight, _, told = look(rule, make, steps=20)
+    w, told = weight.weight.detach(), told.mean(0)
+    assert F.cosine_similarity(told.flatten(), w.flatten(), dim=0) > math.cos(math.radians(14))
+    assert ((told * w).sum() / w.square().sum()).item() == pytest.approx(1, abs=0.12)
+
+
+def test_what_spike_rules_cannot_do_is_said():
+    for make, message in (
+        (lambda: fp.RegressionDiscontinuity(rate=0.0), "rdd: rate must lie above 0"),
+        (lambda: fp.RegressionDiscontinuity(margin=0.0), "rdd: margin must be above 0"),
+        (lambda: fp.SpikeTimingWeightInference(fast=30.0), "stdwi: fast must be at least 1 and below slow"),
+        (lambda: Cells(runs=8, steps=5), "Cells: runs must be at least 64, not 8"),
+        (lambda: Cells(runs=64, steps=5, common=1.0), "Cells: common must be at least 0 and below 1"),
+        (lambda: Cells(runs=64, steps=5, time_constant=0.5), "Cells: time_constant must be at least 1 step"),
+    ):
+        with pytest.raises(fp.RuleError, match=message):
+            make()
+    with pytest.warns(fp.UnconvertedLayerWarning, match=r"'1' \(LSTM, by rdd\)"):
+        fp.untie(nn.Sequential(nn.Linear(6, 6), nn.LSTM(6, 6)), "rdd")
+
+
+FEW_SPIKES = [
+    kind(cells=Cells(64, 5)) for kind in (fp.RegressionDiscontinuity, fp.SpikeTimingWeightInference)
+]
+
+
 def audit(rule):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
@@ -270,7 +443,23 @@ def audit(rule):
     return fp.audit(step, path)
 
 
-@pytest.mark.parametrize("rule", ["pfa", "pal", "dtp", fp.DifferenceTargetPropagation(loss="difference")])
+@pytest.mark.parametrize(
+    "rule", ["pfa", "pal", "dtp", fp.DifferenceTargetPropagation(loss="difference"), *FEW_SPIKES]
+)
 def test_the_audit_finds_no_transport(rule):
     report = audit(rule)
     assert report.transport_free is True, report.verdict
+
+
+def test_a_config_file_sets_the_cells_of_a_rule():
+    rule = make_rule("rdd", {"margin": 0.2, "cells": {"runs": 100, "common": 0.3}})
+    assert rule == fp.RegressionDiscontinuity(margin=0.2, cells=Cells(runs=100, steps=10, common=0.3))
+    for settings, message in (
+        ({"cells": 3}, "rdd: cells must map settings to values, not 3"),
+        ({"cells": {"cell": 3}}, "cells has no setting 'cell'"),
+        ({"cells": {"runs": "many"}}, "cells: runs cannot be 'many'"),
+    ):
+        with pytest.raises(fp.ConfigError, match=message):
+            make_rule("rdd", settings)
+    with pytest.raises(fp.ConfigError, match="fa has no setting 'cells'"):
+        make_rule("fa", {"cells": {}})

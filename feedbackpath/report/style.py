@@ -62,6 +62,8 @@ _BUILT_IN = {  # colours from the palettes of Okabe and Ito (2008), and below of
     "pfa": ("product feedback alignment", "#EE7733", "-", "P"),
     "pal": ("phaseless alignment", "#EE3377", "--", "o"),
     "dtp": ("difference target propagation", "#AA3377", "-.", "s"),
+    "rdd": ("regression discontinuity", "#228833", ":", "P"),
+    "stdwi": ("spike-timing weight inference", "#CCBB44", "-", "D"),
 }
 _OTHER_COLOURS = ("#332288", "#882255", "#999933", "#44AA99", "#666666")
 

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from feedbackpath.rules.mirror_kolen_pollack import MirrorKolenPollack
     from feedbackpath.rules.phaseless_alignment import PhaselessAlignment
     from feedbackpath.rules.product_feedback_alignment import ProductFeedbackAlignment
+    from feedbackpath.rules.regression_discontinuity import RegressionDiscontinuity
     from feedbackpath.rules.sign_concordance import SignConcordance
     from feedbackpath.rules.sign_symmetry import SignSymmetry
     from feedbackpath.rules.sparse_feedback_alignment import SparseFeedbackAlignment
+    from feedbackpath.rules.spike_timing_weight_inference import SpikeTimingWeightInference
     from feedbackpath.rules.symmetric_alignment import SymmetricAlignment
     from feedbackpath.rules.weight_mirror import WeightMirror
 
@@ -45,10 +47,12 @@ __all__ = [
     "MirrorKolenPollack",
     "PhaselessAlignment",
     "ProductFeedbackAlignment",
+    "RegressionDiscontinuity",
     "Rule",
     "SignConcordance",
     "SignSymmetry",
     "SparseFeedbackAlignment",
+    "SpikeTimingWeightInference",
     "SymmetricAlignment",
     "WeightMirror",
     "Weights",

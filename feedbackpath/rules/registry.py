@@ -29,6 +29,8 @@ OWN = {  # name: file and class
     "pfa": ("product_feedback_alignment", "ProductFeedbackAlignment"),
     "pal": ("phaseless_alignment", "PhaselessAlignment"),
     "dtp": ("difference_target_propagation", "DifferenceTargetPropagation"),
+    "rdd": ("regression_discontinuity", "RegressionDiscontinuity"),
+    "stdwi": ("spike_timing_weight_inference", "SpikeTimingWeightInference"),
 }
 
 
