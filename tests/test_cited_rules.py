@@ -423,6 +423,81 @@ def test_what_spike_rules_cannot_do_is_said():
         fp.untie(nn.Sequential(nn.Linear(6, 6), nn.LSTM(6, 6)), "rdd")
 
 
+@pytest.mark.parametrize("p", [2.0, 3.0])
+def test_hidden_units_compete_as_is_written(p):
+    """Three steps of NumPy, unit by unit; the read-out gets backprop's gradient, nothing goes below it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    path = fp.untie(model, fp.CompetingUnits(rate=0.1, p=p, k=3, delta=0.3))
+    w = numbers(model[0].weight).copy()
+    for _ in range(3):
+        model.zero_grad()
+        F.cross_entropy(model(X), TARGET).backward()
+        h = F.relu(model[0](X)).detach().numpy()
+        e = output_error(numbers(model[2](torch.from_numpy(h))), TARGET.numpy())
+        assert np.abs(numbers(model[2].weight.grad) - e.T @ h).max() < 1e-12
+        assert model[0].weight.grad.abs().max() == model[0].bias.grad.abs().max() == 0
+        path.step()
+        change = np.zeros_like(w)
+        for v in X.numpy():
+            drive = [
+                sum(np.sign(a) * abs(a) ** (p - 1) * b for a, b in zip(row, v, strict=True)) for row in w
+            ]
+            order = np.argsort(drive)[::-1]
+            for unit, g in ((order[0], 1.0), (order[2], -0.3)):
+                change[unit] += g * (v - drive[unit] * w[unit])
+        w += 0.1 * change / np.abs(change).max()
+        assert np.abs(numbers(model[0].weight) - w).max() < 1e-12
+
+
+def test_channels_compete_at_each_position():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3)).double()
+    path = fp.untie(model, "kh")
+    w = numbers(model[0].weight).reshape(4, -1).copy()
+    F.cross_entropy(model(IMAGES), TARGET).backward()
+    path.step()
+    patches = F.unfold(IMAGES, 3).transpose(1, 2).reshape(-1, 18).numpy()
+    change = np.zeros_like(w)
+    for v in patches:
+        drive = w @ v
+        for unit, g in zip(np.argsort(drive)[::-1][:2], (1.0, -0.4), strict=True):
+            change[unit] += g * (v - drive[unit] * w[unit])
+    w += 0.02 * change / np.abs(change).max()
+    assert np.abs(numbers(model[0].weight).reshape(4, -1) - w).max() < 1e-12
+
+
+@pytest.mark.parametrize("p", [2.0, 3.0])
+def test_competing_units_come_to_length_one_and_share_the_inputs(p):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 6, bias=False), nn.ReLU(), nn.Linear(6, 2))
+    path = fp.untie(model, fp.CompetingUnits(p=p, delta=0.0, rate=0.01))
+    centres = torch.eye(10)[:6] + 0.1
+    for _ in range(600):
+        x = centres[torch.randint(0, 6, (60,))] + 0.05 * torch.randn(60, 10)
+        model(x).sum().backward()
+        path.step()
+    winners = model[0](centres).argmax(1)
+    lengths = model[0].weight.abs().pow(p).sum(1)[winners.unique()]
+    assert (lengths - 1).abs().max() < 0.1
+    assert len(winners.unique()) >= 2
+
+
+def test_competition_says_what_it_cannot_do():
+    for settings, message in (
+        ({"k": 1}, "kh: k must be at least 2, not 1"),
+        ({"p": 1.5}, "kh: p must be at least 2 and delta at least 0"),
+        ({"delta": -0.1}, "kh: p must be at least 2 and delta at least 0"),
+        ({"rate": 2.0}, "kh: rate must lie between 0 and 2"),
+    ):
+        with pytest.raises(fp.RuleError, match=message):
+            fp.CompetingUnits(**settings)
+    model = nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 1)).double()
+    fp.untie(model, fp.CompetingUnits(k=4))
+    with pytest.raises(fp.RuleError, match="kh: '0' has 3 units, and the one of rank k=4"):
+        model(X).sum().backward()
+
+
 FEW_SPIKES = [
     kind(cells=Cells(64, 5)) for kind in (fp.RegressionDiscontinuity, fp.SpikeTimingWeightInference)
 ]
@@ -444,7 +519,7 @@ def audit(rule):
 
 
 @pytest.mark.parametrize(
-    "rule", ["pfa", "pal", "dtp", fp.DifferenceTargetPropagation(loss="difference"), *FEW_SPIKES]
+    "rule", ["pfa", "pal", "dtp", fp.DifferenceTargetPropagation(loss="difference"), *FEW_SPIKES, "kh"]
 )
 def test_the_audit_finds_no_transport(rule):
     report = audit(rule)

@@ -64,6 +64,7 @@ _BUILT_IN = {  # colours from the palettes of Okabe and Ito (2008), and below of
     "dtp": ("difference target propagation", "#AA3377", "-.", "s"),
     "rdd": ("regression discontinuity", "#228833", ":", "P"),
     "stdwi": ("spike-timing weight inference", "#CCBB44", "-", "D"),
+    "kh": ("competing hidden units", "#AAAA00", "--", "X"),
 }
 _OTHER_COLOURS = ("#332288", "#882255", "#999933", "#44AA99", "#666666")
 

@@ -9,6 +9,7 @@ from feedbackpath.rules.registry import OWN, RULES, looks_of_rules, register_rul
 if TYPE_CHECKING:
     from feedbackpath.rules.activation_alignment import ActivationAlignment
     from feedbackpath.rules.backprop import Backprop
+    from feedbackpath.rules.competing_units import CompetingUnits
     from feedbackpath.rules.difference_target_propagation import DifferenceTargetPropagation
     from feedbackpath.rules.direct_feedback_alignment import DirectFeedbackAlignment
     from feedbackpath.rules.direct_kolen_pollack import DirectKolenPollack
@@ -34,6 +35,7 @@ __all__ = [
     "RULES",
     "ActivationAlignment",
     "Backprop",
+    "CompetingUnits",
     "DifferenceTargetPropagation",
     "DirectFeedbackAlignment",
     "DirectKolenPollack",

@@ -31,6 +31,7 @@ OWN = {  # name: file and class
     "dtp": ("difference_target_propagation", "DifferenceTargetPropagation"),
     "rdd": ("regression_discontinuity", "RegressionDiscontinuity"),
     "stdwi": ("spike_timing_weight_inference", "SpikeTimingWeightInference"),
+    "kh": ("competing_units", "CompetingUnits"),
 }
 
 
