@@ -155,7 +155,7 @@ def test_all_rules_can_be_compared_by_one_word(tmp_path, monkeypatch):
 def test_rules_are_listed_by_group(capsys):
     assert run_cli("rules") == 0
     shown = capsys.readouterr().out
-    groups = ["ruler", "transports", "fixed", "learned", "broadcast", "mirrors"]
+    groups = ["ruler", "transports", "fixed", "learned", "broadcast", "targets", "mirrors"]
     assert [line.split(":")[0] for line in shown.splitlines() if line and line[0] != " "] == groups
     assert all(f"  {rule} ({RULES[rule].__name__}): " in shown for rule in RULES)
 

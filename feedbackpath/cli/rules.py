@@ -15,6 +15,7 @@ GROUPS = {
     "fixed": "B stays as it is drawn",
     "learned": "B learns without W",
     "broadcast": "the output's error goes straight to each layer",
+    "targets": "layers get targets in place of errors",
     "mirrors": "noise shows B what W is",
 }
 

@@ -59,6 +59,12 @@ _BUILT_IN = {  # colours from the palettes of Okabe and Ito (2008), and below of
     "dfa": ("direct feedback alignment", "#CC6677", "-", "X"),
     "drtp": ("direct random target projection", "#BBBBBB", "-.", "X"),
     "dkp": ("direct Kolen–Pollack", "#004488", "--", "v"),
+    "pfa": ("product feedback alignment", "#EE7733", "-", "P"),
+    "pal": ("phaseless alignment", "#EE3377", "--", "o"),
+    "dtp": ("difference target propagation", "#AA3377", "-.", "s"),
+    "rdd": ("regression discontinuity", "#228833", ":", "P"),
+    "stdwi": ("spike-timing weight inference", "#CCBB44", "-", "D"),
+    "kh": ("competing hidden units", "#AAAA00", "--", "X"),
 }
 _OTHER_COLOURS = ("#332288", "#882255", "#999933", "#44AA99", "#666666")
 

@@ -9,6 +9,8 @@ from feedbackpath.rules.registry import OWN, RULES, looks_of_rules, register_rul
 if TYPE_CHECKING:
     from feedbackpath.rules.activation_alignment import ActivationAlignment
     from feedbackpath.rules.backprop import Backprop
+    from feedbackpath.rules.competing_units import CompetingUnits
+    from feedbackpath.rules.difference_target_propagation import DifferenceTargetPropagation
     from feedbackpath.rules.direct_feedback_alignment import DirectFeedbackAlignment
     from feedbackpath.rules.direct_kolen_pollack import DirectKolenPollack
     from feedbackpath.rules.direct_random_target_projection import DirectRandomTargetProjection
@@ -19,9 +21,13 @@ if TYPE_CHECKING:
     from feedbackpath.rules.low_rank_feedback_alignment import LowRankFeedbackAlignment
     from feedbackpath.rules.mirror_feedback_alignment import MirrorFeedbackAlignment
     from feedbackpath.rules.mirror_kolen_pollack import MirrorKolenPollack
+    from feedbackpath.rules.phaseless_alignment import PhaselessAlignment
+    from feedbackpath.rules.product_feedback_alignment import ProductFeedbackAlignment
+    from feedbackpath.rules.regression_discontinuity import RegressionDiscontinuity
     from feedbackpath.rules.sign_concordance import SignConcordance
     from feedbackpath.rules.sign_symmetry import SignSymmetry
     from feedbackpath.rules.sparse_feedback_alignment import SparseFeedbackAlignment
+    from feedbackpath.rules.spike_timing_weight_inference import SpikeTimingWeightInference
     from feedbackpath.rules.symmetric_alignment import SymmetricAlignment
     from feedbackpath.rules.weight_mirror import WeightMirror
 
@@ -29,6 +35,8 @@ __all__ = [
     "RULES",
     "ActivationAlignment",
     "Backprop",
+    "CompetingUnits",
+    "DifferenceTargetPropagation",
     "DirectFeedbackAlignment",
     "DirectKolenPollack",
     "DirectRandomTargetProjection",
@@ -39,10 +47,14 @@ __all__ = [
     "LowRankFeedbackAlignment",
     "MirrorFeedbackAlignment",
     "MirrorKolenPollack",
+    "PhaselessAlignment",
+    "ProductFeedbackAlignment",
+    "RegressionDiscontinuity",
     "Rule",
     "SignConcordance",
     "SignSymmetry",
     "SparseFeedbackAlignment",
+    "SpikeTimingWeightInference",
     "SymmetricAlignment",
     "WeightMirror",
     "Weights",

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.rules.activity_rule import ActivityRule, forward, product
 from feedbackpath.rules.base import Facts
@@ -58,7 +59,9 @@ class ActivationAlignment(ActivityRule):
     )
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {"rate": ("log", 0.01, 1.9)}
 
-    def slope(self, weight: UntiedWeight, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(
+        self, weight: UntiedWeight, x: Tensor, y: Tensor, context: RuleContext
+    ) -> tuple[Tensor, Tensor]:
         """Return ``(B x - y) x^T`` and ``|x|^2``, summed over samples."""
         b, layer = weight.feedback, weight.layer
         return product(layer, x, b, forward(layer, x, b) - y), x.square().sum()

@@ -1,4 +1,4 @@
-"""What information and activation alignment share: B learns from a layer's own input and output.
+"""What information, activation and phaseless alignment share: B learns from a layer's own input and output.
 
 Each lowers a loss R of its own. A backward pass tells the rule a layer's input x and its output, of which
 ``y = op(x, W)`` is left when the bias is taken off. From these and B comes the slope of R, summed over the
@@ -48,7 +48,9 @@ class ActivityRule(Rule):
         """Linear layers, and convolutions that pad with zeros; others are left to backprop."""
         return len(weights) == 1 and _can_run(weights[0].layer)
 
-    def slope(self, weight: UntiedWeight, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(
+        self, weight: UntiedWeight, x: Tensor, y: Tensor, context: RuleContext
+    ) -> tuple[Tensor, Tensor]:
         """Return the slope of R, summed over samples, and the summed squares that it is divided by."""
         raise NotImplementedError
 
@@ -61,7 +63,8 @@ class ActivityRule(Rule):
             return
         dtype = weight.feedback.dtype
         with torch.autocast(x.device.type, enabled=False):
-            slope, power = self.slope(weight, x.to(dtype), _without_bias(weight.layer, output.to(dtype)))
+            y = without_bias(weight.layer, output.to(dtype))
+            slope, power = self.slope(weight, x.to(dtype), y, context)
         seen = context.state.get(weight.name, {"slope": 0.0, "power": 0.0})
         context.state[weight.name] = {"slope": slope + seen["slope"], "power": power + seen["power"]}
 
@@ -114,7 +117,8 @@ def product(layer: Any, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return summed
 
 
-def _without_bias(layer: Any, output: Tensor) -> Tensor:
+def without_bias(layer: Any, output: Tensor) -> Tensor:
+    """Return ``op(x, W)``, of a layer's output."""
     if layer.bias is None:
         return output
     places = 0 if isinstance(layer, nn.Linear) else layer.weight.dim() - 2

@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.errors import RuleError
 from feedbackpath.rules.activity_rule import ActivityRule, backward, product
@@ -77,7 +78,9 @@ class InformationAlignment(ActivityRule):
                 f"rate={self.rate}, decay={self.decay}"
             )
 
-    def slope(self, weight: UntiedWeight, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(
+        self, weight: UntiedWeight, x: Tensor, y: Tensor, context: RuleContext
+    ) -> tuple[Tensor, Tensor]:
         """Return ``y (B^T y - x)^T`` and ``|y|^2``, summed over samples."""
         b, layer = weight.feedback, weight.layer
         return product(layer, backward(layer, x, b, y) - x, b, y), y.square().sum()

@@ -27,6 +27,12 @@ OWN = {  # name: file and class
     "dfa": ("direct_feedback_alignment", "DirectFeedbackAlignment"),
     "drtp": ("direct_random_target_projection", "DirectRandomTargetProjection"),
     "dkp": ("direct_kolen_pollack", "DirectKolenPollack"),
+    "pfa": ("product_feedback_alignment", "ProductFeedbackAlignment"),
+    "pal": ("phaseless_alignment", "PhaselessAlignment"),
+    "dtp": ("difference_target_propagation", "DifferenceTargetPropagation"),
+    "rdd": ("regression_discontinuity", "RegressionDiscontinuity"),
+    "stdwi": ("spike_timing_weight_inference", "SpikeTimingWeightInference"),
+    "kh": ("competing_units", "CompetingUnits"),
 }
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from feedbackpath.errors import ConfigError
-from feedbackpath.mirror import Mirror
 from feedbackpath.rules import RULES, Rule, resolve_rule
 
 NUMBER_AS_TEXT = re.compile(r"([-+]?\d+)(\.\d*)?e([-+]?)(\d+)", re.IGNORECASE)
@@ -23,13 +22,13 @@ def make_rule(name: str, settings: Mapping[str, Any]) -> Rule:
     resolve_rule(name)
     _refuse_numbers_as_text(name, settings)
     chosen = dict(settings)
-    if "mirror" in chosen:
-        if not isinstance(chosen["mirror"], Mapping):
-            raise ConfigError(f"{name}: mirror must map settings to values, not {chosen['mirror']!r}")
-        started = {key: chosen[key] for key in ("start",) if key in chosen}
-        _check_names(name, RULES[name], started)
-        defaults = getattr(cast(Any, RULES[name])(**started), "mirror", Mirror())
-        chosen["mirror"] = _change("mirror", defaults, chosen["mirror"])
+    started = {key: chosen[key] for key in ("start",) if key in chosen}
+    for part in {"mirror", "cells"} & chosen.keys():
+        if not isinstance(chosen[part], Mapping):
+            raise ConfigError(f"{name}: {part} must map settings to values, not {chosen[part]!r}")
+        _check_names(name, RULES[name], {part: None, **started})
+        defaults = getattr(cast(Any, RULES[name])(**started), part)
+        chosen[part] = _change(part, defaults, chosen[part])
     _check_names(name, RULES[name], chosen)
     return cast(Rule, cast(Any, RULES[name])(**chosen))
 

@@ -1,0 +1,115 @@
+"""Competing hidden units (KH): hidden layers learn without errors, and only the read-out learns from them.
+
+Krotov & Hopfield 2019, "Unsupervised learning by competing hidden units", with R = 1, in the minibatch form
+of the code that they published. For an input v, unit m has the drive::
+
+    I_m = sum_i sign(W_mi) |W_mi|^(p - 1) v_i
+    dW_mi = rate g_m (v_i - I_m W_mi) / norm      g = 1 for the unit of largest drive, -delta for that of the
+                                                  k-th largest, 0 for the others
+
+summed over a minibatch; norm is the largest of the sums in a layer. The unit that wins goes towards the
+input, the k-th is pushed off. A unit that goes on winning comes to the length 1: x = sum_i |W_mi|^p changes
+as ``p g (I_m - I_m x)``, which is 0 at x = 1 whatever the inputs are.
+
+B is 0, so that no error goes down. A layer that an error reaches is the read-out, and learns from it by the
+optimizer; the others compete. In a convolution the channels compete at each position.
+
+Differs from the paper: the rate stays as it is; hidden layers come before whatever activation the model has
+(there ReLU(h)^n), and the read-out has the model's loss; all layers learn at the same time, not one by one.
+Weight decay of the optimizer works against the length that units come to.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from feedbackpath.core.context import RuleContext
+from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.errors import RuleError
+from feedbackpath.mirror.settings import refuse_no_count
+from feedbackpath.rules.activity_rule import ActivityRule, forward, product
+from feedbackpath.rules.base import Weights
+
+
+@dataclass(frozen=True)
+class CompetingUnits(ActivityRule):
+    """Let the units of hidden layers compete for inputs; only the read-out learns from the error.
+
+    Args:
+        rate: The largest change of a weight in a step, between 0 and 2.
+        p: The exponent of the norm that weights come to have; at least 2.
+        k: Which unit is pushed off, counted from the one of largest drive; at least 2.
+        delta: How much it is pushed off.
+
+    Example:
+        >>> import torch
+        >>> import feedbackpath as fp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+        >>> path = fp.untie(model, "kh")
+        >>> for _ in range(300):
+        ...     model(torch.rand(32, 8)).sum().backward()
+        ...     path.step()
+        >>> bool(model[0].weight.square().sum(1).max() < 1.1), model[0].weight.grad.abs().max().item()
+        (True, 0.0)
+    """
+
+    name: ClassVar[str] = "kh"
+    group: ClassVar[str] = "fixed"
+    reads_output: ClassVar[bool] = False
+    search_space: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "rate": ("log", 0.001, 0.1),
+        "k": ("choice", 2, 4, 7),
+        "delta": ("linear", 0.0, 0.4),
+    }
+    rate: float = 0.02
+    p: float = 2.0
+    k: int = 2
+    delta: float = 0.4
+
+    def __post_init__(self) -> None:
+        """Refuse settings that make no sense."""
+        super().__post_init__()
+        refuse_no_count("kh: k", self.k, least=2)
+        if not (self.p >= 2.0 and self.delta >= 0.0):
+            raise RuleError(f"kh: p must be at least 2 and delta at least 0, not {self.p} and {self.delta}")
+
+    def start(self, weights: Weights, context: RuleContext) -> None:
+        """Let no error go down."""
+        with torch.no_grad():
+            for weight in weights:
+                weight.feedback.zero_()
+
+    def after_backward(
+        self, weight: UntiedWeight, x: Tensor, output: Tensor, delta: Tensor, context: RuleContext
+    ) -> None:
+        """Let the units of a layer that no error has reached compete."""
+        if not bool(delta.any()):
+            super().after_backward(weight, x, output, delta, context)
+
+    def slope(
+        self, weight: UntiedWeight, x: Tensor, y: Tensor, context: RuleContext
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sum of ``g_m (I_m W_mi - v_i)`` over samples and positions, to be gone down."""
+        w, layer = weight.weight.detach().to(x.dtype), weight.layer
+        drive = forward(layer, x, w.sign() * w.abs().pow(self.p - 1.0))
+        units = drive.dim() - w.dim() + 1
+        if drive.shape[units] < self.k:
+            raise RuleError(
+                f"kh: {weight.name!r} has {drive.shape[units]} units, and the one of rank k={self.k} is to "
+                "be pushed off: set a smaller k, or give this layer another rule by overrides="
+            )
+        ranked = drive.topk(self.k, dim=units).indices
+        g = torch.zeros_like(drive)
+        g.scatter_(units, ranked.narrow(units, 0, 1), 1.0)
+        g.scatter_(units, ranked.narrow(units, self.k - 1, 1), -self.delta)
+        others = [dim for dim in range(drive.dim()) if dim != units]
+        pulled = (g * drive).sum(others).view(-1, *[1] * (w.dim() - 1)) * w
+        return pulled - product(layer, x, w, g), x.new_ones(())
+
+    def descend(self, weight: UntiedWeight, slope: Tensor) -> None:
+        """Change W, and not B: its largest change is the rate."""
+        largest = slope.abs().max().clamp(min=torch.finfo(slope.dtype).tiny)
+        weight.weight.sub_(slope / largest, alpha=self.rate)
