@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         UserError,
     )
     from feedbackpath.jobs.recorder import Recorder
+    from feedbackpath.layers import LocallyConnected2d, RectifiedTanh, SynapticScaling
     from feedbackpath.mirror import Mirror, When
     from feedbackpath.mirror.passage import forward_passage
     from feedbackpath.models import register_model
@@ -70,12 +71,14 @@ __all__ = [
     "KolenPollack",
     "KolenPollackWarning",
     "Local",
+    "LocallyConnected2d",
     "LowRankFeedbackAlignment",
     "Mirror",
     "MirrorFeedbackAlignment",
     "MirrorKolenPollack",
     "MirrorWarning",
     "Recorder",
+    "RectifiedTanh",
     "Report",
     "Rule",
     "RuleContext",
@@ -85,6 +88,7 @@ __all__ = [
     "SignSymmetry",
     "SparseFeedbackAlignment",
     "SymmetricAlignment",
+    "SynapticScaling",
     "Target",
     "Task",
     "UnconvertedLayerWarning",
@@ -108,6 +112,7 @@ _HOMES = {
     "mirror.passage": ("forward_passage",),
     "core.sendback": ("Broadcast", "Local", "SendBack", "Target"),
     "jobs.recorder": ("Recorder",),
+    "layers": ("LocallyConnected2d", "RectifiedTanh", "SynapticScaling"),
     "mirror": ("Mirror", "When"),
     "models": ("register_model",),
     "tasks": ("Task", "register_task"),

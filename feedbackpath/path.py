@@ -7,20 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+import feedbackpath.kinds  # noqa: F401 (registers the library's own layers)
 from feedbackpath.core.assembly import Assembly, assemble
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.surgery import survey
 from feedbackpath.errors import UnconvertedLayerWarning, UntieError
 from feedbackpath.measure import angles
-from feedbackpath.rules import Rule
-from feedbackpath.rules.checks import (
-    hidden_weights,
-    name_newcomers,
-    plain_layers,
-    refuse_changed_flags,
-    refuse_sharded,
-)
+from feedbackpath.rules import Rule, checks, clock
 from feedbackpath.rules.choice import choose_rules, find_unserved, refuse_unmatched
 
 if TYPE_CHECKING:
@@ -83,7 +77,7 @@ def untie(
     rules = choose_rules(found.convertible, rule, overrides or {})
     refuse_unmatched(activations or {}, "activation pattern", found.convertible)
     unserved = find_unserved(found.convertible, rules)
-    if left := found.unconverted | unserved | (hidden_weights(model) if strict else {}):
+    if left := found.unconverted | unserved | (checks.hidden_weights(model) if strict else {}):
         named = ", ".join(f"{name!r} ({why})" for name, why in left.items())
         message = f"no untied form exists for {named}: errors still go back through the weights there"
         if strict or len(unserved) == len(rules):
@@ -115,7 +109,7 @@ class FeedbackPath:
     ) -> None:
         self.model, self.rules, self.context = model, dict(rules), context
         self.layers, self.weights, self.groups = parts.layers, parts.weights, parts.groups
-        self._parts, self._is_retied, self._left_out = parts, False, plain_layers(model)
+        self._parts, self._is_retied, self._left_out = parts, False, checks.plain_layers(model)
 
     def step(self) -> None:
         """Do what the rules do after an update of the forward weights: mirror, take signs, or nothing.
@@ -127,9 +121,9 @@ class FeedbackPath:
                 changed, so that it would learn by another rule than its own.
         """
         self._refuse_retied()
-        refuse_changed_flags(self.groups)
+        checks.refuse_changed_flags(self.groups)
         self.context.steps += 1
-        name_newcomers(self.model, self._left_out, self.context.steps)
+        checks.name_newcomers(self.model, self._left_out, self.context.steps)
         for rule, group in self.groups:
             rule.step(group, self.context)
 
@@ -219,10 +213,16 @@ class FeedbackPath:
         torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
         return norm
 
-    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """See that an optimizer suits the rules; what they raise and warn of is said there."""
+    def check_optimizer(
+        self, optimizer: torch.optim.Optimizer, *, steps: int | None = None, schedule: clock.Schedule = None
+    ) -> dict[str, float]:
+        """See that an optimizer suits the rules; what they raise and warn of is said there.
+
+        Told a run's ``steps``, return the e-folds of Kolen-Pollack's W - B: ``rules.clock.count_efolds``.
+        """
         for rule, group in self.groups:
             rule.check_optimizer(group, optimizer)
+        return {} if steps is None else clock.count_efolds(self.groups, optimizer, steps, schedule)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beyond the model's own state: how far the rules have come."""
@@ -247,4 +247,4 @@ class FeedbackPath:
     def _refuse_retied(self) -> None:
         if self._is_retied:
             raise UntieError("this path has been retied already: untie the model again for a new one")
-        refuse_sharded(self.weights)
+        checks.refuse_sharded(self.weights)
