@@ -1,7 +1,7 @@
 """How far Kolen-Pollack learning gets in a run: the e-folds by which W - B shrinks.
 
-Equations 16 and 17 of Akrout et al. 2019 leave ``W - B`` to weight decay alone. With learning rate lr_t, decay
-wd and momentum mu, a run of N steps shrinks it by e to the power of::
+Equations 16 and 17 of Akrout et al. 2019 leave ``W - B`` to weight decay alone. With learning rate lr_t,
+decay wd and momentum mu, a run of N steps shrinks it by e to the power of::
 
     sum over t of lr_t wd (1 - dampening) / (1 - mu)       SGD, whose decay is a part of the gradient
     sum over t of lr_t wd                                  AdamW and others whose decay is decoupled
