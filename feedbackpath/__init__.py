@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         UserError,
     )
     from feedbackpath.jobs.recorder import Recorder
+    from feedbackpath.layers import LocallyConnected2d, RectifiedTanh, SynapticScaling
     from feedbackpath.mirror import Mirror, When
     from feedbackpath.mirror.passage import forward_passage
     from feedbackpath.models import register_model
@@ -78,6 +79,7 @@ __all__ = [
     "KolenPollack",
     "KolenPollackWarning",
     "Local",
+    "LocallyConnected2d",
     "LowRankFeedbackAlignment",
     "Mirror",
     "MirrorFeedbackAlignment",
@@ -86,6 +88,7 @@ __all__ = [
     "PhaselessAlignment",
     "ProductFeedbackAlignment",
     "Recorder",
+    "RectifiedTanh",
     "RegressionDiscontinuity",
     "Report",
     "Rule",
@@ -97,6 +100,7 @@ __all__ = [
     "SparseFeedbackAlignment",
     "SpikeTimingWeightInference",
     "SymmetricAlignment",
+    "SynapticScaling",
     "Target",
     "Task",
     "UnconvertedLayerWarning",
@@ -120,6 +124,7 @@ _HOMES = {
     "mirror.passage": ("forward_passage",),
     "core.sendback": ("Broadcast", "Local", "SendBack", "Target"),
     "jobs.recorder": ("Recorder",),
+    "layers": ("LocallyConnected2d", "RectifiedTanh", "SynapticScaling"),
     "mirror": ("Mirror", "When"),
     "models": ("register_model",),
     "tasks": ("Task", "register_task"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+import feedbackpath.kinds  # noqa: F401 (registers the library's own layers)
 from feedbackpath.arguments import checked, checked_methods, refusing
 from feedbackpath.core.assembly import Assembly, assemble
 from feedbackpath.core.context import RuleContext
@@ -15,7 +16,7 @@ from feedbackpath.core.surgery import survey
 from feedbackpath.errors import RuleError, UnconvertedLayerWarning, UntieError, level_outside
 from feedbackpath.measure.deltas import left_as_it_was
 from feedbackpath.measure.measures import Measures
-from feedbackpath.rules import Rule
+from feedbackpath.rules import Rule, clock
 from feedbackpath.rules.checks import clip_by_forward_norm, hidden_weights, refuse_changed_flags
 from feedbackpath.rules.choice import choose_rules, find_unserved, refuse_unmatched
 from feedbackpath.rules.guard import Guard
@@ -194,11 +195,17 @@ class FeedbackPath(Measures):
         self._check()
         return clip_by_forward_norm(self.model, self.groups, self.context, max_norm, norm_type)
 
-    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """See that an optimizer suits the rules; what they raise and warn of is said there."""
+    def check_optimizer(
+        self, optimizer: torch.optim.Optimizer, *, steps: int | None = None, schedule: clock.Schedule = None
+    ) -> dict[str, float]:
+        """See that an optimizer suits the rules; what they raise and warn of is said there.
+
+        Told a run's ``steps``, return the e-folds of Kolen-Pollack's W - B: ``rules.clock.count_efolds``.
+        """
         self._check()
         for rule, group in self.groups:
             rule.check_optimizer(group, optimizer)
+        return {} if steps is None else clock.count_efolds(self.groups, optimizer, steps, schedule)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beyond the model's own state: how far the rules have come."""

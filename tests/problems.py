@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import feedbackpath as fp
+
 PAPER_RULES = ("bp", "fa", "ss", "kp", "wm", "mirror-kp", "mirror-fa")
 """The rules that tests of whole networks run over; ``test_every_rule.py`` runs over all of them."""
 COVERING_RULES = (*PAPER_RULES, "dfa")
@@ -119,6 +121,25 @@ def make_convolution_problems():
     ]
 
 
+LOCAL: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no_bias": {"bias": False},
+    "strided_padded": {"stride": 2, "padding": 1},
+    "grouped": {"groups": 2},
+    "rectangular_grouped": {"kernel_size": (3, 2), "stride": (2, 1), "padding": (0, 2), "groups": 2},
+}
+
+
+def make_local(settings):
+    return fp.LocallyConnected2d(4, 6, (5, 4), **({"kernel_size": 3} | settings))
+
+
+LOCALS = [
+    Problem(f"LocallyConnected2d-{id}", lambda s=settings: make_local(s), ((2, 4, 5, 4),))
+    for id, settings in LOCAL.items()
+]
+
+
 LENGTH, KEYS, BATCH, WIDTH = 5, 6, 3, 8
 SELF, CROSS = ((LENGTH, BATCH, WIDTH),), ((LENGTH, BATCH, WIDTH), (KEYS, BATCH, WIDTH))
 ALL_DIFFERENT = (*CROSS, (KEYS, BATCH, WIDTH))
@@ -184,7 +205,7 @@ KINDS = [
             "stride": 2, "dilation": 2, "padding": 1}}.items()
     ),
 ]  # fmt: skip
-PLAIN_LAYERS = make_linear_problems() + make_convolution_problems()
+PLAIN_LAYERS = make_linear_problems() + make_convolution_problems() + LOCALS
 ATTENTIONS = make_attention_problems()
 LAYERS = PLAIN_LAYERS + ATTENTIONS
 

@@ -184,7 +184,7 @@ def test_the_seed_decides_the_initial_weights(name):
         ("lenet", {"sample_shape": (28, 28)}, "sample_shape must be"),
         ("mlp", {"sample_shape": (0, 28, 28)}, "sample_shape must be"),
         ("mlp", {"num_classes": 0}, "num_classes must be at least 1"),
-        ("resnet8", {"norm": "none"}, "norm must be 'after' or 'before'"),
+        ("resnet8", {"norm": "none"}, "norm must be one of after, before, scaling; got 'none'"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(name, arguments, message):

@@ -14,6 +14,7 @@ from torch import Tensor
 from feedbackpath.auditing.chain import Chain
 from feedbackpath.auditing.record import Record
 from feedbackpath.auditing.subject import Subject
+from feedbackpath.layers import LocallyConnected2d
 
 STRENGTH = 1.5  # of a disturbed neuron's signal
 ROUNDING = 8  # units in the last place of B
@@ -107,5 +108,7 @@ def _rows_of_first_neuron(weight: Tensor, transposed: bool) -> Tensor:
 
 
 def _channel_axis(layer: Any, output: Tensor) -> int:
+    if isinstance(layer, LocallyConnected2d):
+        return 1  # of [N, positions, neurons]: W's first rows hold the first position
     kernel = getattr(layer, "kernel_size", None)
     return output.dim() - 1 - len(kernel) if kernel is not None else output.dim() - 1

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.layers import LocallyConnected2d
 
 RANDOM = ("normal_", "uniform_", "bernoulli_", "random_", "exponential_", "randn", "rand", "randint",
           "randperm", "bernoulli", "normal", "native_dropout", "multinomial")  # fmt: skip
@@ -80,7 +81,8 @@ def is_forward_map(name: str, args: tuple[Any, ...], place: int, weight: UntiedW
         place: Which of them W is.
         weight: W.
     """
-    w, given = weight.weight, args[place]
+    w: Tensor = weight.weight
+    given = args[place]
     if given.data_ptr() != w.data_ptr() or given.numel() != w.numel():
         return False
     is_as_it_is = bool(given.shape == w.shape and given.stride() == w.stride())
@@ -89,13 +91,14 @@ def is_forward_map(name: str, args: tuple[Any, ...], place: int, weight: UntiedW
         return bool(place == 1 and is_as_it_is and transposed == weight.transposed)
     if "rnn" in name or name in ("linear", "_trilinear"):
         return bool(place > 0 and is_as_it_is)
-    if w.dim() != 2 or given.dim() != 2:
+    if isinstance(weight.layer, LocallyConnected2d):
+        w = weight.layer.as_groups(w)
+    elif w.dim() != 2:
         return False
     first, other = CONTRACTIONS[name]
-    if place == first:
-        return is_as_it_is
-    is_turned = given.shape == w.shape[::-1] and given.stride() == w.stride()[::-1]
-    return bool(place == other and is_turned)
+    expected = w if place == first else w.mT
+    is_alike = given.shape == expected.shape and given.stride() == expected.stride()
+    return bool(place in (first, other) and is_alike)
 
 
 def call_site() -> str:

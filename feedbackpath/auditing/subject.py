@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from feedbackpath.auditing.report import Finding
 from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.layers import LocallyConnected2d
 from feedbackpath.path import FeedbackPath
 
 State = dict[str, Any]
@@ -150,6 +151,8 @@ class Subject:
     def num_neurons(weight: UntiedWeight) -> int:
         """Return how many outputs W has, channels in a convolution."""
         w = weight.weight
+        if isinstance(weight.layer, LocallyConnected2d):
+            return w.shape[:3].numel()
         return w.shape[1] * int(weight.layer.groups) if weight.transposed else w.shape[0]
 
     def optimizer_state(self, parameter: Tensor) -> Iterator[tuple[str, object]]:

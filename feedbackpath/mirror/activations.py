@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from feedbackpath.core.exchange import as_plain
 from feedbackpath.core.modules import FeedbackModule
 from feedbackpath.errors import RuleError
+from feedbackpath.layers import RectifiedTanh, SynapticScaling
 
 Activation = Callable[[Tensor], Tensor]
 LEAST_SLOPE = 1e-4  # a neuron that answers with less than this share of its drive does not answer
@@ -22,6 +23,7 @@ LEAST_SLOPE = 1e-4  # a neuron that answers with less than this share of its dri
 ACTIVATION_MODULES = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
     nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Tanhshrink,
+    RectifiedTanh,
 )  # fmt: skip
 ACTIVATION_FUNCTIONS: dict[Callable[..., Tensor], Activation] = {
     function: function
@@ -57,7 +59,7 @@ UNTOLD_METHODS = (
 )
 TRANSPARENT_MODULES = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
-    nn.Flatten, nn.Unflatten, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm,
+    nn.Flatten, nn.Unflatten, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, SynapticScaling,
 )  # fmt: skip
 TRANSPARENT_FUNCTIONS = (operator.add, operator.iadd, torch.add, torch.flatten, F.dropout, F.batch_norm)
 TRANSPARENT_METHODS = ("add", "add_", "flatten", "view", "reshape", "contiguous")

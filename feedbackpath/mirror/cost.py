@@ -14,7 +14,7 @@ from torch import Tensor
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.pytorch import has_processes
-from feedbackpath.mirror.fields import Field
+from feedbackpath.mirror.fields import Field, is_local
 
 PRODUCTS_STEP = 3  # of a training step: forward, to the inputs, to the weights
 
@@ -61,6 +61,8 @@ def dues_of(field: Field, examples: int) -> Dues:
     """Return what a network pays for a pass of so many examples."""
     weight, reads = field.weight, examples * field.answers
     channels = weight.weight.shape[1] * field.groups if weight.transposed else len(weight.weight)
+    if is_local(weight):
+        channels = weight.weight.shape[:3].numel()
     fired = examples * torch.Size(field.shape).numel()
     return Dues(examples, reads, reads, fired + reads * channels)
 
@@ -133,9 +135,11 @@ class UseCounter:
             return
         signal = x if weight.transposed else output
         kernel_dims = len(weight.layer.kernel_size) if hasattr(weight.layer, "kernel_size") else 0
-        positions = signal.numel() / signal.shape[-1 - kernel_dims]
+        positions, seen = signal.numel() / signal.shape[-1 - kernel_dims], tuple(x.shape)
+        if is_local(weight):  # what it sees are patches of a map, each value of W once
+            positions, seen = len(x), (len(x), weight.layer.in_channels, *weight.layer.input_size)
         size = len(weight.weight)
         share = len(range(*rows.indices(size))) / size
         name = self._names[id(weight.layer), weight.weight_name]
         self.uses[name] = self.uses.get(name, 0.0) + positions * share
-        self.shapes[name] = tuple(x.shape)
+        self.shapes[name] = seen

@@ -81,7 +81,7 @@ class _Heard(NamedTuple):
     products: Tensor
     drive_answer: Tensor
     drive_power: Tensor
-    noise_power: float  # where rates are about a baseline
+    noise_power: float  # of a neuron, where rates are about a baseline
     freedom: float  # examples, less what the means take
     examples: int
 
@@ -106,7 +106,7 @@ def estimate(
     like = weight.weight.detach()
     rates = RATES[settings.rates](settings.baseline, not settings.baseline_known)
     if settings.fires_codes:
-        fired = fire_codes(field.shape, field.groups, like, generator)
+        fired = fire_codes(field.code_shape, field.groups, like, generator)
     else:
         fired = fire_noise(settings.noise, examples, field.shape, like, generator)
     with (
@@ -123,7 +123,7 @@ def estimate(
     )
     variance = sigma**2
     if settings.rates == "baseline":  # cells that are silent take something off
-        variance = noise_power / freedom / torch.Size(field.shape).numel()
+        variance = noise_power / freedom
     sums = (products, drive_answer, drive_power)
     if count_devices(settings) > 1:
         _average_over_devices(sums)
@@ -152,7 +152,7 @@ def _hear(field: Field, activation: Activation, rates: Rates, x: Tensor, setting
     about_mean = _by_channel(z, z) - len(z) * _by_channel(*[_mean(z)[None]] * 2)
     power = 0.0
     if settings.rates == "baseline":
-        power = float((x - x.mean(0)).square().sum())
+        power = float((x - x.mean(0)).square().sum()) / x[0].numel()
     # Codes and their negatives have a mean of exactly 0, which takes no degree of freedom.
     lost = 0.0 if settings.fires_codes else examples / len(z)
     products = field.multiply(x, y)
@@ -178,7 +178,8 @@ def _mean(signal: Tensor) -> Tensor:
 def _bias_closed(weight: UntiedWeight, is_blocked: bool) -> Iterator[None]:
     """Let a layer run without its bias for a while, if that is blocked (equation 12)."""
     parameters = weight.layer._parameters
-    if not (is_blocked and fields.runs_itself(weight)) or parameters.get("bias") is None:
+    is_called = fields.runs_itself(weight) or fields.is_local(weight)
+    if not (is_blocked and is_called) or parameters.get("bias") is None:
         yield
         return
     bias, parameters["bias"] = parameters["bias"], None

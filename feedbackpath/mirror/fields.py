@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.errors import RuleError
+from feedbackpath.layers import LocallyConnected2d
 
 
 class ConvGeometry(NamedTuple):
@@ -52,17 +53,30 @@ class Field:
     mask: Tensor | None = None
 
     @property
+    def code_shape(self) -> tuple[int, ...]:
+        """The shape of codes that are orthogonal wherever a neuron looks.
+
+        Of local connections: a patch. Cells that are a kernel apart fire alike: no neuron sees two of them.
+        """
+        return (self.shape[0], *self.weight.layer.kernel_size) if is_local(self.weight) else self.shape
+
+    @property
     def groups(self) -> int:
         """Groups of inputs that meet weights of their own."""
+        if is_local(self.weight):
+            return int(self.weight.layer.groups)
         return int(getattr(self.weight.layer, "groups", 1)) if is_convolution(self.weight) else 1
 
     def run(self, x: Tensor) -> Tensor:
         """Return what the layer makes of noise ``[N, *shape]``: ``[samples, channels, ...]``.
 
-        Linear layers and convolutions run their own call, hooks and all. A projection of attention, or a
-        layer of one's own, is one product of ``as_matrix``.
+        Linear layers, convolutions and local connections run their own call, hooks and all. A projection of
+        attention, or a layer of one's own, is one product of ``as_matrix``.
         """
         weight = self.weight
+        if is_local(weight):
+            z: Tensor = weight.layer(_tile(weight.layer, x))
+            return z.flatten(2).transpose(1, 2).flatten(1)  # as as_matrix has them: each neuron is its own
         if runs_itself(weight):
             z = weight.layer(x)
             if not isinstance(z, Tensor):
@@ -82,6 +96,8 @@ class Field:
             return conv_products(geometry_of(weight.layer, padding), like, x, answer)
         if runs_itself(weight):
             return answer.mT @ x.flatten(0, -2)
+        if is_local(weight):
+            x = weight.layer.patches(_tile(weight.layer, x))
         products = torch.empty_like(weight.weight, dtype=answer.dtype)
         matrix = _matrix_of(weight, products)
         groups, neurons, inputs = matrix.shape
@@ -100,6 +116,19 @@ def runs_itself(weight: UntiedWeight) -> bool:
     return isinstance(weight.layer, nn.Linear | _ConvNd)
 
 
+def is_local(weight: UntiedWeight) -> bool:
+    """Whether a weight is that of connections to a part of a map, each with a value of its own."""
+    return isinstance(weight.layer, LocallyConnected2d)
+
+
+def _tile(layer: LocallyConnected2d, x: Tensor) -> Tensor:
+    """Cover a layer's map with patches ``[N, C, *kernel]`` of codes; a whole map stays as it is."""
+    if x.shape[2:] == layer.input_size:
+        return x
+    counts = (-(-size // k) for size, k in zip(layer.input_size, layer.kernel_size, strict=True))
+    return x.repeat(1, 1, *counts)[:, :, : layer.input_size[0], : layer.input_size[1]]
+
+
 def make_field(weight: UntiedWeight, seen: Sequence[int] | None) -> Field:
     """Return what is fired at a weight.
 
@@ -109,6 +138,8 @@ def make_field(weight: UntiedWeight, seen: Sequence[int] | None) -> Field:
             shape, if each value of W meets an input there. Else a convolution gets the smallest map that
             holds a whole receptive field, and other layers get a vector.
     """
+    if is_local(weight):
+        return Field(weight, (weight.layer.in_channels, *weight.layer.input_size), 1, 1.0, 1.0)
     if not is_convolution(weight):
         inputs = weight.layer.in_features if runs_itself(weight) else _count_inputs(weight)
         shape = tuple(seen[1:]) if seen is not None and len(seen) > 1 and seen[-1] == inputs else (inputs,)

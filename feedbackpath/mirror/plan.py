@@ -54,7 +54,7 @@ def examples_of(field: Field, settings: Mirror, seen: tuple[int, ...] | None) ->
         seen: Shape of what training's minibatch brings the layer, of all devices; None: not known.
     """
     if settings.fires_codes:
-        return settings.examples_for(math.prod(field.shape) // field.groups)
+        return settings.examples_for(math.prod(field.code_shape) // field.groups)
     inputs, examples = fields.inputs_of(field.weight), None if seen is None else seen[0]
     return settings.examples_for(inputs, field.positions, examples, count_devices(settings))
 

@@ -12,7 +12,8 @@ from torch import nn
 from feedbackpath.arguments import checked, refuse_name
 from feedbackpath.errors import ConfigError
 from feedbackpath.models.language import GPT, TextLSTM
-from feedbackpath.models.resnet import BasicBlock, Bottleneck, CifarResNet, Norm, ResNet
+from feedbackpath.models.parts import Activation, Connections, Norm, Parts
+from feedbackpath.models.resnet import BasicBlock, Bottleneck, CifarResNet, ResNet
 from feedbackpath.models.small import MLP, LeNet, RowTransformer
 
 __all__ = [
@@ -23,19 +24,27 @@ __all__ = [
     "CifarResNet",
     "LeNet",
     "Norm",
+    "Parts",
     "ResNet",
     "RowTransformer",
     "TextLSTM",
     "build_model",
     "register_model",
+    "takes_parts",
 ]
 
-Builder = Callable[[tuple[int, int, int], int, Norm], nn.Module]
-"""Makes a model from the shape ``(C, H, W)`` of a sample, the number of classes and BatchNorm's place."""
+Builder = Callable[[tuple[int, int, int], int, Parts], nn.Module]
+"""Makes a model from the shape ``(C, H, W)`` of a sample, the number of classes and kinds of parts."""
 
 
 def build_model(
-    name: str, *, sample_shape: tuple[int, int, int], num_classes: int, norm: Norm = "after"
+    name: str,
+    *,
+    sample_shape: tuple[int, int, int],
+    num_classes: int,
+    norm: Norm = "after",
+    activation: Activation = "relu",
+    connections: Connections = "shared",
 ) -> nn.Module:
     """Build the network called ``name`` with fresh weights from PyTorch's random generator.
 
@@ -44,7 +53,9 @@ def build_model(
             ``xK`` behind it, or behind ``mlp`` or ``transformer``, makes hidden layers K times as wide.
         sample_shape: Shape of one sample, ``(C, H, W)``.
         num_classes: Number of outputs.
-        norm: BatchNorm "after" or "before" the ReLU; no matter in models that have none.
+        norm: BatchNorm "after" or "before" the ReLU, no matter in models that have none; or "scaling".
+        activation: "relu" or "rectified-tanh".
+        connections: "shared" (convolution) or "local". These and "scaling" are for `lenet` and `resnetD`.
 
     Returns:
         The network, mapping ``[N, C, H, W]`` to ``[N, num_classes]``.
@@ -67,9 +78,31 @@ def build_model(
         raise ValueError(f"model {name}: sample_shape must be (channels, height, width), got {sample_shape}")
     if num_classes < 1:
         raise ValueError(f"model {name}: num_classes must be at least 1, got {num_classes}")
-    if norm not in get_args(Norm):
-        raise ValueError(f"model {name}: norm must be 'after' or 'before' the ReLU, got {norm!r}")
-    return builder(sample_shape, num_classes, norm)
+    for what, given, known in (
+        ("norm", norm, get_args(Norm)),
+        ("activation", activation, get_args(Activation)),
+        ("connections", connections, get_args(Connections)),
+    ):
+        if given not in known:
+            raise ValueError(f"model {name}: {what} must be one of {', '.join(known)}; got {given!r}")
+    parts = Parts(norm, activation, connections)
+    if not (parts.is_usual or takes_parts(name) or name in _USERS):
+        raise ValueError(
+            f"model {name} has no form with synaptic scaling, rectified tanh or local connections; "
+            "lenet and resnet8 (resnetD) do"
+        )
+    return builder(sample_shape, num_classes, parts)
+
+
+def takes_parts(name: str) -> bool:
+    """Whether a model can have synaptic scaling, rectified tanh and local connections.
+
+    Example:
+        >>> takes_parts("lenet"), takes_parts("resnet14x2"), takes_parts("resnet18"), takes_parts("mlp")
+        (True, True, False, False)
+    """
+    sized = re.fullmatch(r"resnet(\d+)(?:x\d+)?", name)
+    return name == "lenet" or (sized is not None and int(sized[1]) % 6 == 2 and sized[1] != "50")
 
 
 @checked(ConfigError)
@@ -79,7 +112,8 @@ def register_model(name: str, make: Callable[..., nn.Module]) -> None:
     Args:
         name: Its name.
         make: Returns it with fresh weights from PyTorch's random generator. It is called with those of
-            ``sample_shape``, ``num_classes`` (outputs) and ``norm`` that it takes.
+            ``sample_shape``, ``num_classes`` (outputs), ``norm``, ``activation`` and ``connections`` that it
+            takes.
 
     Raises:
         ConfigError: The name is taken.
@@ -87,8 +121,8 @@ def register_model(name: str, make: Callable[..., nn.Module]) -> None:
     refuse_name(name, "a model", ConfigError)
     taken = inspect.signature(make).parameters.keys()
 
-    def build(sample_shape: tuple[int, int, int], num_classes: int, norm: Norm) -> nn.Module:
-        known = {"sample_shape": sample_shape, "num_classes": num_classes, "norm": norm}
+    def build(sample_shape: tuple[int, int, int], num_classes: int, parts: Parts) -> nn.Module:
+        known = {"sample_shape": sample_shape, "num_classes": num_classes, **vars(parts)}
         return make(**{option: value for option, value in known.items() if option in taken})
 
     if name in MODELS:
@@ -116,30 +150,35 @@ def find_builder(name: str) -> Builder:
 
 
 def _mlp(width: int = 1) -> Builder:
-    return lambda sample_shape, num_classes, norm: MLP(
+    return lambda sample_shape, num_classes, parts: MLP(
         (prod(sample_shape), 512 * width, 512 * width, num_classes)
     )
 
 
-def _lenet(sample_shape: tuple[int, int, int], num_classes: int, norm: Norm) -> nn.Module:
-    return LeNet(sample_shape, num_classes)
+def _lenet(sample_shape: tuple[int, int, int], num_classes: int, parts: Parts) -> nn.Module:
+    return LeNet(sample_shape, num_classes, parts=parts)
 
 
 def _transformer(width: int = 1) -> Builder:
-    return lambda sample_shape, num_classes, norm: RowTransformer(
+    return lambda sample_shape, num_classes, parts: RowTransformer(
         sample_shape, num_classes, width=128 * width, num_heads=4 * width
     )
 
 
 def _cifar_resnet(blocks_per_stage: int, width: int = 1) -> Builder:
-    return lambda sample_shape, num_classes, norm: CifarResNet(
-        blocks_per_stage, in_channels=sample_shape[0], num_classes=num_classes, norm=norm, width=width
+    return lambda sample_shape, num_classes, parts: CifarResNet(
+        blocks_per_stage,
+        in_channels=sample_shape[0],
+        num_classes=num_classes,
+        width=width,
+        parts=parts,
+        image_size=sample_shape[1:],
     )
 
 
 def _resnet(block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, int, int, int]) -> Builder:
-    return lambda sample_shape, num_classes, norm: ResNet(
-        block, depths, in_channels=sample_shape[0], num_classes=num_classes, norm=norm
+    return lambda sample_shape, num_classes, parts: ResNet(
+        block, depths, in_channels=sample_shape[0], num_classes=num_classes, norm=parts.norm
     )
 
 
@@ -155,7 +194,7 @@ MODELS: dict[str, Builder] = {
     "resnet20": _cifar_resnet(3),
     "resnet56": _cifar_resnet(9),
     "resnet18": _resnet(BasicBlock, (2, 2, 2, 2)),
-    "gpt": lambda sample_shape, num_classes, norm: GPT(sample_shape[0], num_classes),
-    "lstm": lambda sample_shape, num_classes, norm: TextLSTM(num_classes),
+    "gpt": lambda sample_shape, num_classes, parts: GPT(sample_shape[0], num_classes),
+    "lstm": lambda sample_shape, num_classes, parts: TextLSTM(num_classes),
     "resnet50": _resnet(Bottleneck, (3, 4, 6, 3)),
 }

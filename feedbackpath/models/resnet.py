@@ -15,18 +15,25 @@ normalized by BatchNorm after the ReLU nonlinearity, rather than before". They s
 
 Parameters have the same names and shapes in both orders.
 
+``norm="scaling"`` has synaptic scaling where ``"after"`` has BatchNorm, and convolutions with biases: the
+thresholds of neurons. That, local connections and rectified tanh are for `CifarResNet`.
+
 References:
     He et al. 2016, Deep residual learning for image recognition, https://arxiv.org/abs/1512.03385
     Akrout et al. 2019, Deep learning without weight transport, https://arxiv.org/abs/1904.05391
 """
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from math import prod
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Norm = Literal["after", "before"]
+from feedbackpath.layers import LocallyConnected2d
+from feedbackpath.models.parts import Norm, Parts, Size, shrunk
+
+_NO_SIZE = 0, 0  # of maps, where no part needs it
 _MakeShortcut = Callable[[int, int, int], nn.Module]  # from the channels in, the channels out and the stride
 
 
@@ -37,28 +44,36 @@ class BasicBlock(nn.Module):
         in_channels: Channels of the input.
         channels: Channels of both convolutions, and of the output.
         stride: Stride of the first convolution.
-        norm: Whether BatchNorm comes after or before the ReLU.
+        parts: What it is put together from.
+        size: Of the input's map.
         downsample: What gives the shortcut the branch's shape; None for the identity.
     """
 
     expansion: ClassVar[int] = 1
 
     def __init__(
-        self, in_channels: int, channels: int, stride: int, norm: Norm, downsample: nn.Module | None
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        parts: Parts,
+        size: Size,
+        downsample: nn.Module | None,
     ) -> None:
         super().__init__()
-        self.conv1 = _conv(in_channels, channels, kernel_size=3, stride=stride)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = _conv(channels, channels, kernel_size=3)
-        self.bn2 = nn.BatchNorm2d(channels)
+        out = shrunk(size, 3, stride=stride, padding=1)
+        self.conv1 = _conv(in_channels, channels, kernel_size=3, stride=stride, parts=parts, size=size)
+        self.bn1 = parts.normalise(channels, out)
+        self.conv2 = _conv(channels, channels, kernel_size=3, parts=parts, size=out)
+        self.bn2 = parts.normalise(channels, out)
         self.downsample = downsample
-        self.norm = norm
+        self.norm, self.activate = parts.norm, parts.activate
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[N, in_channels, H, W]`` to ``[N, channels, ceil(H/stride), ceil(W/stride)]``."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = _rectify(self.conv1(x), self.bn1, self.norm)
-        return _rectify_and_add(self.conv2(x), self.bn2, shortcut, self.norm)
+        x = _rectify(self.conv1(x), self.bn1, self)
+        return _rectify_and_add(self.conv2(x), self.bn2, shortcut, self)
 
 
 class Bottleneck(nn.Module):
@@ -70,7 +85,13 @@ class Bottleneck(nn.Module):
     expansion: ClassVar[int] = 4
 
     def __init__(
-        self, in_channels: int, channels: int, stride: int, norm: Norm, downsample: nn.Module | None
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        parts: Parts,
+        size: Size,
+        downsample: nn.Module | None,
     ) -> None:
         super().__init__()
         self.conv1 = _conv(in_channels, channels, kernel_size=1)
@@ -80,14 +101,14 @@ class Bottleneck(nn.Module):
         self.conv3 = _conv(channels, self.expansion * channels, kernel_size=1)
         self.bn3 = nn.BatchNorm2d(self.expansion * channels)
         self.downsample = downsample
-        self.norm = norm
+        self.norm, self.activate = parts.norm, parts.activate
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[N, in_channels, H, W]`` to ``[N, 4 * channels, ceil(H/stride), ceil(W/stride)]``."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = _rectify(self.conv1(x), self.bn1, self.norm)
-        x = _rectify(self.conv2(x), self.bn2, self.norm)
-        return _rectify_and_add(self.conv3(x), self.bn3, shortcut, self.norm)
+        x = _rectify(self.conv1(x), self.bn1, self)
+        x = _rectify(self.conv2(x), self.bn2, self)
+        return _rectify_and_add(self.conv3(x), self.bn3, shortcut, self)
 
 
 class ResNet(nn.Module):
@@ -119,21 +140,22 @@ class ResNet(nn.Module):
         norm: Norm,
     ) -> None:
         super().__init__()
-        self.norm = norm
+        parts = Parts(norm)
+        self.norm, self.activate = norm, parts.activate
         self.conv1 = _conv(in_channels, 64, kernel_size=7, stride=2)
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         out = block.expansion
-        self.layer1 = _stage(block, 64, 64, depths[0], 1, norm, _project)
-        self.layer2 = _stage(block, 64 * out, 128, depths[1], 2, norm, _project)
-        self.layer3 = _stage(block, 128 * out, 256, depths[2], 2, norm, _project)
-        self.layer4 = _stage(block, 256 * out, 512, depths[3], 2, norm, _project)
+        self.layer1 = _stage(block, 64, 64, depths[0], 1, parts, _NO_SIZE, _project)
+        self.layer2 = _stage(block, 64 * out, 128, depths[1], 2, parts, _NO_SIZE, _project)
+        self.layer3 = _stage(block, 128 * out, 256, depths[2], 2, parts, _NO_SIZE, _project)
+        self.layer4 = _stage(block, 256 * out, 512, depths[3], 2, parts, _NO_SIZE, _project)
         self.fc = nn.Linear(512 * out, num_classes)
         _initialise_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``[N, C, H, W]`` to class scores ``[N, num_classes]``."""
-        x = self.maxpool(_rectify(self.conv1(x), self.bn1, self.norm))
+        x = self.maxpool(_rectify(self.conv1(x), self.bn1, self))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         scores: Tensor = self.fc(x.mean(dim=(2, 3)))
         return scores
@@ -146,8 +168,10 @@ class CifarResNet(nn.Module):
         blocks_per_stage: The n of a depth of 6n+2.
         in_channels: Channels of the images.
         num_classes: Number of outputs.
-        norm: Whether BatchNorm comes after or before the ReLU.
+        norm: Whether BatchNorm comes after or before the ReLU; or "scaling".
         width: How many times as many channels.
+        parts: What else it is put together from, in ``norm``'s place.
+        image_size: ``(H, W)`` of the images; local connections and scaling need it.
 
     Example:
         >>> import torch
@@ -159,22 +183,36 @@ class CifarResNet(nn.Module):
     """
 
     def __init__(
-        self, blocks_per_stage: int, *, in_channels: int, num_classes: int, norm: Norm, width: int = 1
+        self,
+        blocks_per_stage: int,
+        *,
+        in_channels: int,
+        num_classes: int,
+        norm: Norm = "after",
+        width: int = 1,
+        parts: Parts | None = None,
+        image_size: Size = _NO_SIZE,
     ) -> None:
         super().__init__()
-        self.norm = norm
+        parts = parts or Parts(norm)
+        self.norm, self.activate = parts.norm, parts.activate
         first, second, third = 16 * width, 32 * width, 64 * width
-        self.conv1 = _conv(in_channels, first, kernel_size=3)
-        self.bn1 = nn.BatchNorm2d(first)
-        self.layer1 = _stage(BasicBlock, first, first, blocks_per_stage, 1, norm, SubsampleAndPad)
-        self.layer2 = _stage(BasicBlock, first, second, blocks_per_stage, 2, norm, SubsampleAndPad)
-        self.layer3 = _stage(BasicBlock, second, third, blocks_per_stage, 2, norm, SubsampleAndPad)
+        half = shrunk(image_size, 3, stride=2, padding=1)
+        self.conv1 = _conv(in_channels, first, kernel_size=3, parts=parts, size=image_size)
+        self.bn1 = parts.normalise(first, image_size)
+        self.layer1 = _stage(
+            BasicBlock, first, first, blocks_per_stage, 1, parts, image_size, SubsampleAndPad
+        )
+        self.layer2 = _stage(
+            BasicBlock, first, second, blocks_per_stage, 2, parts, image_size, SubsampleAndPad
+        )
+        self.layer3 = _stage(BasicBlock, second, third, blocks_per_stage, 2, parts, half, SubsampleAndPad)
         self.fc = nn.Linear(third, num_classes)
         _initialise_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``[N, C, H, W]`` to class scores ``[N, num_classes]``."""
-        x = _rectify(self.conv1(x), self.bn1, self.norm)
+        x = _rectify(self.conv1(x), self.bn1, self)
         x = self.layer3(self.layer2(self.layer1(x)))
         scores: Tensor = self.fc(x.mean(dim=(2, 3)))
         return scores
@@ -193,9 +231,9 @@ class SubsampleAndPad(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
 
 
-def _rectify(x: Tensor, bn: nn.Module, norm: Norm) -> Tensor:
-    """Normalise and rectify ``x``, in the order that ``norm`` names."""
-    return F.relu(bn(x)) if norm == "before" else bn(F.relu(x))
+def _rectify(x: Tensor, bn: nn.Module, owner: "BasicBlock | Bottleneck | ResNet | CifarResNet") -> Tensor:
+    """Normalise and rectify ``x``, in the order that the owner's ``norm`` names."""
+    return owner.activate(bn(x)) if owner.norm == "before" else bn(owner.activate(x))
 
 
 def _initialise_convolutions(model: nn.Module) -> None:
@@ -209,17 +247,28 @@ def _initialise_convolutions(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, LocallyConnected2d):
+            module.reset_parameters((2.0 / (module.out_channels * prod(module.kernel_size))) ** 0.5)
 
 
-def _rectify_and_add(x: Tensor, bn: nn.Module, shortcut: Tensor, norm: Norm) -> Tensor:
+def _rectify_and_add(x: Tensor, bn: nn.Module, shortcut: Tensor, block: BasicBlock | Bottleneck) -> Tensor:
     """Close a block: "before" rectifies the sum, "after" only the branch."""
-    return F.relu(bn(x) + shortcut) if norm == "before" else bn(F.relu(x)) + shortcut
+    return block.activate(bn(x) + shortcut) if block.norm == "before" else bn(block.activate(x)) + shortcut
 
 
-def _conv(in_channels: int, out_channels: int, *, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(
-        in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False
-    )
+def _conv(
+    in_channels: int,
+    out_channels: int,
+    *,
+    kernel_size: int,
+    stride: int = 1,
+    parts: Parts = Parts(),  # noqa: B008 (frozen)
+    size: Size = _NO_SIZE,
+) -> nn.Module:
+    return parts.convolve(
+        in_channels, out_channels, size, kernel_size,
+        stride=stride, padding=kernel_size // 2, bias=parts.norm == "scaling",
+    )  # fmt: skip
 
 
 def _stage(
@@ -228,15 +277,18 @@ def _stage(
     channels: int,
     depth: int,
     stride: int,
-    norm: Norm,
+    parts: Parts,
+    size: Size,
     make_shortcut: _MakeShortcut,
 ) -> nn.Sequential:
     """Chain ``depth`` blocks, the first of which changes the number of channels and the resolution."""
     out_channels = channels * block.expansion
     is_same = stride == 1 and in_channels == out_channels
     downsample = None if is_same else make_shortcut(in_channels, out_channels, stride)
-    first = block(in_channels, channels, stride, norm, downsample)
-    return nn.Sequential(first, *(block(out_channels, channels, 1, norm, None) for _ in range(depth - 1)))
+    blocks = [block(in_channels, channels, stride, parts, size, downsample)]
+    size = shrunk(size, 3, stride=stride, padding=1)
+    blocks += [block(out_channels, channels, 1, parts, size, None) for _ in range(depth - 1)]
+    return nn.Sequential(*blocks)
 
 
 def _project(in_channels: int, out_channels: int, stride: int) -> nn.Module:

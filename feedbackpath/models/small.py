@@ -6,6 +6,9 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from feedbackpath.layers import RectifiedTanh, SynapticScaling
+from feedbackpath.models.parts import Parts, shrunk
+
 
 class MLP(nn.Sequential):
     """Flatten, then fully connected layers ``fc1``, ``fc2``, … with a ReLU between each two.
@@ -41,6 +44,7 @@ class LeNet(nn.Sequential):
     Args:
         sample_shape: Shape of one image, ``(C, H, W)``; H and W at least 16.
         num_classes: Number of outputs.
+        parts: What it is put together from; synaptic scaling follows the three activations, BatchNorm never.
 
     Raises:
         ValueError: If the image is too small for two convolutions and poolings.
@@ -51,29 +55,38 @@ class LeNet(nn.Sequential):
         torch.Size([2, 10])
     """
 
-    def __init__(self, sample_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(
+        self,
+        sample_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        parts: Parts = Parts(),  # noqa: B008 (frozen)
+    ) -> None:
         channels, height, width = sample_shape
         if min(height, width) < 16:
             raise ValueError(
                 f"lenet: images of {height}x{width} are too small, it needs at least 16x16; "
                 "use a larger image size, or model mlp or resnet8"
             )
-        # What both 5x5 convolutions and 2x2 poolings leave.
-        pooled_height, pooled_width = (((side - 4) // 2 - 4) // 2 for side in (height, width))
-        super().__init__(
-            OrderedDict(
-                conv1=nn.Conv2d(channels, 20, kernel_size=5),
-                relu1=nn.ReLU(),
-                pool1=nn.MaxPool2d(2),
-                conv2=nn.Conv2d(20, 50, kernel_size=5),
-                relu2=nn.ReLU(),
-                pool2=nn.MaxPool2d(2),
-                flatten=nn.Flatten(),
-                fc1=nn.Linear(50 * pooled_height * pooled_width, 500),
-                relu3=nn.ReLU(),
-                fc2=nn.Linear(500, num_classes),
-            )
-        )
+        modules: OrderedDict[str, nn.Module] = OrderedDict()
+
+        def activate(number: int, *shape: int) -> None:
+            modules[f"relu{number}"] = nn.ReLU() if parts.activation == "relu" else RectifiedTanh()
+            if parts.norm == "scaling":
+                modules[f"norm{number}"] = SynapticScaling(shape)
+
+        size = height, width
+        for number, (inputs, outputs) in enumerate(((channels, 20), (20, 50)), start=1):
+            modules[f"conv{number}"] = parts.convolve(inputs, outputs, size, kernel_size=5)
+            size = shrunk(size, 5)
+            activate(number, outputs, *size)
+            modules[f"pool{number}"] = nn.MaxPool2d(2)
+            size = shrunk(size, 2, stride=2)
+        modules["flatten"] = nn.Flatten()
+        modules["fc1"] = nn.Linear(50 * size[0] * size[1], 500)
+        activate(3, 500)
+        modules["fc2"] = nn.Linear(500, num_classes)
+        super().__init__(modules)
 
 
 class RowTransformer(nn.Module):

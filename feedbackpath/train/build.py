@@ -24,6 +24,8 @@ def make_network(config: TrainConfig, seed: int, task: Task) -> nn.Module:
             sample_shape=task.sample_shape,
             num_classes=task.num_classes,
             norm=config.norm,
+            activation=config.activation,
+            connections=config.connections,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -78,8 +78,14 @@ class NetworkSettings(BaseModel):
         "resnet8",
         description="mlp, lenet, transformer, resnet8, 20, 56, 18 or 50, gpt, lstm (text), or your own",
     )
-    norm: Annotated[Literal["after", "before"], NETWORK] = Field(
-        "after", description="BatchNorm after the ReLU, or before it"
+    norm: Annotated[Literal["after", "before", "scaling"], NETWORK] = Field(
+        "after", description="BatchNorm after the activation, or before it; or synaptic scaling after it"
+    )
+    activation: Annotated[Literal["relu", "rectified-tanh"], NETWORK] = Field(
+        "relu", description="what follows a layer (lenet, resnet8 and its kind)"
+    )
+    connections: Annotated[Literal["shared", "local"], NETWORK] = Field(
+        "shared", description="convolution, or weights of their own at each position (as --activation)"
     )
     batchnorm_feedback: Annotated[Literal["autograd", "sigma"], NETWORK] = Field(
         "autograd", description="what BatchNorm sends back: the whole gradient, or delta times gamma / sigma"

@@ -83,13 +83,15 @@ def refuse_without_effect(config: Any, given: Set[str]) -> None:
     Raises:
         ConfigError: Names the first, and why.
     """
+    is_scaled, is_local = config.norm == "scaling", config.connections == "local"
     has_norm = re.match("mlp|lenet|transformer|gpt|lstm", config.model) is None
     has_maps = re.match("mlp|transformer|gpt|lstm", config.model) is None
+    no_batchnorm = not has_norm or is_scaled, f"{config.model} has no BatchNorm{' then' * is_scaled}"
     idle = {
-        "norm": (not has_norm, f"{config.model} has no BatchNorm"),
-        "batchnorm_feedback": (not has_norm, f"{config.model} has no BatchNorm"),
-        "sync_batchnorm": (not has_norm, f"{config.model} has no BatchNorm"),
-        "channels_last": (not has_maps, f"{config.model} has no convolution"),
+        "norm": (not (has_norm or is_scaled), f"{config.model} has no BatchNorm"),
+        "batchnorm_feedback": no_batchnorm,
+        "sync_batchnorm": no_batchnorm,
+        "channels_last": (not has_maps or is_local, f"{config.model} has no convolution{' then' * is_local}"),
         "momentum": (config.optimizer != "sgd", "it belongs to --optimizer sgd"),
         "nesterov": (config.optimizer != "sgd", "it belongs to --optimizer sgd"),
         "milestones": (getattr(config, "schedule", "steps") != "steps", "it belongs to --schedule steps"),
