@@ -52,10 +52,10 @@ def is_only_added(module: nn.Module, name: str) -> bool:
         True
     """
     uses = []
-    for method in _methods_of(type(module)):
+    for method in methods_of(type(module)):
         own = method.args.args[0].arg if method.args.args else "self"
-        parents = _parents_in(method)
-        uses += [_is_added(node, parents, own) for node in parents if _reads(node, own, name)]
+        parents = parents_in(method)
+        uses += [_is_added(node, parents, own) for node in parents if reads(node, own, name)]
     return bool(uses) and all(uses)
 
 
@@ -139,7 +139,7 @@ class _Scope:
     """
 
     def __init__(self, tree: ast.FunctionDef, outside: dict[str, Any], owner: nn.Module | None) -> None:
-        self.parents = _parents_in(tree)
+        self.parents = parents_in(tree)
         self.owner, self._outside = owner, outside
         self.own = tree.args.args[0].arg if owner is not None and tree.args.args else None
         self._local = {node.arg for node in self.parents if isinstance(node, ast.arg)}
@@ -220,7 +220,7 @@ def _own_bases(kind: type) -> list[type]:
     return [base for base in kind.__mro__ if base is not object and not base.__module__.startswith("torch.")]
 
 
-def _methods_of(kind: type) -> Iterator[ast.FunctionDef]:
+def methods_of(kind: type) -> Iterator[ast.FunctionDef]:
     """Yield the methods of a class; none where the code of one of its bases cannot be read.
 
     Constructors say nothing of how signals pass.
@@ -234,11 +234,11 @@ def _methods_of(kind: type) -> Iterator[ast.FunctionDef]:
             yield node
 
 
-def _parents_in(tree: ast.AST) -> _Parents:
+def parents_in(tree: ast.AST) -> _Parents:
     return {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
 
 
-def _reads(node: ast.AST, own: str, name: str) -> bool:
+def reads(node: ast.AST, own: str, name: str) -> bool:
     """Whether an expression is ``self.name``, with ``own`` as the name of self."""
     if not isinstance(node, ast.Attribute) or node.attr != name:
         return False
