@@ -82,7 +82,8 @@ class _Reading:
         held = [*vars(module).items(), *module.named_parameters(recurse=False)]
         for kind in _own_bases(type(module)):
             held += vars(kind).items()
-        if isinstance(module, (nn.ParameterList, nn.ParameterDict)) or "forward" in vars(module):
+        unclear = nn.ParameterList, nn.ParameterDict, nn.utils.parametrize.ParametrizationList
+        if isinstance(module, unclear) or vars(module).keys() & {"forward", "weight"}:
             return False
         if any(_may_hide_a_weight(name, value) for name, value in held):
             return False
