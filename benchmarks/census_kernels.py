@@ -15,15 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MOVES = set(
-    """view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone _to_copy slice select split
-    split_with_sizes unbind cat stack alias native_dropout native_batch_norm cudnn_batch_norm _native_batch_norm_legit
-    native_layer_norm native_group_norm _fused_rms_norm roll constant_pad_nd masked_fill masked_fill_ where index
-    detach lift_fresh as_strided repeat copy_ index_add index_add_ _unsafe_index index_select copy slice_scatter""".split()
+    ["view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "clone", "_to_copy", "slice", "select", "split", "split_with_sizes", "unbind", "cat", "stack", "alias", "native_dropout", "native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "native_layer_norm", "native_group_norm", "_fused_rms_norm", "roll", "constant_pad_nd", "masked_fill", "masked_fill_", "where", "index", "detach", "lift_fresh", "as_strided", "repeat", "copy_", "index_add", "index_add_", "_unsafe_index", "index_select", "copy", "slice_scatter"]
 )
 NUMBERS = set(
-    """relu relu_ gelu silu silu_ sigmoid sigmoid_ tanh tanh_ hardtanh hardtanh_ hardswish hardswish_ hardsigmoid
-    hardsigmoid_ leaky_relu leaky_relu_ elu elu_ mish mish_ softplus pow square exp log1p clamp clamp_min erf abs
-    threshold _prelu_kernel neg sqrt log_sigmoid_forward rsub reciprocal""".split()
+    ["relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "hardtanh", "hardtanh_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "leaky_relu", "leaky_relu_", "elu", "elu_", "mish", "mish_", "softplus", "pow", "square", "exp", "log1p", "clamp", "clamp_min", "erf", "abs", "threshold", "_prelu_kernel", "neg", "sqrt", "log_sigmoid_forward", "rsub", "reciprocal"]
 )
 SUMS, SCALES = {"add", "add_", "sub", "sub_", "rsub"}, {"mul", "mul_", "div", "div_"}
 STATISTICS = {"mean", "sum", "var", "var_mean", "amax", "amin", "rsqrt", "norm", "linalg_vector_norm", "std"}

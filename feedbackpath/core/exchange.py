@@ -150,8 +150,9 @@ class Exchange(TorchFunctionMode):
     def _note_strangers(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             if type(tensor) is Parameter and is_matrix(tensor) and self.look_up(tensor) is None:
-                is_feedback = any(one.feedback is tensor for one in self.known)  # in a part that was compiled
-                self._note(Known(tensor, None, is_stranger=not is_feedback))
+                told = [one.feedback for one in self.known]  # they meet activity in a part that was compiled
+                told += self._model.__dict__["untied"].memo.get("left", [])
+                self._note(Known(tensor, None, is_stranger=all(one is not tensor for one in told)))
 
     def _name_strangers(self, strangers: Sequence[Tensor], name: str) -> None:
         """Warn of weights without feedback weights that meet activity: errors go back through them."""

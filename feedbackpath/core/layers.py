@@ -190,10 +190,7 @@ def register_layer(
 def _names_of(weights: Mapping[str, str] | Sequence[str] | None) -> Callable[[nn.Module], dict[str, str]]:
     if weights is None:
         return _own_matrices
-    if isinstance(weights, Mapping):
-        chosen = dict(weights)
-    else:
-        chosen = {name: feedback_name_of(name) for name in weights}
+    chosen = dict(weights) if isinstance(weights, Mapping) else {n: feedback_name_of(n) for n in weights}
     return lambda layer: chosen
 
 

@@ -14,7 +14,7 @@ from feedbackpath.core.batchnorm import SigmaBatchNorm, sigma_type
 from feedbackpath.core.layers import kind_of, list_weights
 from feedbackpath.core.modules import FeedbackModule, Untied, untied_type
 from feedbackpath.core.usage import quiet_modules
-from feedbackpath.errors import UntieError
+from feedbackpath.errors import UntieError, class_name
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def survey(model: nn.Module) -> Survey:
     if faults:
         raise UntieError("; ".join(faults))
     layers = {name: module for name, module in model.named_modules() if kind_of(module).weights(module)}
-    unconverted = {name: type(layer).__name__ for name, layer in layers.items() if is_patched(layer)}
+    unconverted = {name: class_name(type(layer)) for name, layer in layers.items() if is_patched(layer)}
     convertible = {name: layer for name, layer in layers.items() if name not in unconverted}
     if not convertible:
         raise UntieError(
@@ -103,11 +103,7 @@ def send_back_sigma(model: nn.Module) -> list[SigmaBatchNorm]:
         UntieError: The model has no BatchNorm layer, or one of a kind that cannot.
     """
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    norms = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (*kinds, nn.SyncBatchNorm))
-    }
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, (*kinds, nn.SyncBatchNorm))}
     if not norms:
         names = ", ".join(kind.__name__ for kind in kinds)
         raise UntieError(f"batchnorm_feedback='sigma' needs a BatchNorm layer ({names}); leave it out here")

@@ -1,7 +1,6 @@
 """What the steps of mirror mode share of one path: activations, what training showed, and counts."""
 
 import fnmatch
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.pytorch import has_processes
-from feedbackpath.errors import MirrorWarning
+from feedbackpath.errors import MirrorWarning, pattern_of
 from feedbackpath.mirror.activations import (
     Activation,
     find_activations,
@@ -179,7 +178,7 @@ def by_pattern(names: Sequence[str]) -> list[str]:
     """
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
+        groups.setdefault(pattern_of(name), []).append(name)
     return [
         repr(pattern) + f" ({len(group)})" if len(group) > 1 else repr(group[0])
         for pattern, group in groups.items()

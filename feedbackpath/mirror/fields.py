@@ -9,7 +9,7 @@ kernel's edge meets fewer inputs: each value of a covariance is averaged over th
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F

@@ -6,7 +6,7 @@ anything else, the function that it has become is what follows the layer.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -212,7 +212,14 @@ class Following:
 
     def __getstate__(self) -> dict[str, Any]:
         """Let a copy, which comes along with a copy of the model, watch nothing."""
-        idle = {"_layers": [], "_hooks": [], "_path": None, "_follower": None, "_depth": 0, "told": {}}
+        idle: dict[str, Any] = {
+            "_layers": [],
+            "_hooks": [],
+            "_path": None,
+            "_follower": None,
+            "_depth": 0,
+            "told": {},
+        }
         return {**self.__dict__, **idle}
 
     def _is_idle(self) -> bool:
@@ -225,13 +232,13 @@ class Following:
             self._depth += 1
             if self._depth == 1:
                 self._follower = Follower()
-                self._follower.__enter__()
+                self._follower.__enter__()  # type: ignore[no-untyped-call]
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._depth:
             self._depth -= 1
             if self._depth == 0:
-                self._follower.__exit__(None, None, None)
+                self._follower.__exit__(None, None, None)  # type: ignore[no-untyped-call]
                 self._follower.end(output)
                 for name, functions in self._follower.told.items():
                     self.told.setdefault(name, []).extend(functions)

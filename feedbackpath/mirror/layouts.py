@@ -41,8 +41,8 @@ def view_of(weight: UntiedWeight) -> View | None:
     kind = kind_of(weight.layer)
     if kind is not UNKNOWN:
         return kind.as_matrix
-    plain = getattr(weight.layer, "plain_type", type(weight.layer))
-    return _view_in_code(plain, weight.weight_name, weight.weight.dim())
+    plain: type[nn.Module] = getattr(weight.layer, "plain_type", type(weight.layer))
+    return _view_in_code(plain, weight.weight_name, weight.weight.dim())  # type: ignore[arg-type]
 
 
 @functools.cache

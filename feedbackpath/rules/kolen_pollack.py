@@ -76,7 +76,9 @@ class KolenPollack(Rule):
         """Draw every B at random, and see that the optimizer will know of it."""
         draw_feedback(weights, context)
         context.part(UpdateWatch).watch(weights)
-        elsewhere = weights_used_elsewhere(context.model)
+        looked_up, elsewhere = weights_used_elsewhere(context.model)
+        if self.gradients is not None:  # W and B have each its own, and B cannot take over W's
+            looked_up, elsewhere = set(), looked_up | elsewhere
         shared = [weight for weight in weights if id(weight.weight) in elsewhere]
         if shared:
             warnings.warn(
@@ -88,8 +90,10 @@ class KolenPollack(Rule):
                 KolenPollackWarning,
                 stacklevel=level_outside(),
             )
-        if self.gradients is None:  # else W and B have each its own
-            context.part(SharedReduction).begin([weight for weight in weights if weight not in shared])
+        if self.gradients is None:
+            alike = [weight for weight in weights if weight not in shared]
+            tables = [weight for weight in alike if id(weight.weight) in looked_up]
+            context.part(SharedReduction).begin(alike, tables)
 
     def attach(self, weights: Weights, context: RuleContext) -> None:
         """Let B take over the gradient that several processes have averaged for W."""

@@ -3,6 +3,8 @@
 W and B have the same gradient (Akrout et al. 2019, equations 16-18), so that DistributedDataParallel, which
 averages gradients over the replicas, has to send it only once. B is left out of its traffic, and takes over
 W's gradient when that has been averaged. Every replica draws the same B from its seed: no B is ever sent.
+
+On one device the same is done where a layer shares its weight with an embedding: B gets what W gets at both.
 """
 
 from collections.abc import Mapping
@@ -21,14 +23,19 @@ from feedbackpath.rules.base import Weights
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DistributedDataParallel asks its module for
 
 
-def weights_used_elsewhere(model: nn.Module) -> set[int]:
-    """Return the ids of parameters that a module without feedback weights (an embedding, say) uses too."""
-    return {
-        id(parameter)
-        for module in model.modules()
-        if not (isinstance(module, FeedbackModule) and module.untied.weights)
-        for parameter in module.parameters(recurse=False)
-    }
+def weights_used_elsewhere(model: nn.Module) -> tuple[set[int], set[int]]:
+    """Return the ids of parameters that modules without feedback weights use too.
+
+    Returns:
+        Those that embeddings alone use: a look-up is a product with a signal of one 1, and what W gets there,
+        delta at the neurons of its row, is as local as at a layer. And those that other modules use.
+    """
+    used: tuple[set[int], set[int]] = (set(), set())
+    for module in model.modules():
+        if not (isinstance(module, FeedbackModule) and module.untied.weights):
+            is_local = isinstance(module, nn.Embedding) and not module.sparse
+            used[0 if is_local else 1].update(id(p) for p in module.parameters(recurse=False))
+    return used[0] - used[1], used[1]
 
 
 class SharedReduction:
@@ -40,10 +47,17 @@ class SharedReduction:
         self._has_begun = False
         self._hooks: list[RemovableHandle] = []
 
-    def begin(self, weights: Weights) -> None:
-        """Leave the feedback weights of a model out of what is sent; ``attach`` then shares gradients."""
+    def begin(self, weights: Weights, looked_up: Weights = ()) -> None:
+        """Leave the feedback weights of a model out of what is sent; ``attach`` then shares gradients.
+
+        Args:
+            weights: The weights.
+            looked_up: Those of them that are an embedding's table too: B gets what W gets there.
+        """
         if not pytorch.can_wait():
             return
+        for weight in looked_up:
+            weight.layer.untied.memo.setdefault("looked_up", set()).add(weight.weight_name)
         model = self._context.model
         if not self._has_begun:
             self._before, self._has_begun = getattr(model, IGNORED, None), True
@@ -86,19 +100,20 @@ class SharedReduction:
 
 def _watch(weight: UntiedWeight) -> RemovableHandle:
     """Hand the average over whenever W has got a gradient, and it has been averaged."""
+    is_looked_up = weight.weight_name in weight.layer.untied.memo.get("looked_up", ())
 
     @torch.no_grad()
     def hand_over() -> None:
         gradient, own = weight.weight.grad, weight.feedback.grad
-        if gradient is None or own is None:
+        if gradient is None or (own is None and not is_looked_up):
             return
-        if gradient.untyped_storage().nbytes() == gradient.nbytes:
+        if own is None or gradient.untyped_storage().nbytes() == gradient.nbytes:
             weight.feedback.grad = pytorch.share(gradient)
         else:  # a part of what is sent at once: all of that would be kept
             own.copy_(gradient)
 
     def hand_over_later(_: Tensor) -> None:
-        if pytorch.has_processes():
+        if is_looked_up or pytorch.has_processes():
             pytorch.after_backward(hand_over)
 
     return weight.weight.register_post_accumulate_grad_hook(hand_over_later)  # type: ignore[no-any-return,no-untyped-call]
