@@ -57,6 +57,28 @@ def refuse_no_size(what: str, value: object) -> None:
         raise RuleError(f"{what} must be between 1e-12 and 1e12, not {value}")
 
 
+def class_name(kind: type) -> str:
+    """Return the name of a class of modules; with its module's path where it is none of torch's own.
+
+    Example:
+        >>> import torch
+        >>> class_name(torch.nn.Linear), class_name(type("Linear", (), {"__module__": "theirs.layers"}))
+        ('Linear', 'theirs.layers.Linear')
+    """
+    is_torchs = kind.__module__.startswith("torch.")
+    return kind.__name__ if is_torchs else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def pattern_of(path: str) -> str:
+    """Return a layer's path with a star for each number in it: layers of a kind have the same.
+
+    Example:
+        >>> pattern_of("blocks.11.mlp.fc1")
+        'blocks.*.mlp.fc1'
+    """
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
 def printable(text: str) -> str:
     r"""Write out what a terminal could not print, or would obey: control characters, and bytes not in UTF-8.
 

@@ -1,6 +1,5 @@
 """``untie`` and what it returns: the feedback path of a model."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,12 +12,12 @@ from feedbackpath.core.assembly import Assembly, assemble
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.surgery import survey
-from feedbackpath.errors import RuleError, UnconvertedLayerWarning, UntieError, level_outside
+from feedbackpath.errors import RuleError, UntieError
 from feedbackpath.measure.deltas import left_as_it_was
 from feedbackpath.measure.measures import Measures
 from feedbackpath.rules import Rule, clock
 from feedbackpath.rules.checks import clip_by_forward_norm, hidden_weights, refuse_changed_flags
-from feedbackpath.rules.choice import choose_rules, find_unserved, refuse_unmatched
+from feedbackpath.rules.choice import choose_rules, find_left, name_left, note_left, refuse_unmatched
 from feedbackpath.rules.guard import Guard
 from feedbackpath.rules.unfit import refuse_unfit
 
@@ -81,18 +80,17 @@ def untie(
         watcher(model, None)
     refuse_unfit(model, batchnorm_feedback)
     found = survey(model)
-    rules = choose_rules(found.convertible, rule, overrides or {})
+    rules = choose_rules([*found.convertible, *found.unconverted], rule, overrides or {})
     refuse_unmatched(activations or {}, "activation pattern", found.convertible)
-    unserved = find_unserved(found.convertible, rules)
-    if left := found.unconverted | unserved | (hidden_weights(model) if strict else {}):
-        named = ", ".join(f"{name!r} ({why})" for name, why in left.items())
-        message = f"no untied form exists for {named}: errors still go back through the weights there"
-        if strict or len(unserved) == len(rules):
-            raise UntieError(f"{message}; replace these layers, or give them another rule by overrides=")
-        warnings.warn(message, UnconvertedLayerWarning, stacklevel=level_outside())
-    layers = {name: layer for name, layer in found.convertible.items() if name not in unserved}
+    left = find_left(found, rules)
+    name_left(
+        left | (hidden_weights(model) if strict else {}),
+        is_error=strict or not found.convertible.keys() - left,
+    )
+    layers = {name: layer for name, layer in found.convertible.items() if name not in left}
     context = RuleContext(model, seed, activations)
     parts = assemble(model, layers, rules, context, sigma=batchnorm_feedback == "sigma")
+    note_left(model, [*left, *found.unconverted])
     path = FeedbackPath(model, {name: rules[name] for name in layers}, context, parts)
     for watcher in WATCHERS:
         watcher(model, path)

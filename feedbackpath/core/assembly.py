@@ -14,12 +14,7 @@ from feedbackpath.core.batchnorm import SigmaBatchNorm
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight, is_torchs_own, kind_of
 from feedbackpath.core.modules import FeedbackModule
-from feedbackpath.core.surgery import (
-    retie_module,
-    retie_norm,
-    send_back_sigma,
-    untie_modules,
-)
+from feedbackpath.core.surgery import retie_module, retie_norm, send_back_sigma, untie_modules
 from feedbackpath.errors import UntieError
 
 

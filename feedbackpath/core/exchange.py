@@ -134,7 +134,7 @@ class Exchange(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return pytorch.attention(*args, **kwargs)
-        if name in ops.NO_WEIGHTS:
+        if name in ops.NO_WEIGHTS and not (args and met[0].tensor is args[0]):  # a standardised weight
             return run(func, args, kwargs)
         if name in ops.SHAPED_ALIKE:
             output = run(func, args, kwargs)
@@ -155,8 +155,9 @@ class Exchange(TorchFunctionMode):
     def _note_strangers(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             if type(tensor) is Parameter and is_matrix(tensor) and self.look_up(tensor) is None:
-                is_feedback = any(one.feedback is tensor for one in self.known)  # in a part that was compiled
-                self._note(Known(tensor, None, is_stranger=not is_feedback))
+                told = [one.feedback for one in self.known]  # they meet activity in a part that was compiled
+                told += self._model.__dict__["untied"].memo.get("left", [])
+                self._note(Known(tensor, None, is_stranger=all(one is not tensor for one in told)))
 
     def _name_strangers(self, strangers: Sequence[Tensor], name: str) -> None:
         """Warn of weights without feedback weights that meet activity: errors go back through them."""
@@ -197,7 +198,9 @@ class Exchange(TorchFunctionMode):
             _warn_of_product(met, name)
         origins = tuple(dict.fromkeys([origin for one in met for origin in one.origins]))
         partners = [(one.tensor, one.feedback) for one in met if one.feedback is not None]
-        is_looked_up = any(not tensor.is_floating_point() for tensor in tensors_in((args, kwargs)))
+        tensors = tensors_in((args, kwargs))
+        is_looked_up = any(not tensor.is_floating_point() for tensor in tensors)
+        beside_w = [*partners, *[(x, x.detach()) for x in tensors if x.requires_grad]]  # a gain learns once
         told = {
             "is_signal": is_looked_up or name in ops.PRODUCTS or any(one.is_signal for one in met),
             "is_stranger": any(one.is_stranger for one in met),
@@ -211,10 +214,10 @@ class Exchange(TorchFunctionMode):
             state = pytorch.random_state(met[0].tensor)
             output = run(func, args, kwargs)
             with pytorch.random_numbers_from(state, met[0].tensor):
-                beside = run(func, *replaced((args, kwargs), partners))
+                beside = run(func, *replaced((args, kwargs), beside_w))
         else:
             output = run(func, args, kwargs)
-            beside = run(func, *replaced((args, kwargs), partners))
+            beside = run(func, *replaced((args, kwargs), beside_w))
         self._learn(output, beside, *origins, **told)
         return output
 

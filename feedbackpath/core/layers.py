@@ -124,8 +124,10 @@ def feedback_name_of(weight_name: str) -> str:
 
 
 def kind_of(layer: nn.Module) -> LayerKind:
-    """Return what is known of a layer: what its class, or the nearest of its bases, was registered with."""
-    return next((KINDS[base] for base in type(layer).__mro__ if base in KINDS), UNKNOWN)
+    """Return what a layer's class, or its nearest base, was registered with, if its W is a parameter."""
+    kind = next((KINDS[base] for base in type(layer).__mro__ if base in KINDS), UNKNOWN)
+    is_made = kind is not UNKNOWN and any(name not in layer._parameters for name in kind.weights(layer))
+    return UNKNOWN if is_made else kind
 
 
 def is_torchs_own(layer_type: type[nn.Module]) -> bool:
@@ -188,10 +190,7 @@ def register_layer(
 def _names_of(weights: Mapping[str, str] | Sequence[str] | None) -> Callable[[nn.Module], dict[str, str]]:
     if weights is None:
         return _own_matrices
-    if isinstance(weights, Mapping):
-        chosen = dict(weights)
-    else:
-        chosen = {name: feedback_name_of(name) for name in weights}
+    chosen = dict(weights) if isinstance(weights, Mapping) else {n: feedback_name_of(n) for n in weights}
     return lambda layer: chosen
 
 

@@ -68,9 +68,8 @@ def exchange_saved(func: Call, name: str, args: Args, kwargs: Kwargs, pairs: Seq
         w.data_ptr(): _laid_out_as(one.tensor, one.feedback) for one, w in zip(pairs, handed, strict=True)
     }
     saved: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        *saving(places, saved, keeps_outputs=name not in ops.PRODUCTS)
-    ):
+    hooks = saving(places, saved, keeps_outputs=name not in ops.PRODUCTS)
+    with torch.autograd.graph.saved_tensors_hooks(*hooks):
         output = _run_without_cudnn(func, args, kwargs) if name in ops.RECURRENT else run(func, args, kwargs)
     # One that is linear takes each weight once. Another may have saved W, and a copy of W as well.
     is_clear = name in ops.SAVES_WEIGHTS_AS_THEY_ARE or (

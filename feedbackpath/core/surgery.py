@@ -13,7 +13,7 @@ from feedbackpath.core.batchnorm import SigmaBatchNorm, sigma_type
 from feedbackpath.core.layers import kind_of, list_weights
 from feedbackpath.core.modules import FeedbackModule, Untied, untied_type
 from feedbackpath.core.usage import quiet_modules
-from feedbackpath.errors import UntieError
+from feedbackpath.errors import UntieError, class_name
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def survey(model: nn.Module) -> Survey:
         UntieError: No module in it owns a weight that can be untied.
     """
     layers = {name: module for name, module in model.named_modules() if kind_of(module).weights(module)}
-    unconverted = {name: type(layer).__name__ for name, layer in layers.items() if is_patched(layer)}
+    unconverted = {name: class_name(type(layer)) for name, layer in layers.items() if is_patched(layer)}
     convertible = {name: layer for name, layer in layers.items() if name not in unconverted}
     if not convertible:
         raise UntieError(
@@ -47,8 +47,11 @@ def survey(model: nn.Module) -> Survey:
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether someone has put another forward pass on this very object, past its class."""
-    return "forward" in vars(module)
+    """Whether this very object has another forward pass than its class, or a W that B could not follow."""
+    # B goes through weight_norm beside W; spectral_norm, say, keeps vectors that belong to W alone.
+    made = module if isinstance(module, nn.utils.parametrize.ParametrizationList) else ()
+    is_made = any(type(part).__name__ != "_WeightNorm" for part in made)
+    return is_made or "weight_orig" in module._parameters or "forward" in vars(module)
 
 
 def untie_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[FeedbackModule]:
@@ -96,11 +99,7 @@ def send_back_sigma(model: nn.Module) -> list[SigmaBatchNorm]:
         UntieError: The model has no BatchNorm layer, or one of a kind that cannot.
     """
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    norms = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (*kinds, nn.SyncBatchNorm))
-    }
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, (*kinds, nn.SyncBatchNorm))}
     if not norms:
         names = ", ".join(kind.__name__ for kind in kinds)
         raise UntieError(f"batchnorm_feedback='sigma' needs a BatchNorm layer ({names}); leave it out here")

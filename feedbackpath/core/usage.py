@@ -42,21 +42,22 @@ _Parents = dict[ast.AST, ast.AST]
 
 
 def is_only_added(module: nn.Module, name: str) -> bool:
-    """Whether a module's code adds, joins or looks up a parameter of its own, and does nothing else with it.
-
-    Example:
-        >>> class Positions(nn.Module):
-        ...     def forward(self, x):
-        ...         return x + self.positions[: len(x)]
-        >>> is_only_added(Positions(), "positions")  # doctest: +SKIP
-        True
-    """
-    uses = []
-    for method in _methods_of(type(module)):
-        own = method.args.args[0].arg if method.args.args else "self"
-        parents = _parents_in(method)
-        uses += [_is_added(node, parents, own) for node in parents if _reads(node, own, name)]
-    return bool(uses) and all(uses)
+    """Whether a module's code adds, joins or looks up a parameter of its own, and does nothing else with it."""
+    methods = [(method, parents_in(method)) for method in methods_of(type(module))]
+    holders, before, is_used = {name}, 0, False  # what holds it: its own name, locals, methods that return it
+    while len(holders) > before:
+        before = len(holders)
+        for method, parents in methods:
+            own = method.args.args[0].arg if method.args.args else "self"
+            for node in parents:
+                is_local = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+                is_read = is_local and f"{method.name}.{node.id}" in holders  # type: ignore[attr-defined]
+                if is_read or any(reads(node, own, held) for held in holders):
+                    is_used, call = True, parents[node]
+                    value = call if isinstance(call, ast.Call) and call.func is node else node
+                    if not _is_added(value, parents, own, method.name, holders):
+                        return False
+    return is_used
 
 
 def quiet_modules(model: nn.Module) -> set[int]:
@@ -82,7 +83,8 @@ class _Reading:
         held = [*vars(module).items(), *module.named_parameters(recurse=False)]
         for kind in _own_bases(type(module)):
             held += vars(kind).items()
-        if isinstance(module, (nn.ParameterList, nn.ParameterDict)) or "forward" in vars(module):
+        unclear = nn.ParameterList, nn.ParameterDict, nn.utils.parametrize.ParametrizationList
+        if isinstance(module, unclear) or vars(module).keys() & {"forward", "weight"}:
             return False
         if any(_may_hide_a_weight(name, value) for name, value in held):
             return False
@@ -139,7 +141,7 @@ class _Scope:
     """
 
     def __init__(self, tree: ast.FunctionDef, outside: dict[str, Any], owner: nn.Module | None) -> None:
-        self.parents = _parents_in(tree)
+        self.parents = parents_in(tree)
         self.owner, self._outside = owner, outside
         self.own = tree.args.args[0].arg if owner is not None and tree.args.args else None
         self._local = {node.arg for node in self.parents if isinstance(node, ast.arg)}
@@ -220,7 +222,7 @@ def _own_bases(kind: type) -> list[type]:
     return [base for base in kind.__mro__ if base is not object and not base.__module__.startswith("torch.")]
 
 
-def _methods_of(kind: type) -> Iterator[ast.FunctionDef]:
+def methods_of(kind: type) -> Iterator[ast.FunctionDef]:
     """Yield the methods of a class; none where the code of one of its bases cannot be read.
 
     Constructors say nothing of how signals pass.
@@ -234,38 +236,48 @@ def _methods_of(kind: type) -> Iterator[ast.FunctionDef]:
             yield node
 
 
-def _parents_in(tree: ast.AST) -> _Parents:
+def parents_in(tree: ast.AST) -> _Parents:
     return {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
 
 
-def _reads(node: ast.AST, own: str, name: str) -> bool:
+def reads(node: ast.AST, own: str, name: str) -> bool:
     """Whether an expression is ``self.name``, with ``own`` as the name of self."""
     if not isinstance(node, ast.Attribute) or node.attr != name:
         return False
     return isinstance(node.value, ast.Name) and node.value.id == own
 
 
-def _is_added(node: ast.AST, parents: _Parents, own: str) -> bool:
-    """Follow a value outwards to the operation that takes it up."""
+def _is_added(node: ast.AST, parents: _Parents, own: str, where: str, holders: set[str]) -> bool:
+    """Follow a value outwards to the operation that takes it up, or to a name that holds it from there on."""
     parent = parents.get(node)
     if isinstance(parent, ast.BinOp):  # with what is made of the module's own parameters it stays a weight
         other = parent.left if parent.right is node else parent.right
         names = {name.id for name in ast.walk(other) if isinstance(name, ast.Name)}
         return isinstance(parent.op, (ast.Add, ast.Sub)) and names != {own}
+    if isinstance(parent, ast.Assign) and isinstance(parent.targets[0], ast.Name):
+        holders.add(f"{where}.{parent.targets[0].id}")
+        return True
+    if isinstance(parent, ast.Return) and where != "forward":
+        holders.add(where)
+        return True
     if isinstance(parent, ast.AugAssign):
         return isinstance(parent.op, (ast.Add, ast.Sub))
     if isinstance(parent, ast.Subscript):
-        return parent.value is node and _is_added(parent, parents, own)
+        return parent.value is node and _is_added(parent, parents, own, where, holders)
     if isinstance(parent, ast.Attribute):
         call = parents.get(parent)
         if parent.attr in ("shape", "dtype", "device", "size", "dim", "ndim"):
             return True
         is_shown = parent.attr in _SHOWN and isinstance(call, ast.Call) and call.func is parent
-        return is_shown and call is not None and _is_added(call, parents, own)
+        return is_shown and _is_added(call, parents, own, where, holders)  # type: ignore[arg-type]
+    if isinstance(parent, ast.keyword):
+        return parent.arg == "attn_mask"
     if isinstance(parent, (ast.List, ast.Tuple)):
-        return _is_added(parent, parents, own)
+        return _is_added(parent, parents, own, where, holders)
     if isinstance(parent, ast.Call) and node is not parent.func:
         function = parent.func
         called = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        if called == "interpolate":  # another number of positions
+            return _is_added(parent, parents, own, where, holders)
         return called in _JOINED
     return False

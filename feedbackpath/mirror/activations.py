@@ -3,7 +3,7 @@
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -100,7 +100,7 @@ def find_activations(model: nn.Module, names: Iterable[str]) -> dict[str, Activa
             traced.setdefault(str(node.target), []).append(_follow(node, modules))
     for name, activations in traced.items():
         first = activations[0]
-        if first is not None and all(_is_same(first, other) for other in activations):
+        if first is not None and all(is_same(first, other) for other in activations):
             found.setdefault(name, first)
     return found
 
@@ -133,7 +133,7 @@ def _follow(node: torch.fx.Node, modules: dict[str, nn.Module]) -> Activation | 
     """Return the activation that a node's value goes to next; None: several that differ."""
     reached = [_activation_of(user, modules) for user in node.users] or [identity]
     first = reached[0]
-    return first if all(_is_same(first, other) for other in reached) else None
+    return first if all(is_same(first, other) for other in reached) else None
 
 
 def _activation_of(user: torch.fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
@@ -146,7 +146,7 @@ def _activation_of(user: torch.fx.Node, modules: dict[str, nn.Module]) -> Activa
         target: Any = user.target
         function = OUT_OF_PLACE.get(target, target)
         if function in ACTIVATION_FUNCTIONS:
-            return _with_arguments(ACTIVATION_FUNCTIONS[function], user)
+            return with_settings(ACTIVATION_FUNCTIONS[function], user.args[1:], user.kwargs)
         if function in UNTOLD_FUNCTIONS:
             return None
         return _follow(user, modules) if function in TRANSPARENT_FUNCTIONS else identity
@@ -245,26 +245,41 @@ def origin_of(activation: Activation) -> Any:
     return getattr(origin, "__self__", None) if isinstance(origin, MethodType) else origin
 
 
-def _with_arguments(function: Callable[..., Tensor], node: torch.fx.Node) -> Activation:
-    """Bind the settings that the model calls a functional activation with (a slope, say)."""
-    settings = {key: value for key, value in node.kwargs.items() if key not in ("input", "inplace")}
-    positional = node.args[1:]
+def with_settings(
+    function: Callable[..., Tensor], positional: Sequence[Any], named: Mapping[str, Any]
+) -> Activation:
+    """Bind the settings that a model calls a functional activation with (a slope, say)."""
+    settings = {key: value for key, value in named.items() if key not in ("input", "inplace")}
+    positional = [value for value in positional if not isinstance(value, bool)]  # in place or not
     if not settings and not positional:
         return function
     return functools.wraps(function)(lambda x: function(x, *positional, **settings))
 
 
-def _is_same(one: Activation | None, other: Activation | None) -> bool:
+def is_same(one: Activation | None, other: Activation | None) -> bool:
     """Whether two activations agree on numbers that tell all of torch's activations apart."""
-    if one is None or other is None:
+    if one is None or other is None or one is other:
         return one is other
     probe = torch.tensor([-7.0, -2.0, -0.4, 0.3, 1.5, 8.0])
     try:
         with torch.no_grad():
             answers = (without_hooks(activation)(probe.clone()) for activation in (one, other))
-            return one is other or torch.equal(*answers)
+            return torch.equal(*answers)
     except RuntimeError:  # PReLU with one slope a channel cannot take the probe
         return False
+
+
+def is_affine(activation: Activation) -> bool:
+    """Whether an activation is a scale and a shift of each number, so that a layer before it is linear."""
+    if activation is identity:
+        return True
+    probe = torch.linspace(-8.0, 8.0, 33, dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            steps = without_hooks(activation)(probe.clone()).double().diff()
+    except RuntimeError:  # a setting for each channel
+        return False
+    return steps.shape == (32,) and bool(steps[0] != 0) and torch.allclose(steps, steps[0].expand(32))
 
 
 def _find_in_encoder_layers(model: nn.Module, wanted: set[str]) -> dict[str, Activation]:

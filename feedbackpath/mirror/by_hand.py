@@ -10,6 +10,8 @@ from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.errors import RuleError
 from feedbackpath.mirror.cost import UseCounter, step_flops
+from feedbackpath.mirror.following import Following
+from feedbackpath.mirror.layouts import view_of
 from feedbackpath.mirror.mode import MirrorMode
 from feedbackpath.mirror.plan import LayerPlan, make_plan
 from feedbackpath.mirror.settings import Mirror, refuse_no_count
@@ -104,8 +106,10 @@ def plan(
     if not 0 < scale < math.inf:
         raise RuleError(f"plan: scale must be above 0 and finite, not {scale}")
     mode = context.part(MirrorMode)
-    with context.measuring(), torch.enable_grad(), UseCounter(weights) as counter:
+    following = Following(context, weights, is_measured=True)
+    with context.measuring(), torch.enable_grad(), UseCounter(weights) as counter, following:
         compute_loss()
+    mode.see(following.found())
     counter.share()
     before = mode.uses, mode.shapes
     mode.uses = {name: scale * count for name, count in counter.uses.items()}
@@ -129,9 +133,7 @@ def _choose(groups: Groups, settings: Mirror | None) -> list[tuple[object, Seque
     mirroring = [(rule, weights, how) for rule, weights, how in of_rules if isinstance(how, Mirror)]
     if settings is not None or not mirroring:
         mirroring = [(rule, weights, settings or Mirror()) for rule, weights, _ in of_rules]
-    unable = [
-        repr(weight.name) for _, group, _ in mirroring for weight in group if weight.kind.as_matrix is None
-    ]
+    unable = [repr(weight.name) for _, group, _ in mirroring for weight in group if view_of(weight) is None]
     if unable:
         raise RuleError(
             f"mirror mode cannot run the layers of {', '.join(unable)}: tell it how by "

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
-from feedbackpath.errors import MirrorWarning, RuleError, level_outside
+from feedbackpath.core.pytorch import has_processes
+from feedbackpath.errors import MirrorWarning, level_outside, pattern_of
 from feedbackpath.mirror.activations import (
     Activation,
     find_activations,
+    identity,
     odd_slope,
     out_of_place,
     refuse_no_activation,
@@ -33,6 +35,7 @@ class MirrorContext:
     Attributes:
         path: The same.
         activations: What follows each layer, as far as it is known.
+        seen: What a forward pass showed to follow it; None: different things, or no function of one number.
         odd_slopes: The ``odd_slope`` of each of them.
         passes: How often each weight has been mirrored; absent: never.
         samples: Answers of a neuron that B has learnt from, in all of them.
@@ -45,6 +48,7 @@ class MirrorContext:
     def __init__(self, path: RuleContext) -> None:
         self.path = path
         self.activations: dict[str, Activation] = {}
+        self.seen: dict[str, Activation | None] = {}
         self.odd_slopes: dict[str, float | None] = {}
         self.passes: dict[str, int] = {}
         self.samples: dict[str, int] = {}
@@ -56,28 +60,49 @@ class MirrorContext:
         self._warned: set[tuple[str, str]] = set()
 
     def find_activations(self, weights: Sequence[UntiedWeight]) -> None:
-        """Know the activation that follows each weight's layer, from what was given or by tracing.
+        """Know the activation that follows each weight's layer.
 
-        Raises:
-            RuleError: Names all the layers for which an activation has to be given.
+        It is the one that was given; or that was seen in a forward pass; or that a trace finds. What none of
+        them tells is taken as linear.
+
+        Warns:
+            MirrorWarning: Names, by pattern, the layers whose activation cannot be told.
         """
         unknown = [weight.name for weight in weights if weight.name not in self.activations]
         if not unknown:
             return
-        found = find_activations(self.path.model, unknown)
-        for name in unknown:
-            for pattern, activation in self.path.activations.items():
-                if fnmatch.fnmatchcase(name, pattern):
-                    refuse_no_activation(name, activation)
-                    found[name] = out_of_place(activation)
-        missing = [repr(name) for name in unknown if name not in found]
-        if missing:
-            raise RuleError(
-                f"mirror mode: the activations that follow {', '.join(missing)} cannot be found; give them, "
-                "as in untie(model, 'wm', activations={'encoder.*': torch.relu, 'head': torch.nn.Identity()})"
+        given = {
+            name: out_of_place(activation)
+            for name in unknown
+            for pattern, activation in self.path.activations.items()
+            if fnmatch.fnmatchcase(name, pattern)
+        }
+        for name, activation in given.items():
+            refuse_no_activation(name, activation)
+        unseen = [name for name in unknown if name not in given and name not in self.seen]
+        traced = find_activations(self.path.model, unseen) if unseen else {}
+        found = {**traced, **self.seen, **given}
+        untold = [name for name in unknown if found.get(name) is None]
+        if untold:
+            self.warn_once(
+                "untold",
+                "",
+                f"what follows {', '.join(by_pattern(untold))} cannot be told, and is taken as linear; give it "
+                "where it is not, as in untie(..., activations={'encoder.*': torch.relu}); if no forward pass "
+                "has been seen yet, train one step first",
             )
-        self.activations |= found
-        self.odd_slopes |= {name: odd_slope(activation) for name, activation in found.items()}
+        self.activations |= {name: found.get(name) or identity for name in unknown}
+        self.odd_slopes |= {name: odd_slope(self.activations[name]) for name in unknown}
+
+    def see(self, found: Mapping[str, Activation | None]) -> None:
+        """Know what follows layers from a forward pass: it counts for more than what a trace told."""
+        if has_processes():  # the devices of a job mirror alike: only what all of them have seen
+            told: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(told, list(found))
+            found = {name: found[name] for name in found if all(name in names for names in told)}
+        self.seen.update(found)
+        for name in found:
+            self.activations.pop(name, None)
 
     def field(self, weight: UntiedWeight, settings: Mirror, seen: tuple[int, ...] | None) -> Field:
         """Return what is fired at a weight: the maps that training showed, or, of codes, the smallest."""
@@ -145,3 +170,19 @@ class MirrorContext:
         self.schedules = {name: Schedule() for name in state["schedules"]}
         for name, schedule in self.schedules.items():
             schedule.load_state_dict(state["schedules"][name])
+
+
+def by_pattern(names: Sequence[str]) -> list[str]:
+    """Return names, with one pattern for those that differ by numbers alone.
+
+    Example:
+        >>> by_pattern(["blocks.0.fc1", "blocks.1.fc1", "head"])
+        ["'blocks.*.fc1' (2)", "'head'"]
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(pattern_of(name), []).append(name)
+    return [
+        repr(pattern) + f" ({len(group)})" if len(group) > 1 else repr(group[0])
+        for pattern, group in groups.items()
+    ]

@@ -9,7 +9,7 @@ kernel's edge meets fewer inputs: each value of a covariance is averaged over th
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.errors import RuleError
 from feedbackpath.layers import LocallyConnected2d
+from feedbackpath.mirror.layouts import view_of
 
 
 class ConvGeometry(NamedTuple):
@@ -65,7 +66,9 @@ class Field:
         """Groups of inputs that meet weights of their own."""
         if is_local(self.weight):
             return int(self.weight.layer.groups)
-        return int(getattr(self.weight.layer, "groups", 1)) if is_convolution(self.weight) else 1
+        if is_convolution(self.weight):
+            return int(self.weight.layer.groups)
+        return 1 if runs_itself(self.weight) else len(_matrix_of(self.weight, self.weight.weight))
 
     def run(self, x: Tensor) -> Tensor:
         """Return what the layer makes of noise ``[N, *shape]``: ``[samples, channels, ...]``.
@@ -142,6 +145,8 @@ def make_field(weight: UntiedWeight, seen: Sequence[int] | None) -> Field:
         return Field(weight, (weight.layer.in_channels, *weight.layer.input_size), 1, 1.0, 1.0)
     if not is_convolution(weight):
         inputs = weight.layer.in_features if runs_itself(weight) else _count_inputs(weight)
+        if not runs_itself(weight):  # groups of inputs, one after another, each with neurons of its own
+            inputs *= len(_matrix_of(weight, weight.weight))
         shape = tuple(seen[1:]) if seen is not None and len(seen) > 1 and seen[-1] == inputs else (inputs,)
         answers = math.prod(shape[:-1])
         return Field(weight, shape, answers, float(answers), float(answers))
@@ -277,7 +282,7 @@ def _count_inputs(weight: UntiedWeight) -> int:
 
 
 def _matrix_of(weight: UntiedWeight, tensor: Tensor) -> Tensor:
-    view: Any = weight.kind.as_matrix
+    view = view_of(weight)
     assert view is not None, f"no mirror can run {weight.name}"
     matrix: Tensor = view(weight.layer, tensor)
     return matrix

@@ -24,6 +24,7 @@ from feedbackpath.mirror import fields
 from feedbackpath.mirror.context import MirrorContext
 from feedbackpath.mirror.cost import UseCounter
 from feedbackpath.mirror.estimate import Estimate, count_devices, estimate, own_rank
+from feedbackpath.mirror.following import Following
 from feedbackpath.mirror.noise import relative_variance
 from feedbackpath.mirror.plan import examples_of, memory_of, passes_to, plan_turns
 from feedbackpath.mirror.readings import learn
@@ -43,7 +44,9 @@ class MirrorMode(MirrorContext):
         super().__init__(path)
         self._turns: dict[str, tuple[Mirror, Turns]] = {}
         self._watched: list[UntiedWeight] = []
+        self._followed: list[UntiedWeight] = []
         self._counter: UseCounter | None = None
+        self._following: Following | None = None
 
     @torch.no_grad()
     def run(self, weights: Sequence[UntiedWeight], settings: Mirror, passes: int | None = 1) -> None:
@@ -140,7 +143,7 @@ class MirrorMode(MirrorContext):
             settings: How to mirror them, and when.
             step: The step's number, from 1.
         """
-        self._end_watch()
+        self.end_watch()
         if not self.uses and weights[0] not in self._watched:
             self.watch_step(weights)  # this is a copy, made before there was a step to see
         turns = self._turns_of(weights, settings)
@@ -161,13 +164,34 @@ class MirrorMode(MirrorContext):
             self._turns[weights[0].name] = settings, turns
         return turns
 
-    def watch_step(self, weights: Sequence[UntiedWeight]) -> None:
-        """See what the first training step brings each layer: noise takes the shape of its minibatch."""
-        self.close()
-        self._watched += weights
-        self._counter = UseCounter(self._watched, self.path)
+    def watch_step(self, weights: Sequence[UntiedWeight], *, counts: bool = True) -> None:
+        """See what the first training step brings each layer, and what follows it.
 
-    def _end_watch(self) -> None:
+        Args:
+            weights: The layers' weights, beside those that are watched already.
+            counts: Whether noise is to take the shape of the step's minibatch.
+        """
+        self._followed += weights
+        self._watched += weights if counts else []
+        self._watch()
+
+    def _watch(self) -> None:
+        self.close()
+        if self._followed:
+            self._following = Following(self.path, self._followed)
+        if self._watched and not self.uses:
+            self._counter = UseCounter(self._watched, self.path)
+
+    def find_activations(self, weights: Sequence[UntiedWeight]) -> None:
+        """Know the activation that follows each weight's layer: see ``MirrorContext``."""
+        if self._following is not None and self._following.told:
+            self._following.stop()
+            self.see(self._following.found())
+            self._following = None
+        super().find_activations(weights)
+
+    def end_watch(self) -> None:
+        """Take up what a training step has shown."""
         if self._counter is not None:
             self._counter.stop()
             self._counter.share()
@@ -179,15 +203,14 @@ class MirrorMode(MirrorContext):
         """Go back to where ``state`` was taken."""
         super().load_state_dict(state)
         self._turns.clear()
-        self.close()
-        # Once the first step is over, the next may be of another size.
-        self._counter = UseCounter(self._watched, self.path) if self._watched and not self.uses else None
+        self._watch()  # once the first step is over, the next may be of another size
 
     def close(self) -> None:
         """Take all hooks off the model, and let go of its memory."""
         self._fields.clear()
-        if self._counter is not None:
-            self._counter.stop()
+        for watching in (self._counter, self._following):
+            if watching is not None:
+                watching.stop()
 
 
 def mirror_once(context: MirrorContext, weight: UntiedWeight, settings: Mirror) -> None:

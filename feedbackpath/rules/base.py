@@ -124,5 +124,7 @@ def draw_feedback(weights: Weights, context: RuleContext) -> None:
     """
     with torch.no_grad():
         for weight in weights:
+            if weight.weight.numel() == 0:
+                continue
             std = math.sqrt(2.0 / (weight.fan_in + weight.fan_out))
             weight.feedback.normal_(0.0, std, generator=context.generator(weight, "draw_feedback"))

@@ -1,12 +1,14 @@
 """Which rule governs which layer."""
 
 import fnmatch
+import warnings
 from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from feedbackpath.core.layers import list_weights
-from feedbackpath.errors import UntieError
+from feedbackpath.core.surgery import Survey
+from feedbackpath.errors import UnconvertedLayerWarning, UntieError, class_name, level_outside, pattern_of
 from feedbackpath.rules import resolve_rule
 from feedbackpath.rules.base import Rule
 
@@ -40,10 +42,36 @@ def refuse_unmatched(patterns: Iterable[str], what: str, names: Iterable[str]) -
             raise UntieError(f"the {what} {pattern!r} matches no layer; layers are {', '.join(names)}")
 
 
-def find_unserved(layers: Mapping[str, nn.Module], rules: Mapping[str, Rule]) -> dict[str, str]:
-    """Return the paths of layers that their rule cannot govern, with what is to be said of them."""
-    return {
-        name: f"{type(layer).__name__}, by {rules[name].name}"
-        for name, layer in layers.items()
-        if not rules[name].serves(list_weights(name, layer))
-    }
+def find_left(found: Survey, rules: Mapping[str, Rule]) -> dict[str, str]:
+    """Return the paths of layers that keep backprop without having been asked to, with what is to be said."""
+    left = {name: kind for name, kind in found.unconverted.items() if not rules[name].is_tied}
+    for name, layer in found.convertible.items():
+        if not rules[name].serves(list_weights(name, layer)):
+            left[name] = f"{class_name(type(layer))}, by {rules[name].name}"
+    return left
+
+
+def name_left(left: Mapping[str, str], *, is_error: bool) -> None:
+    """Name layers that keep backprop, those that differ by numbers alone together.
+
+    Raises:
+        UntieError: The same, in place of a warning.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, why in left.items():
+        groups.setdefault((pattern_of(name), why), []).append(name)
+    named = [
+        f"{names[0]!r} ({why})" if len(names) == 1 else f"{pattern!r} ({len(names)} times {why})"
+        for (pattern, why), names in groups.items()
+    ]
+    message = f"no untied form exists for {', '.join(named)}: errors still go back through the weights there"
+    if left and is_error:
+        raise UntieError(f"{message}; replace these layers, or give them another rule by overrides=")
+    if left:
+        warnings.warn(message, UnconvertedLayerWarning, stacklevel=level_outside())
+
+
+def note_left(model: nn.Module, names: Iterable[str]) -> None:
+    """Let the forward pass know which weights have no B: these have been named, and are no strangers."""
+    parameters = [p for name in names for p in model.get_submodule(name).parameters(recurse=False)]
+    model.__dict__["untied"].memo["left"] = parameters

@@ -81,7 +81,9 @@ class KolenPollack(Rule):
     def start(self, weights: Weights, context: RuleContext) -> None:
         """Draw every B at random."""
         draw_feedback(weights, context)
-        elsewhere = weights_used_elsewhere(context.model)
+        looked_up, elsewhere = weights_used_elsewhere(context.model)
+        if self.gradients is not None:  # W and B have each its own, and B cannot take over W's
+            looked_up, elsewhere = set(), looked_up | elsewhere
         shared = [weight for weight in weights if id(weight.weight) in elsewhere]
         if shared:
             warnings.warn(
@@ -93,8 +95,10 @@ class KolenPollack(Rule):
                 KolenPollackWarning,
                 stacklevel=level_outside(),
             )
-        if self.gradients is None:  # else W and B have each its own
-            context.part(SharedReduction).begin([weight for weight in weights if weight not in shared])
+        if self.gradients is None:
+            alike = [weight for weight in weights if weight not in shared]
+            tables = [weight for weight in alike if id(weight.weight) in looked_up]
+            context.part(SharedReduction).begin(alike, tables)
 
     def attach(self, weights: Weights, context: RuleContext) -> None:
         """Watch the first update; let B take over the gradient that several processes have averaged for W."""

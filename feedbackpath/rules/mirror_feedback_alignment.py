@@ -52,9 +52,9 @@ class MirrorFeedbackAlignment(Rule):
         return can_mirror(weights)
 
     def start(self, weights: Weights, context: RuleContext) -> None:
-        """Draw every B at random; see that every layer's activation is known."""
+        """Draw every B at random; see in the first step what follows each layer."""
         draw_feedback(weights, context)
-        context.part(MirrorMode).find_activations(weights)
+        context.part(MirrorMode).watch_step(weights, counts=False)
 
     def step(self, weights: Weights, context: RuleContext) -> None:
         """Mirror what has never been mirrored; from then on B is fixed."""

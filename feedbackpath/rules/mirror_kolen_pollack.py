@@ -86,9 +86,9 @@ class MirrorKolenPollack(KolenPollack):
         return can_mirror(weights)
 
     def start(self, weights: Weights, context: RuleContext) -> None:
-        """Draw every B at random; see that every layer's activation is known."""
+        """Draw every B at random; see in the first step what follows each layer."""
         super().start(weights, context)
-        context.part(MirrorMode).find_activations(weights)
+        context.part(MirrorMode).watch_step(weights, counts=False)
 
     def step(self, weights: Weights, context: RuleContext) -> None:
         """Mirror what has never been mirrored, and all when it is time; the optimizer does the rest."""

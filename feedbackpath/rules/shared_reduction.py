@@ -3,6 +3,8 @@
 W and B have the same gradient (Akrout et al. 2019, equations 16-18), so that DistributedDataParallel, which
 averages gradients over the replicas, has to send it only once. B is left out of its traffic, and takes over
 W's gradient when that has been averaged. Every replica draws the same B from its seed: no B is ever sent.
+
+On one device the same is done where a layer shares its weight with an embedding: B gets what W gets at both.
 """
 
 from collections.abc import Mapping
@@ -22,14 +24,19 @@ from feedbackpath.rules.update_watch import UpdateWatch
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DistributedDataParallel asks its module for
 
 
-def weights_used_elsewhere(model: nn.Module) -> set[int]:
-    """Return the ids of parameters that a module without feedback weights (an embedding, say) uses too."""
-    return {
-        id(parameter)
-        for module in model.modules()
-        if not (isinstance(module, FeedbackModule) and module.untied.weights)
-        for parameter in module.parameters(recurse=False)
-    }
+def weights_used_elsewhere(model: nn.Module) -> tuple[set[int], set[int]]:
+    """Return the ids of parameters that modules without feedback weights use too.
+
+    Returns:
+        Those that embeddings alone use: a look-up is a product with a signal of one 1, and what W gets there,
+        delta at the neurons of its row, is as local as at a layer. And those that other modules use.
+    """
+    used: tuple[set[int], set[int]] = (set(), set())
+    for module in model.modules():
+        if not (isinstance(module, FeedbackModule) and module.untied.weights):
+            is_local = isinstance(module, nn.Embedding) and not module.sparse
+            used[0 if is_local else 1].update(id(p) for p in module.parameters(recurse=False))
+    return used[0] - used[1], used[1]
 
 
 class SharedReduction:
@@ -43,10 +50,17 @@ class SharedReduction:
         self._weights: dict[tuple[int, str], UntiedWeight] = {}
         self._waits_for: int | None = None
 
-    def begin(self, weights: Weights) -> None:
-        """Leave the feedback weights of a model out of what is sent; ``attach`` then shares gradients."""
+    def begin(self, weights: Weights, looked_up: Weights = ()) -> None:
+        """Leave the feedback weights of a model out of what is sent; ``attach`` then shares gradients.
+
+        Args:
+            weights: The weights.
+            looked_up: Those of them that are an embedding's table too: B gets what W gets there.
+        """
         if not pytorch.can_wait():
             return
+        for weight in looked_up:
+            weight.layer.untied.memo.setdefault("looked_up", set()).add(weight.weight_name)
         model = self._context.model
         if not self._has_begun:
             self._before, self._has_begun = getattr(model, IGNORED, None), True
@@ -72,16 +86,16 @@ class SharedReduction:
         ]
 
     def _hand_over_later(self, _: Tensor) -> None:
-        """Hand the averages over when this backward pass has ended: where several devices are at work."""
+        """Hand gradients over once this backward pass has ended: of several devices, or of a table."""
         number = pytorch.backward_id()
-        if pytorch.has_processes() and (number is None or number != self._waits_for):
+        if any(map(_is_due, self._weights.values())) and (number is None or number != self._waits_for):
             self._waits_for = number
             pytorch.after_backward(self._hand_over)
 
     @torch.no_grad()
     def _hand_over(self) -> None:
         """Give every B the gradient of W; also where this process has not used a layer that others have."""
-        for weight in self._weights.values():
+        for weight in filter(_is_due, self._weights.values()):
             gradient, feedback = weight.weight.grad, weight.feedback
             if gradient is None or not feedback.requires_grad:
                 continue
@@ -112,3 +126,8 @@ class SharedReduction:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing has to be resumed."""
+
+
+def _is_due(weight: UntiedWeight) -> bool:
+    """Whether W's gradient is not B's own: it is an average over devices, or an embedding adds to it."""
+    return pytorch.has_processes() or weight.weight_name in weight.layer.untied.memo.get("looked_up", ())

@@ -42,19 +42,12 @@ def _find_faults(model: nn.Module) -> Iterator[str]:
 
 
 def _find_faults_of(where: str, module: nn.Module) -> Iterator[str]:
-    named = dict(module.named_parameters(recurse=False))
-    parameters = named.values()
-    is_computed = any(name.endswith(("weight_g", "weight_v", "weight_orig")) for name in named)
+    parameters = list(module.parameters(recurse=False))
     if isinstance(module, FeedbackModule):
         if module.untied.weights:
             yield f"{where} is untied already: call path.retie() first"
     elif any(nn.parameter.is_lazy(parameter) for parameter in parameters):
         yield f"{where} is lazy and has no weights yet: run one forward pass first"
-    elif is_computed or torch.nn.utils.parametrize.is_parametrized(module):
-        yield (
-            f"{where} computes its weight from other parameters (weight_norm, spectral_norm, parametrize): "
-            "remove the parametrization first"
-        )
     elif any(parameter.is_meta for parameter in parameters):
         yield f"{where} is on the meta device and has no values yet: load its weights first"
     elif any(parameter.is_complex() and parameter.dim() > 1 for parameter in parameters):

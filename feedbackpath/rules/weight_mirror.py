@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.mirror import Mirror, MirrorMode
+from feedbackpath.mirror.layouts import view_of
 from feedbackpath.rules.base import Facts, Rule, Weights, draw_feedback
 
 
@@ -54,11 +55,9 @@ class WeightMirror(Rule):
         return can_mirror(weights)
 
     def start(self, weights: Weights, context: RuleContext) -> None:
-        """Draw every B at random; see that every layer's activation is known."""
+        """Draw every B at random; see what the first step brings each layer, and what follows it."""
         draw_feedback(weights, context)
-        mode = context.part(MirrorMode)
-        mode.find_activations(weights)
-        mode.watch_step(weights)
+        context.part(MirrorMode).watch_step(weights)
 
     def step(self, weights: Weights, context: RuleContext) -> None:
         """Mirror the layers whose turn it is: by default all."""
@@ -67,4 +66,4 @@ class WeightMirror(Rule):
 
 def can_mirror(weights: Weights) -> bool:
     """Whether a mirror can run a layer with these weights."""
-    return all(weight.kind.as_matrix is not None for weight in weights)
+    return all(view_of(weight) is not None for weight in weights)
