@@ -21,12 +21,14 @@ TEXT = (
     "--data text --optimizer adamw --lr 0.003 --weight-decay 0.1 --batch-size 16 --samples-per-epoch 4000 "
     "--epochs 4 --num-threads 1"
 )
+ZERO = Path(__file__).parent / "language_rules.py"  # kp whose B starts at 0
 STRONG_DECAY = "--weight-decay 3.5"
 MARGINS = {"gpt-equivalence": 0.02, "lstm-equivalence": 0.05}
 PARTS = {
     "gpt": "--model gpt --rules bp,mirror-kp,kp,ss,fa,dfa",
     "lstm": "--model lstm --rules bp,mirror-kp,kp,ss,fa",
     "gpt-efolds": f"--model gpt --rules bp,kp {STRONG_DECAY}",
+    "gpt-efolds-zero": f"--import {ZERO} --model gpt --rules kp-zero {STRONG_DECAY}",
     "lstm-efolds": f"--model lstm --rules bp,kp {STRONG_DECAY}",
     "gpt-wm": "--model gpt --rules wm",
     "lstm-wm": "--model lstm --rules wm",

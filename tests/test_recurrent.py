@@ -1,4 +1,4 @@
-"""Recurrent layers: every step of backprop through time goes through B, under every rule that can serve them."""
+"""Recurrent layers: every step of backprop through time goes through B, under every rule that serves them."""
 
 import copy
 

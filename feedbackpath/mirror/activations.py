@@ -280,7 +280,7 @@ class Gates:
 
     def __call__(self, z: Tensor) -> Tensor:
         """Answer drives ``[samples, gates * neurons]``."""
-        parts = z.unflatten(1, (len(self.activations), -1)).unbind(1)
+        parts = z.reshape(len(z), len(self.activations), -1).unbind(1)
         return torch.cat([answer(part) for answer, part in zip(self.activations, parts, strict=True)], 1)
 
 
