@@ -41,8 +41,8 @@ class Path(Protocol):
 class Pair(NamedTuple):
     """A forward weight and its feedback weight."""
 
-    w: Tensor
-    b: Tensor
+    w: Any
+    b: Any
 
 
 def share_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -105,7 +105,7 @@ class _SharedMoments:
 
     def __init__(self, pairs: list[Pair]) -> None:
         self._pairs = {id(pair.b): pair for pair in pairs}
-        self._taken: list[tuple[Pair, Tensor | None]] = []
+        self._taken: list[Pair] = []
         self._lent: dict[int, State] = {}
 
     def before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -125,7 +125,7 @@ class _SharedMoments:
     @torch.no_grad()
     def after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Move each B that was taken out as its W was moved, and put it back."""
-        state, taken = optimizer.state, [pair for pair, _ in self._taken]
+        state, taken = optimizer.state, self._taken
         of_b = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         steps = torch.stack([state[pair.w]["step"] for pair in taken]).tolist() if taken else []
         for group in optimizer.param_groups:
@@ -136,14 +136,14 @@ class _SharedMoments:
             else:
                 for pair, number in due:
                     _move(pair.b, state[pair.w], number, group)
-        for pair, gradient in self._taken:
-            pair.b.grad = gradient
+        for pair in taken:
+            pair.b.grad = share(pair.w.grad)
             self._lend(pair, state)
         self._taken.clear()
 
     @torch.no_grad()
     def _take(self, optimizer: Any) -> None:
-        for pair, _ in self._taken:  # of a step that failed
+        for pair in self._taken:  # of a step that failed
             self._lend(pair, optimizer.state)
         self._taken.clear()
         if getattr(optimizer, "found_inf", None) is not None:
@@ -151,8 +151,8 @@ class _SharedMoments:
         due = [pair for pair in self._pairs.values() if pair.w.grad is not None or pair.b.grad is not None]
         for pair, is_same in zip(due, _agree([self._compared(p, optimizer.state) for p in due]), strict=True):
             if is_same:
-                self._taken.append((pair, pair.b.grad))
-                pair.b.grad = None
+                self._taken.append(pair)
+                pair.b.grad = None  # a fused optimizer may write to W's, which must not be copied then
                 optimizer.state.pop(pair.b, None)
             else:
                 del self._pairs[id(pair.b)]
