@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from feedbackpath.mirror import Mirror, When
     from feedbackpath.mirror.passage import forward_passage
     from feedbackpath.models import register_model
+    from feedbackpath.moments import share_moments
     from feedbackpath.path import FeedbackPath, untie
     from feedbackpath.rules import (
         RULES,
@@ -116,6 +117,7 @@ __all__ = [
     "register_model",
     "register_rule",
     "register_task",
+    "share_moments",
     "untie",
 ]
 _HOMES = {
@@ -127,6 +129,7 @@ _HOMES = {
     "layers": ("LocallyConnected2d", "RectifiedTanh", "SynapticScaling"),
     "mirror": ("Mirror", "When"),
     "models": ("register_model",),
+    "moments": ("share_moments",),
     "tasks": ("Task", "register_task"),
     "path": ("FeedbackPath", "untie"),
     "auditing": ("AuditError", "Report", "audit"),

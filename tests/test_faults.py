@@ -776,7 +776,7 @@ def test_broadcasting_into_a_checkpointed_part_trains_all_layers_or_is_refused(r
 def test_warnings_name_the_line_that_called_untie(rule):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fp.untie(nn.Sequential(nn.LSTM(4, 4), nn.Linear(4, 4)), "wm", activations={"*": torch.relu})
+        fp.untie(nn.ModuleList([nn.Bilinear(4, 4, 4), nn.Linear(4, 4)]), "wm", activations={"*": torch.relu})
         fp.untie(Tied(), rule, activations={"*": torch.relu})
     found = [(one.category, one.filename) for one in caught]
     assert found == [(fp.UnconvertedLayerWarning, __file__), (fp.KolenPollackWarning, __file__)]

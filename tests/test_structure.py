@@ -21,6 +21,7 @@ LEVELS = {
     "mirror": 2,
     "rules": 3,
     "measure": 4,
+    "moments": 4,
     "path": 5,
     "auditing": 6,
     "feedbackpath": 6,  # the package itself, which offers all of the above

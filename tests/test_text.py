@@ -4,15 +4,21 @@ import math
 
 import pytest
 import torch
+from rich.console import Console
 
 import feedbackpath as fp
 from feedbackpath.errors import DataError
+from feedbackpath.jobs import run_job
 from feedbackpath.models import build_model
+from feedbackpath.models.language import GPT
+from feedbackpath.recipes import make_recipe
+from feedbackpath.report.live import LiveView
 from feedbackpath.tasks import load_task
 from feedbackpath.tasks.text import CONTEXT, bits_per_byte, byte_loss
-from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.config import CompareConfig, RunConfig
 from feedbackpath.train.engine import Engine
 from feedbackpath.train.loop import Measured, train
+from feedbackpath.train.results import read_results
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +110,56 @@ def test_text_trains_through_the_one_loop(folder, model, rule):
     task = load_task("text", data_dir=folder, samples_per_epoch=64)
     measured = [e.entry for e in train(config, rule, 0, task, Engine(config)) if isinstance(e, Measured)]
     assert measured[-1].test < measured[0].test < 9
+
+
+def test_longer_windows_for_longer_networks(tmp_path):
+    for number in range(60):
+        (tmp_path / f"{number}.txt").write_text(f"file {number}: " + "the cat sat on the mat. " * 100)
+    task = load_task("text-1024", data_dir=tmp_path, samples_per_epoch=3)
+    assert (task.name, task.sample_shape) == ("text-1024", (1024,))
+    x, y = task.train.batch(torch.arange(3), epoch=1)
+    assert x.shape == (3, 1024)
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    assert 0 < len(task.test) <= 128
+
+
+def test_a_tied_head_is_the_embeddings_table_and_kolen_pollack_says_what_that_means():
+    torch.manual_seed(0)
+    model = GPT(8, 11, width=8, num_heads=2, is_tied=True)
+    assert model.head.weight is model.embed.weight
+    with pytest.warns(fp.KolenPollackWarning, match="'head'"):
+        path = fp.untie(model, "kp")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.1)
+    fp.share_moments(path, optimizer)
+    tokens = torch.randint(11, (3, 8))
+    byte_loss(model(tokens), tokens).backward()
+    optimizer.step()
+    apart = {name: not torch.equal(w.grad, b.grad) for name, w, b in path.pairs()}
+    assert [name for name, is_apart in apart.items() if is_apart] == ["head"]
+    moments = [optimizer.state[p]["exp_avg"] for p in (model.head.weight, model.head.feedback)]
+    assert not torch.equal(*moments)
+
+
+@pytest.mark.parametrize("name", ["text-gpt-small", "text-lstm-small", "text-gpt-124m"])
+def test_recipes_run(folder, tmp_path, name):
+    """The large one runs with a small network here, in bf16; it was run whole by hand."""
+    small = {"data_dir": folder, "samples_per_epoch": 32, "epochs": 1, "batch_size": 16, "num_threads": 1}
+    if name == "text-gpt-124m":
+        small |= {
+            "data": "text",
+            "model": "gpt",
+            "micro_batch_size": 8,
+            "warmup_epochs": 0.5,
+            "compile": False,
+        }
+    recipe = make_recipe(name, rule="kp")
+    config = RunConfig.model_validate(recipe.model_dump() | small)
+    run_job(config, tmp_path / "run", resume=False, command="", view=LiveView(Console(quiet=True)))
+    (run,) = read_results(tmp_path / "run").runs
+    assert (run.status, len(run.history)) == ("finished", 1)
+
+
+def test_the_large_recipe_has_the_size_that_it_says():
+    with torch.device("meta"):
+        model = build_model("gpt-124m", sample_shape=(1024,), num_classes=256)
+    assert sum(p.numel() for p in model.parameters()) == 126_042_176

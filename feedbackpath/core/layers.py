@@ -274,7 +274,7 @@ _TRANSPOSED = LayerKind(
     _as_transposed_convolution,
     is_one_product=True,
 )
-_RECURRENT = LayerKind(_recurrent_weights, UNKNOWN.fan_in, UNKNOWN.fan_out)
+_RECURRENT = LayerKind(_recurrent_weights, UNKNOWN.fan_in, UNKNOWN.fan_out, _as_dense)
 # They own weights, but no error goes back through a matrix of theirs. Norms scale each neuron by its own
 # number (declared in the docs); embeddings are looked up, and have no input to send an error to.
 _NO_FEEDBACK = LayerKind(lambda layer: {}, UNKNOWN.fan_in, UNKNOWN.fan_out)

@@ -92,7 +92,7 @@ def find_activations(model: nn.Module, names: Iterable[str]) -> dict[str, Activa
         (tensor(1.), tensor(100.))
     """
     wanted = set(names)
-    found = _find_in_encoder_layers(model, wanted)
+    found = _find_in_encoder_layers(model, wanted) | _find_in_recurrent_layers(model, wanted)
     traced: dict[str, list[Activation | None]] = {}
     modules = dict(model.named_modules())
     for node in _trace(model, wanted):
@@ -299,3 +299,48 @@ def _find_in_encoder_layers(model: nn.Module, wanted: set[str]) -> dict[str, Act
             prefix = f"{name}." if name else ""
             found |= {layer: identity for layer in wanted if layer == name or layer.startswith(prefix)}
     return found
+
+
+class Gates:
+    """What follows a weight of a recurrent layer: each gate answers by its own nonlinearity.
+
+    Args:
+        activations: Those of the gates, in the order of W's rows.
+
+    Example:
+        >>> Gates(torch.sigmoid, torch.tanh)(torch.zeros(3, 8))[0]
+        tensor([0.5000, 0.5000, 0.5000, 0.5000, 0.0000, 0.0000, 0.0000, 0.0000])
+    """
+
+    def __init__(self, *activations: Activation) -> None:
+        self.activations = activations
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Answer drives ``[samples, gates * neurons]``."""
+        parts = z.reshape(len(z), len(self.activations), -1).unbind(1)
+        return torch.cat([answer(part) for answer, part in zip(self.activations, parts, strict=True)], 1)
+
+
+def _find_in_recurrent_layers(model: nn.Module, wanted: set[str]) -> dict[str, Activation]:
+    """Read what torch's recurrent layers say of themselves: noise drives a gate from one side at a time.
+
+    A GRU's reset gate is open in mirror mode: noise in its state reaches the candidate whole. A projection
+    of an LSTM's output is linear.
+    """
+    found: dict[str, Activation] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            prefix = f"{name}." if name else ""
+            inside = [weight for weight in wanted if weight.rpartition(".")[0] == name]
+            gates = _gates_of(module)
+            found |= {w: identity if w.startswith(f"{prefix}weight_hr") else gates for w in inside}
+    return found
+
+
+def _gates_of(module: nn.Module) -> Activation:
+    kind = getattr(module, "mode", "")
+    if kind == "LSTM" or isinstance(module, nn.LSTMCell):  # input, forget, cell, output
+        return Gates(torch.sigmoid, torch.sigmoid, torch.tanh, torch.sigmoid)
+    if kind == "GRU" or isinstance(module, nn.GRUCell):  # reset, update, candidate
+        return Gates(torch.sigmoid, torch.sigmoid, torch.tanh)
+    return torch.relu if "relu" in (kind.lower()[4:], getattr(module, "nonlinearity", "")) else torch.tanh

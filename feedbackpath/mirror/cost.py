@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from feedbackpath.core.context import RuleContext
-from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.core.layers import Recurrent, UntiedWeight
 from feedbackpath.core.pytorch import has_processes
 from feedbackpath.mirror.fields import Field, is_local
 
@@ -142,4 +142,5 @@ class UseCounter:
         share = len(range(*rows.indices(size))) / size
         name = self._names[id(weight.layer), weight.weight_name]
         self.uses[name] = self.uses.get(name, 0.0) + positions * share
-        self.shapes[name] = seen
+        is_recurrent = isinstance(weight.layer, Recurrent)  # its state, or its layers', has another size
+        self.shapes[name] = (*seen[:-1], weight.weight.shape[1]) if is_recurrent else seen

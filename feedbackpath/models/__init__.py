@@ -182,7 +182,7 @@ def _resnet(block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, int, 
     )
 
 
-READ_TOKENS = frozenset(["gpt", "lstm"])
+READ_TOKENS = frozenset(["gpt", "gpt-124m", "lstm"])
 """Names of the networks that read tokens, not images."""
 _USERS: set[str] = set()  # names of networks that users registered
 SIZED: dict[str, Callable[[int], Builder]] = {"mlp": _mlp, "transformer": _transformer}
@@ -195,6 +195,9 @@ MODELS: dict[str, Builder] = {
     "resnet56": _cifar_resnet(9),
     "resnet18": _resnet(BasicBlock, (2, 2, 2, 2)),
     "gpt": lambda sample_shape, num_classes, parts: GPT(sample_shape[0], num_classes),
+    "gpt-124m": lambda sample_shape, num_classes, parts: GPT(
+        sample_shape[0], num_classes, width=832, num_heads=13, num_layers=15
+    ),
     "lstm": lambda sample_shape, num_classes, parts: TextLSTM(num_classes),
     "resnet50": _resnet(Bottleneck, (3, 4, 6, 3)),
 }

@@ -13,6 +13,8 @@ class GPT(nn.Module):
         width: Features of a token.
         num_heads: Attention heads; they share the width.
         num_layers: Layers.
+        is_tied: Whether the head is the table of the embedding. A tied W gets gradients of both, and B those
+            of the head alone: Kolen-Pollack then warns, for it does not bring the two together.
 
     Example:
         >>> GPT(64, 256)(torch.zeros(2, 64, dtype=torch.long)).shape
@@ -20,7 +22,14 @@ class GPT(nn.Module):
     """
 
     def __init__(
-        self, context: int, num_tokens: int, *, width: int = 128, num_heads: int = 4, num_layers: int = 2
+        self,
+        context: int,
+        num_tokens: int,
+        *,
+        width: int = 128,
+        num_heads: int = 4,
+        num_layers: int = 2,
+        is_tied: bool = False,
     ) -> None:
         super().__init__()
         self.embed, self.position = nn.Embedding(num_tokens, width), nn.Embedding(context, width)
@@ -34,6 +43,8 @@ class GPT(nn.Module):
         self.register_buffer("places", torch.arange(context), persistent=False)
         for embedding in (self.embed, self.position):
             nn.init.normal_(embedding.weight, std=0.02)
+        if is_tied:
+            self.head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens ``[N, context]`` to logits ``[N, context, num_tokens]`` of what follows each."""

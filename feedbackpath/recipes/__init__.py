@@ -11,6 +11,7 @@ from feedbackpath.recipes.small import (
     glyphs1000_resnet18,
     glyphs_resnet8,
 )
+from feedbackpath.recipes.text import text_gpt_124m, text_gpt_small, text_lstm_small
 from feedbackpath.train.config import RunConfig
 
 __all__ = ["RECIPES", "make_recipe"]
@@ -22,6 +23,9 @@ RECIPES: dict[str, Callable[..., RunConfig]] = {
     "fashion-mnist-lenet": fashion_mnist_lenet,
     "glyphs-resnet8": glyphs_resnet8,
     "glyphs1000-resnet18": glyphs1000_resnet18,
+    "text-gpt-small": text_gpt_small,
+    "text-lstm-small": text_lstm_small,
+    "text-gpt-124m": text_gpt_124m,
 }
 """Names to recipes; each takes ``rule`` and ``norm``."""
 

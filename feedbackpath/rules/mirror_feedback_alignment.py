@@ -48,7 +48,7 @@ class MirrorFeedbackAlignment(Rule):
         object.__setattr__(self, "mirror", settings_to_start(start, mirror))
 
     def serves(self, weights: Weights) -> bool:
-        """Layers that a mirror can run: recurrent layers and unknown ones are left to backprop."""
+        """Layers that a mirror can run: unknown ones are left to backprop."""
         return can_mirror(weights)
 
     def start(self, weights: Weights, context: RuleContext) -> None:

@@ -82,7 +82,7 @@ class MirrorKolenPollack(KolenPollack):
         object.__setattr__(self, "every", every)
 
     def serves(self, weights: Weights) -> bool:
-        """Layers that a mirror can run: recurrent layers and unknown ones are left to backprop."""
+        """Layers that a mirror can run: unknown ones are left to backprop."""
         return can_mirror(weights)
 
     def start(self, weights: Weights, context: RuleContext) -> None:

@@ -51,7 +51,7 @@ class WeightMirror(Rule):
     mirror: Mirror = field(default_factory=Mirror)
 
     def serves(self, weights: Weights) -> bool:
-        """Layers that a mirror can run: recurrent layers and unknown ones are left to backprop."""
+        """Layers that a mirror can run: unknown ones are left to backprop."""
         return can_mirror(weights)
 
     def start(self, weights: Weights, context: RuleContext) -> None:

@@ -10,6 +10,7 @@ import math
 import platform
 import sysconfig
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,13 +22,15 @@ from feedbackpath.data.counter import uniform
 from feedbackpath.errors import DataError
 from feedbackpath.tasks.task import Samples, Task, register_task
 
-CONTEXT = 64  # bytes that a network sees at once
+CONTEXT, LONG_CONTEXT = 64, 1024  # bytes that a network sees at once: ``text``, ``text-1024``
 EVERY = 20  # one file in so many is for validation, one for testing
-SAMPLES_PER_EPOCH, EVALUATED = 16_384, 2_048  # windows
+SAMPLES_PER_EPOCH, EVALUATED = 16_384, 2_048  # windows; longer ones are fewer
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 
 
-def load_text(seed: int, data_dir: Path | None = None, samples_per_epoch: int | None = None) -> Task:
+def load_text(
+    seed: int, data_dir: Path | None = None, samples_per_epoch: int | None = None, *, context: int = CONTEXT
+) -> Task:
     """Return the task of predicting each next byte of text.
 
     Which files are for validation and testing depends on their paths alone.
@@ -35,7 +38,8 @@ def load_text(seed: int, data_dir: Path | None = None, samples_per_epoch: int | 
     Args:
         seed: Chooses the windows of each epoch.
         data_dir: A folder of text files; Python's standard library by default.
-        samples_per_epoch: Windows of 64 bytes per epoch.
+        samples_per_epoch: Windows per epoch.
+        context: Bytes of a window.
 
     Raises:
         DataError: The folder holds no text, or too little.
@@ -43,20 +47,20 @@ def load_text(seed: int, data_dir: Path | None = None, samples_per_epoch: int | 
     folder = data_dir or Path(sysconfig.get_paths()["stdlib"])
     parts, digest, count = _read_parts(folder, "**/*" if data_dir else "**/*.py")
     for name, part in parts.items():
-        if len(part) <= CONTEXT:
+        if len(part) <= context:
             raise DataError(
                 f"text: {folder} has {len(part)} bytes for {name}; give a folder of more text files: one in "
                 f"{EVERY} is for {name}"
             )
     return Task(
-        "text",
+        "text" if context == CONTEXT else f"text-{context}",
         256,
-        (CONTEXT,),  # type: ignore[arg-type]
-        train=RandomWindows(parts["train"], samples_per_epoch or SAMPLES_PER_EPOCH, seed),
-        validation=EvenWindows(parts["validation"]),
-        test=EvenWindows(parts["test"]),
+        (context,),  # type: ignore[arg-type]
+        train=RandomWindows(parts["train"], samples_per_epoch or SAMPLES_PER_EPOCH, seed, context),
+        validation=EvenWindows(parts["validation"], context),
+        test=EvenWindows(parts["test"], context),
         facts={
-            "source": str(folder),
+            "source": str(folder) if data_dir else "Python's standard library",
             "python": platform.python_version() if data_dir is None else None,
             "files": count,
             "checksum": digest,
@@ -89,11 +93,13 @@ class RandomWindows(Split):
         text: Bytes, uint8 ``[M]``.
         samples_per_epoch: Windows per epoch.
         seed: Chooses them.
+        context: Bytes of a window.
     """
 
     text: Tensor
     samples_per_epoch: int
     seed: int
+    context: int
 
     def __len__(self) -> int:
         return self.samples_per_epoch
@@ -101,7 +107,7 @@ class RandomWindows(Split):
     def batch(self, indices: Tensor, epoch: int) -> Samples:
         """Return some windows, and the bytes that follow each of theirs: int64 ``[N, T]`` both."""
         share = uniform(indices, 1, self.seed, epoch)[:, 0].double()
-        return _windows(self.text, (share * (len(self.text) - CONTEXT)).long())
+        return _windows(self.text, (share * (len(self.text) - self.context)).long(), self.context)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,20 +116,23 @@ class EvenWindows(Split):
 
     Attributes:
         text: Bytes, uint8 ``[M]``.
+        context: Bytes of a window.
     """
 
     text: Tensor
+    context: int
 
     def __len__(self) -> int:
-        return min(EVALUATED, (len(self.text) - 1) // CONTEXT)
+        return min(EVALUATED * CONTEXT // self.context, (len(self.text) - 1) // self.context)
 
     def batch(self, indices: Tensor, epoch: int) -> Samples:
         """Return some windows, and the bytes that follow each of theirs: int64 ``[N, T]`` both."""
-        return _windows(self.text, indices * ((len(self.text) - 1 - CONTEXT) // max(len(self) - 1, 1)))
+        starts = indices * ((len(self.text) - 1 - self.context) // max(len(self) - 1, 1))
+        return _windows(self.text, starts, self.context)
 
 
-def _windows(text: Tensor, starts: Tensor) -> Samples:
-    found = text[starts[:, None] + torch.arange(CONTEXT + 1)].long()
+def _windows(text: Tensor, starts: Tensor, context: int) -> Samples:
+    found = text[starts[:, None] + torch.arange(context + 1)].long()
     return found[:, :-1], found[:, 1:]
 
 
@@ -151,3 +160,4 @@ def _read_parts(folder: Path, pattern: str) -> tuple[dict[str, Tensor], str, int
 
 
 register_task("text", load_text)
+register_task("text-1024", partial(load_text, context=LONG_CONTEXT))

@@ -46,7 +46,8 @@ class DataSettings(BaseModel):
 
     data: Annotated[str, DATA] = Field(
         "glyphs",
-        description="glyphs, digits, text, mnist, fashion-mnist, cifar10, cifar100, imagenet, your own",
+        description="glyphs, digits, text, text-1024, mnist, fashion-mnist, cifar10, cifar100, imagenet, "
+        "your own",
     )
     data_dir: Annotated[Path | None, DATA] = Field(
         None, description="folder of the data files (--data DIR says the same)"
@@ -76,7 +77,8 @@ class NetworkSettings(BaseModel):
 
     model: Annotated[Name, NETWORK] = Field(
         "resnet8",
-        description="mlp, lenet, transformer, resnet8, 20, 56, 18 or 50, gpt, lstm (text), or your own",
+        description="mlp, lenet, transformer, resnet8, 20, 56, 18 or 50, gpt, gpt-124m, lstm (text), or "
+        "your own",
     )
     norm: Annotated[Literal["after", "before", "scaling"], NETWORK] = Field(
         "after", description="BatchNorm after the activation, or before it; or synaptic scaling after it"

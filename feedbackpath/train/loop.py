@@ -14,6 +14,7 @@ from feedbackpath.data import Split, minibatches
 from feedbackpath.data.dataset import leave_out_unreadable
 from feedbackpath.errors import CheckpointError, DataError
 from feedbackpath.measure.deltas import Delta
+from feedbackpath.moments import share_moments, why_apart
 from feedbackpath.tasks import Task
 from feedbackpath.train.build import make_network, make_optimizer, make_path, run_once
 from feedbackpath.train.config import TrainConfig
@@ -147,6 +148,8 @@ class Training:
         run_once(self.path, task)
         self.optimizer = make_optimizer(self.model, config)
         self.path.check_optimizer(self.optimizer)
+        if why_apart(self.path, self.optimizer) is None:
+            share_moments(self.path, self.optimizer)
         self.wrapped_model, self.wrapped_optimizer = engine.set_up(self.model, self.optimizer)
         self.mirror_epochs = config.mirror_epochs if self.path.mirrors else 0
         # A last minibatch of one sample is left out: BatchNorm has no variance there.

@@ -1,0 +1,102 @@
+"""What networks of the study in ``language.py`` write, and how far their errors are from backprop's.
+
+    python benchmarks/language_samples.py --out benchmarks/language/samples.json
+
+Trains the cells of the parts ``gpt`` and ``lstm`` once more, seed 0, and keeps of each: its bits per byte on
+test text; 200 bytes that it writes after a prompt (temperature 0.8, the same random numbers for all); delta
+angles by layer; and, of the LSTM, the angle between the error through B and that through W that arrives at
+the input of a time step, from the loss of the last one, by the steps in between. Killed, it goes on where it
+was.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from language import PARTS, command_of
+from torch import Tensor, nn
+
+from feedbackpath.core.exchange import as_backprop
+from feedbackpath.measure.angles import angle_deg
+from feedbackpath.tasks import load_task
+from feedbackpath.tasks.text import CONTEXT, byte_loss
+from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.engine import Engine
+from feedbackpath.train.loop import Measured, Training
+
+PROMPT = "def read_lines(path):\n    "
+
+
+def config_of(part: str) -> CompareConfig:
+    """Return the settings of a part, as its command line has them."""
+    words = command_of(part, 1, Path())[4:-1]
+    flags = {flag[2:].replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
+    return CompareConfig.model_validate({name: value for name, value in flags.items() if name != "out"})
+
+
+@torch.no_grad()
+def write(model: nn.Module, length: int = 200, temperature: float = 0.8) -> str:
+    """Return what a network writes after the prompt, as text."""
+    generator = torch.Generator().manual_seed(0)
+    text = list((b"\n" * CONTEXT + PROMPT.encode())[-CONTEXT:])
+    for _ in range(length):
+        logits = model(torch.tensor([text[-CONTEXT:]]))[0, -1] / temperature
+        text.append(int(torch.multinomial(logits.softmax(0), 1, generator=generator)))
+    return bytes(text[CONTEXT:]).decode("utf-8", "backslashreplace")
+
+
+def angles_by_step(model: Any, x: Tensor, y: Tensor) -> list[float]:
+    """Return the angle of the last step's error at each step's input, by the steps between the two."""
+
+    def errors() -> Tensor:
+        inputs: list[Tensor] = []
+        hook = model.embed.register_forward_hook(lambda *called: inputs.append(called[2]))
+        loss = byte_loss(model(x)[:, -1:], y[:, -1:])
+        hook.remove()
+        return torch.autograd.grad(loss, inputs[0])[0]
+
+    ours = errors()
+    with as_backprop():
+        exact = errors()
+    return [angle_deg(ours[:, -1 - back], exact[:, -1 - back]) for back in range(x.shape[1])]
+
+
+def run_cell(part: str, rule: str) -> dict[str, Any]:
+    """Train one network and look at it."""
+    config = config_of(part)
+    torch.set_num_threads(1)
+    task = load_task("text", seed=0, samples_per_epoch=config.samples_per_epoch)
+    training = Training(config, rule, 0, task, Engine(config))
+    measured = training.begin()
+    while not training.is_finished:
+        for event in training.go_through_epoch():
+            measured = event if isinstance(event, Measured) else measured
+    x, y = task.test.batch(torch.arange(64), 0)
+    angles = angles_by_step(training.model, x, y) if part == "lstm" else None
+    return {
+        "bits_per_byte": measured.entry.test,
+        "sample": write(training.model.eval()),
+        "delta_angle_deg": measured.entry.delta_angle_deg,
+        "delta_angle_deg_by_steps_back": angles,
+    }
+
+
+def main() -> None:
+    """Run what is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "language" / "samples.json")
+    parser.add_argument("--parts", default="gpt,lstm")
+    options = parser.parse_args()
+    cells = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for part in options.parts.split(","):
+        for rule in PARTS[part].split("--rules ")[1].split()[0].split(","):
+            if f"{part}/{rule}" not in cells:
+                cells[f"{part}/{rule}"] = run_cell(part, rule)
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(cells, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
