@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from feedbackpath.core.layers import UntiedWeight, register_layer
     from feedbackpath.core.sendback import Broadcast, Local, SendBack, Target
     from feedbackpath.errors import (
+        ChipError,
         ConfigError,
         DataError,
         KolenPollackWarning,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         UntieError,
         UserError,
     )
+    from feedbackpath.hardware import Chip, Read, Wiring, devices
     from feedbackpath.jobs.recorder import Recorder
     from feedbackpath.mirror import Mirror, When
     from feedbackpath.mirror.passage import forward_passage
@@ -58,6 +60,8 @@ __all__ = [
     "AuditError",
     "Backprop",
     "Broadcast",
+    "Chip",
+    "ChipError",
     "ConfigError",
     "DataError",
     "DirectFeedbackAlignment",
@@ -75,6 +79,7 @@ __all__ = [
     "MirrorFeedbackAlignment",
     "MirrorKolenPollack",
     "MirrorWarning",
+    "Read",
     "Recorder",
     "Report",
     "Rule",
@@ -93,7 +98,9 @@ __all__ = [
     "UserError",
     "WeightMirror",
     "When",
+    "Wiring",
     "audit",
+    "devices",
     "draw_feedback",
     "forward_passage",
     "register_layer",
@@ -107,6 +114,7 @@ _HOMES = {
     "core.layers": ("UntiedWeight", "register_layer"),
     "mirror.passage": ("forward_passage",),
     "core.sendback": ("Broadcast", "Local", "SendBack", "Target"),
+    "hardware": ("Chip", "Read", "Wiring", "devices"),
     "jobs.recorder": ("Recorder",),
     "mirror": ("Mirror", "When"),
     "models": ("register_model",),

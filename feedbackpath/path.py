@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from feedbackpath.rules.checks import (
 from feedbackpath.rules.choice import choose_rules, find_unserved, refuse_unmatched
 
 if TYPE_CHECKING:
+    from feedbackpath.hardware import Chip
     from feedbackpath.mirror import LayerPlan, Mirror
 
 Activations = Mapping[str, Callable[[Tensor], Tensor]]
@@ -40,6 +42,7 @@ def untie(
     strict: bool = False,
     activations: Activations | None = None,
     batchnorm_feedback: Literal["autograd", "sigma"] = "autograd",
+    chip: "Chip | None" = None,
     seed: int = 0,
 ) -> "FeedbackPath":
     """Give a model's layers feedback weights of their own, in place, and a rule that governs them.
@@ -58,6 +61,7 @@ def untie(
             where not given it is found by tracing the model.
         batchnorm_feedback: What BatchNorm sends back in training: the whole gradient, as autograd does, or
             ``"sigma"``: delta times gamma / sigma, as in the paper's Appendix D.3.
+        chip: The arrays that hold W and B; ``chip.attach(optimizer)`` follows. None: no devices.
         seed: Seed of everything random in the feedback path.
 
     Returns:
@@ -93,6 +97,8 @@ def untie(
     context = RuleContext(model, seed, activations)
     parts = assemble(model, layers, rules, context, sigma=batchnorm_feedback == "sigma")
     path = FeedbackPath(model, {name: rules[name] for name in layers}, context, parts)
+    if chip is not None:
+        chip.hold(path)
     for watcher in WATCHERS:
         watcher(model, path)
     return path
@@ -108,6 +114,7 @@ class FeedbackPath:
         layers: Layer paths to untied layers.
         weights: Every untied weight; one parameter in several layers appears once for each of them.
         groups: The rules and the weights that each governs, each parameter once.
+        chip: The arrays that hold W and B; None: ordinary memory.
     """
 
     def __init__(
@@ -116,6 +123,7 @@ class FeedbackPath:
         self.model, self.rules, self.context = model, dict(rules), context
         self.layers, self.weights, self.groups = parts.layers, parts.weights, parts.groups
         self._parts, self._is_retied, self._left_out = parts, False, plain_layers(model)
+        self.chip: Chip | None = None
 
     def step(self) -> None:
         """Do what the rules do after an update of the forward weights: mirror, take signs, or nothing.
@@ -130,8 +138,12 @@ class FeedbackPath:
         refuse_changed_flags(self.groups)
         self.context.steps += 1
         name_newcomers(self.model, self._left_out, self.context.steps)
-        for rule, group in self.groups:
-            rule.step(group, self.context)
+        with self._writing(is_step=True):
+            for rule, group in self.groups:
+                rule.step(group, self.context)
+
+    def _writing(self, *, is_step: bool) -> AbstractContextManager[None]:
+        return nullcontext() if self.chip is None else self.chip.writing(is_step=is_step)
 
     def mirror(
         self,
@@ -148,7 +160,8 @@ class FeedbackPath:
         from feedbackpath.mirror import by_hand
 
         groups = self._to_mirror()
-        by_hand.mirror(self.context, groups, steps, settings, until_angle_deg, most_steps)
+        with self._writing(is_step=False):
+            by_hand.mirror(self.context, groups, steps, settings, until_angle_deg, most_steps)
 
     def plan(
         self, compute_loss: Callable[[], Tensor], settings: "Mirror | None" = None, *, scale: float = 1.0
@@ -199,18 +212,16 @@ class FeedbackPath:
     def delta_angles(self, compute_loss: Callable[[], Tensor]) -> dict[str, float]:
         """Return each layer's angle between its delta through B and through W, in degrees.
 
-        ``compute_loss`` runs the model forward on the same minibatch each time, and returns the loss.
-        Gradients, running statistics and random numbers are left as they were.
+        ``compute_loss`` runs the model on the same minibatch each time, and returns the loss. Gradients,
+        running statistics and random numbers are left as they were.
         """
         self._refuse_retied()
         return angles.delta_angles(self.weights, self.model, compute_loss)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Clip gradients by their norm without counting feedback weights that learn.
+        """Clip gradients by the norm of the forward ones alone, as in backprop; return it, before clipping.
 
-        The norm is that of the forward parameters alone, as in backprop. All gradients are scaled alike.
-
-        Returns the norm before clipping, of all forward gradients taken as one vector.
+        All gradients are scaled alike, those of feedback weights that learn among them.
         """
         learned = {id(weight.feedback) for rule, group in self.groups if rule.learns for weight in group}
         with_gradient = [p for p in self.model.parameters() if p.grad is not None]
@@ -226,11 +237,14 @@ class FeedbackPath:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beyond the model's own state: how far the rules have come."""
-        return self.context.state_dict()
+        chip = {} if self.chip is None else {"chip": self.chip.state_dict()}
+        return self.context.state_dict() | chip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the state that ``state_dict`` returned."""
         self.context.load_state_dict(state)
+        if self.chip is not None and "chip" in state:
+            self.chip.load_state_dict(state["chip"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up a copied or loaded path: its context belongs to the model that came with it."""
@@ -241,6 +255,8 @@ class FeedbackPath:
         """Give back plain torch modules, with the forward weights as they are now; return the model."""
         self._refuse_retied()
         self._is_retied = True
+        if self.chip is not None:
+            self.chip.release()
         self._parts.undo(self.context)
         return self.model
 
