@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from feedbackpath.core.assembly import Assembly, assemble
 from feedbackpath.core.context import RuleContext
-from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.surgery import survey
 from feedbackpath.errors import UnconvertedLayerWarning, UntieError
 from feedbackpath.measure import angles
@@ -126,9 +125,7 @@ class FeedbackPath:
         self.chip: Chip | None = None
 
     def step(self) -> None:
-        """Do what the rules do after an update of the forward weights: mirror, take signs, or nothing.
-
-        Call it after ``optimizer.step()``.
+        """Do what the rules do after an update, ``optimizer.step()``: mirror, take signs, or nothing.
 
         Raises:
             RuleError: The optimizer has left out feedback weights that learn, or ``requires_grad`` of one was
@@ -153,13 +150,11 @@ class FeedbackPath:
         until_angle_deg: float | None = None,
         most_steps: int | None = None,
     ) -> None:
-        """Go into mirror mode by hand, at any time: see ``feedbackpath.mirror.by_hand.mirror``.
-
-        Where some layers' rule mirrors by itself, only those are mirrored, unless ``settings`` are given.
-        """
+        """Go into mirror mode by hand, at any time: see ``feedbackpath.mirror.by_hand.mirror``."""
         from feedbackpath.mirror import by_hand
 
-        groups = self._to_mirror()
+        self._refuse_retied()
+        groups = by_hand.mirrorable(self.groups)
         with self._writing(is_step=False):
             by_hand.mirror(self.context, groups, steps, settings, until_angle_deg, most_steps)
 
@@ -169,30 +164,20 @@ class FeedbackPath:
         """Say what mirror mode will do with each layer: see ``feedbackpath.mirror.by_hand.plan``."""
         from feedbackpath.mirror import by_hand
 
-        groups = self._to_mirror()
+        self._refuse_retied()
+        groups = by_hand.mirrorable(self.groups)
         with angles.left_as_it_was(self.weights, self.model):
             return by_hand.plan(self.context, groups, self.weights, compute_loss, settings, scale=scale)
 
-    def _to_mirror(self) -> list[tuple[Rule, list[UntiedWeight]]]:
-        self._refuse_retied()
-        groups = [group for group in self.groups if group[0].is_mirrorable and group[0].send_back.is_local]
-        if not groups:
-            raise UntieError(
-                "nothing to mirror: every B is W itself (bp), computed from it (ss), of another shape (dfa) "
-                "or of a form of its own (fa-sparse, ia)"
-            )
-        return groups
-
     @property
     def mirrors(self) -> bool:
-        """Whether a rule of this path uses mirror mode, and gains from ``path.mirror()`` before training."""
+        """Whether a rule uses mirror mode, and gains from ``path.mirror()`` before training."""
         return any(getattr(rule, "mirror", None) is not None for rule, _ in self.groups)
 
     def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """Yield (name, forward weight, feedback weight) of every untied weight that has one by now.
 
-        B is laid out as W; that of a rule that broadcasts errors is ``[outputs, *input]``, and is made when
-        the model first runs.
+        B is laid out as W; where errors are broadcast it is ``[outputs, *input]``, made by the first run.
         """
         self._refuse_retied()
         for weight in self.weights:
@@ -212,8 +197,7 @@ class FeedbackPath:
     def delta_angles(self, compute_loss: Callable[[], Tensor]) -> dict[str, float]:
         """Return each layer's angle between its delta through B and through W, in degrees.
 
-        ``compute_loss`` runs the model on the same minibatch each time, and returns the loss. Gradients,
-        running statistics and random numbers are left as they were.
+        ``compute_loss`` returns the loss, of the same minibatch each time. The model is left as it was.
         """
         self._refuse_retied()
         return angles.delta_angles(self.weights, self.model, compute_loss)

@@ -16,6 +16,7 @@ LEVELS = {
     "errors": 0,
     "core": 1,
     "mirror": 2,
+    "hardware": 2,
     "rules": 3,
     "measure": 4,
     "path": 5,

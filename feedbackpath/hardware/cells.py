@@ -22,6 +22,7 @@ from torch import Tensor
 from feedbackpath.errors import ChipError
 
 Values = Tensor | float
+LEAST_BOUND = 0.05  # of the bound that cells have on average: a cell has some range
 
 
 class Cells(NamedTuple):
@@ -101,19 +102,21 @@ class Device:
     def draw(self, like: Tensor, generator: torch.Generator) -> Cells:
         """Draw the cells of an array that is laid out as ``like``."""
 
-        def spread(by: float) -> Values:
+        def spread(by: float, least: float = 0.0) -> Values:
             """Draw a factor about 1; a cell that would do the opposite of what it is told does nothing."""
             if by == 0.0:
                 return 1.0
-            return torch.empty_like(like).normal_(1.0, by, generator=generator).clamp_min_(0.0)
+            return torch.empty_like(like).normal_(1.0, by, generator=generator).clamp_min_(least)
 
         common, half = spread(self.spread), self.asymmetry
         return Cells(
             up=(spread(self.asymmetry_spread) + max(half, 0.0)) * common,
             down=(spread(self.asymmetry_spread) + max(-half, 0.0)) * common,
-            high=self.bound * spread(self.bound_spread),
-            low=self.lowest * spread(self.bound_spread),
-            is_stuck=torch.empty_like(like).uniform_(generator=generator) < self.stuck if self.stuck else None,
+            high=self.bound * spread(self.bound_spread, LEAST_BOUND),
+            low=self.lowest * spread(self.bound_spread, LEAST_BOUND),
+            is_stuck=torch.empty_like(like).uniform_(generator=generator) < self.stuck
+            if self.stuck
+            else None,
         )
 
     def write(self, w: Tensor, asked: Tensor, cells: Cells, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,7 @@ from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.pytorch import version_of
 from feedbackpath.errors import ChipError
 from feedbackpath.hardware.cells import Cells, Device, Ideal
-from feedbackpath.hardware.readout import Port, Read, can_read, convert_error
+from feedbackpath.hardware.readout import OutputPort, Port, Read, can_read
 from feedbackpath.hardware.samples import write_samples
 from feedbackpath.hardware.wiring import Line, Wiring
 
@@ -58,17 +58,17 @@ class Array:
 class Chip:
     """The arrays that hold W and B: how they are written (devices) and read (converters, noise).
 
-    W and B of every untied weight are in arrays of their own, whose cells are drawn independently. Biases,
-    norms and what ``bp`` does not untie stay in digital memory; under ``bp`` there is one array, which is read
-    both ways. Cells begin with the weights that the network has.
+    W and B of every untied weight are in arrays of their own, with cells drawn independently. Biases,
+    norms and layers that are not untied stay in digital memory. Under ``bp`` there is one array, read both
+    ways. Cells begin with the weights that the network has.
 
     Args:
         device: The cells of both arrays.
-        read: How arrays are read: one ``Read`` for the forward and the backward pass, or a mapping with any of
-            ``"forward"``, ``"backward"``, ``"update"`` (each array takes up x and delta by itself) and
+        read: How arrays are read: one ``Read`` for the forward and the backward pass, or a mapping with any
+            of ``"forward"``, ``"backward"``, ``"update"`` (each array takes up x and delta by itself) and
             ``"mirror"`` (as ``"forward"`` unless given). Left out: ideal.
         feedback_device: The cells of B, where they are others.
-        wiring: What reaches B of an update, and when.
+        wiring: What reaches B of an update that W gets, and when (Kolen-Pollack and its kin).
         update: ``"net"``: what the optimizer asks for is written once a step. ``"samples"``: each sample's
             product is written in pulses, in a mean-field form that keeps ups and downs apart; plain SGD.
             ``"samples-exact"``: one sample after another.
@@ -145,6 +145,8 @@ class Chip:
         try:
             if self._groups:
                 raise ChipError("Chip: it holds another model already: make a chip for each model")
+            if not (self.wiring.is_ideal or any(rule.learns for rule, _ in path.groups)):
+                raise ChipError("Chip: wiring= has no effect here: no B gets updates of W's; leave it out")
             if not (self.reads_ideally and self.update == "net"):
                 self._put_ports(path)
         except ChipError:
@@ -164,12 +166,12 @@ class Chip:
         unfit = [weight for weight in path.weights if not can_read(weight)]
         if unfit:
             raise ChipError(
-                f"chip: the read-out of {', '.join(repr(weight.name) for weight in unfit)} is not modelled, only "
-                "that of linear layers and convolutions: leave read= out, or such layers"
+                f"chip: the read-out of {', '.join(repr(weight.name) for weight in unfit)} is not modelled, "
+                "only that of linear layers and convolutions: leave read= out, or such layers"
             )
         self._ports = [Port(self, weight) for weight in path.weights]
         if broadcasting:
-            self._ports.append(convert_error(self, path.model))
+            self._ports.append(OutputPort(self, path.model))
 
     def release(self) -> None:
         """Let go of a model: it is retied."""
@@ -191,7 +193,9 @@ class Chip:
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(weight.weight) in own for _, group in self._groups for weight in group):
             raise ChipError("chip.attach: the optimizer has no weight of this chip: make it of this model")
-        is_plain = type(optimizer) is torch.optim.SGD and not any(g["momentum"] for g in optimizer.param_groups)
+        is_plain = type(optimizer) is torch.optim.SGD and not any(
+            g["momentum"] for g in optimizer.param_groups
+        )
         if self.update != "net" and not is_plain:
             raise ChipError(
                 f'chip.attach: update="{self.update}" writes the products of single samples: use '
@@ -222,10 +226,7 @@ class Chip:
         for array, version, values in before:
             if version_of(array.values) != version:
                 with torch.no_grad():
-                    asked = array.values.detach() - values
-                    if array.line is not None:
-                        asked = array.line.pass_on(asked, self.generator("write", values.device))
-                    self._write(array, values, asked)
+                    self._write(array, values, array.values.detach() - values)
 
     def generator(self, purpose: str, device: torch.device) -> torch.Generator:
         """Return the random numbers that go on from one use to the next; they are kept with checkpoints."""
@@ -278,6 +279,12 @@ class Chip:
             "_loaded": self._loaded | states,
             "is_attached": self.is_ideal and self.is_attached,
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up a copy, and the converters that came with its model."""
+        self.__dict__.update(state)
+        for port in self._ports:
+            port.chip = self
 
     # Writing
 
@@ -355,7 +362,9 @@ class Chip:
         signals, array.signals = array.signals, []
         new, is_exact = before, self.update == "samples-exact"
         for x, delta in signals:
-            new = write_samples(array.weight, array.device, array.cells, new, x, delta, lr, generator, is_exact)
+            new = write_samples(
+                array.weight, array.device, array.cells, new, x, delta, lr, generator, is_exact
+            )
         values.copy_(new)
         if decay:
             self._write(array, new, new * -decay)

@@ -65,7 +65,7 @@ def Capacitor(**changes: Any) -> LinearStep:  # noqa: N802
 
 
 def PCM(**changes: Any) -> Pair:  # noqa: N802
-    """Return pairs of phase-change cells, which can only be raised (Nandakumar et al., Front. Neurosci. 2020).
+    """Return pairs of phase-change cells, which can only be raised (Nandakumar et al. 2020).
 
     Changes are settings of the cell.
 

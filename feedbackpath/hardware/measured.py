@@ -76,7 +76,7 @@ class Measured(Device):
             knots = torch.tensor(train, dtype=state.dtype, device=state.device) * sign
             place = _interpolate(state * sign, knots, None) + pulses
             moved.append(_interpolate(place, None, knots) * sign)
-        return torch.where(is_up, *moved)
+        return torch.where(is_up, moved[0], moved[1])
 
     def response(self, state: Tensor, is_up: Tensor, cells: Cells) -> Tensor:
         """Return the size of the next pulse, in steps."""
@@ -89,7 +89,7 @@ class Measured(Device):
 
 
 def _interpolate(at: Tensor, knots: Tensor | None, values: Tensor | None) -> Tensor:
-    """Interpolate between values at rising knots; None for either: 0, 1, 2, ...; beyond the ends: the ends."""
+    """Interpolate between values at rising knots (None: 0, 1, 2, ...); beyond the ends: the ends."""
     table = knots if knots is not None else values
     assert table is not None
     last = len(table) - 2
@@ -114,7 +114,9 @@ def _conductances(file: Path) -> list[float]:
             values.append(float(parts[1]))
         except (IndexError, ValueError):
             if line.strip() and number > 1:
-                raise ChipError(f"{file}, line {number}: expected 'pulse,conductance', not {line!r}") from None
+                raise ChipError(
+                    f"{file}, line {number}: expected 'pulse,conductance', not {line!r}"
+                ) from None
     if len(values) < 4 or not all(math.isfinite(value) for value in values):
         raise ChipError(f"{file}: at least four pulses with finite conductances are needed")
     return values

@@ -78,7 +78,8 @@ class Read:
             return signal if largest is None else signal.clamp(-largest, largest)
         top = signal.abs().amax().clamp_min(1e-30) if largest is None else largest
         levels = 2 ** (bits - 1) - 1
-        return (signal * (levels / top)).round_().clamp_(-levels, levels).mul_(top / levels)
+        rounded: Tensor = (signal * (levels / top)).round_().clamp_(-levels, levels)
+        return rounded.mul_(top / levels)
 
     def enter(self, signal: Tensor) -> Tensor:
         """Return the inputs as the array gets them."""
@@ -120,7 +121,8 @@ class Port:
     """
 
     def __init__(self, chip: "Chip", weight: UntiedWeight) -> None:
-        self.chip, self.weight = chip, weight
+        self.weight = weight
+        self._chip: Chip | None = chip
         self._neurons: dict[str, Tensor | None] = {}
         self._handles = [
             weight.layer.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -133,8 +135,22 @@ class Port:
             handle.remove()
 
     @property
+    def chip(self) -> "Chip":
+        """The chip."""
+        assert self._chip is not None
+        return self._chip
+
+    @chip.setter
+    def chip(self, chip: "Chip") -> None:
+        self._chip = chip
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Let a copy of a layer be read ideally, unless its chip is copied along."""
+        return {**self.__dict__, "_chip": None}
+
+    @property
     def _is_off(self) -> bool:
-        return bool(self.weight.layer.untied.context.is_measuring)
+        return self._chip is None or bool(self.weight.layer.untied.context.is_measuring)
 
     def _forward_read(self) -> Read:
         return self.chip.reads["mirror" if self.chip.is_mirroring else "forward"]
@@ -265,11 +281,28 @@ class _ConvertError(torch.autograd.Function):
         return ctx.chip.reads["backward"].enter(errors[0]), None
 
 
-def convert_error(chip: "Chip", model: nn.Module) -> Any:
-    """Let the error at a model's output pass a converter; return the hook's handle."""
+class OutputPort:
+    """The converter of the error at a model's output, where rules send that to every layer.
 
-    def convert(module: nn.Module, args: Any, output: Any) -> Any:
-        is_off = module.__dict__["untied"].below[0].layer.untied.context.is_measuring
-        return None if is_off or not isinstance(output, Tensor) else _ConvertError.apply(output, chip)  # type: ignore[no-untyped-call]
+    Args:
+        chip: The chip.
+        model: The model.
+    """
 
-    return model.register_forward_hook(convert)
+    def __init__(self, chip: "Chip", model: nn.Module) -> None:
+        self.chip: Chip | None = chip
+        self._handle = model.register_forward_hook(self._convert)
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self._handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Let a copy of the model be read ideally, unless its chip is copied along."""
+        return {**self.__dict__, "chip": None}
+
+    def _convert(self, model: Any, args: Any, output: Any) -> Any:
+        is_off = self.chip is None or model.untied.below[0].layer.untied.context.is_measuring
+        if is_off or not isinstance(output, Tensor):
+            return None
+        return _ConvertError.apply(output, self.chip)  # type: ignore[no-untyped-call]

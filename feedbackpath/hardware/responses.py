@@ -9,6 +9,11 @@ from feedbackpath.errors import ChipError
 from feedbackpath.hardware.cells import Cells, Device, Values
 
 
+def _over(slope: float, end: Values) -> Values:
+    """Return a slope for each unit of weight; a cell that begins at 0 is never lowered."""
+    return slope / end if isinstance(end, Tensor) or end else 0.0
+
+
 @dataclass(frozen=True)
 class LinearStep(Device):
     """A pulse whose size falls in a straight line with the weight (aihwkit's LinearStepDevice).
@@ -34,7 +39,7 @@ class LinearStep(Device):
 
     def _slopes(self, is_up: Tensor, cells: Cells) -> Tensor:
         """Return the share of a pulse that is lost for each unit of weight."""
-        return torch.where(is_up, self.slope_up / self.bound, self.slope_down / self.lowest)
+        return torch.where(is_up, self.slope_up / self.bound, _over(self.slope_down, self.lowest))
 
     def response(self, state: Tensor, is_up: Tensor, cells: Cells) -> Tensor:
         """Return the size of the next pulse, in steps."""
@@ -78,12 +83,13 @@ class SoftBounds(LinearStep):
     slope_down: float = 1.0
 
     def _slopes(self, is_up: Tensor, cells: Cells) -> Tensor:
-        return torch.where(is_up, self.slope_up / cells.high, self.slope_down / cells.low)
+        return torch.where(is_up, self.slope_up / cells.high, _over(self.slope_down, cells.low))
 
     def symmetry_point(self, cells: Cells) -> Values:
         """Return ``(c_up - c_down) / (c_up / high - c_down / low)``."""
-        below = (cells.up * self.slope_up / cells.high) - (cells.down * self.slope_down / cells.low)
-        return (cells.up - cells.down) / below  # type: ignore[no-any-return]
+        fall = cells.up * self.slope_up / cells.high - cells.down * self.slope_down / cells.low
+        # A cell that moves in neither direction has none: its reference is 0.
+        return (cells.up - cells.down) / (torch.as_tensor(fall).clamp_min(1e-9))
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ class Exponential(Device):
         return sizes * (1.0 - factor * torch.exp(gamma * (scale * state + self.b))).clamp_min(0.0)
 
     def after(self, state: Tensor, pulses: Tensor, is_up: Tensor, cells: Cells) -> Tensor:
-        """Return the state after n small pulses: ``v = exp(-gamma z)`` comes from A as ``exp(-gamma e n)``."""
+        """Return the state after n small pulses: ``v = exp(-gamma z)``, and v - A goes exponentially."""
         factor, gamma, scale = self._shape(is_up, cells, state)
         signed = torch.where(is_up, cells.up, -torch.as_tensor(cells.down)).to(state) * self.step
         z = scale * state + self.b
@@ -190,8 +196,8 @@ class Power(Device):
         power = torch.where((gamma - 1.0).abs() < 1e-6, 0.5, 1.0 - gamma)  # 0.5: not used there
         base = (left**power - power * taken).clamp_min(0.0)
         later = torch.where((gamma - 1.0).abs() < 1e-6, left * torch.exp(-taken), base ** (1.0 / power))
-        later = torch.minimum(later, left)
-        return state + torch.where(is_up, span, -span) * (left - later)
+        moved: Tensor = torch.where(is_up, span, -span) * (left - torch.minimum(later, left))
+        return state + moved
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Updates sample by sample: pulses of each sample's product, where one net update hides their ups and downs.
+"""Updates sample by sample: one net update hides how many pulses go up and down.
 
-A sample i asks for ``d_i = -lr delta_i x_i``, the product at one cell. The sum over samples may be small while
-many pulses go up and as many down; devices that are not linear feel each of them. The mean-field form has two
-sums, of what goes up and of what goes down, from four products of signals split by sign::
+A sample i asks for ``d_i = -lr delta_i x_i``, the product at one cell. Their sum may be small while many
+pulses go up and as many down; devices that are not linear feel each of them. The mean-field form has two sums,
+of what goes up and of what goes down, from four products of signals split by sign::
 
     U = lr (delta- x+ + delta+ x-)        D = lr (delta+ x+ + delta- x-)        U - D = -lr delta x
 
@@ -42,11 +42,13 @@ def write_samples(
         is_exact: One sample after another (positions of a map at once); else the mean-field form.
     """
     if is_exact:
-        for one, other in zip(x.split(1), delta.split(1), strict=True):
+        for one, other in zip(torch.split(x, 1), torch.split(delta, 1), strict=True):
             w = device.write(w, product(weight, one, other).mul_(-lr), cells, generator)
         return w
     up, down = _both_ways(weight, x, delta, lr / device.step)
-    up_squares, down_squares = _both_ways(weight, x.square(), delta.square(), (lr / device.step) ** 2, x, delta)
+    up_squares, down_squares = _both_ways(
+        weight, x.square(), delta.square(), (lr / device.step) ** 2, x, delta
+    )
     ups, downs = (
         _count(mean, squares, generator) for mean, squares in ((up, up_squares), (down, down_squares))
     )
@@ -74,9 +76,11 @@ def _both_ways(
 
 
 def _count(mean: Tensor, squares: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw whole numbers of pulses of this mean, and of the variance ``mean - squares``, at least that of rounding."""
+    """Draw whole numbers of this mean, and of the variance ``mean - squares``, at least that of rounding."""
     spread = (mean - squares).clamp_min_(0.0)
     # Rounding at random adds 1/6 on average where the spread is wide; a narrow one is all rounding.
-    normal = torch.empty_like(mean).normal_(generator=generator).mul_((spread - 1.0 / 6.0).clamp_min_(0.0).sqrt_())
+    normal = (
+        torch.empty_like(mean).normal_(generator=generator).mul_((spread - 1.0 / 6.0).clamp_min_(0.0).sqrt_())
+    )
     drawn = (mean + normal).clamp_min_(0.0)
     return drawn.add_(torch.empty_like(drawn).uniform_(generator=generator)).floor_()
