@@ -1,8 +1,8 @@
 """Updates sample by sample: one net update hides how many pulses go up and down.
 
 A sample i asks for ``d_i = -lr delta_i x_i``, the product at one cell. Their sum may be small while many
-pulses go up and as many down; devices that are not linear feel each of them. The mean-field form has two sums,
-of what goes up and of what goes down, from four products of signals split by sign::
+pulses go up and as many down; devices that are not linear feel each of them. The mean-field form has two
+sums, of what goes up and of what goes down, from four products of signals split by sign::
 
     U = lr (delta- x+ + delta+ x-)        D = lr (delta+ x+ + delta- x-)        U - D = -lr delta x
 

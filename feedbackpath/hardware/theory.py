@@ -36,8 +36,8 @@ def soft_contraction(written: float, bound: float) -> float:
     """Return by what W - B has shrunk after soft bounds have written so much, without weight decay.
 
     A pulse of either direction takes ``step / bound`` of a weight, and so of a difference of two weights that
-    get the same pulses: e-fold for each ``bound`` of change that was written. Holds where both arrays' cells are
-    alike, and weights stay inside their bounds.
+    get the same pulses: e-fold for each ``bound`` of change that was written. Holds where the cells of both
+    arrays are alike, and weights stay inside their bounds.
 
     Args:
         written: Sum of the sizes of all changes of one weight, up and down, in units of weight.

@@ -29,7 +29,7 @@ def audit_run(config: AuditConfig) -> Report:
         raise ConfigError(f"device {config.device!r} cannot be used: {str(error).splitlines()[0]}") from None
     path = make_path(run, config.rule, run.seed, model)
     run_once(path, task)
-    optimizer = make_optimizer(model, run)
+    optimizer = make_optimizer(path, run)
     x, y = next(minibatches(task.train, batch_size=run.batch_size, seed=run.seed, epoch=1, shuffle=True))
     x, y = task.train.prepare(x.to(config.device)), y.to(config.device)
 

@@ -144,7 +144,7 @@ class Training:
         self.model = engine.place_model(make_network(config, seed, task))
         self.path = make_path(config, rule, seed, self.model)
         run_once(self.path, task)
-        self.optimizer = make_optimizer(self.model, config)
+        self.optimizer = make_optimizer(self.path, config)
         self.path.check_optimizer(self.optimizer)
         self.wrapped_model, self.wrapped_optimizer = engine.set_up(self.model, self.optimizer)
         self.mirror_epochs = config.mirror_epochs if self.path.mirrors else 0
