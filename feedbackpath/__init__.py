@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from feedbackpath.core.layers import UntiedWeight, register_layer
     from feedbackpath.core.sendback import Broadcast, Local, SendBack, Target
     from feedbackpath.errors import (
+        ChipError,
         ConfigError,
         DataError,
         KolenPollackWarning,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         UntieError,
         UserError,
     )
+    from feedbackpath.hardware import Chip, Read, Wiring, devices
     from feedbackpath.jobs.recorder import Recorder
     from feedbackpath.layers import LocallyConnected2d, RectifiedTanh, SynapticScaling
     from feedbackpath.mirror import Mirror, When
@@ -67,6 +69,8 @@ __all__ = [
     "Backprop",
     "Broadcast",
     "CompetingUnits",
+    "Chip",
+    "ChipError",
     "ConfigError",
     "DataError",
     "DifferenceTargetPropagation",
@@ -88,6 +92,7 @@ __all__ = [
     "MirrorWarning",
     "PhaselessAlignment",
     "ProductFeedbackAlignment",
+    "Read",
     "Recorder",
     "RectifiedTanh",
     "RegressionDiscontinuity",
@@ -110,7 +115,9 @@ __all__ = [
     "UserError",
     "WeightMirror",
     "When",
+    "Wiring",
     "audit",
+    "devices",
     "draw_feedback",
     "forward_passage",
     "register_layer",
@@ -125,6 +132,7 @@ _HOMES = {
     "core.layers": ("UntiedWeight", "register_layer"),
     "mirror.passage": ("forward_passage",),
     "core.sendback": ("Broadcast", "Local", "SendBack", "Target"),
+    "hardware": ("Chip", "Read", "Wiring", "devices"),
     "jobs.recorder": ("Recorder",),
     "layers": ("LocallyConnected2d", "RectifiedTanh", "SynapticScaling"),
     "mirror": ("Mirror", "When"),

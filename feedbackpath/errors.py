@@ -16,6 +16,10 @@ class RuleError(UserError):
     """A rule that does not exist, or that is given settings or a network it cannot work with."""
 
 
+class ChipError(UserError):
+    """A device, a read-out or a chip that cannot be, or does not fit the network on it."""
+
+
 class DataError(UserError):
     """A dataset that is missing, damaged or not what was asked for; one line, whatever its files' names."""
 

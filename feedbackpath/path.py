@@ -1,6 +1,7 @@
 """``untie`` and what it returns: the feedback path of a model."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -10,7 +11,6 @@ import feedbackpath.kinds  # noqa: F401 (registers the library's own layers)
 from feedbackpath.arguments import checked, checked_methods, refusing
 from feedbackpath.core.assembly import Assembly, assemble
 from feedbackpath.core.context import RuleContext
-from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.surgery import survey
 from feedbackpath.errors import RuleError, UntieError
 from feedbackpath.measure.deltas import left_as_it_was
@@ -22,6 +22,7 @@ from feedbackpath.rules.guard import Guard
 from feedbackpath.rules.unfit import refuse_unfit
 
 if TYPE_CHECKING:
+    from feedbackpath.hardware import Chip
     from feedbackpath.mirror import LayerPlan, Mirror
 
 Activations = Mapping[str, Callable[[Tensor], Tensor]]
@@ -39,6 +40,7 @@ def untie(
     strict: bool = False,
     activations: Activations | None = None,
     batchnorm_feedback: Literal["autograd", "sigma"] = "autograd",
+    chip: "Chip | None" = None,
     seed: int = 0,
 ) -> "FeedbackPath":
     """Give a model's layers feedback weights of their own, in place, and a rule that governs them.
@@ -57,6 +59,7 @@ def untie(
             where not given it is found by tracing the model.
         batchnorm_feedback: What BatchNorm sends back in training: the whole gradient, as autograd does, or
             ``"sigma"``: delta times gamma / sigma, as in the paper's Appendix D.3.
+        chip: The arrays that hold W and B; ``chip.attach(optimizer)`` follows. None: no devices.
         seed: Seed of everything random in the feedback path.
 
     Returns:
@@ -92,6 +95,8 @@ def untie(
     parts = assemble(model, layers, rules, context, sigma=batchnorm_feedback == "sigma")
     note_left(model, [*left, *found.unconverted])
     path = FeedbackPath(model, {name: rules[name] for name in layers}, context, parts)
+    if chip is not None:
+        chip.hold(path)
     for watcher in WATCHERS:
         watcher(model, path)
     return path
@@ -108,6 +113,7 @@ class FeedbackPath(Measures):
         layers: Layer paths to untied layers.
         weights: Every untied weight; one parameter in several layers appears once for each of them.
         groups: The rules and the weights that each governs, each parameter once.
+        chip: The arrays that hold W and B; None: ordinary memory.
     """
 
     def __init__(
@@ -117,11 +123,10 @@ class FeedbackPath(Measures):
         self.layers, self.weights, self.groups = parts.layers, parts.weights, parts.groups
         self._parts, self._is_retied = parts, False
         self._guard = Guard(model, parts.weights)
+        self.chip: Chip | None = None
 
     def step(self) -> None:
-        """Do what the rules do after an update of the forward weights: mirror, take signs, or nothing.
-
-        Call it after ``optimizer.step()``.
+        """Do what the rules do after an update, ``optimizer.step()``: mirror, take signs, or nothing.
 
         Raises:
             RuleError: The optimizer has left out feedback weights that learn, or ``requires_grad`` of one was
@@ -130,8 +135,12 @@ class FeedbackPath(Measures):
         self._check()
         refuse_changed_flags(self.groups)
         self.context.steps += 1
-        for rule, group in self.groups:
-            rule.step(group, self.context)
+        with self._writing(is_step=True):
+            for rule, group in self.groups:
+                rule.step(group, self.context)
+
+    def _writing(self, *, is_step: bool) -> AbstractContextManager[None]:
+        return nullcontext() if self.chip is None else self.chip.writing(is_step=is_step)
 
     def mirror(
         self,
@@ -144,8 +153,10 @@ class FeedbackPath(Measures):
         """Go into mirror mode by hand, at any time: see ``feedbackpath.mirror.by_hand.mirror``."""
         from feedbackpath.mirror import by_hand
 
-        groups = self._to_mirror()
-        by_hand.mirror(self.context, groups, steps, settings, until_angle_deg, most_steps)
+        self._check()
+        groups = by_hand.mirrorable(self.groups)
+        with self._writing(is_step=False):
+            by_hand.mirror(self.context, groups, steps, settings, until_angle_deg, most_steps)
 
     def plan(
         self, compute_loss: Callable[[], Tensor], settings: "Mirror | None" = None, *, scale: float = 1.0
@@ -153,30 +164,20 @@ class FeedbackPath(Measures):
         """Say what mirror mode will do with each layer: see ``feedbackpath.mirror.by_hand.plan``."""
         from feedbackpath.mirror import by_hand
 
-        groups = self._to_mirror()
+        self._check()
+        groups = by_hand.mirrorable(self.groups)
         with left_as_it_was(self.weights, self.model):
             return by_hand.plan(self.context, groups, self.weights, compute_loss, settings, scale=scale)
 
-    def _to_mirror(self) -> list[tuple[Rule, list[UntiedWeight]]]:
-        self._check()
-        groups = [group for group in self.groups if group[0].is_mirrorable and group[0].send_back.is_local]
-        if not groups:
-            raise UntieError(
-                "nothing to mirror: every B is W itself (bp), computed from it (ss), of another shape (dfa) "
-                "or of a form of its own (fa-sparse, ia)"
-            )
-        return groups
-
     @property
     def mirrors(self) -> bool:
-        """Whether a rule of this path uses mirror mode, and gains from ``path.mirror()`` before training."""
+        """Whether a rule uses mirror mode, and gains from ``path.mirror()`` before training."""
         return any(getattr(rule, "mirror", None) is not None for rule, _ in self.groups)
 
     def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """Yield (name, forward weight, feedback weight) of every untied weight that has one by now.
 
-        B is laid out as W; that of a rule that broadcasts errors is ``[outputs, *input]``, and is made when
-        the model first runs.
+        B is laid out as W; where errors are broadcast it is ``[outputs, *input]``, made by the first run.
         """
         self._check()
         for weight in self.weights:
@@ -184,11 +185,9 @@ class FeedbackPath(Measures):
                 yield weight.name, weight.weight, weight.feedback
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Clip gradients by their norm without counting feedback weights that learn.
+        """Clip gradients by the norm of the forward ones alone, as in backprop; return it, before clipping.
 
-        The norm is that of the forward parameters alone, as in backprop. All gradients are scaled alike.
-
-        Returns the norm before clipping, of all forward gradients taken as one vector.
+        All gradients are scaled alike, those of feedback weights that learn among them.
         """
         self._check()
         return clip_by_forward_norm(self.model, self.groups, self.context, max_norm, norm_type)
@@ -207,12 +206,15 @@ class FeedbackPath(Measures):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beyond the model's own state: how far the rules have come."""
-        return self.context.state_dict()
+        chip = {} if self.chip is None else {"chip": self.chip.state_dict()}
+        return self.context.state_dict() | chip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the state that ``state_dict`` returned."""
         with refusing(UntieError, "this is no state of a path"):
             self.context.load_state_dict(state)
+            if self.chip is not None and "chip" in state:
+                self.chip.load_state_dict(state["chip"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up a copied or loaded path: its context belongs to the model that came with it."""
@@ -225,6 +227,8 @@ class FeedbackPath(Measures):
         self._guard.refuse_other_classes()
         self._is_retied = True
         self._guard.release()
+        if self.chip is not None:
+            self.chip.release()
         self._parts.undo(self.context)
         return self.model
 

@@ -19,6 +19,7 @@ LEVELS = {
     "core": 1,
     "kinds": 2,
     "mirror": 2,
+    "hardware": 2,
     "rules": 3,
     "measure": 4,
     "moments": 4,

@@ -81,6 +81,13 @@ mirror_app.command(
 )
 app.command(mirror_app)
 
+app.command(
+    "feedbackpath.cli.hardware:app",
+    name="hardware",
+    help="Train with W and B in arrays of imperfect devices; `tolerance` finds what each rule tolerates.\n\n"
+    "Example: feedbackpath hardware --chip reram --read-bits 8 --rules bp,fa,ss,kp,wm",
+)
+
 app.command("feedbackpath.cli.rules:rules", help="List the rules.")
 
 data_app = App(name="data", help="Look after the images that imagenet is read from.")

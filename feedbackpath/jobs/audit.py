@@ -27,7 +27,7 @@ def audit_run(config: AuditConfig) -> Report:
     model = make_network(run, run.seed, task).to(device)
     path = make_path(run, config.rule, run.seed, model)
     run_once(path, task)
-    optimizer = make_optimizer(model, run)
+    optimizer = make_optimizer(path, run)
     x, y = next(minibatches(task.train, batch_size=run.batch_size, seed=run.seed, epoch=1, shuffle=True))
     x, y = task.train.prepare(x.to(device)), y.to(device)
 

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
-from feedbackpath.errors import RuleError
+from feedbackpath.errors import RuleError, UntieError
 from feedbackpath.mirror.cost import UseCounter, step_flops
 from feedbackpath.mirror.following import Following
 from feedbackpath.mirror.layouts import view_of
@@ -20,6 +21,22 @@ MOST_STEPS = 1000
 Groups = Sequence[tuple[object, Sequence[UntiedWeight]]]
 """Rules, each with the weights that it governs. A rule that mirrors has its settings in ``mirror``; one that
 mirrors once, the angle that it asks for in ``start_angle_deg``."""
+Governed = TypeVar("Governed", bound=tuple[Any, Sequence[UntiedWeight]])
+
+
+def mirrorable(groups: Sequence[Governed]) -> list[Governed]:
+    """Return the groups that mirror mode makes sense for.
+
+    Raises:
+        UntieError: There is none.
+    """
+    found = [group for group in groups if group[0].is_mirrorable and group[0].send_back.is_local]
+    if not found:
+        raise UntieError(
+            "nothing to mirror: every B is W itself (bp), computed from it (ss), of another shape (dfa) "
+            "or of a form of its own (fa-sparse, ia)"
+        )
+    return found
 
 
 def mirror(

@@ -7,6 +7,7 @@ from feedbackpath.errors import ConfigError
 from feedbackpath.models import build_model
 from feedbackpath.path import FeedbackPath, untie
 from feedbackpath.tasks import Task
+from feedbackpath.train.chips import make_chip
 from feedbackpath.train.config import TrainConfig
 from feedbackpath.train.rules import make_rule
 
@@ -39,6 +40,7 @@ def make_path(config: TrainConfig, rule: str, seed: int, model: nn.Module) -> Fe
         make_rule(rule, settings),
         overrides=config.overrides,
         batchnorm_feedback=config.batchnorm_feedback,
+        chip=make_chip(config, seed),
         seed=seed,
     )
 
@@ -59,15 +61,20 @@ def run_once(path: FeedbackPath, task: Task) -> None:
         module.training = True
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Make the optimizer of a config for all parameters that learn, feedback weights among them."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def make_optimizer(path: FeedbackPath, config: TrainConfig) -> torch.optim.Optimizer:
+    """Make the optimizer of a config for all parameters that learn, B among them; a chip writes for it."""
+    parameters = [parameter for parameter in path.model.parameters() if parameter.requires_grad]
+    made: torch.optim.Optimizer
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.peak_lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        parameters,
-        lr=config.peak_lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov and config.momentum > 0,
-        weight_decay=config.weight_decay,
-    )
+        made = torch.optim.AdamW(parameters, lr=config.peak_lr, weight_decay=config.weight_decay)
+    else:
+        made = torch.optim.SGD(
+            parameters,
+            lr=config.peak_lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov and config.momentum > 0,
+            weight_decay=config.weight_decay,
+        )
+    if path.chip is not None:
+        path.chip.attach(made)
+    return made

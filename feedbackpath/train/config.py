@@ -25,8 +25,9 @@ def _section(name: str, number: int) -> Any:
 
 
 DATA, NETWORK = _section("Data", 1), _section("Network", 2)
-OPTIMIZER, SCHEDULE = _section("Optimizer", 3), _section("Schedule", 4)
-RULES, MACHINE, KEPT = _section("Rules", 0), _section("Machine", 5), _section("What is kept", 6)
+CHIP = _section("Chip", 3)
+OPTIMIZER, SCHEDULE = _section("Optimizer", 4), _section("Schedule", 5)
+RULES, MACHINE, KEPT = _section("Rules", 0), _section("Machine", 6), _section("What is kept", 7)
 IN_A_FILE = Parameter(parse=False)  # no flag: it takes a mapping
 
 
@@ -95,6 +96,35 @@ class NetworkSettings(BaseModel):
     sync_batchnorm: Annotated[bool, NETWORK] = Field(
         False, description="BatchNorm statistics over all devices (CUDA)"
     )
+
+
+CHIPS = ("ideal", "linear", "soft", "reference", "ecram", "reram", "capacitor", "pcm", "hfo2")
+
+
+class ChipSettings(BaseModel):
+    """What holds the weights."""
+
+    chip: Annotated[str | None, CHIP] = Field(
+        None, description=f"devices of the arrays: {', '.join(CHIPS)}, or your measured response, a .csv"
+    )
+    read_bits: Annotated[int | None, CHIP] = Field(
+        None, ge=2, le=32, description="bits of the arrays' converters, both passes"
+    )
+    read_noise: Annotated[float | None, CHIP] = Field(
+        None, ge=0, description="noise of a read, as a share of the outputs' root mean square"
+    )
+    chip_settings: Annotated[dict[str, Any], IN_A_FILE] = Field(
+        default_factory=dict, description="settings of the devices, of read, wiring, update (in a file only)"
+    )
+
+    @field_validator("chip")
+    @classmethod
+    def _know_chip(cls, value: str | None) -> str | None:
+        if value is None or value in CHIPS:
+            return value
+        if not value.endswith(".csv"):
+            raise ValueError(f"is {value!r}; there are {', '.join(CHIPS)}, and measured responses *.csv")
+        return str(Path(value).resolve())  # a run goes on from any folder
 
 
 class OptimizerSettings(BaseModel):
@@ -206,6 +236,7 @@ class TrainConfig(
     MachineSettings,
     ScheduleSettings,
     OptimizerSettings,
+    ChipSettings,
     NetworkSettings,
     DataSettings,
 ):
@@ -232,6 +263,14 @@ class TrainConfig(
                 if name not in OptimizerSettings.model_fields | {"warmup_epochs": None}:
                     raise ValueError(f"{rule} may have optimizer settings of its own, and {name} is none")
         return value
+
+    @model_validator(mode="after")
+    def _keep_chips_on_one_device(self) -> Self:
+        if self.chip and (self.compile or self.devices > 1 or self.num_nodes > 1):
+            raise ValueError(
+                "--chip runs eagerly and on one device: leave --compile, --devices, --num-nodes out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_settings_of_rules(self) -> Self:
@@ -265,7 +304,14 @@ class TrainConfig(
     def to_yaml(self) -> str:
         """Return the whole config, section by section, as a file that ``read_config`` reads."""
         values, text = self.model_dump(mode="json"), ""
-        for section in (DataSettings, NetworkSettings, OptimizerSettings, ScheduleSettings, MachineSettings):
+        for section in (
+            DataSettings,
+            NetworkSettings,
+            ChipSettings,
+            OptimizerSettings,
+            ScheduleSettings,
+            MachineSettings,
+        ):
             own = {name: values.pop(name) for name in section.model_fields}
             text += f"# {(section.__doc__ or '').rstrip('.')}\n{yaml.safe_dump(own, sort_keys=False)}\n"
         return f"{text}# The rest\n{yaml.safe_dump(values, sort_keys=False)}"
@@ -323,7 +369,7 @@ class RunConfig(TrainConfig):
         return 1
 
 
-class AuditConfig(RuleSettings, OptimizerSettings, NetworkSettings, DataSettings):
+class AuditConfig(RuleSettings, OptimizerSettings, ChipSettings, NetworkSettings, DataSettings):
     """The settings of an audit: a step of training by one rule, on a minibatch of the data."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

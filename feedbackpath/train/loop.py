@@ -146,7 +146,7 @@ class Training:
         self.model = engine.place_model(make_network(config, seed, task))
         self.path = make_path(config, rule, seed, self.model)
         run_once(self.path, task)
-        self.optimizer = make_optimizer(self.model, config)
+        self.optimizer = make_optimizer(self.path, config)
         self.path.check_optimizer(self.optimizer)
         if why_apart(self.path, self.optimizer) is None:
             share_moments(self.path, self.optimizer)

@@ -94,6 +94,9 @@ def refuse_without_effect(config: Any, given: Set[str]) -> None:
         "channels_last": (not has_maps or is_local, f"{config.model} has no convolution{' then' * is_local}"),
         "momentum": (config.optimizer != "sgd", "it belongs to --optimizer sgd"),
         "nesterov": (config.optimizer != "sgd", "it belongs to --optimizer sgd"),
+        "read_bits": (config.chip is None, "it belongs to --chip"),
+        "read_noise": (config.chip is None, "it belongs to --chip"),
+        "chip_settings": (config.chip is None, "they belong to --chip"),
         "milestones": (getattr(config, "schedule", "steps") != "steps", "it belongs to --schedule steps"),
     }
     if isinstance(config, AuditConfig):

@@ -1,0 +1,93 @@
+"""The commands ``hardware`` and ``hardware tolerance``."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from cyclopts.validators import Number
+from rich.console import Console
+from rich.table import Table
+
+from feedbackpath.cli.exit_codes import DONE
+from feedbackpath.cli.running import run
+from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.settings import merge_config
+
+# Small enough for two minutes on two cores; as a recipe is, beneath the file and the flags.
+FIRST = CompareConfig(
+    data="digits", model="mlp", lr=0.05, epochs=10, chip="reram", rules=("bp", "fa", "ss", "kp", "wm")
+)
+STUDIED = FIRST.model_copy(update={"chip": None, "seeds": 3})
+
+
+def hardware(
+    *,
+    flags: Annotated[CompareConfig, Parameter(name="*")] = CompareConfig(),  # noqa: B008 (frozen)
+    config: Annotated[Path | None, Parameter(help="YAML file of settings; flags override it")] = None,
+    out: Annotated[Path, Parameter(help="folder for results, figures and report.html")] = Path(
+        "runs/hardware"
+    ),
+    resume: Annotated[bool, Parameter(help="go on with what --out holds, if anything", negative="")] = False,
+) -> int:
+    """Train by several rules with W and B in arrays of imperfect devices; as `compare --chip` does.
+
+    Unless given: digits, mlp, --lr 0.05, 10 epochs, --chip reram, rules bp,fa,ss,kp,wm.
+
+    Exit codes: 0 done, 2 bad input, 3 a run diverged, 130 or 143 interrupted (what was done is kept).
+    """
+    return run(merge_config(flags, config, FIRST), out, resume=resume)
+
+
+def tolerance(
+    *,
+    flags: Annotated[CompareConfig, Parameter(name="*")] = CompareConfig(),  # noqa: B008 (frozen)
+    imperfections: Annotated[str, Parameter(help="imperfections to search, by commas")] = (
+        "step,noise,asymmetry_spread,read_noise"
+    ),
+    margin: Annotated[
+        float, Parameter(help="points of error above the rule's ideal that pass", validator=Number(gt=0))
+    ] = 1.0,
+    bisections: Annotated[
+        int, Parameter(help="values tried between the mildest and the worst", validator=Number(gte=1))
+    ] = 5,
+    config: Annotated[Path | None, Parameter(help="YAML file of settings; flags override it")] = None,
+    out: Annotated[Path, Parameter(help="folder for tolerance.json and the figure")] = Path("runs/tolerance"),
+    resume: Annotated[bool, Parameter(help="go on with what --out holds, if anything", negative="")] = False,
+) -> int:
+    """Find the worst value of each imperfection at which each rule's error stays near its ideal.
+
+    Unless given: digits, mlp, --lr 0.05, 10 epochs, three seeds, rules bp,fa,ss,kp,wm.
+
+    Exit codes: 0 done, 2 bad input, 130 or 143 interrupted (runs that ended are kept).
+    """
+    from feedbackpath.jobs import Interrupted
+    from feedbackpath.jobs.tolerance import find_tolerance, table_of
+    from feedbackpath.report.tolerance import draw_tolerance
+
+    console = Console(highlight=False, markup=False)
+    settings = merge_config(flags, config, STUDIED)
+    try:
+        kept = find_tolerance(
+            settings, out, imperfections=[name.strip() for name in imperfections.split(",") if name.strip()],
+            margin=margin, bisections=bisections, resume=resume, tell=console.print,
+        )  # fmt: skip
+    except Interrupted as stop:
+        console.print(f"interrupted: what has ended is kept in {out}; --resume goes on")
+        return stop.exit_code
+    heading, rows = table_of(kept)
+    table = Table(*heading)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    draw_tolerance(kept.model_dump(), out)
+    console.print(f"every run is in {out / 'tolerance.json'}, the figures beside it")
+    return DONE
+
+
+app = App(
+    name="hardware",
+    help="Train with W and B in arrays of imperfect devices; `tolerance` finds what each rule tolerates.\n\n"
+    "Example: feedbackpath hardware --chip reram --read-bits 8 --rules bp,fa,ss,kp,wm",
+)
+app.default(hardware)
+app.command(tolerance)
