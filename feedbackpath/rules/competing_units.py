@@ -31,7 +31,7 @@ from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.errors import RuleError
 from feedbackpath.mirror.settings import refuse_no_count
 from feedbackpath.rules.activity_rule import ActivityRule, forward, product
-from feedbackpath.rules.base import Weights
+from feedbackpath.rules.base import Facts, Weights
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,13 @@ class CompetingUnits(ActivityRule):
     """
 
     name: ClassVar[str] = "kh"
+    facts: ClassVar[Facts] = Facts(
+        paper="Krotov & Hopfield 2019",
+        equation="dW = rate g (v - I W) / norm, no error below the read-out",
+        needs="each layer's input, kept",
+        verdict="transport-free",
+        flops=2.0,
+    )
     group: ClassVar[str] = "fixed"
     reads_output: ClassVar[bool] = False
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {

@@ -39,7 +39,7 @@ from feedbackpath.core.sendback import SendBack
 from feedbackpath.errors import RuleError
 from feedbackpath.mirror.passage import forward_passage
 from feedbackpath.rules.activity_rule import ActivityRule, forward, product
-from feedbackpath.rules.base import Weights
+from feedbackpath.rules.base import Facts, Weights
 from feedbackpath.rules.sample_targets import SampleTargets, inverse
 
 
@@ -67,6 +67,13 @@ class DifferenceTargetPropagation(ActivityRule):
     """
 
     name: ClassVar[str] = "dtp"
+    facts: ClassVar[Facts] = Facts(
+        paper="Lee et al. 2015; Ernoult et al. 2022",
+        equation="dx = (g(y) - g(y - N delta)) / N, g a learned inverse",
+        needs="each layer's input and output, kept; noise",
+        verdict="transport-free",
+        flops=3.67,
+    )
     send_back: ClassVar[SendBack] = SampleTargets()
     group: ClassVar[str] = "targets"
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.pytorch import uncompiled
-from feedbackpath.errors import RuleError
+from feedbackpath.errors import RuleError, refuse_no_size
 from feedbackpath.rules.activity_rule import ActivityRule, product
-from feedbackpath.rules.base import Weights
+from feedbackpath.rules.base import Facts, Weights
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,13 @@ class PhaselessAlignment(ActivityRule):
     """
 
     name: ClassVar[str] = "pal"
+    facts: ClassVar[Facts] = Facts(
+        paper="Max et al. 2024",
+        equation="dB = rate (y xi^T / sigma^2 - B), xi noise that rides on x",
+        needs="noise on every activity while it learns",
+        verdict="transport-free",
+        flops=1.71,
+    )
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {
         "rate": ("log", 0.0003, 0.03),
         "sigma": ("log", 0.03, 1.0),
@@ -70,8 +77,7 @@ class PhaselessAlignment(ActivityRule):
     def __post_init__(self) -> None:
         """Refuse what is no noise."""
         super().__post_init__()
-        if not self.sigma > 0.0:
-            raise RuleError(f"pal: sigma must be above 0, not {self.sigma}")
+        refuse_no_size("pal: sigma", self.sigma)
 
     def serves(self, weights: Weights) -> bool:
         """Linear layers, and convolutions that pad with zeros; not those whose weight attention reads."""
@@ -79,11 +85,7 @@ class PhaselessAlignment(ActivityRule):
         return super().serves(weights) and not isinstance(weights[0].layer, unfit)
 
     def start(self, weights: Weights, context: RuleContext) -> None:
-        """Draw every B, and let noise ride on the inputs of layers.
-
-        Raises:
-            RuleError: Two layers share a weight.
-        """
+        """Draw every B, and let noise ride on the inputs of layers; two that share a weight are refused."""
         everywhere: Weights = context.model.__dict__["untied"].below
         for weight in weights:
             sharing = [repr(other.name) for other in everywhere if other.weight is weight.weight]
