@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import rules_bench
 import yaml
 from cost_page import tables_of_cost
 from pydantic import BaseModel, JsonValue
@@ -310,11 +311,19 @@ def test_the_readmes_verdicts_are_those_of_audits():
         assert report.verdict.startswith(fp.RULES[rule].facts.verdict), rule
         taken = " / ".join(dict.fromkeys(report.locality.values())) or "–"
         lines.append(f"| `{rule}` | {report.verdict} | {taken} |")
-    assert "\n".join(["<!-- audit:begin -->", *lines, "<!-- audit:end -->"]) in read("README.md")
+    assert "\n".join(["<!-- audit:begin -->", *lines, "<!-- audit:end -->"]) in read("docs/rules.md")
+    for rule, verdict in re.findall(
+        r"^\| `([\w-]+)` \| .* \| .* \| (transport.*) \|$", read("README.md"), re.MULTILINE
+    ):
+        assert f"| `{rule}` | {verdict}" in read("docs/rules.md")
+
+
+def test_the_bench_of_rules_is_that_of_its_files():
+    assert f"<!-- bench:begin -->\n{rules_bench.tables()}<!-- bench:end -->" in read("docs/rules.md")
 
 
 def test_every_rule_is_in_the_table_of_rules():
-    listed = re.findall(r"^\| `([\w-]+)` \| `(\w+)` \|", read("docs/index.md"), re.MULTILINE)
+    listed = re.findall(r"^\| `([\w-]+)` \| `(\w+)` \|", read("docs/rules.md"), re.MULTILINE)
     assert listed == [(name, rule.__name__) for name, rule in fp.RULES.items()]
 
 

@@ -23,11 +23,15 @@ def compare(
 
     Exit codes: 0 done, 2 bad input, 3 a run diverged, 130 or 143 interrupted (what was done is kept).
     """
-    settings = merge_config(flags, config)
-    if settings.rules == ("all",):
-        from feedbackpath.jobs.imports import import_files
-        from feedbackpath.rules import RULES
+    return run(with_all_rules(merge_config(flags, config)), out, resume=resume)
 
-        import_files(settings.imports)
-        settings = settings.model_copy(update={"rules": tuple(RULES)})
-    return run(settings, out, resume=resume)
+
+def with_all_rules(settings: CompareConfig) -> CompareConfig:
+    """Return settings in which ``--rules all`` is every rule there is, those of imported files too."""
+    if settings.rules != ("all",):
+        return settings
+    from feedbackpath.jobs.imports import import_files
+    from feedbackpath.rules import RULES
+
+    import_files(settings.imports)
+    return settings.model_copy(update={"rules": tuple(RULES)})

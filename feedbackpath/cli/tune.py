@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.table import Table
 
+from feedbackpath.cli.compare import with_all_rules
 from feedbackpath.cli.exit_codes import DONE
 from feedbackpath.cli.output import make_console
 from feedbackpath.errors import ConfigError
@@ -44,7 +45,7 @@ def tune(
             f"{search.metric.name} {found}"
         )
 
-    settings = merge_config(flags, config)
+    settings = with_all_rules(merge_config(flags, config))
     for name in flags.model_fields_set & IDLE:
         raise ConfigError(f"--{name.replace('_', '-')} has no effect in a search; leave it out")
     command = shlex.join(["feedbackpath", *sys.argv[1:]])
