@@ -1,0 +1,107 @@
+"""Draw the figures of the docs anew, each from its result file, and stamp it: `python benchmarks/doc_figures.py`.
+
+A stamp is a line of text in the PNG: the result files and their checksums. A test compares them, so that no
+figure shows what its file does not say.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from growth_figure import render_growth
+from matplotlib import rc_context
+from one_input_figures import draw_angles
+from PIL import Image, PngImagePlugin
+from study_figures import render_study
+from study_table import read_study
+
+from feedbackpath.report.figures import FIGURE_STYLE, render, render_figures
+from feedbackpath.report.panels import make_panel
+from feedbackpath.train.results import read_results
+
+ROOT = Path(__file__).parent.parent
+FIGURES = ROOT / "docs" / "figures"
+RESULTS = ROOT / "benchmarks"
+STAMP = "Source"
+DRAWN_BY_HAND = {"report-page.png"}  # a picture of a page, taken in a browser
+
+
+def stamp_for(sources: list[str]) -> str:
+    """Return the stamp of a figure that is drawn from these files below benchmarks/."""
+    digests = [hashlib.sha256((RESULTS / source).read_bytes()).hexdigest() for source in sources]
+    return "; ".join(
+        f"benchmarks/{source} sha256:{digest}" for source, digest in zip(sources, digests, strict=True)
+    )
+
+
+def stamp_of(figure: Path) -> str:
+    """Return the stamp that a PNG carries; empty: none."""
+    with Image.open(figure) as image:
+        return str(image.info.get(STAMP, ""))
+
+
+def write_stamped(name: str, png: bytes, sources: list[str]) -> None:
+    """Write a figure of the docs with the stamp of what it was drawn from."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text(STAMP, stamp_for(sources))
+    with Image.open(io.BytesIO(png)) as image:
+        image.save(FIGURES / name, pnginfo=text, dpi=image.info.get("dpi"), optimize=True)
+
+
+def of_comparison(folder: str, figure: str) -> bytes:
+    """Draw one figure of a comparison's folder below benchmarks/."""
+    panel = make_panel([(folder, read_results(RESULTS / folder))])
+    return render_figures([panel])[f"{figure}.png"]
+
+
+def of_one_input() -> bytes:
+    """Draw the angles of the study with one noisy input."""
+    with rc_context(FIGURE_STYLE):
+        found = json.loads((RESULTS / "one-input" / "angles.json").read_text(encoding="utf-8"))
+        return render(draw_angles(found["measured"]), "png")
+
+
+def of_growth() -> bytes:
+    """Draw how a step's cost grows."""
+    return render_growth(json.loads((RESULTS / "step-cost" / "growth.json").read_text(encoding="utf-8")))
+
+
+def of_study(part: str) -> bytes:
+    """Draw a part of the mirror's study."""
+    return render_study(read_study(RESULTS / "mirror-study"))[f"{part}.png"]
+
+
+COMPARISONS = {
+    "glyphs-resnet8": ("learning_curves", "alignment", "gains"),
+    "fashion-mnist-lenet": ("learning_curves",),
+    "one-input": ("learning_curves",),
+}
+DRAWN: dict[str, tuple[list[str], Callable[[], bytes]]] = {
+    **{
+        f"{folder}-{figure}.png": (
+            [f"{folder}/results.json"],
+            lambda folder=folder, figure=figure: of_comparison(folder, figure),  # type: ignore[misc]
+        )
+        for folder, figures in COMPARISONS.items()
+        for figure in figures
+    },
+    "one-input-angles.png": (["one-input/angles.json"], of_one_input),
+    "step-cost-growth.png": (["step-cost/growth.json"], of_growth),
+    **{
+        f"mirror-study-{part}.png": (["mirror-study/study.json"], lambda part=part: of_study(part))  # type: ignore[misc]
+        for part in ("designs", "grid", "depth", "width", "batch")
+    },
+}
+"""File name to the result files, below benchmarks/, and the drawing."""
+
+
+def main() -> None:
+    """Draw and stamp all of them."""
+    for name, (sources, draw) in DRAWN.items():
+        write_stamped(name, draw(), sources)
+
+
+if __name__ == "__main__":
+    main()
