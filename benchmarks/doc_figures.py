@@ -1,4 +1,4 @@
-"""Draw the figures of the docs anew, each from its result file, and stamp it: `python benchmarks/doc_figures.py`.
+"""Draw the figures of the docs anew, each from its result file: `python benchmarks/doc_figures.py`.
 
 A stamp is a line of text in the PNG: the result files and their checksums. A test compares them, so that no
 figure shows what its file does not say.

@@ -323,8 +323,8 @@ def test_an_error_that_is_rounding_does_not_print_its_digits():
 @pytest.mark.parametrize(
     ("values", "metric", "scale", "ends", "ticks"),
     [
-        ([99.0, 3.0], Metric(), "log", (2.4, 113.85), [5, 10, 20, 50, 100]),
-        ([1e-6, 50.0], Metric(unit=""), "log", (8e-7, 57.5), [10.0**n for n in range(-6, 2)]),
+        ([99.0, 3.0], Metric(), "log", (3 / 1.1, 113.85), [3, 5, 10, 20, 30, 50, 100]),
+        ([1e-6, 50.0], Metric(unit=""), "log", (1e-6 / 1.1, 57.5), [10.0**n for n in range(-6, 2)]),
         ([0.0, 0.1], Metric(), "linear", (0, 1.0), []),
         ([0.0, 0.1], Metric(unit=""), "linear", (0, 0.105), []),
         ([-1.0, 1.0], Metric(unit=""), "linear", (-1.1, 1.1), []),

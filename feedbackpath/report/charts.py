@@ -38,7 +38,8 @@ def draw_learning_curves(panels: Sequence[Panel], styles: Styles) -> list[Markup
     metric = panels[0].metric
     scale, ends, ticks = error_axis((mean for curve in lines for mean in curve.means), metric)
     limits = [log10(end) for end in ends] if scale == "log" else ends
-    axis = {"title": escape(axis_title(metric)), "type": scale, "tickvals": ticks or None, "range": limits}
+    title = escape(axis_title(metric)) + (", log scale" if scale == "log" else "")
+    axis = {"title": title, "type": scale, "tickvals": ticks or None, "range": limits}
     return [_learning_chart(found, styles, metric, axis) if found else None for found in curves]
 
 

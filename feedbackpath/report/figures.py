@@ -104,7 +104,8 @@ def learning_curves(panels: Sequence[Panel], styles: Styles) -> Figure | None:
         axes.set_visible(False)
     _scale_metric(grid, panels[0].metric)
     for axes in grid[::columns]:
-        axes.set_ylabel(axis_title(panels[0].metric))
+        scale = ", log scale" if axes.get_yscale() == "log" else ""
+        axes.set_ylabel(axis_title(panels[0].metric) + scale)
     figure.legend(
         handles=[Line2D([], [], label=styles[rule].legend, **_looks(styles[rule])) for rule in rules],
         loc="outside upper left",
@@ -135,13 +136,14 @@ def error_axis(
         room = 0.05 * (largest - smallest) or 0.5
         return "linear", (smallest - room, largest + room), []
     high = 1.15 * largest
-    low = min(smallest / 1.25, high / 6)  # wide enough for two ticks at least
-    decades = range(floor(log10(low)), floor(log10(high)) + 1)
-    ticks = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
-    ticks = [tick for tick in ticks if low <= tick <= high]
-    if len(ticks) > MOST_TICKS:
-        ticks = [tick for tick in ticks if f"{tick:e}".startswith("1")]  # powers of ten
-    return "log", (low, high), ticks
+    decades = range(floor(log10(smallest)) - 1, floor(log10(high)) + 1)
+    for digits in ((1, 2, 3, 5), (1,)):
+        marks = [float(f"{digit}e{decade}") for decade in decades for digit in digits]
+        below = max(mark for mark in marks if mark <= smallest)  # every value has a tick below it
+        ticks = [mark for mark in marks if below <= mark <= high]
+        if len(ticks) <= MOST_TICKS:
+            break
+    return "log", (min(below / 1.1, high / 6), high), ticks
 
 
 def angle_axis(largest: float) -> tuple[float, list[float]]:
