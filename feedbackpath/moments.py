@@ -94,7 +94,7 @@ def _pairs_of(path: Path) -> list[Pair]:
     return [
         Pair(weight.weight, weight.feedback)
         for rule, weights in path.groups
-        if rule.learns and rule.gradients is None
+        if rule.learns and rule.gradients is None and rule.send_back.is_local
         for weight in weights
         if weight.weight.requires_grad
     ]
