@@ -96,7 +96,7 @@ class Guard:
             elif w is None or weight.feedback_name not in held:
                 lost = weight.weight_name if w is None else weight.feedback_name
                 yield (
-                    f"{lost!r} of {weight.name!r} is no parameter any more (pruning, weight_norm and "
+                    f"{lost!r} of {weight.name!r} is no parameter any more (pruning, weight_norm, "
                     "parametrize compute it from others)"
                 )
             elif hasattr(w, "full_tensor"):
