@@ -28,6 +28,7 @@ USES = {
     "matrix_angles": lambda path: path.matrix_angles(),
     "gains": lambda path: path.gains(),
     "delta_angles": lambda path: path.delta_angles(lambda: path.model(torch.randn(4, 6)).sum()),
+    "update_angles": lambda path: path.update_angles(lambda: path.model(torch.randn(4, 6)).sum()),
     "pairs": lambda path: list(path.pairs()),
     "mirror": lambda path: path.mirror(steps=1),
     "plan": lambda path: path.plan(lambda: path.model(torch.randn(4, 6)).sum()),

@@ -23,6 +23,8 @@ class Guard:
     def __init__(self, model: nn.Module, weights: Sequence[UntiedWeight]) -> None:
         self._model, self._weights, self._plain = model, list(weights), _plain_layers(model)
         self._shapes, self._sharing = [weight.weight.shape for weight in weights], _sharing_of(weights)
+        names = [(weight, name) for weight in weights for name in (weight.weight_name, weight.feedback_name)]
+        self._places = [(weight.layer._parameters, name) for weight, name in names]
         self._seen = self._look()
         watch_replicas(model)
 
@@ -80,10 +82,7 @@ class Guard:
             if module is not None and id(module) not in modules:
                 modules[id(module)] = len(module._parameters)
                 left.extend(module._modules.values())
-        names = [
-            (w.layer._parameters, name) for w in self._weights for name in (w.weight_name, w.feedback_name)
-        ]
-        held = [parameters.get(name) for parameters, name in names]
+        held = [parameters.get(name) for parameters, name in self._places]
         return modules, [(id(p), None if p is None else p.shape) for p in held]
 
     def _find_faults(self) -> Iterator[str]:
@@ -96,7 +95,7 @@ class Guard:
             elif w is None or weight.feedback_name not in held:
                 lost = weight.weight_name if w is None else weight.feedback_name
                 yield (
-                    f"{lost!r} of {weight.name!r} is no parameter any more (pruning, weight_norm and "
+                    f"{lost!r} of {weight.name!r} is no parameter any more (pruning, weight_norm, "
                     "parametrize compute it from others)"
                 )
             elif hasattr(w, "full_tensor"):

@@ -97,7 +97,7 @@ class UpdateWatch:
                 raise RuleError(
                     f"the optimizer updates the {whose} weights but not the {others} weights of "
                     f"{', '.join(names)}; make it after untie, from model.parameters(), after any "
-                    "load_state_dict(assign=True), and if the rule broadcasts errors, after a first run"
+                    "load_state_dict(assign=True), and, if the rule broadcasts, when the model has run once"
                 )
         if scales and all(map(_is_clipped, scales)):
             warnings.warn(
