@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import re
+import reprlib
 from collections.abc import Iterator, MutableMapping
 
 from feedbackpath.arguments import refuse_name
@@ -71,7 +72,7 @@ def register_rule(rule: type[Rule]) -> type[Rule]:
     if not (isinstance(rule, type) and issubclass(rule, Rule)) or not isinstance(
         getattr(rule, "name", None), str
     ):
-        raise RuleError(f"{rule!r} is no rule: derive a class from fp.Rule and give it a name")
+        raise RuleError(f"{reprlib.repr(rule)} is no rule: derive a class from fp.Rule and give it a name")
     name = rule.name
     refuse_name(name, "a rule", RuleError)
     if name in RULES and RULES[name] is not rule:
@@ -105,7 +106,8 @@ def resolve_rule(rule: "str | Rule") -> Rule:
     if not isinstance(rule, str):
         if not isinstance(rule, Rule):
             raise RuleError(
-                f"{rule!r} is no rule: pass a name ({', '.join(RULES)}) or an object of a subclass of Rule"
+                f"{reprlib.repr(rule)} is no rule: pass a name ({', '.join(RULES)}) or an object of a "
+                "subclass of Rule"
             )
         try:
             hash(rule)
@@ -120,4 +122,4 @@ def resolve_rule(rule: "str | Rule") -> Rule:
         return RULES[rule]()
     close = difflib.get_close_matches(rule, RULES, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise RuleError(f"unknown rule {rule!r}; known rules are {', '.join(RULES)}{hint}")
+    raise RuleError(f"unknown rule {reprlib.repr(rule)}; known rules are {', '.join(RULES)}{hint}")
