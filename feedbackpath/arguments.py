@@ -145,6 +145,16 @@ def in_words(hint: Any, *, is_finite: bool = False) -> str:
     return f"a {getattr(kind, '__name__', kind)}"
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = 80
+_SHORT.maxother = 160
+
+
+def shown(value: object) -> str:
+    """Return a value as a line shows it: what is long or deep is cut short."""
+    return " ".join(_SHORT.repr(value).split())
+
+
 @contextmanager
 def refusing(error: type[UserError], message: str) -> Iterator[None]:
     """Turn what Python raises for a content of another form into an error of ours.
@@ -190,10 +200,9 @@ def _refuse_misfits(
         hint = hints.get(name, Any)
         if name in but or hint is Any or fits(value, hint, is_finite=is_finite):
             continue
-        shown = reprlib.repr(value)
         if get_origin(hint) is Literal:
-            raise error(f"{what}: {name}={shown} is not {in_words(hint)}")
-        raise error(f"{what}: {name} must be {in_words(hint, is_finite=is_finite)}, not {shown}")
+            raise error(f"{what}: {name}={shown(value)} is not {in_words(hint)}")
+        raise error(f"{what}: {name} must be {in_words(hint, is_finite=is_finite)}, not {shown(value)}")
 
 
 @functools.cache

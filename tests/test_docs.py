@@ -289,7 +289,8 @@ def test_tables_of_the_command_line_are_those_of_the_program(make_table):
 
 def test_exit_codes_are_those_of_the_program():
     listed = re.findall(r"^\| (\d+) \|", read("docs/cli.md"), re.MULTILINE)
-    interrupted = [128 + number for number in (signal.SIGINT, signal.SIGTERM)]
+    signals = (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM)
+    interrupted = [128 + number for number in signals]
     assert [int(code) for code in listed] == [
         exit_codes.DONE,
         exit_codes.BAD_INPUT,

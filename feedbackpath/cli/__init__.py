@@ -36,6 +36,7 @@ app = App(
     name="feedbackpath",
     help="Deep learning without weight transport: train, compare and measure feedback paths that learn.",
     version=__version__,
+    suppress_keyboard_interrupt=False,  # it would say nothing
 )
 app.command(
     "feedbackpath.cli.compare:compare",

@@ -5,7 +5,7 @@ import importlib
 import re
 from collections.abc import Iterator, MutableMapping
 
-from feedbackpath.arguments import refuse_name
+from feedbackpath.arguments import refuse_name, shown
 from feedbackpath.errors import RuleError
 from feedbackpath.rules.base import Rule
 
@@ -77,7 +77,7 @@ def register_rule(rule: type[Rule]) -> type[Rule]:
     if not (isinstance(rule, type) and issubclass(rule, Rule)) or not isinstance(
         getattr(rule, "name", None), str
     ):
-        raise RuleError(f"{rule!r} is no rule: derive a class from fp.Rule and give it a name")
+        raise RuleError(f"{shown(rule)} is no rule: derive a class from fp.Rule and give it a name")
     name = rule.name
     refuse_name(name, "a rule", RuleError)
     if name in RULES and RULES[name] is not rule:
@@ -111,7 +111,8 @@ def resolve_rule(rule: "str | Rule") -> Rule:
     if not isinstance(rule, str):
         if not isinstance(rule, Rule):
             raise RuleError(
-                f"{rule!r} is no rule: pass a name ({', '.join(RULES)}) or an object of a subclass of Rule"
+                f"{shown(rule)} is no rule: pass a name ({', '.join(RULES)}) or an object of a "
+                "subclass of Rule"
             )
         try:
             hash(rule)
@@ -126,4 +127,4 @@ def resolve_rule(rule: "str | Rule") -> Rule:
         return RULES[rule]()
     close = difflib.get_close_matches(rule, RULES, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise RuleError(f"unknown rule {rule!r}; known rules are {', '.join(RULES)}{hint}")
+    raise RuleError(f"unknown rule {shown(rule)}; known rules are {', '.join(RULES)}{hint}")

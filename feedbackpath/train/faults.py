@@ -1,8 +1,8 @@
 """What is wrong with a setting, in our own words: a line that names it."""
 
-import reprlib
-
 from pydantic import ValidationError
+
+from feedbackpath.arguments import shown
 
 _IN_WORDS = {
     "greater_than_equal": "it must be at least {ge}",
@@ -29,12 +29,3 @@ def first_fault(error: ValidationError) -> str:
     if fault["type"] in _IN_WORDS:
         words = _IN_WORDS[fault["type"]].format(**fault.get("ctx", {}))
     return f"{setting} is {shown(fault['input'])}: {words}" if setting else words
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 90 else f"{text[:60]}…"
-
-
-def shown(value: object) -> str:
-    """Return a value as a line shows it: what is long or deep is cut short."""
-    return reprlib.repr(value) if isinstance(value, list | dict | tuple) else _cut(repr(value))

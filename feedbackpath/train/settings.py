@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from feedbackpath.arguments import shown
 from feedbackpath.errors import ConfigError
 from feedbackpath.train.config import AuditConfig, CompareConfig, RunConfig, TrainConfig
-from feedbackpath.train.faults import first_fault, shown
+from feedbackpath.train.faults import first_fault
 
 Config = TypeVar("Config", bound=BaseModel)
 MOST_BYTES = 2**20  # of a file of settings
