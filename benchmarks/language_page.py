@@ -1,0 +1,92 @@
+"""The tables and the figure of docs/language.md, from the result files in ``benchmarks/language``.
+
+python benchmarks/language_page.py    # writes the figure, prints the tables
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from feedbackpath.report import markdown_table
+from feedbackpath.report.figures import FIGURE_STYLE, PAGE_WIDTH, line_looks, render
+from feedbackpath.report.style import legend_label
+from feedbackpath.train.results import read_results
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "benchmarks" / "language"
+FIGURE = ROOT / "docs" / "figures" / "language-errors.png"
+
+
+def tables() -> dict[str, str]:
+    """Return the table of each part that has been run."""
+    return {
+        file.parent.name: markdown_table(read_results(file.parent)).strip()
+        for file in sorted(FOLDER.glob("*/results.json"))
+    }
+
+
+def samples_table(cells: Mapping[str, Any]) -> str:
+    """Return what each network wrote, on one line each."""
+    rows = [
+        f"| {cell.replace('/', ', ')} | {found['bits_per_byte']:.2f} | `{shown(found['sample'])}` |"
+        for cell, found in cells.items()
+    ]
+    head = "| network, rule | bits per byte | what it writes after the prompt |\n| --- | --- | --- |"
+    return "\n".join([head, *rows])
+
+
+def shown(text: str) -> str:
+    """Return the first characters of a text in the way that fits a table's cell."""
+    first = text[:90].replace("\n", "⏎").replace("`", "'").replace("|", "¦")
+    return "".join(letter if letter.isprintable() else "�" for letter in first)
+
+
+def draw(cells: Mapping[str, Any]) -> Figure:
+    """Draw delta angles by depth of the GPT, and by steps back in time of the LSTM."""
+    figure = Figure(figsize=(PAGE_WIDTH, 2.6), layout="constrained")
+    by_depth, by_time = figure.subplots(1, 2)
+    layers = list(cells["gpt/mirror-kp"]["delta_angle_deg"])
+    for cell, found in cells.items():
+        part, rule = cell.split("/")
+        if rule == "bp":
+            continue
+        looks = line_looks(rule)
+        if part == "gpt":
+            angles = [found["delta_angle_deg"].get(layer, float("nan")) for layer in layers]
+            by_depth.plot(range(len(layers)), angles, label=legend_label(rule), **looks)
+        else:
+            by_time.plot(found["delta_angle_deg_by_steps_back"], **looks)
+    names = [name.removeprefix("layers.layers.").replace("self_attn", "attention") for name in layers]
+    by_depth.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=6)
+    finish(by_depth, "GPT, by layer", "")
+    finish(by_time, "LSTM, by time", "steps back from the loss")
+    figure.legend(loc="outside lower center", ncols=5, fontsize=7)
+    return figure
+
+
+def finish(axes: Axes, title: str, label: str) -> None:
+    """Give a panel its title, labels and limits."""
+    axes.set_title(title)
+    axes.set_xlabel(label)
+    axes.set_ylabel("δ angle (degrees)")
+    axes.set_ylim(-3, 93)
+    axes.set_yticks([0, 30, 60, 90])
+
+
+def main() -> None:
+    """Write the figure and print the tables."""
+    for part, table in tables().items():
+        print(f"{part}\n\n{table}\n")
+    cells = json.loads((FOLDER / "samples.json").read_text())
+    print(samples_table(cells))
+    with matplotlib.rc_context(FIGURE_STYLE):
+        FIGURE.write_bytes(render(draw(cells), "png"))
+
+
+if __name__ == "__main__":
+    main()
