@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from language import PARTS, command_of
+from language import command_of
 from torch import Tensor, nn
 
 from feedbackpath.core.exchange import as_backprop
@@ -31,7 +31,7 @@ PROMPT = "def read_lines(path):\n    "
 
 def config_of(part: str) -> CompareConfig:
     """Return the settings of a part, as its command line has them."""
-    words = command_of(part, 1, Path())[4:-1]
+    words = command_of(part, 2, Path())[4:-1]
     flags = {flag[2:].replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
     return CompareConfig.model_validate({name: value for name, value in flags.items() if name != "out"})
 
@@ -87,11 +87,12 @@ def main() -> None:
     """Run what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "language" / "samples.json")
-    parser.add_argument("--parts", default="gpt,lstm")
+    parser.add_argument("--parts", default="lstm,gpt")
+    parser.add_argument("--rules", default="mirror-kp,kp,fa,bp")
     options = parser.parse_args()
     cells = json.loads(options.out.read_text()) if options.out.exists() else {}
     for part in options.parts.split(","):
-        for rule in PARTS[part].split("--rules ")[1].split()[0].split(","):
+        for rule in options.rules.split(","):
             if f"{part}/{rule}" not in cells:
                 cells[f"{part}/{rule}"] = run_cell(part, rule)
                 options.out.parent.mkdir(parents=True, exist_ok=True)

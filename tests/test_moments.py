@@ -197,20 +197,31 @@ def test_where_nothing_can_be_shared_it_is_said_why():
 
 
 def make_audited():
-    path, optimizer = start()
-    return partial(train, path, optimizer, 1), path
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    path = fp.untie(model, "kp")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    fp.share_moments(path, optimizer)
+    return partial(step_of, path, optimizer), path
+
+
+def step_of(path, optimizer):
+    optimizer.zero_grad()
+    path.model(torch.ones(4, 6)).square().mean().backward()
+    optimizer.step()
+    path.step()
 
 
 def test_the_audit_counts_them_as_bs_state():
-    assert fp.audit(build=make_audited).transport_free
-    path, optimizer = start()
-    train(path, optimizer, 1)
+    step, path = make_audited()
+    assert fp.audit(step, path).transport_free
+    optimizer, layer = step.args[1], path.model[2]
+    step()
     assert all({"exp_avg", "exp_avg_sq"} <= optimizer.state[b].keys() for _, _, b in path.pairs())
-    w, b = path.model.head.weight, path.model.head.feedback
 
     def leak():
-        train(path, optimizer, 1)
-        optimizer.state[b]["exp_avg"].add_(w.detach())
+        step()
+        optimizer.state[layer.feedback]["exp_avg"].add_(layer.weight.detach())
 
     assert fp.audit(leak, path, steps=2).transport_free is False
 
@@ -226,9 +237,6 @@ def test_mirror_kp_without_decay_under_adam():
             fp.share_moments(path, optimizer)
         path.mirror()
         for _ in range(3):
-            optimizer.zero_grad()
-            model(torch.ones(4, 6)).square().mean().backward()
-            optimizer.step()
-            path.step()
+            step_of(path, optimizer)
         both.append(path)
     assert_same(*both)

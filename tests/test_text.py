@@ -140,7 +140,14 @@ def test_a_tied_head_is_the_embeddings_table_and_kolen_pollack_says_what_that_me
     assert not torch.equal(*moments)
 
 
-@pytest.mark.parametrize("name", ["text-gpt-small", "text-lstm-small", "text-gpt-124m"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("text-gpt-small", marks=pytest.mark.slow),
+        pytest.param("text-lstm-small", marks=pytest.mark.slow),
+        "text-gpt-124m",
+    ],
+)
 def test_recipes_run(folder, tmp_path, name):
     """The large one runs with a small network here, in bf16; it was run whole by hand."""
     small = {"data_dir": folder, "samples_per_epoch": 32, "epochs": 1, "batch_size": 16, "num_threads": 1}

@@ -54,7 +54,7 @@ def text_gpt_124m(rule: str = "bp", norm: str = "after") -> RunConfig:
     Differs from it: bytes in place of tokens, and depth and width to match; beta_2 is 0.999, not 0.95; the
     learning rate falls to 0, not to a tenth; biases and norms are decayed as all else.
 
-    Expected: not measured. A few steps have been run, to see that it runs.
+    Expected: not measured. Two steps were run, of windows of 64 bytes, to see that it runs.
 
     Hardware: eight GPUs of 40 GB, with ``--devices 8``; fewer take a smaller ``--micro-batch-size``.
     Time: not measured.
