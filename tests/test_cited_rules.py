@@ -1,8 +1,11 @@
 """The alternatives that the paper cites, against slow readings of their equations and closed forms."""
 
 import copy
+import json
 import math
+import re
 
+import estimating_w
 import numpy as np
 import pytest
 import torch
@@ -540,3 +543,15 @@ def test_a_config_file_sets_the_cells_of_a_rule():
             make_rule("rdd", settings)
     with pytest.raises(fp.ConfigError, match="fa has no setting 'cells'"):
         make_rule("fa", {"cells": {}})
+
+
+def test_the_page_on_estimating_w_is_that_of_its_result_file():
+    found = json.loads(estimating_w.RESULTS.read_text())
+    page = (estimating_w.FIGURES.parent / "estimating-w.md").read_text()
+    assert estimating_w.make_table(found["points"]) in page
+    for rule, run in found["digits"].items():
+        assert re.search(rf"`{rule}`.*\D{np.mean(run['errors']):.1f}%", page, re.DOTALL)
+    for method in ("wm", "pal", "rdd", "kp"):
+        ends = [run[-1] for run in found["points"][method]]
+        angle = np.mean([end["angle_deg"] for end in ends])
+        assert angle == pytest.approx(estimating_w.theory(method, ends[0]["events"]), rel=0.05)
