@@ -33,7 +33,7 @@ from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.errors import RuleError
 from feedbackpath.mirror.settings import refuse_no_count
 from feedbackpath.rules.activity_rule import ActivityRule, forward, product
-from feedbackpath.rules.base import Weights
+from feedbackpath.rules.base import Facts, Weights
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,13 @@ class CompetingUnits(ActivityRule):
     """
 
     name: ClassVar[str] = "kh"
+    facts: ClassVar[Facts] = Facts(
+        paper="Krotov & Hopfield 2019",
+        equation="dW_m = rate g_m (v - I_m W_m) / norm; B = 0",
+        needs="the ranks of a layer's drives",
+        verdict="transport-free",
+        flops=1.0,
+    )
     group: ClassVar[str] = "fixed"
     reads_output: ClassVar[bool] = False
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {

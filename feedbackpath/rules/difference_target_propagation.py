@@ -40,7 +40,7 @@ from feedbackpath.errors import RuleError
 from feedbackpath.mirror.passage import forward_passage
 from feedbackpath.mirror.settings import refuse_unknown_names
 from feedbackpath.rules.activity_rule import ActivityRule, forward, product
-from feedbackpath.rules.base import Weights
+from feedbackpath.rules.base import Facts, Weights
 from feedbackpath.rules.sample_targets import SampleTargets, inverse
 
 
@@ -68,6 +68,13 @@ class DifferenceTargetPropagation(ActivityRule):
     """
 
     name: ClassVar[str] = "dtp"
+    facts: ClassVar[Facts] = Facts(
+        paper="Lee et al. 2015, eq. 15; Ernoult et al. 2022",
+        equation="dx = (g(y) - g(y - N delta)) / N, g a learned inverse",
+        needs="noise after each update; each layer's input and output, kept",
+        verdict="transport-free",
+        flops=1.0,
+    )
     send_back: ClassVar[SendBack] = SampleTargets()
     group: ClassVar[str] = "targets"
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {

@@ -32,7 +32,7 @@ from torch import Tensor
 from feedbackpath.core.context import RuleContext, generator_of
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.errors import KolenPollackWarning, RuleError
-from feedbackpath.rules.base import Weights
+from feedbackpath.rules.base import Facts, Weights
 from feedbackpath.rules.kolen_pollack import KolenPollack
 
 
@@ -58,6 +58,13 @@ class ProductFeedbackAlignment(KolenPollack):
     """
 
     name: ClassVar[str] = "pfa"
+    facts: ClassVar[Facts] = Facts(
+        paper="Li & Benna 2024",
+        equation="F = B^T R, B fixed; dR = -eta (B delta) x^T - lambda R",
+        needs="a population in each feedback path; weight decay",
+        verdict="transport-free",
+        flops=1.0,
+    )
     is_mirrorable: ClassVar[bool] = False
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {"expansion": ("choice", 1, 3, 10, 30)}
     expansion: float = 10.0

@@ -31,6 +31,7 @@ from torch import Tensor
 from feedbackpath.errors import RuleError
 from feedbackpath.mirror.estimate import Estimate
 from feedbackpath.mirror.fields import Field
+from feedbackpath.rules.base import Facts
 from feedbackpath.rules.spike_mirror import SpikeMirror, masked
 
 LEAST_WINDOWS = 3  # that a line is drawn through, on each side
@@ -55,6 +56,13 @@ class RegressionDiscontinuity(SpikeMirror):
     """
 
     name: ClassVar[str] = "rdd"
+    facts: ClassVar[Facts] = Facts(
+        paper="Guerguiev, Kording & Richards 2020",
+        equation="B <- (1 - d) B + d beta, beta the jump at the threshold",
+        needs="a second phase, spikes, after each update",
+        verdict="transport-free",
+        flops=1.0,
+    )
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {
         "rate": ("log", 0.003, 0.3),
         "margin": ("log", 0.1, 1.0),

@@ -37,6 +37,7 @@ from feedbackpath.errors import RuleError
 from feedbackpath.mirror.estimate import Estimate
 from feedbackpath.mirror.fields import Field
 from feedbackpath.mirror.spikes import Cells, trace
+from feedbackpath.rules.base import Facts
 from feedbackpath.rules.spike_mirror import SpikeMirror, masked
 
 
@@ -61,6 +62,13 @@ class SpikeTimingWeightInference(SpikeMirror):
     """
 
     name: ClassVar[str] = "stdwi"
+    facts: ClassVar[Facts] = Facts(
+        paper="Ahmad, Ambrogioni & van Gerven 2020",
+        equation="B <- (1 - d) B + d E[S (fast - slow)] / (s V)",
+        needs="a second phase, spikes, after each update",
+        verdict="transport-free",
+        flops=1.0,
+    )
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {
         "rate": ("log", 0.003, 0.3),
         "fast": ("log", 1.0, 8.0),
