@@ -65,7 +65,7 @@ class CompetingUnits(ActivityRule):
         equation="dW_m = rate g_m (v - I_m W_m) / norm; B = 0",
         needs="the ranks of a layer's drives",
         verdict="transport-free",
-        flops=1.0,
+        flops=2.0,
     )
     group: ClassVar[str] = "fixed"
     reads_output: ClassVar[bool] = False

@@ -73,7 +73,7 @@ class DifferenceTargetPropagation(ActivityRule):
         equation="dx = (g(y) - g(y - N delta)) / N, g a learned inverse",
         needs="noise after each update; each layer's input and output, kept",
         verdict="transport-free",
-        flops=1.0,
+        flops=3.67,
     )
     send_back: ClassVar[SendBack] = SampleTargets()
     group: ClassVar[str] = "targets"

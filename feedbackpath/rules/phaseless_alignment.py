@@ -14,9 +14,9 @@ do not bias B, but they make it scatter. With n inputs of mean square s about th
 
 so PAL takes about s / sigma^2 times the samples of a weight mirror, and none that are its own.
 
-Differs from the paper, whose text was not at hand: the update is derived here from what it says of the method.
-Its neurons work in continuous time and tell noise from signal by a filter; here xi is known where it is drawn,
-and the mean of y over a minibatch is taken off. B hears y before the activation.
+Differs from the paper, whose text was not at hand: the update is derived from what it says of the method.
+Its neurons work in continuous time and filter noise from signal; here xi is known where it is drawn, and the
+mean of y over a minibatch is taken off. B hears y before the activation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -63,7 +63,7 @@ class PhaselessAlignment(ActivityRule):
         equation="dB = rate (y xi^T / sigma^2 - B), y = W (x + xi)",
         needs="noise on activities; each layer's input and output, kept",
         verdict="transport-free",
-        flops=1.0,
+        flops=1.71,
     )
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {
         "rate": ("log", 0.0003, 0.03),

@@ -63,7 +63,7 @@ class ProductFeedbackAlignment(KolenPollack):
         equation="F = B^T R, B fixed; dR = -eta (B delta) x^T - lambda R",
         needs="a population in each feedback path; weight decay",
         verdict="transport-free",
-        flops=1.0,
+        flops=1.02,
     )
     is_mirrorable: ClassVar[bool] = False
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {"expansion": ("choice", 1, 3, 10, 30)}

@@ -61,7 +61,7 @@ class RegressionDiscontinuity(SpikeMirror):
         equation="B <- (1 - d) B + d beta, beta the jump at the threshold",
         needs="a second phase, spikes, after each update",
         verdict="transport-free",
-        flops=1.0,
+        flops=2.79,
     )
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {
         "rate": ("log", 0.003, 0.3),

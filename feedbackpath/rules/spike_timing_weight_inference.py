@@ -67,7 +67,7 @@ class SpikeTimingWeightInference(SpikeMirror):
         equation="B <- (1 - d) B + d E[S (fast - slow)] / (s V)",
         needs="a second phase, spikes, after each update",
         verdict="transport-free",
-        flops=1.0,
+        flops=12.19,
     )
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {
         "rate": ("log", 0.003, 0.3),
