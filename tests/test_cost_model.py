@@ -129,7 +129,7 @@ def test_products_of_a_mirror_are_those_that_pytorch_counts(model, rule, layers)
     assert count_flops(step.path.step) == added_flops(rule, layers[model])
 
 
-@pytest.mark.parametrize("rule", ["kp", "wm", "ia", "aa", "dfa", "dkp"])
+@pytest.mark.parametrize("rule", ["kp", "wm", "ia", "aa", "dfa", "dkp", "pfa", "pal", "dtp", "kh", "rdd"])
 def test_flops_of_a_rule_are_those_that_pytorch_counts(rule):
     flops = {}
     for name in (None, rule):

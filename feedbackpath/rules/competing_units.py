@@ -16,7 +16,9 @@ optimizer; the others compete. In a convolution the channels compete at each pos
 
 Differs from the paper: the rate stays as it is; hidden layers come before whatever activation the model has
 (there ReLU(h)^n), and the read-out has the model's loss; all layers learn at the same time, not one by one.
-Weight decay of the optimizer works against the length that units come to.
+Weights begin with unit variance, as in the published code: the first step brings those of hidden layers to
+it, and no more. (Small ones grow towards the first winner's inputs, and that unit goes on to win all.) Weight
+decay of the optimizer works against the length that units come to.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,18 +51,19 @@ class CompetingUnits(ActivityRule):
         >>> import feedbackpath as fp
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
         >>> path = fp.untie(model, "kh")
-        >>> for _ in range(300):
+        >>> for _ in range(500):
         ...     model(torch.rand(32, 8)).sum().backward()
         ...     path.step()
-        >>> bool(model[0].weight.square().sum(1).max() < 1.1), model[0].weight.grad.abs().max().item()
-        (True, 0.0)
+        >>> lengths = model[0].weight.norm(dim=1)
+        >>> model[0].weight.grad.abs().max().item(), bool(lengths.min() < 1.1)
+        (0.0, True)
     """
 
     name: ClassVar[str] = "kh"
     facts: ClassVar[Facts] = Facts(
         paper="Krotov & Hopfield 2019",
-        equation="dW = rate g (v - I W) / norm, no error below the read-out",
-        needs="each layer's input, kept",
+        equation="dW_m = rate g_m (v - I_m W_m) / norm; B = 0",
+        needs="the ranks of a layer's drives",
         verdict="transport-free",
         flops=2.0,
     )
@@ -95,6 +98,15 @@ class CompetingUnits(ActivityRule):
         """Let the units of a layer that no error has reached compete."""
         if not bool(delta.any()):
             super().after_backward(weight, x, output, delta, context)
+
+    def step(self, weights: Weights, context: RuleContext) -> None:
+        """Change the W of each layer that has competed; the first time, bring it to unit variance."""
+        if context.steps == 1:
+            with torch.no_grad():
+                for weight in weights:
+                    if context.state.pop(weight.name, None):
+                        weight.weight.div_(weight.weight.std())
+        super().step(weights, context)
 
     def slope(
         self, weight: UntiedWeight, x: Tensor, y: Tensor, context: RuleContext

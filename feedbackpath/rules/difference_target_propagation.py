@@ -68,9 +68,9 @@ class DifferenceTargetPropagation(ActivityRule):
 
     name: ClassVar[str] = "dtp"
     facts: ClassVar[Facts] = Facts(
-        paper="Lee et al. 2015; Ernoult et al. 2022",
+        paper="Lee et al. 2015, eq. 15; Ernoult et al. 2022",
         equation="dx = (g(y) - g(y - N delta)) / N, g a learned inverse",
-        needs="each layer's input and output, kept; noise",
+        needs="noise after each update; each layer's input and output, kept",
         verdict="transport-free",
         flops=3.67,
     )

@@ -1,8 +1,7 @@
 """Phaseless alignment learning (PAL): noise that rides on activity shows B what W is, while W learns.
 
 Max et al. 2024, "Learning efficient backprojections across cortical hierarchies in real time". There is no
-mirror mode. Each neuron adds noise xi of variance sigma^2 to what it sends, and B hears the answer of the
-layer above together with the data's::
+mirror mode: each neuron adds noise xi of variance sigma^2 to what it sends, and B hears all of the answer::
 
     y = W (x + xi)
     dB = rate (y xi^T / sigma^2 - B)        laid out as W, averaged over the samples of a step
@@ -15,10 +14,9 @@ do not bias B, but they make it scatter. With n inputs of mean square s about th
 
 so PAL takes about s / sigma^2 times the samples of a weight mirror, and none that are its own.
 
-Differs from the paper, whose text was not at hand: the update is derived here from what it says of the method
-(noise, correlated by B's synapses with the activity above; a decay). The paper's neurons work in continuous
-time and tell noise from signal by a high-pass filter; here xi is known where it is drawn, and the mean of y
-over a minibatch is taken off. B hears y before the activation, so that no slope has to be taken out.
+Differs from the paper, whose text was not at hand: the update is derived from what it says of the method.
+Its neurons work in continuous time and filter noise from signal; here xi is known where it is drawn, and the
+mean of y over a minibatch is taken off. B hears y before the activation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,8 +60,8 @@ class PhaselessAlignment(ActivityRule):
     name: ClassVar[str] = "pal"
     facts: ClassVar[Facts] = Facts(
         paper="Max et al. 2024",
-        equation="dB = rate (y xi^T / sigma^2 - B), xi noise that rides on x",
-        needs="noise on every activity while it learns",
+        equation="dB = rate (y xi^T / sigma^2 - B), y = W (x + xi)",
+        needs="noise on activities; each layer's input and output, kept",
         verdict="transport-free",
         flops=1.71,
     )
@@ -85,7 +83,7 @@ class PhaselessAlignment(ActivityRule):
         return super().serves(weights) and not isinstance(weights[0].layer, unfit)
 
     def start(self, weights: Weights, context: RuleContext) -> None:
-        """Draw every B, and let noise ride on the inputs of layers; two that share a weight are refused."""
+        """Draw every B, and let noise ride on the inputs of layers; refuse those that share a weight."""
         everywhere: Weights = context.model.__dict__["untied"].below
         for weight in weights:
             sharing = [repr(other.name) for other in everywhere if other.weight is weight.weight]

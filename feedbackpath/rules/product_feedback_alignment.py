@@ -60,8 +60,8 @@ class ProductFeedbackAlignment(KolenPollack):
     name: ClassVar[str] = "pfa"
     facts: ClassVar[Facts] = Facts(
         paper="Li & Benna 2024",
-        equation="F = B^T R, B random and fixed; dR = -eta (B delta) x^T - lambda R",
-        needs="a population of neurons in the feedback path; weight decay",
+        equation="F = B^T R, B fixed; dR = -eta (B delta) x^T - lambda R",
+        needs="a population in each feedback path; weight decay",
         verdict="transport-free",
         flops=1.02,
     )

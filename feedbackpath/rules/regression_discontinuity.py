@@ -58,8 +58,8 @@ class RegressionDiscontinuity(SpikeMirror):
     name: ClassVar[str] = "rdd"
     facts: ClassVar[Facts] = Facts(
         paper="Guerguiev, Kording & Richards 2020",
-        equation="B = jump of the drive above at a cell's threshold",
-        needs="a second phase of spiking cells after each update",
+        equation="B <- (1 - d) B + d beta, beta the jump at the threshold",
+        needs="a second phase, spikes, after each update",
         verdict="transport-free",
         flops=2.79,
     )

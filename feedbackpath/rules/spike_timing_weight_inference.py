@@ -64,8 +64,8 @@ class SpikeTimingWeightInference(SpikeMirror):
     name: ClassVar[str] = "stdwi"
     facts: ClassVar[Facts] = Facts(
         paper="Ahmad, Ambrogioni & van Gerven 2020",
-        equation="dB = eta (alpha (fast - slow) - B) at each spike above",
-        needs="a second phase of spiking cells after each update",
+        equation="B <- (1 - d) B + d E[S (fast - slow)] / (s V)",
+        needs="a second phase, spikes, after each update",
         verdict="transport-free",
         flops=12.19,
     )
