@@ -252,7 +252,10 @@ def test_with_all_three_the_audit_makes_no_exception(name, rule):
 
 @pytest.mark.parametrize(
     ("parts", "exception"),
-    [(ALL_THREE | {"norm": "after"}, {"BatchNorm scale"}), ({"norm": "scaling"}, set())],
+    [
+        pytest.param(ALL_THREE | {"norm": "after"}, {"BatchNorm scale"}, marks=pytest.mark.slow),
+        ({"norm": "scaling"}, set()),
+    ],
     ids=str,
 )
 def test_batchnorm_stays_the_only_exception(parts, exception):
