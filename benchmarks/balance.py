@@ -26,6 +26,7 @@ import feedbackpath as fp
 from feedbackpath.data import load_dataset, minibatches
 
 OUT = Path(__file__).parent / "balance"
+FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 DEFAULTS: Cell = {
     "rule": "kp", "depth": 2, "norm": "none", "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-3,
     "momentum": 0.9, "start": 1.0, "epochs": 20, "seed": 0,
@@ -180,23 +181,28 @@ def predict_angle(efolds: float, w: float, w_first: float, b_first: float) -> fl
     return math.degrees(math.acos(min(1.0, max(-1.0, product / (w * math.sqrt(square))))))
 
 
-def draw(out: Path) -> None:
+def draw(out: Path, figures: Path) -> None:
     """Draw what there is: the balance with its theory, and the maps."""
     import matplotlib.pyplot as plt
 
     files = {part: out / f"{part}.json" for part in GRIDS if (out / f"{part}.json").exists()}
     found = {part: json.loads(file.read_text())["cells"] for part, file in files.items()}
     if "balance" in found:
-        _draw_balance(found["balance"], out, plt)
+        _draw_balance(found["balance"], figures / "balance.png", plt)
     if "kp" in found:
-        _draw_maps(found["kp"], (("weight_decay", "lr"), ("start", "momentum")), out / "kp.png", plt)
+        _draw_maps(
+            found["kp"], (("weight_decay", "lr"), ("start", "momentum")), figures / "balance-kp.png", plt
+        )
     if "wm" in found:
         _draw_maps(
-            found["wm"], (("decay", "rate"), ("samples", "sigma"), ("lr", "every")), out / "wm.png", plt
+            found["wm"],
+            (("decay", "rate"), ("samples", "sigma"), ("lr", "every")),
+            figures / "balance-wm.png",
+            plt,
         )
 
 
-def _draw_balance(cells: list[Cell], out: Path, plt: Any) -> None:
+def _draw_balance(cells: list[Cell], file: Path, plt: Any) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     whole = [c for c in cells if not c["found"].get("diverged")]
     for start, colour in ((1.0, "#0072B2"), (0.0, "#D55E00")):
@@ -216,7 +222,7 @@ def _draw_balance(cells: list[Cell], out: Path, plt: Any) -> None:
     right.set_xscale("symlog", linthresh=0.01)
     right.axhline(0.0, color="0.5", linewidth=1)
     right.axvline(3.0, color="0.5", linewidth=1, linestyle="--")
-    figure.savefig(out / "balance.png", dpi=120)
+    figure.savefig(file, dpi=120)
     plt.close(figure)
 
 
@@ -292,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             measure,
             asked.at_most,
         )
-    draw(asked.out)
+    draw(asked.out, FIGURES if asked.out == OUT else asked.out)
 
 
 if __name__ == "__main__":
