@@ -13,7 +13,8 @@ from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.surgery import survey
 from feedbackpath.errors import UnconvertedLayerWarning, UntieError
-from feedbackpath.measure import angles
+from feedbackpath.measure.deltas import left_as_it_was
+from feedbackpath.measure.measures import Measures
 from feedbackpath.rules import Rule, checks, clock
 from feedbackpath.rules.choice import choose_rules, find_unserved, refuse_unmatched
 
@@ -92,7 +93,7 @@ def untie(
     return path
 
 
-class FeedbackPath:
+class FeedbackPath(Measures):
     """The feedback path of an untied model: its feedback weights, their rules, and what can be asked of them.
 
     Attributes:
@@ -151,7 +152,7 @@ class FeedbackPath:
         from feedbackpath.mirror import by_hand
 
         groups = self._to_mirror()
-        with angles.left_as_it_was(self.weights, self.model):
+        with left_as_it_was(self.weights, self.model):
             return by_hand.plan(self.context, groups, self.weights, compute_loss, settings, scale=scale)
 
     def _to_mirror(self) -> list[tuple[Rule, list[UntiedWeight]]]:
@@ -179,25 +180,6 @@ class FeedbackPath:
         for weight in self.weights:
             if weight.is_tied or weight.has_feedback:
                 yield weight.name, weight.weight, weight.feedback
-
-    def matrix_angles(self) -> dict[str, float]:
-        """Return each weight's angle between B and W, in degrees; B of another shape than W has none."""
-        self._refuse_retied()
-        return angles.matrix_angles(self.weights)
-
-    def gains(self) -> dict[str, float]:
-        """Return each weight's gain <B, W> / <W, W>: 1 when B has W's size along W."""
-        self._refuse_retied()
-        return angles.gains(self.weights)
-
-    def delta_angles(self, compute_loss: Callable[[], Tensor]) -> dict[str, float]:
-        """Return each layer's angle between its delta through B and through W, in degrees.
-
-        ``compute_loss`` runs the model forward on the same minibatch each time, and returns the loss.
-        Gradients, running statistics and random numbers are left as they were.
-        """
-        self._refuse_retied()
-        return angles.delta_angles(self.weights, self.model, compute_loss)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip gradients by their norm without counting feedback weights that learn.
