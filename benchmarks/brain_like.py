@@ -33,7 +33,7 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 STUDIES: dict[str, dict[str, Any]] = {
     "digits-resnet8": {"data": "digits", "epochs": 10, "batch_size": 64, "lr": 0.05, "weight_decay": 5e-3},
-    "glyphs-resnet8": {"data": "glyphs", "lr": 0.1, "weight_decay": 3e-3},
+    "glyphs-resnet8": {"data": "glyphs", "epochs": 8},
     "fashion-mnist-lenet": {
         "data": "fashion-mnist", "model": "lenet", "epochs": 8, "batch_size": 32, "optimizer": "adamw",
         "lr": 0.003, "weight_decay": 0.3,
@@ -50,9 +50,11 @@ def run_study(name: str, parts: Sequence[str], seeds: int, **changes: Any) -> No
             ["python", "benchmarks/brain_like.py", name, "--seeds", str(seeds), "--parts", part]
         )
         folder = WORK / f"{name}-{part}"
-        run_job(config, folder, resume=True, command=command, view=LiveView(Console()))
-        (OUT / name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / "results.json", OUT / name / f"{part}.json")
+        try:
+            run_job(config, folder, resume=True, command=command, view=LiveView(Console()))
+        finally:  # what is finished of a job that is broken off is kept as well
+            (OUT / name / part).mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / "results.json", OUT / name / part)
 
 
 def table(name: str) -> list[list[str]]:
@@ -62,9 +64,9 @@ def table(name: str) -> list[list[str]]:
     """
     rows = [["parts", "rule", "n", "error (%)", "worst angle (°)", "seconds"]]
     for part in PARTS:
-        file = OUT / name / f"{part}.json"
-        if file.exists():
-            rows += [[part, *row] for row in _rows_of(read_results(file))]
+        folder = OUT / name / part
+        if folder.exists():
+            rows += [[part, *row] for row in _rows_of(read_results(folder))]
     return rows
 
 
