@@ -66,7 +66,8 @@ def _wm() -> list[Cell]:
     cells = _grid(rate=(0.01, 0.03, 0.1, 0.3, 1.0), decay=(0.1, 0.25, 0.5, 1.0, 2.0))
     cells += _grid(sigma=(0.03, 0.1, 0.3, 1.0, 3.0), samples=(8, 16, 64, 256))
     cells += _grid(every=(1, 3, 10, 30, 100), lr=(0.01, 0.03, 0.1, 0.3))
-    return [{**MIRROR, **cell} for cell in cells]
+    whole = [{**MIRROR, **cell} for cell in cells]
+    return [cell for cell in whole if cell["rate"] * cell["decay"] <= 1.0]  # more than all of B cannot go
 
 
 GRIDS = {"balance": _balance, "kp": _kp, "wm": _wm}
