@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import LOCALS, by_id
+from reference import angle_deg
 from torch import nn
 
 import feedbackpath as fp
@@ -252,7 +253,10 @@ def test_with_all_three_the_audit_makes_no_exception(name, rule):
 
 @pytest.mark.parametrize(
     ("parts", "exception"),
-    [(ALL_THREE | {"norm": "after"}, {"BatchNorm scale"}), ({"norm": "scaling"}, set())],
+    [
+        pytest.param(ALL_THREE | {"norm": "after"}, {"BatchNorm scale"}, marks=pytest.mark.slow),
+        ({"norm": "scaling"}, set()),
+    ],
     ids=str,
 )
 def test_batchnorm_stays_the_only_exception(parts, exception):
@@ -359,3 +363,28 @@ def test_no_convolution_can_absorb_a_sigma_of_each_neuron():
     best = layer.weight.detach() * gain.mean((1, 2))[:, None, None, None]
     exact, sent = errors_through(layer, gain, best)
     assert torch.rad2deg(torch.acos(F.cosine_similarity(sent.flatten(), exact.flatten(), 0))) > 15
+
+
+@pytest.mark.parametrize("updates", ["of W", "of W / sigma"])
+def test_kolen_pollack_absorbs_sigma_where_the_scaled_synapse_is_what_changes(updates):
+    """Errors do not pass sigma. B comes to W; to W / sigma where a change of W is sigma times that of B."""
+    torch.manual_seed(0)
+    layer = fp.LocallyConnected2d(3, 5, (6, 6), 3, padding=1, bias=False).double()
+    gain = neurons_sigma(layer)
+    path = fp.untie(nn.Sequential(layer), "kp")
+    layer.register_forward_hook(lambda module, inputs, z: z + (z * gain - z).detach())
+    by_synapse = gain.permute(1, 2, 0)[..., None, None, None]
+    optimizer = torch.optim.SGD(path.model.parameters(), lr=0.1, weight_decay=0.5)
+    for _ in range(150):
+        optimizer.zero_grad()
+        x = torch.randn(8, 3, 6, 6, dtype=torch.float64)
+        (path.model(x) - 3 * x.mean(1, keepdim=True)).square().mean().mul(40).backward()
+        if updates == "of W / sigma":
+            layer.weight.grad /= by_synapse
+        optimizer.step()
+        path.step()
+    w, b = layer.weight.detach(), layer.feedback.detach()
+    to_plain, to_scaled = (angle_deg(b, w * scale) for scale in (1.0, by_synapse))
+    assert (to_plain < 1) == (updates == "of W")
+    assert (to_scaled < 1) == (updates == "of W / sigma")
+    assert max(to_plain, to_scaled) > 10

@@ -11,7 +11,7 @@ from feedbackpath.report import markdown_error_table, write_side_by_side
 from feedbackpath.report.figures import error_axis, learning_curves
 from feedbackpath.report.page import list_notes, render_page
 from feedbackpath.report.panels import lay_side_by_side, list_differences, make_panel, styles_of
-from feedbackpath.train.results import DataFacts, Metric
+from feedbackpath.train.results import DataFacts, Metric, Results
 
 NETWORKS = {"resnet8-glyphs-after", "resnet8-glyphs-before", "lenet-digits-after"}
 
@@ -163,3 +163,18 @@ def test_what_report_refuses_is_one_line(folders, tmp_path, monkeypatch, capsys,
     printed = capsys.readouterr().err
     assert message in printed
     assert len(printed.splitlines()) == 1
+
+
+def test_networks_of_other_parts_have_panels_of_their_own():
+    parts = (
+        {},
+        {"connections": "local"},
+        {"norm": "scaling", "connections": "local", "activation": "rectified-tanh"},
+    )
+    files = [(str(i), Results(model="lenet", config=config, runs=[])) for i, config in enumerate(parts)]
+    titles = [panel.title for panel in lay_side_by_side(files)]
+    assert titles == [
+        "lenet",
+        "lenet, local connections",
+        "lenet, local connections, rectified tanh, synaptic scaling",
+    ]

@@ -72,8 +72,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[N, in_channels, H, W]`` to ``[N, channels, ceil(H/stride), ceil(W/stride)]``."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = _rectify(self.conv1(x), self.bn1, self)
-        return _rectify_and_add(self.conv2(x), self.bn2, shortcut, self)
+        x = _rectify(self.conv1(x), self.bn1, self.activate, self.norm)
+        return _rectify_and_add(self.conv2(x), self.bn2, shortcut, self.activate, self.norm)
 
 
 class Bottleneck(nn.Module):
@@ -106,9 +106,9 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[N, in_channels, H, W]`` to ``[N, 4 * channels, ceil(H/stride), ceil(W/stride)]``."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = _rectify(self.conv1(x), self.bn1, self)
-        x = _rectify(self.conv2(x), self.bn2, self)
-        return _rectify_and_add(self.conv3(x), self.bn3, shortcut, self)
+        x = _rectify(self.conv1(x), self.bn1, self.activate, self.norm)
+        x = _rectify(self.conv2(x), self.bn2, self.activate, self.norm)
+        return _rectify_and_add(self.conv3(x), self.bn3, shortcut, self.activate, self.norm)
 
 
 class ResNet(nn.Module):
@@ -155,7 +155,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``[N, C, H, W]`` to class scores ``[N, num_classes]``."""
-        x = self.maxpool(_rectify(self.conv1(x), self.bn1, self))
+        x = self.maxpool(_rectify(self.conv1(x), self.bn1, self.activate, self.norm))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         scores: Tensor = self.fc(x.mean(dim=(2, 3)))
         return scores
@@ -212,7 +212,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``[N, C, H, W]`` to class scores ``[N, num_classes]``."""
-        x = _rectify(self.conv1(x), self.bn1, self)
+        x = _rectify(self.conv1(x), self.bn1, self.activate, self.norm)
         x = self.layer3(self.layer2(self.layer1(x)))
         scores: Tensor = self.fc(x.mean(dim=(2, 3)))
         return scores
@@ -231,9 +231,9 @@ class SubsampleAndPad(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
 
 
-def _rectify(x: Tensor, bn: nn.Module, owner: "BasicBlock | Bottleneck | ResNet | CifarResNet") -> Tensor:
-    """Normalise and rectify ``x``, in the order that the owner's ``norm`` names."""
-    return owner.activate(bn(x)) if owner.norm == "before" else bn(owner.activate(x))
+def _rectify(x: Tensor, bn: nn.Module, activate: Callable[[Tensor], Tensor], norm: Norm) -> Tensor:
+    """Normalise and rectify ``x``, in the order that ``norm`` names."""
+    return activate(bn(x)) if norm == "before" else bn(activate(x))
 
 
 def _initialise_convolutions(model: nn.Module) -> None:
@@ -251,9 +251,11 @@ def _initialise_convolutions(model: nn.Module) -> None:
             module.reset_parameters((2.0 / (module.out_channels * prod(module.kernel_size))) ** 0.5)
 
 
-def _rectify_and_add(x: Tensor, bn: nn.Module, shortcut: Tensor, block: BasicBlock | Bottleneck) -> Tensor:
+def _rectify_and_add(
+    x: Tensor, bn: nn.Module, shortcut: Tensor, activate: Callable[[Tensor], Tensor], norm: Norm
+) -> Tensor:
     """Close a block: "before" rectifies the sum, "after" only the branch."""
-    return block.activate(bn(x) + shortcut) if block.norm == "before" else bn(block.activate(x)) + shortcut
+    return activate(bn(x) + shortcut) if norm == "before" else bn(activate(x)) + shortcut
 
 
 def _conv(

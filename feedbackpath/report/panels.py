@@ -17,14 +17,18 @@ NAMES_OF_RUNS = {"rule", "rules", "seed", "seeds"}  # what runs of a panel are t
 LONGEST_VALUE, MOST_NAMES = 60, 3  # of what is listed where sources differ
 
 
+NORMS = {"before": ", BatchNorm before ReLU", "scaling": ", synaptic scaling"}
+PARTS = {"local": "local connections", "rectified-tanh": "rectified tanh"}
+
+
 @dataclass(frozen=True)
 class Panel:
     """The runs of one network on one data set, from one results file or several.
 
     Args:
         data: Name of the data set.
-        model: Name of the network.
-        norm: ``"after"`` or ``"before"``: where BatchNorm stands to the ReLU.
+        model: Name of the network, with its connections and activation if these are not the usual ones.
+        norm: ``"after"`` or ``"before"``: where BatchNorm stands to the ReLU; or ``"scaling"``.
         sources: The results files that the runs come from.
     """
 
@@ -47,7 +51,7 @@ class Panel:
     def title(self) -> str:
         """The panel's name for readers, such as ``resnet8 on glyphs``."""
         name = " on ".join(part for part in (self.model, self.data) if part) or "feedbackpath"
-        return name + (", BatchNorm before ReLU" if self.norm == "before" else "")
+        return name + NORMS.get(self.norm, "")
 
     @property
     def file_name(self) -> str:
@@ -127,7 +131,9 @@ def list_differences(panel: Panel) -> list[str]:
 
 
 def _network_of(results: Results) -> tuple[str, str, str]:
-    return results.data.name, results.model, str(results.config.get("norm", ""))
+    chosen = (str(results.config.get(name)) for name in ("connections", "activation"))
+    parts = [PARTS[value] for value in chosen if value in PARTS]
+    return results.data.name, ", ".join([results.model, *parts]), str(results.config.get("norm", ""))
 
 
 def _facts_of(results: Results) -> dict[str, Any]:

@@ -1,0 +1,306 @@
+"""Kolen-Pollack's balance of decay and rate, and how sensitive it and the mirror are to their settings.
+
+Akrout et al. 2019, Section 7: "A big lambda speeds up alignment, but may hamper learning", and "more tests
+are needed to assess the two mechanisms' [...] sensitivity to hyperparameters".
+
+`python benchmarks/balance.py balance` trains a fully connected network on digits over decay, learning rate,
+depth, norm, start of B and optimizer; `... kp` and `... wm` draw the maps of the two mechanisms. Each cell is
+kept as it ends, in `benchmarks/balance/`; broken off, the same command goes on. `... figures` draws.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from cells import Cell, run_cells
+from torch import nn
+
+import feedbackpath as fp
+from feedbackpath.data import load_dataset, minibatches
+
+OUT = Path(__file__).parent / "balance"
+FIGURES = Path(__file__).parent.parent / "docs" / "figures"
+DEFAULTS: Cell = {
+    "rule": "kp", "depth": 2, "norm": "none", "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-3,
+    "momentum": 0.9, "start": 1.0, "epochs": 20, "seed": 0,
+}  # fmt: skip
+MIRROR: Cell = {"rule": "wm", "rate": 0.1, "decay": 0.5, "sigma": 1.0, "samples": 64, "every": 1}
+WIDTH, BATCH = 128, 64
+
+
+def cells_of(part: str, seeds: int) -> Iterator[Cell]:
+    """Yield the settings of a part's cells, seed by seed."""
+    for seed in range(seeds):
+        for changes in GRIDS[part]():
+            yield {**DEFAULTS, **changes, "seed": seed}
+
+
+def _grid(**axes: Sequence[Any]) -> list[Cell]:
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def _balance() -> list[Cell]:
+    sgd = {"lr": (0.03, 0.2), "weight_decay": (0.0, 1e-4, 1e-3, 1e-2, 3e-2)}
+    adamw = {"optimizer": ("adamw",), "lr": (3e-3,), "weight_decay": (0.01, 0.1, 1.0)}
+    cells = []
+    for depth, norm in itertools.product((2, 6), ("none", "batchnorm")):
+        for settings in (sgd, adamw):
+            shape = {"depth": (depth,), "norm": (norm,), **settings}
+            cells += _grid(rule=("bp",), **shape) + _grid(rule=("kp",), start=(1.0, 0.0), **shape)
+    return cells
+
+
+def _kp() -> list[Cell]:
+    rates = _grid(lr=(0.01, 0.03, 0.1, 0.3, 1.0), weight_decay=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2))
+    return rates + _grid(momentum=(0.0, 0.5, 0.9, 0.97), start=(0.0, 0.3, 1.0, 3.0, 10.0))
+
+
+def _wm() -> list[Cell]:
+    cells = _grid(rate=(0.01, 0.03, 0.1, 0.3, 1.0), decay=(0.1, 0.25, 0.5, 1.0, 2.0))
+    cells += _grid(sigma=(0.03, 0.1, 0.3, 1.0, 3.0), samples=(8, 16, 64, 256))
+    cells += _grid(every=(1, 3, 10, 30, 100), lr=(0.01, 0.03, 0.1, 0.3))
+    whole = [{**MIRROR, **cell} for cell in cells]
+    return [cell for cell in whole if cell["rate"] * cell["decay"] <= 1.0]  # more than all of B cannot go
+
+
+GRIDS = {"balance": _balance, "kp": _kp, "wm": _wm}
+
+
+@functools.cache
+def digits() -> Any:
+    """Return the digits."""
+    return load_dataset("digits")
+
+
+def make_network(settings: Cell) -> nn.Sequential:
+    """Make ``depth`` hidden layers of ReLUs, each with or without a BatchNorm in front of them."""
+    torch.manual_seed(settings["seed"])
+    sizes = [64, *[WIDTH] * settings["depth"]]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [
+            nn.Linear(inputs, outputs),
+            *([nn.BatchNorm1d(outputs)] * (settings["norm"] == "batchnorm")),
+            nn.ReLU(),
+        ]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, 10))
+
+
+def make_rule(settings: Cell) -> str | fp.Rule:
+    """Return the rule; the mirror reads with the decay inside the rate, as in the paper."""
+    if settings["rule"] != "wm":
+        return str(settings["rule"])
+    told = {name: settings[name] for name in ("rate", "decay", "sigma", "samples")}
+    return fp.WeightMirror(fp.Mirror(reading="inside", when=fp.When(every=settings["every"]), **told))
+
+
+def make_optimizer(model: nn.Module, settings: Cell) -> torch.optim.Optimizer:
+    """Make SGD with momentum, or AdamW."""
+    told = {"lr": settings["lr"], "weight_decay": settings["weight_decay"]}
+    learning = [p for p in model.parameters() if p.requires_grad]
+    if settings["optimizer"] == "adamw":
+        return torch.optim.AdamW(learning, **told)
+    return torch.optim.SGD(learning, momentum=settings["momentum"], **told)
+
+
+def measure(settings: Cell) -> Cell:
+    """Train once; return the error in percent, angles in degrees, and what theory says of them."""
+    data, model = digits(), make_network(settings)
+    path = fp.untie(model, make_rule(settings), seed=settings["seed"])
+    if settings["rule"] == "kp":
+        with torch.no_grad():
+            for _, _, b in path.pairs():
+                b.mul_(settings["start"])
+    first = {name: (float(w.detach().norm()), float(b.detach().norm())) for name, w, b in path.pairs()}
+    optimizer, efolds, worst = make_optimizer(model, settings), 0.0, 0.0
+    if path.mirrors:
+        path.mirror()
+    steps = settings["epochs"] * math.ceil((len(data.train) - 1) / BATCH)
+    done = 0
+    for epoch in range(1, settings["epochs"] + 1):
+        model.train()
+        for x, y in minibatches(
+            data.train, batch_size=BATCH, seed=settings["seed"], epoch=epoch, shuffle=True
+        ):
+            rate = settings["lr"] * 0.5 * (1.0 + math.cos(math.pi * done / steps))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(data.train.prepare(x)), y)
+            if not math.isfinite(float(loss.detach())):
+                return {"diverged": True}
+            loss.backward()
+            optimizer.step()
+            path.step()
+            momentum = settings["momentum"] if settings["optimizer"] == "sgd" else 0.0
+            efolds += rate * settings["weight_decay"] / (1.0 - momentum)
+            done += 1
+        worst = max(worst, *path.matrix_angles().values())
+    angles, gains = path.matrix_angles(), path.gains()
+    found = {"error": error_of(model, data), "worst": worst, "last": max(angles.values()), "efolds": efolds}
+    found |= {"least_gain": min(gains.values()), "most_gain": max(gains.values())}
+    if settings["rule"] == "kp":
+        found["predicted"] = max(
+            predict_angle(efolds, float(w.detach().norm()), *first[name]) for name, w, _ in path.pairs()
+        )
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+@torch.no_grad()
+def error_of(model: nn.Module, data: Any) -> float:
+    """Return the test error in percent."""
+    model.eval()
+    wrong = 0.0
+    for x, y in minibatches(data.test, batch_size=500, seed=0, epoch=0, shuffle=False):
+        wrong += float((model(data.test.prepare(x)).argmax(1) != y).sum())
+    return 100.0 * wrong / len(data.test)
+
+
+def predict_angle(efolds: float, w: float, w_first: float, b_first: float) -> float:
+    """Return the angle that theory leaves between B and W, in degrees.
+
+    With k e-folds W - B is e^-k (W0 - B0). W holds e^-k W0 and what it has learned, which B holds as well;
+    taken for independent of W0 and B0, that gives both products from the norms alone::
+
+        <B, W> = |W|^2 - e^-2k |W0|^2        |B|^2 = |W|^2 - e^-2k (|W0|^2 - |B0|^2)
+
+    Example:
+        >>> round(predict_angle(0.0, 1.0, 1.0, 1.0)), round(predict_angle(9.0, 1.0, 1.0, 1.0))
+        (90, 0)
+    """
+    left = math.exp(-2.0 * efolds)
+    product, square = w**2 - left * w_first**2, w**2 - left * (w_first**2 - b_first**2)
+    if square <= 0.0 or w == 0.0:
+        return 90.0
+    return math.degrees(math.acos(min(1.0, max(-1.0, product / (w * math.sqrt(square))))))
+
+
+def draw(out: Path, figures: Path) -> None:
+    """Draw what there is: the balance with its theory, and the maps."""
+    import matplotlib.pyplot as plt
+
+    files = {part: out / f"{part}.json" for part in GRIDS if (out / f"{part}.json").exists()}
+    found = {part: json.loads(file.read_text())["cells"] for part, file in files.items()}
+    if "balance" in found:
+        _draw_balance(found["balance"], figures / "balance.png", plt)
+    if "kp" in found:
+        _draw_maps(
+            found["kp"], (("weight_decay", "lr"), ("start", "momentum")), figures / "balance-kp.png", plt
+        )
+    if "wm" in found:
+        _draw_maps(
+            found["wm"],
+            (("decay", "rate"), ("samples", "sigma"), ("lr", "every")),
+            figures / "balance-wm.png",
+            plt,
+        )
+
+
+def _draw_balance(cells: list[Cell], file: Path, plt: Any) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    whole = [c for c in cells if not c["found"].get("diverged")]
+    for start, colour in ((1.0, "#0072B2"), (0.0, "#D55E00")):
+        for norm, marker in (("none", "o"), ("batchnorm", "^")):
+            wanted = {"rule": "kp", "start": start, "norm": norm}
+            shown = [c for c in whole if wanted.items() <= c["settings"].items()]
+            label = f"B starts {'at random' if start else 'at 0'}, {norm.replace('none', 'no norm')}"
+            at = [c["found"]["predicted"] for c in shown]
+            left.plot(at, [c["found"]["last"] for c in shown], marker, color=colour, alpha=0.6, label=label)
+            beyond = [c["found"]["error"] - _backprop_beside(c, whole) for c in shown]
+            efolds = [c["found"]["efolds"] for c in shown]
+            right.plot(efolds, beyond, marker, color=colour, alpha=0.6)
+    left.plot([0, 90], [0, 90], color="0.5", linewidth=1)
+    left.set(xlabel="angle by theory (degrees)", ylabel="largest angle after training (degrees)")
+    left.legend(fontsize=8)
+    right.set(xscale="symlog", xlabel="e-folds of the run", ylabel="test error less backprop's (points)")
+    right.set_xscale("symlog", linthresh=0.01)
+    right.axhline(0.0, color="0.5", linewidth=1)
+    right.axvline(3.0, color="0.5", linewidth=1, linestyle="--")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def _backprop_beside(cell: Cell, cells: list[Cell]) -> float:
+    """Return backprop's error at the same settings."""
+    wanted = {**cell["settings"], "rule": "bp", "start": 1.0}
+    return next((float(c["found"]["error"]) for c in cells if c["settings"] == wanted), math.nan)
+
+
+def _draw_maps(cells: list[Cell], axes: Sequence[tuple[str, str]], file: Path, plt: Any) -> None:
+    """Draw error and worst angle over each pair of settings, the others at their defaults."""
+    figure, grid = plt.subplots(
+        2, len(axes), figsize=(5 * len(axes), 7), constrained_layout=True, squeeze=False
+    )
+    for column, (across, up) in enumerate(axes):
+        others = {**DEFAULTS, **MIRROR} if cells[0]["settings"]["rule"] == "wm" else DEFAULTS
+        fixed = {name: value for name, value in others.items() if name not in (across, up, "seed")}
+        shown = [c for c in cells if all(c["settings"].get(name) == value for name, value in fixed.items())]
+        xs, ys = (sorted({c["settings"][name] for c in shown}) for name in (across, up))
+        for row, (name, most) in enumerate((("error", 20.0), ("worst", 90.0))):
+            image = [[_mean(shown, name, {across: x, up: y}) for x in xs] for y in ys]
+            axis = grid[row][column]
+            drawn = axis.imshow(image, origin="lower", aspect="auto", vmin=0.0, vmax=most, cmap="viridis_r")
+            for (y, values), x in itertools.product(enumerate(image), range(len(xs))):
+                text = "–" if math.isnan(values[x]) else f"{values[x]:.3g}"
+                axis.text(
+                    x,
+                    y,
+                    text,
+                    ha="center",
+                    va="center",
+                    color="w" if values[x] > most / 2 else "k",
+                    fontsize=8,
+                )
+            axis.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
+            axis.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
+            axis.set(xlabel=across, ylabel=up)
+            figure.colorbar(
+                drawn, ax=axis, label="test error (%)" if name == "error" else "worst angle (degrees)"
+            )
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _mean(cells: list[Cell], name: str, at: Cell) -> float:
+    """Return the mean over seeds; not a number where a run diverged or none was made."""
+    values = [
+        c["found"].get(name, math.nan) for c in cells if all(c["settings"][k] == v for k, v in at.items())
+    ]
+    return sum(values) / len(values) if values else math.nan
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return what was asked for on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("part", choices=[*GRIDS, "figures"])
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each cell (3)")
+    parser.add_argument("--at-most", type=int, default=None, help="stop after so many new cells (all)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of result files and figures")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is missing of a part, or draw."""
+    asked = parse(argv)
+    torch.set_num_threads(1)
+    if asked.part != "figures":
+        command = f"python benchmarks/balance.py {asked.part} --seeds {asked.seeds}"
+        run_cells(
+            asked.out / f"{asked.part}.json",
+            command,
+            cells_of(asked.part, asked.seeds),
+            measure,
+            asked.at_most,
+        )
+    draw(asked.out, FIGURES if asked.out == OUT else asked.out)
+
+
+if __name__ == "__main__":
+    main()
