@@ -254,8 +254,8 @@ def _is_added(node: ast.AST, parents: _Parents, own: str, where: str, holders: s
         other = parent.left if parent.right is node else parent.right
         names = {name.id for name in ast.walk(other) if isinstance(name, ast.Name)}
         return isinstance(parent.op, (ast.Add, ast.Sub)) and names != {own}
-    if isinstance(parent, ast.Assign) and isinstance(parent.targets[0], ast.Name):
-        holders.add(f"{where}.{parent.targets[0].id}")
+    if isinstance(parent, ast.Assign):
+        holders.update(f"{where}.{n.id}" for n in ast.walk(parent.targets[0]) if isinstance(n, ast.Name))
         return True
     if isinstance(parent, ast.Return) and where != "forward":
         holders.add(where)
@@ -270,6 +270,8 @@ def _is_added(node: ast.AST, parents: _Parents, own: str, where: str, holders: s
             return True
         is_shown = parent.attr in _SHOWN and isinstance(call, ast.Call) and call.func is parent
         return is_shown and _is_added(call, parents, own, where, holders)  # type: ignore[arg-type]
+    if isinstance(parent, ast.Compare):
+        return True
     if isinstance(parent, ast.keyword):
         return parent.arg == "attn_mask"
     if isinstance(parent, (ast.List, ast.Tuple)):
