@@ -267,8 +267,9 @@ def test_positions_and_tokens_are_no_weights_and_nothing_is_said_of_them():
     added = {name: is_only_added(Positions(), name) for name in ("token", "table", "bias", "used", "made")}
     assert added == {"token": True, "table": True, "bias": True, "used": False, "made": False}
     model = Positions()
-    path = fp.untie(model, "wm", strict=True)
-    assert [weight.weight_name for weight in path.weights] == ["used", "weight"]
+    path = fp.untie(model, "fa", strict=True)
+    assert [weight.weight_name for weight in path.weights] == ["used", "made", "weight"]
+    model(torch.randn(2, 4, 8)).sum().backward()
 
 
 class Tied(nn.Module):

@@ -20,6 +20,7 @@ LEVELS = {
     "measure": 4,
     "path": 5,
     "auditing": 6,
+    "integrations": 6,
     "feedbackpath": 6,  # the package itself, which offers all of the above
     "bench": 7,
     "tasks": 7,
