@@ -1,8 +1,8 @@
 """What follows a layer, read off the kernels that ran: the slow, plain check of ``benchmarks/census.py``.
 
-One level below the functions that ``feedbackpath.mirror.following`` watches. Of each kernel's result it is noted
-what it was made of. What follows a layer is then found by going through these notes, with numbers in place of
-the layer's output: kernels that only move numbers or add others to them leave the numbers as they are, and
+One level below the functions that ``feedbackpath.mirror.following`` watches. It is noted what each kernel's
+result was made of. What follows a layer is then found by going through these notes, with numbers in place
+of the layer's output: kernels that only move numbers or add others to them leave the numbers as they are, and
 kernels of single numbers are run on them.
 """
 
@@ -14,93 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-MOVES = set(
-    [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "permute",
-        "transpose",
-        "t",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "clone",
-        "_to_copy",
-        "slice",
-        "select",
-        "split",
-        "split_with_sizes",
-        "unbind",
-        "cat",
-        "stack",
-        "alias",
-        "native_dropout",
-        "native_batch_norm",
-        "cudnn_batch_norm",
-        "_native_batch_norm_legit",
-        "native_layer_norm",
-        "native_group_norm",
-        "_fused_rms_norm",
-        "roll",
-        "constant_pad_nd",
-        "masked_fill",
-        "masked_fill_",
-        "where",
-        "index",
-        "detach",
-        "lift_fresh",
-        "as_strided",
-        "repeat",
-        "copy_",
-        "index_add",
-        "index_add_",
-        "_unsafe_index",
-        "index_select",
-        "copy",
-        "slice_scatter",
-    ]
+from feedbackpath.core.operations import names_in
+
+MOVES = names_in(
+    """view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone _to_copy slice select
+    split split_with_sizes unbind cat stack alias native_dropout native_batch_norm cudnn_batch_norm
+    _native_batch_norm_legit native_layer_norm native_group_norm _fused_rms_norm roll constant_pad_nd
+    masked_fill masked_fill_ where index detach lift_fresh as_strided repeat copy_ index_add index_add_
+    _unsafe_index index_select copy slice_scatter"""
 )
-NUMBERS = set(
-    [
-        "relu",
-        "relu_",
-        "gelu",
-        "silu",
-        "silu_",
-        "sigmoid",
-        "sigmoid_",
-        "tanh",
-        "tanh_",
-        "hardtanh",
-        "hardtanh_",
-        "hardswish",
-        "hardswish_",
-        "hardsigmoid",
-        "hardsigmoid_",
-        "leaky_relu",
-        "leaky_relu_",
-        "elu",
-        "elu_",
-        "mish",
-        "mish_",
-        "softplus",
-        "pow",
-        "square",
-        "exp",
-        "log1p",
-        "clamp",
-        "clamp_min",
-        "erf",
-        "abs",
-        "threshold",
-        "_prelu_kernel",
-        "neg",
-        "sqrt",
-        "log_sigmoid_forward",
-        "rsub",
-        "reciprocal",
-    ]
+NUMBERS = names_in(
+    """relu relu_ gelu silu silu_ sigmoid sigmoid_ tanh tanh_ hardtanh hardtanh_ hardswish hardswish_
+    hardsigmoid hardsigmoid_ leaky_relu leaky_relu_ elu elu_ mish mish_ softplus pow square exp log1p
+    clamp clamp_min erf abs threshold _prelu_kernel neg sqrt log_sigmoid_forward rsub reciprocal"""
 )
 SUMS, SCALES = {"add", "add_", "sub", "sub_", "rsub"}, {"mul", "mul_", "div", "div_"}
 STATISTICS = {"mean", "sum", "var", "var_mean", "amax", "amin", "rsqrt", "norm", "linalg_vector_norm", "std"}

@@ -74,7 +74,9 @@ FOLLOWED = {
     "clamped": (lambda net, y, x: y.clamp(min=0.1, max=0.9), [], lambda z: z.clamp(0.1, 0.9)),
     "hidden by control flow": (lambda net, y, x: torch.relu(y) if x.sum() < 1e9 else y, [], torch.relu),
     "behind a scale": (lambda net, y, x: torch.relu(net.gain * y + x), [], torch.relu),
-    "behind a scale of its own": (lambda net, y, x: torch.tanh(y * net.scale), [], lambda z: torch.tanh(0.7 * z)),
+    "behind a scale of its own": (
+        lambda net, y, x: torch.tanh(y * net.scale), [], lambda z: torch.tanh(0.7 * z)
+    ),
     "behind a dropped path": (lambda net, y, x: torch.relu(x + drop_path(y)), [], torch.relu),
     "behind a root mean square": (lambda net, y, x: F.silu(net.parts[0](y)), [RootMeanSquare()], F.silu),
     "before a root mean square": (lambda net, y, x: net.parts[0](x + y), [RootMeanSquare()], identity),
@@ -85,7 +87,9 @@ FOLLOWED = {
     "pooled": (lambda net, y, x: torch.relu(y).mean(0, keepdim=True), [], torch.relu),
     "joined": (lambda net, y, x: F.elu(torch.cat([y, x], 0)), [], F.elu),
     "cut": (lambda net, y, x: F.elu(y[:, :2].repeat(1, 2)), [], F.elu),
-    "attention": (lambda net, y, x: F.scaled_dot_product_attention(y[None], x[None], x[None])[0], [], identity),
+    "attention": (
+        lambda net, y, x: F.scaled_dot_product_attention(y[None], x[None], x[None])[0], [], identity
+    ),
 }  # fmt: skip
 
 

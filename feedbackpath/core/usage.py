@@ -42,7 +42,7 @@ _Parents = dict[ast.AST, ast.AST]
 
 
 def is_only_added(module: nn.Module, name: str) -> bool:
-    """Whether a module's code adds, joins or looks up a parameter of its own, and does nothing else with it."""
+    """Whether a module's code adds, joins or looks up a parameter of its own, and no more than that."""
     methods = [(method, parents_in(method)) for method in methods_of(type(module))]
     holders, before, is_used = {name}, 0, False  # what holds it: its own name, locals, methods that return it
     while len(holders) > before:
@@ -236,7 +236,7 @@ def methods_of(kind: type) -> Iterator[ast.FunctionDef]:
             yield node
 
 
-def parents_in(tree: ast.AST) -> _Parents:
+def parents_in(tree: ast.AST) -> _Parents:  # noqa: D103 (its name says it)
     return {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
 
 

@@ -1,7 +1,7 @@
 """A path inside other people's training loops: one step of it for each step of the optimizer.
 
-``follow`` serves any loop. What Lightning, transformers' ``Trainer`` and accelerate need beside it is in a file
-for each, which imports that package: nothing else here does, and none is required.
+``follow`` serves any loop. What Lightning, transformers' ``Trainer`` and accelerate need beside it is in a
+file for each, which imports that package: nothing else here does, and none is required.
 """
 
 from typing import Any
@@ -54,8 +54,8 @@ def follow(
     """
     if not holds(optimizer, path):
         raise RuleError(
-            f"{type(optimizer).__name__} holds no weight of the path's model: make it from model.parameters(), "
-            "after untie"
+            f"{type(optimizer).__name__} holds no weight of the path's model: make it from "
+            "model.parameters(), after untie"
         )
     path.check_optimizer(optimizer)
     handles = [optimizer.register_step_post_hook(lambda *_: path.step())]

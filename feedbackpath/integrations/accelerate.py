@@ -17,8 +17,8 @@ def step_path(
         accelerator: What prepared the optimizer. Under accumulation it steps when gradients are in step.
         optimizer: The prepared optimizer, made from the untied model's parameters.
         path: The path.
-        max_norm: Clip by the norm of the forward weights' gradients, instead of ``accelerator.clip_grad_norm_``,
-            which counts feedback weights that learn.
+        max_norm: Clip by the norm of the forward weights' gradients, instead of
+            ``accelerator.clip_grad_norm_``, which counts feedback weights that learn.
 
     Raises:
         RuleError: The optimizer holds none of the path's weights, or does not suit the rule.

@@ -21,7 +21,7 @@ class StepPath(Callback):
         max_norm: Clip by the norm of the forward weights' gradients, instead of ``gradient_clip_val``.
 
     Raises:
-        RuleError: Lightning clips by itself, and would count feedback weights; or no optimizer holds a weight.
+        RuleError: Lightning clips by itself, and would count feedback weights; or no optimizer holds weights.
     """
 
     def __init__(self, path: FeedbackPath, max_norm: float | None = None) -> None:
@@ -32,8 +32,8 @@ class StepPath(Callback):
         """Follow the optimizers that update the path's weights."""
         if trainer.gradient_clip_val and (learns(self._path) or self._max_norm is not None):
             raise RuleError(
-                "Trainer(gradient_clip_val=...) clips by the norm of W and B together: leave it out, and give "
-                "StepPath(path, max_norm=...)"
+                "Trainer(gradient_clip_val=...) clips by the norm of W and B together: leave it out, and "
+                "give StepPath(path, max_norm=...)"
             )
         chosen = [optimizer for optimizer in trainer.optimizers if holds(optimizer, self._path)]
         if not chosen:

@@ -13,7 +13,7 @@ from feedbackpath.path import FeedbackPath
 FILE = "feedbackpath.pt"
 
 
-class StepPath(TrainerCallback):  # type: ignore[misc]  # without the package its base is unknown
+class StepPath(TrainerCallback):
     """Step a path after each optimizer step, clip by the norm of W, and keep its state in checkpoints.
 
     Args:
@@ -35,8 +35,8 @@ class StepPath(TrainerCallback):  # type: ignore[misc]  # without the package it
         """Follow the optimizer; take up the path's state where training resumes."""
         if args.max_grad_norm and (learns(self._path) or self._max_norm is not None):
             raise RuleError(
-                "TrainingArguments(max_grad_norm=1.0), the default, clips by the norm of W and B together: set it "
-                "to 0, and give StepPath(path, max_norm=...)"
+                "TrainingArguments(max_grad_norm=1.0), the default, clips by the norm of W and B together: "
+                "set it to 0, and give StepPath(path, max_norm=...)"
             )
         if state.global_step:
             file = self._file(args, state)

@@ -73,7 +73,8 @@ def find_activations(model: nn.Module, names: Iterable[str]) -> dict[str, Activa
 
     Norms, dropout, reshapes and sums with a shortcut on the way are passed over: in mirror mode the
     shortcut is silent, and noise must not reach a norm's running statistics. A layer followed by another
-    operation of torch's (pooling, another layer, the output) has a linear output: its activation is the identity.
+    operation of torch's (pooling, another layer, the output) has a linear output: its activation is the
+    identity.
 
     Args:
         model: The whole model.

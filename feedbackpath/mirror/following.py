@@ -44,8 +44,8 @@ from feedbackpath.mirror.activations import (
 # Functions of one number, applied to each.
 _ELEMENTWISE = names_in(
     """relu relu6 leaky_relu prelu elu selu celu gelu silu mish tanh sigmoid softplus softsign hardtanh
-    hardsigmoid hardswish tanhshrink hardshrink softshrink threshold logsigmoid rrelu clamp clamp_min clamp_max
-    clip abs exp expm1 log log1p sqrt rsqrt reciprocal square pow __pow__ __rpow__ float_power erf sin cos neg
+    hardsigmoid hardswish tanhshrink hardshrink softshrink threshold logsigmoid rrelu clamp clamp_min
+    clamp_max clip abs exp expm1 log log1p sqrt rsqrt reciprocal square pow __pow__ __rpow__ float_power erf sin cos neg
     __neg__ sign maximum minimum"""
 )
 _ARITHMETIC = ADDITIVE & names_in(
