@@ -26,7 +26,7 @@ _SHOWN = names_in(
     """expand repeat unsqueeze squeeze view reshape to type_as flatten permute transpose contiguous
     float half double bfloat16 interpolate"""
 )
-_JOINED = names_in("cat concat stack embedding")
+_JOINED = names_in("cat concat stack embedding append")
 # Where operations come from. None of them takes a weight out of a module.
 _OPERATIONS = (torch, nn, F, torch.linalg, torch.fft, torch.special, torch.utils.checkpoint, math)
 _BUILTINS = names_in(
@@ -279,7 +279,7 @@ def _is_added(node: ast.AST, parents: _Parents, own: str, where: str, holders: s
     if isinstance(parent, ast.Call) and node is not parent.func:
         function = parent.func
         called = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-        if called == "interpolate":  # another number of positions
+        if "interpolate" in called or "resample" in called:  # another number of positions
             return _is_added(parent, parents, own, where, holders)
         return called in _JOINED
     return False

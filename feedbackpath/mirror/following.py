@@ -45,8 +45,8 @@ from feedbackpath.mirror.activations import (
 _ELEMENTWISE = names_in(
     """relu relu6 leaky_relu prelu elu selu celu gelu silu mish tanh sigmoid softplus softsign hardtanh
     hardsigmoid hardswish tanhshrink hardshrink softshrink threshold logsigmoid rrelu clamp clamp_min
-    clamp_max clip abs exp expm1 log log1p sqrt rsqrt reciprocal square pow __pow__ __rpow__ float_power erf sin cos neg
-    __neg__ sign maximum minimum"""
+    clamp_max clip abs exp expm1 log log1p sqrt rsqrt reciprocal square pow __pow__ __rpow__ float_power erf
+    sin cos neg __neg__ sign maximum minimum"""
 )
 _ARITHMETIC = ADDITIVE & names_in(
     "add add_ sub sub_ subtract rsub __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ maximum minimum"
