@@ -35,7 +35,7 @@ from feedbackpath.mirror import MirrorMode
 from feedbackpath.mirror.following import PASSED_OVER
 
 MOST = 40e6  # parameters
-PROBE = torch.linspace(-3.0, 3.0, 25)
+PROBE = torch.linspace(-8.0, 8.0, 65)
 
 
 @dataclass

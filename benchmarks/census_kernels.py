@@ -86,6 +86,8 @@ class Kernels(TorchDispatchMode):
                 continue
             done.add(number)
             name, func, args, kwargs, made = self.notes[number]
+            if name in ("detach", "clone") and not self.users[id(made[0])]:
+                continue  # autograd keeps it for the backward pass
             given = _tensors((args, kwargs))
             known = [x for x in given if id(x) in values]
             other = [x for x in given if id(x) not in values and x.dim() and id(x) not in self._still]
