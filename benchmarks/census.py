@@ -16,10 +16,8 @@ import argparse
 import gc
 import importlib.util
 import json
-import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from census_kernels import Kernels
+from census_models import PACKAGES, Make, declare_torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -35,107 +34,8 @@ from feedbackpath.core.operations import ADDITIVE, NO_VALUES, NO_WEIGHTS, SCALES
 from feedbackpath.mirror import MirrorMode
 from feedbackpath.mirror.following import PASSED_OVER
 
-SMALL = "test femto atto pico nano micro mini tiny xxs xx_small x_small xs b0 t0 s0 0_5 small 050 18 s12 _s"
-PROBE = torch.linspace(-3.0, 3.0, 25)
-ARCHITECTURES = [
-    "albert",
-    "bart",
-    "beit",
-    "bert",
-    "big_bird",
-    "bloom",
-    "clip",
-    "codegen",
-    "convbert",
-    "convnext",
-    "convnextv2",
-    "cvt",
-    "data2vec-vision",
-    "deberta",
-    "deit",
-    "dinov2",
-    "distilbert",
-    "efficientnet",
-    "electra",
-    "ernie",
-    "falcon",
-    "focalnet",
-    "gemma",
-    "gpt2",
-    "gpt_bigcode",
-    "gpt_neo",
-    "gpt_neox",
-    "gptj",
-    "levit",
-    "llama",
-    "mamba",
-    "mistral",
-    "mixtral",
-    "mobilebert",
-    "mobilenet_v2",
-    "mobilevit",
-    "mpnet",
-    "mpt",
-    "nystromformer",
-    "opt",
-    "phi",
-    "poolformer",
-    "pvt",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "regnet",
-    "rembert",
-    "resnet",
-    "roberta",
-    "segformer",
-    "swin",
-    "swinv2",
-    "t5",
-    "vit",
-    "vit_mae",
-    "wav2vec2",
-    "xlnet",
-]
-
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "embedding_size": 32, "num_hidden_layers": 2,
-    "num_layers": 2, "n_layer": 2, "n_layers": 2, "encoder_layers": 2, "decoder_layers": 2, "n_heads": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "num_heads": 4, "n_head": 4, "intermediate_size": 64,
-    "d_ff": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "ffn_dim": 64, "d_kv": 8, "rotary_dim": 4,
-    "vocab_size": 101, "image_size": 64, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "word_embed_proj_dim": 32, "d_inner": 64,
-    "num_conv_pos_embedding_groups": 4, "num_conv_pos_embeddings": 16,
-}  # fmt: skip
-FOUR = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
-OWN_SIZES: dict[str, dict[str, Any]] = {
-    "clip": {"text_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 101,
-                             "intermediate_size": 64},
-             "vision_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
-                               "patch_size": 8, "intermediate_size": 64}},
-    "convnext": FOUR, "convnextv2": FOUR, "regnet": FOUR | {"groups_width": 8, "embedding_size": 8},
-    "resnet": FOUR | {"embedding_size": 8, "layer_type": "basic"}, "poolformer": FOUR,
-    "cvt": {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 1, 1]},
-    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 101},
-    "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 101, "intermediate_size": 64,
-                "attention_types": [[["global", "local"], 1]]},
-    "levit": {"image_size": 64, "hidden_sizes": [16, 32, 48], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1],
-              "key_dim": [8, 8, 8]},
-    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 101, "state_size": 8},
-    "mobilebert": {"hidden_size": 32, "embedding_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
-                   "intermediate_size": 64, "vocab_size": 101, "intra_bottleneck_size": 16},
-    "mobilevit": {"image_size": 64, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 32]},
-    "pvt": {"image_size": 64, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1],
-            "num_attention_heads": [1, 1, 2, 4]},
-    "segformer": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 4]},
-    "swin": {"image_size": 64, "embed_dim": 16, "depths": [1, 1, 1], "num_heads": [1, 2, 4], "window_size": 4},
-    "swinv2": {"image_size": 64, "embed_dim": 16, "depths": [1, 1, 1], "num_heads": [1, 2, 4], "window_size": 4},
-    "wav2vec2": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
-                 "conv_dim": [32, 32], "conv_kernel": [10, 3], "conv_stride": [5, 2], "num_conv_pos_embeddings": 16,
-                 "num_conv_pos_embedding_groups": 4},
-}  # fmt: skip
+MOST = 40e6  # parameters
+PROBE = torch.linspace(-8.0, 8.0, 65)
 
 
 @dataclass
@@ -157,108 +57,6 @@ class Finding:
     wrong: list[str] = field(default_factory=list)
     named: list[str] = field(default_factory=list)
     seconds: float = 0.0
-
-
-def declare_torchvision() -> None:
-    """Declare the names of torchvision's kernels, where these cannot be loaded beside this build of torch."""
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        return
-    text = (Path(spec.origin).parent / "_meta_registrations.py").read_text()
-    try:
-        torch.ops.load_library(str(Path(spec.origin).parent / "_C.so"))
-    except OSError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in set(re.findall(r'register_(?:meta|fake)\("(?:torchvision::)?(\w+)"\)', text)):
-            library.define(f"{name}() -> Tensor")
-        globals()["_LIBRARY"] = library  # its declarations go when it goes
-
-
-def timm_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, dict[str, Any]]]]]:
-    """Yield a small model of each of timm's files."""
-    import timm
-
-    def smallness(name: str) -> tuple[int, int, str]:
-        hits = [place for place, word in enumerate(SMALL.split()) if word in name]
-        return min(hits, default=99), len(name), name
-
-    for module in timm.list_modules():
-        names = timm.list_models(module=module)
-        if not names:
-            continue
-        name = min(names, key=smallness)
-
-        def make(name: str = name) -> tuple[nn.Module, dict[str, Any]]:
-            try:  # two blocks of a transformer tell as much as twelve
-                model = timm.create_model(name, num_classes=10, depth=2)
-            except (TypeError, ValueError, RuntimeError, AssertionError, IndexError):
-                model = timm.create_model(name, num_classes=10)
-            size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
-            return model, {"": torch.randn(2, *size)}
-
-        yield name, make
-
-
-def torchvision_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, dict[str, Any]]]]]:
-    """Yield a small classifier of each of torchvision's files."""
-    from torchvision import models
-
-    first: dict[str, str] = {}
-    words = "18 0_5 tiny _t b0 b_16 400mf 11 121 50 small"
-    for name in sorted(models.list_models(module=models), key=lambda n: (len(n), n)):
-        module = models.get_model_builder(name).__module__
-        better = any(word in name for word in words.split())
-        if module not in first or (better and not any(word in first[module] for word in words.split())):
-            first[module] = name
-    for name in first.values():
-
-        def make(name: str = name) -> tuple[nn.Module, dict[str, Any]]:
-            extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-            size = 299 if name == "inception_v3" else 224
-            return models.get_model(name, weights=None, num_classes=10, **extra), {
-                "": torch.randn(2, 3, size, size)
-            }
-
-        yield name, make
-
-
-def transformers_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, dict[str, Any]]]]]:
-    """Yield a small model of each architecture."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
-
-    for kind in ARCHITECTURES:
-
-        def make(kind: str = kind) -> tuple[nn.Module, dict[str, Any]]:
-            known = AutoConfig.for_model(kind)
-            like = {
-                key: value for key, value in SIZES.items() if type(getattr(known, key, "")) is type(value)
-            }
-            config = AutoConfig.for_model(kind, **(OWN_SIZES[kind] if kind in OWN_SIZES else like))
-            is_image = hasattr(known, "num_channels") and kind != "clip"
-            model: Any = None
-            for auto in (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel)[2 if is_image else 0 :]:
-                try:
-                    model = auto.from_config(config)
-                    break
-                except ValueError:
-                    continue
-            ids = torch.randint(3, 100, (2, 16))
-            if kind == "wav2vec2":
-                return AutoModel.from_config(config), {"input_values": torch.randn(2, 800)}
-            if is_image:
-                size = getattr(config, "image_size", 64)
-                size = size if isinstance(size, int) else size[0]
-                return model, {"pixel_values": torch.randn(2, 3, size, size)}
-            if kind == "clip":
-                return model, {"input_ids": ids, "pixel_values": torch.randn(2, 3, 32, 32)}
-            return model, {"input_ids": ids} | (
-                {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
-            )
-
-        yield kind, make
-
-
-PACKAGES = {"timm": timm_models, "torchvision": torchvision_models, "transformers": transformers_models}
 
 
 def run(model: nn.Module, given: dict[str, Any]) -> list[Tensor]:
@@ -331,17 +129,21 @@ def gap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(gaps, default=0.0) if one.keys() == other.keys() else 1.0
 
 
-def look_at(package: str, name: str, make: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> Finding:
+def look_at(package: str, name: str, make: Make) -> Finding:
     """Convert one model and return what came of it."""
     finding, start = Finding(package, name), time.perf_counter()
     torch.manual_seed(0)
     model, given = make()
+    if sum(p.numel() for p in model.parameters()) > MOST:
+        raise ValueError(f"it has more than {MOST:.0e} parameters")
     state = {key: value.clone() for key, value in model.state_dict().items()}
 
     def as_it_was() -> None:
         model.load_state_dict(state)
 
     model.train()
+    run(model, given)  # one of them changes itself in its first pass
+    as_it_was()
     before = run(model, given)
     as_it_was()
     taken = multiplied(model, given)
@@ -410,15 +212,49 @@ def look_at_mirror(finding: Finding, model: nn.Module, given: dict[str, Any]) ->
     finding.named = told(caught)
 
 
-def main() -> None:
-    """Look at every model that is installed, and write what was found."""
+def table(findings: list[dict[str, Any]]) -> str:
+    """Return the table of docs/models.md: a line for each package."""
+    lines = [
+        "| | models | convert | forward bit-identical | B = W is autograd | weights with a `B` | `wm` in one "
+        "call | layers whose activation is right | warnings of `kp` |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for package in PACKAGES:
+        ran = [
+            one for one in findings if one["package"] == package and not one["error"].startswith("cannot be")
+        ]
+        if not ran:
+            continue
+        counts = [
+            len(ran),
+            sum(not one["error"] for one in ran),
+            sum(one["same_forward"] for one in ran),
+            sum(one["gradient_gap"] < 1e-4 for one in ran),
+            f"{100 * sum(one['share'] for one in ran) / len(ran):.1f}%",
+            sum(not one["mirror_error"] and one["mirrored"] > 0 for one in ran),
+            f"{sum(one['right'] for one in ran)} of {sum(one['mirrored'] for one in ran)}",
+            sum(len(one["warnings"]) for one in ran),
+        ]
+        lines.append(f"| {package} | {' | '.join(map(str, counts))} |")
+    return "\n".join(lines)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--packages", default=",".join(PACKAGES))
     parser.add_argument("--only", default="", help="names, separated by commas")
-    chosen = parser.parse_args()
+    parser.add_argument("--part", default="0/1", help="0/2: every second model")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Look at every model that is installed, and write what was found."""
+    chosen = parse()
+    part, parts = map(int, chosen.part.split("/"))
     declare_torchvision()
     only = set(filter(None, chosen.only.split(",")))
     findings = []
@@ -426,8 +262,8 @@ def main() -> None:
         if importlib.util.find_spec(package) is None:
             print(f"{package} is not installed: left out")
             continue
-        for name, make in PACKAGES[package]():
-            if only and name not in only:
+        for number, (name, make) in enumerate(PACKAGES[package]()):
+            if (only and name not in only) or number % parts != part:
                 continue
             try:
                 finding = look_at(package, name, make)

@@ -1,8 +1,8 @@
 """What follows a layer, read off the kernels that ran: the slow, plain check of ``benchmarks/census.py``.
 
-One level below the functions that ``feedbackpath.mirror.following`` watches. Of each kernel's result it is noted
-what it was made of. What follows a layer is then found by going through these notes, with numbers in place of
-the layer's output: kernels that only move numbers or add others to them leave the numbers as they are, and
+One level below the functions that ``feedbackpath.mirror.following`` watches. It is noted what each kernel's
+result was made of. What follows a layer is then found by going through these notes, with numbers in place
+of the layer's output: kernels that only move numbers or add others to them leave the numbers as they are, and
 kernels of single numbers are run on them.
 """
 
@@ -14,93 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-MOVES = set(
-    [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "permute",
-        "transpose",
-        "t",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "clone",
-        "_to_copy",
-        "slice",
-        "select",
-        "split",
-        "split_with_sizes",
-        "unbind",
-        "cat",
-        "stack",
-        "alias",
-        "native_dropout",
-        "native_batch_norm",
-        "cudnn_batch_norm",
-        "_native_batch_norm_legit",
-        "native_layer_norm",
-        "native_group_norm",
-        "_fused_rms_norm",
-        "roll",
-        "constant_pad_nd",
-        "masked_fill",
-        "masked_fill_",
-        "where",
-        "index",
-        "detach",
-        "lift_fresh",
-        "as_strided",
-        "repeat",
-        "copy_",
-        "index_add",
-        "index_add_",
-        "_unsafe_index",
-        "index_select",
-        "copy",
-        "slice_scatter",
-    ]
+from feedbackpath.core.operations import names_in
+
+MOVES = names_in(
+    """view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone _to_copy slice select
+    split split_with_sizes unbind cat stack alias native_dropout native_batch_norm cudnn_batch_norm
+    _native_batch_norm_legit native_layer_norm native_group_norm _fused_rms_norm roll constant_pad_nd
+    masked_fill masked_fill_ where index detach lift_fresh as_strided repeat copy_ index_add index_add_
+    _unsafe_index index_select copy slice_scatter"""
 )
-NUMBERS = set(
-    [
-        "relu",
-        "relu_",
-        "gelu",
-        "silu",
-        "silu_",
-        "sigmoid",
-        "sigmoid_",
-        "tanh",
-        "tanh_",
-        "hardtanh",
-        "hardtanh_",
-        "hardswish",
-        "hardswish_",
-        "hardsigmoid",
-        "hardsigmoid_",
-        "leaky_relu",
-        "leaky_relu_",
-        "elu",
-        "elu_",
-        "mish",
-        "mish_",
-        "softplus",
-        "pow",
-        "square",
-        "exp",
-        "log1p",
-        "clamp",
-        "clamp_min",
-        "erf",
-        "abs",
-        "threshold",
-        "_prelu_kernel",
-        "neg",
-        "sqrt",
-        "log_sigmoid_forward",
-        "rsub",
-        "reciprocal",
-    ]
+NUMBERS = names_in(
+    """relu relu_ gelu silu silu_ sigmoid sigmoid_ tanh tanh_ hardtanh hardtanh_ hardswish hardswish_
+    hardsigmoid hardsigmoid_ leaky_relu leaky_relu_ elu elu_ mish mish_ softplus pow square exp log1p
+    clamp clamp_min erf abs threshold _prelu_kernel neg sqrt log_sigmoid_forward rsub reciprocal"""
 )
 SUMS, SCALES = {"add", "add_", "sub", "sub_", "rsub"}, {"mul", "mul_", "div", "div_"}
 STATISTICS = {"mean", "sum", "var", "var_mean", "amax", "amin", "rsqrt", "norm", "linalg_vector_norm", "std"}
@@ -150,7 +76,7 @@ class Kernels(TorchDispatchMode):
     def _go(self, tensor: Tensor, value: Tensor, since: int, seen: dict[int, Tensor]) -> list[Tensor]:
         """Follow one tensor, and the numbers that stand for it."""
         values, base = {id(tensor): value}, value
-        found, rest = [], []
+        found, rest, aside = [], [], []
         steps = sorted(n for n in set(self.users[id(tensor)]) if n >= since)
         done: set[int] = set()
         used: set[int] = set()
@@ -160,10 +86,13 @@ class Kernels(TorchDispatchMode):
                 continue
             done.add(number)
             name, func, args, kwargs, made = self.notes[number]
+            if name in ("detach", "clone") and not self.users[id(made[0])]:
+                continue  # autograd keeps it for the backward pass
             given = _tensors((args, kwargs))
             known = [x for x in given if id(x) in values]
             other = [x for x in given if id(x) not in values and x.dim() and id(x) not in self._still]
             if name in STATISTICS or not made or not made[0].is_floating_point():
+                aside += [values[id(x)] for x in known if made and made[0].is_floating_point()]
                 used.update(id(x) for x in known)
                 continue
             used.update(id(x) for x in known)
@@ -177,7 +106,7 @@ class Kernels(TorchDispatchMode):
             elif name in MOVES | SUMS | SCALES:
                 for x in known:
                     if _is_line(base, values[id(x)]):
-                        for one in made:
+                        for one in made[:1] if "norm" in name or "dropout" in name else made:
                             if id(one) not in seen:
                                 seen[id(one)] = one
                                 rest += self._go(one, base, number + 1, seen)
@@ -186,7 +115,8 @@ class Kernels(TorchDispatchMode):
             else:
                 found += [base if _is_line(base, values[id(x)]) else values[id(x)] for x in known]
         found += [base if _is_line(base, v) else v for key, v in values.items() if key not in used]
-        return found + rest
+        aside = [base if _is_line(base, value) else value for value in aside]
+        return found + rest or aside
 
 
 def _run(func: Any, args: Any, kwargs: Any, values: dict[int, Tensor]) -> Tensor:

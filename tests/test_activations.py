@@ -31,6 +31,13 @@ def check(model, expected, name="layer"):
     torch.testing.assert_close(found[name](PROBE.clone()), expected(PROBE.clone()))
 
 
+def activations_of(path):
+    """Return what follows each layer, before any forward pass."""
+    mode = path.context.part(MirrorMode)
+    mode.find_activations(path.weights)
+    return mode.activations
+
+
 def identity(x):
     return x
 
@@ -107,21 +114,22 @@ def test_a_shared_layer_with_one_kind_of_activation_is_found():
     ],
     ids=["two kinds", "two slopes", "control flow"],
 )
-def test_what_cannot_be_told_is_asked_for(model):
-    with pytest.raises(
-        fp.RuleError, match=r"activations that follow 'layer', 'head' cannot be found; give them"
+def test_what_a_trace_cannot_tell_is_named_and_may_be_given(model):
+    path = fp.untie(model, "wm")
+    with pytest.warns(
+        fp.MirrorWarning, match=r"what follows 'layer'.* cannot be told, and is taken as linear"
     ):
-        fp.untie(model, "wm")
-    assert type(model.layer) is nn.Linear
+        path.mirror(1)
+    path.retie()
     path = fp.untie(model, "wm", activations={"lay*": torch.tanh, "*": nn.Identity(), "layer": torch.relu})
-    found = path.context.part(MirrorMode).activations
+    found = activations_of(path)
     assert found["layer"] is torch.relu
     torch.testing.assert_close(found["head"](PROBE), PROBE)
 
 
 def test_what_is_given_goes_before_what_is_found():
     path = fp.untie(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), "wm", activations={"0": torch.tanh})
-    assert path.context.part(MirrorMode).activations["0"] is torch.tanh
+    assert activations_of(path)["0"] is torch.tanh
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -139,7 +147,7 @@ def test_transformer_encoders_are_known(activation):
 )
 def test_every_layer_of_a_transformer_is_known(model):
     path = fp.untie(model, "wm")
-    assert {weight.name for weight in path.weights} <= path.context.part(MirrorMode).activations.keys()
+    assert {weight.name for weight in path.weights} <= activations_of(path).keys()
 
 
 def test_separate_projections_of_attention_inside_a_model_are_known():

@@ -25,6 +25,7 @@ LEVELS = {
     "moments": 4,
     "path": 5,
     "auditing": 6,
+    "integrations": 6,
     "feedbackpath": 6,  # the package itself, which offers all of the above
     "bench": 7,
     "tasks": 7,

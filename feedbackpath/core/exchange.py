@@ -105,7 +105,7 @@ class Exchange(TorchFunctionMode):
             for arg in args:
                 kind = type(arg)
                 is_many = isinstance(arg, (list, tuple)) and kind is not torch.Size
-                if is_many or id(arg) in by_id or (kind is Parameter and arg.dim() > 1):
+                if is_many or id(arg) in by_id or (kind is Parameter and (arg.dim() > 1 or arg is args[0])):
                     is_plain = False
         if kwargs:
             for arg in kwargs.values():
@@ -127,14 +127,14 @@ class Exchange(TorchFunctionMode):
             self._name_strangers(strangers, name)
         if not any(one.origins for one in met):
             output = run(func, args, kwargs)
-            if len(met) == len(tensors):
+            if all(isinstance(x, Parameter) or self.look_up(x) is not None for x in tensors):  # no activity
                 is_signal = "rand" in name or any(one.is_signal for one in met)
                 self._learn(output, None, is_signal=is_signal, is_stranger=bool(strangers))
             return output
         if func is F.multi_head_attention_forward:
             with self:
                 return pytorch.attention(*args, **kwargs)
-        if name in ops.NO_WEIGHTS and not (args and met[0].tensor is args[0]):  # a standardised weight
+        if name in ops.NO_WEIGHTS and not (args and met[0].tensor is args[0]):  # else W is standardised
             return run(func, args, kwargs)
         if name in ops.SHAPED_ALIKE:
             output = run(func, args, kwargs)

@@ -39,10 +39,9 @@ def survey(model: nn.Module) -> Survey:
     unconverted = {name: class_name(type(layer)) for name, layer in layers.items() if is_patched(layer)}
     convertible = {name: layer for name, layer in layers.items() if name not in unconverted}
     if not convertible:
-        raise UntieError(
-            f"nothing to untie in {type(model).__name__}: no module in it owns a matrix that a signal "
-            "passes through"
-        )
+        left = ", ".join(f"{name!r} ({kind})" for name, kind in unconverted.items())
+        why = f"has an untied form: {left}" if left else "owns a matrix that a signal passes through"
+        raise UntieError(f"nothing to untie in {type(model).__name__}: no module in it {why}")
     return Survey(convertible, unconverted)
 
 

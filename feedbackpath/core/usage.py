@@ -26,7 +26,7 @@ _SHOWN = names_in(
     """expand repeat unsqueeze squeeze view reshape to type_as flatten permute transpose contiguous
     float half double bfloat16 interpolate"""
 )
-_JOINED = names_in("cat concat stack embedding")
+_JOINED = names_in("cat concat stack embedding append")
 # Where operations come from. None of them takes a weight out of a module.
 _OPERATIONS = (torch, nn, F, torch.linalg, torch.fft, torch.special, torch.utils.checkpoint, math)
 _BUILTINS = names_in(
@@ -42,7 +42,7 @@ _Parents = dict[ast.AST, ast.AST]
 
 
 def is_only_added(module: nn.Module, name: str) -> bool:
-    """Whether a module's code adds, joins or looks up a parameter of its own, and does nothing else with it."""
+    """Whether a module's code adds, joins or looks up a parameter of its own, and no more than that."""
     methods = [(method, parents_in(method)) for method in methods_of(type(module))]
     holders, before, is_used = {name}, 0, False  # what holds it: its own name, locals, methods that return it
     while len(holders) > before:
@@ -236,7 +236,7 @@ def methods_of(kind: type) -> Iterator[ast.FunctionDef]:
             yield node
 
 
-def parents_in(tree: ast.AST) -> _Parents:
+def parents_in(tree: ast.AST) -> _Parents:  # noqa: D103 (its name says it)
     return {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
 
 
@@ -254,8 +254,8 @@ def _is_added(node: ast.AST, parents: _Parents, own: str, where: str, holders: s
         other = parent.left if parent.right is node else parent.right
         names = {name.id for name in ast.walk(other) if isinstance(name, ast.Name)}
         return isinstance(parent.op, (ast.Add, ast.Sub)) and names != {own}
-    if isinstance(parent, ast.Assign) and isinstance(parent.targets[0], ast.Name):
-        holders.add(f"{where}.{parent.targets[0].id}")
+    if isinstance(parent, ast.Assign):
+        holders.update(f"{where}.{n.id}" for n in ast.walk(parent.targets[0]) if isinstance(n, ast.Name))
         return True
     if isinstance(parent, ast.Return) and where != "forward":
         holders.add(where)
@@ -270,6 +270,8 @@ def _is_added(node: ast.AST, parents: _Parents, own: str, where: str, holders: s
             return True
         is_shown = parent.attr in _SHOWN and isinstance(call, ast.Call) and call.func is parent
         return is_shown and _is_added(call, parents, own, where, holders)  # type: ignore[arg-type]
+    if isinstance(parent, ast.Compare):
+        return True
     if isinstance(parent, ast.keyword):
         return parent.arg == "attn_mask"
     if isinstance(parent, (ast.List, ast.Tuple)):
@@ -277,7 +279,7 @@ def _is_added(node: ast.AST, parents: _Parents, own: str, where: str, holders: s
     if isinstance(parent, ast.Call) and node is not parent.func:
         function = parent.func
         called = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-        if called == "interpolate":  # another number of positions
+        if "interpolate" in called or "resample" in called:  # another number of positions
             return _is_added(parent, parents, own, where, holders)
         return called in _JOINED
     return False

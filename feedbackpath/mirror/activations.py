@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from feedbackpath.core.exchange import as_plain
+from feedbackpath.core.layers import kind_of
 from feedbackpath.core.modules import FeedbackModule
 from feedbackpath.errors import RuleError
 from feedbackpath.layers import RectifiedTanh, SynapticScaling
@@ -74,8 +75,9 @@ def find_activations(model: nn.Module, names: Iterable[str]) -> dict[str, Activa
     """Find the activation that follows each named layer, by tracing the model symbolically.
 
     Norms, dropout, reshapes and sums with a shortcut on the way are passed over: in mirror mode the
-    shortcut is silent, and noise must not reach a norm's running statistics. A layer followed by anything
-    else (pooling, another layer, the output) has a linear output: its activation is the identity.
+    shortcut is silent, and noise must not reach a norm's running statistics. A layer followed by another
+    operation of torch's (pooling, another layer, the output) has a linear output: its activation is the
+    identity.
 
     Args:
         model: The whole model.
@@ -114,7 +116,8 @@ def _trace(model: nn.Module, wanted: set[str]) -> list[torch.fx.Node]:
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
             is_inside = any(name.startswith(f"{module_qualified_name}.") for name in wanted)
             is_torch = m.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential)
-            return (isinstance(m, FeedbackModule) and bool(m.untied.weights)) or is_torch or not is_inside
+            is_leaf = not is_inside and not isinstance(m, nn.Sequential)
+            return (isinstance(m, FeedbackModule) and bool(m.untied.weights)) or is_torch or is_leaf
 
     if "" in wanted:  # the model is one layer: nothing follows it
         graph = torch.fx.Graph()
@@ -141,6 +144,9 @@ def _activation_of(user: torch.fx.Node, modules: dict[str, nn.Module]) -> Activa
         module = modules[str(user.target)]
         if isinstance(module, ACTIVATION_MODULES):
             return out_of_place(module)
+        plain = module.plain_type if isinstance(module, FeedbackModule) else type(module)
+        if not plain.forward.__module__.startswith("torch."):  # a norm may have an activation inside
+            return identity if kind_of(module).weights(module) else None
         return _follow(user, modules) if isinstance(module, TRANSPARENT_MODULES) else identity
     if user.op == "call_function":
         target: Any = user.target

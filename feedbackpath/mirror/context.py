@@ -87,9 +87,9 @@ class MirrorContext:
             self.warn_once(
                 "untold",
                 "",
-                f"what follows {', '.join(by_pattern(untold))} cannot be told, and is taken as linear; give it "
-                "where it is not, as in untie(..., activations={'encoder.*': torch.relu}); if no forward pass "
-                "has been seen yet, train one step first",
+                f"what follows {', '.join(by_pattern(untold))} cannot be told, and is taken as linear; "
+                "give it where it is not, as in untie(..., activations={'encoder.*': torch.relu}); if no "
+                "forward pass has been seen yet, train one step first",
             )
         self.activations |= {name: found.get(name) or identity for name in unknown}
         self.odd_slopes |= {name: odd_slope(self.activations[name]) for name in unknown}

@@ -5,6 +5,7 @@ reshapes and scales are passed over, as in ``feedbackpath.mirror.activations``. 
 anything else, the function that it has become is what follows the layer.
 """
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,17 @@ from feedbackpath.core import pytorch
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.modules import FeedbackModule
-from feedbackpath.core.operations import ADDITIVE, SCALES, Args, Call, Kwargs, name_of, names_in, tensors_in
+from feedbackpath.core.operations import (
+    ADDITIVE,
+    SCALES,
+    SHAPED_ALIKE,
+    Args,
+    Call,
+    Kwargs,
+    name_of,
+    names_in,
+    tensors_in,
+)
 from feedbackpath.mirror.activations import (
     ACTIVATION_FUNCTIONS,
     ACTIVATION_METHODS,
@@ -33,9 +44,9 @@ from feedbackpath.mirror.activations import (
 # Functions of one number, applied to each.
 _ELEMENTWISE = names_in(
     """relu relu6 leaky_relu prelu elu selu celu gelu silu mish tanh sigmoid softplus softsign hardtanh
-    hardsigmoid hardswish tanhshrink hardshrink softshrink threshold logsigmoid rrelu clamp clamp_min clamp_max
-    clip abs exp expm1 log log1p sqrt rsqrt reciprocal square pow __pow__ __rpow__ float_power erf sin cos neg
-    __neg__ sign maximum minimum"""
+    hardsigmoid hardswish tanhshrink hardshrink softshrink threshold logsigmoid rrelu clamp clamp_min
+    clamp_max clip abs exp expm1 log log1p sqrt rsqrt reciprocal square pow __pow__ __rpow__ float_power erf
+    sin cos neg __neg__ sign maximum minimum"""
 )
 _ARITHMETIC = ADDITIVE & names_in(
     "add add_ sub sub_ subtract rsub __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ maximum minimum"
@@ -51,7 +62,7 @@ PASSED_OVER = names_in(
 # What they make of a signal is a statistic of it: no neuron's answer goes on through them.
 _STATISTICS = names_in(
     """mean sum var std var_mean std_mean norm vector_norm linalg_vector_norm max min amax amin argmax topk
-    isnan isinf any all detach data"""
+    isnan isinf any all"""
 )
 _OF_SEVERAL = names_in("softmax log_softmax glu softmin gumbel_softmax maxout")
 
@@ -100,7 +111,7 @@ class Follower(TorchFunctionMode):
 
     def end(self, outputs: Any) -> None:
         """Say what becomes of what nothing took up: it leaves the model, or nobody sees it."""
-        leaving = {id(tensor) for tensor in tensors_in(_parts_of(outputs))}
+        leaving = {id(tensor) for tensor in _tensors_of(outputs)}
         for key, one in self._followed.items():
             if key not in self._taken_up:
                 self._tell([one], self.told if key in leaving else self._aside, is_seen=key in leaving)
@@ -127,7 +138,7 @@ class Follower(TorchFunctionMode):
         given = tensors_in((args, kwargs))
         met = [(tensor, self._followed[id(tensor)]) for tensor in given if id(tensor) in self._followed]
         made = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
-        if not met or not made:
+        if not met or not made or name_of(func) in SHAPED_ALIKE | {"detach", "data"}:
             return
         self._taken_up.update(id(tensor) for tensor, _ in met)
         found = [one for _, one in met]
@@ -253,15 +264,14 @@ def _only_one(functions: Sequence[Activation | None]) -> Activation | None:
     return first if all(is_same(first, other) for other in functions) else None
 
 
-def _parts_of(output: Any) -> Any:
-    """Return the parts of a model's output, that of a dataclass too."""
-    return (
-        output
-        if isinstance(output, (Tensor, dict, list, tuple))
-        else list(vars(output).values())
-        if hasattr(output, "__dict__")
-        else []
-    )
+def _tensors_of(output: Any) -> list[Tensor]:
+    """Return the tensors in a model's output, in dataclasses too."""
+    if isinstance(output, Tensor):
+        return [output]
+    parts = output.values() if isinstance(output, Mapping) else output
+    if not isinstance(output, (Mapping, list, tuple)):
+        parts = vars(output).values() if dataclasses.is_dataclass(output) else ()
+    return [tensor for part in parts for tensor in _tensors_of(part)]
 
 
 def _function_of(

@@ -1,8 +1,8 @@
 """Which dimension of a weight counts inputs, where no layer was registered: read off the layer's own code.
 
-``F.linear(x, self.weight)`` has the outputs first, ``x @ self.weight`` and ``torch.addmm(bias, x, self.weight)``
-the inputs. A weight of three dimensions is one matrix for each expert, taken out by ``self.weights[expert]`` or
-used at once by ``torch.bmm``.
+``F.linear(x, self.weight)`` has the outputs first, ``x @ self.weight`` and ``torch.addmm(bias, x,
+self.weight)`` the inputs. A weight of three dimensions is one matrix for each expert, taken out by
+``self.weights[expert]`` or used at once by ``torch.bmm``.
 """
 
 import ast
