@@ -356,3 +356,21 @@ def test_soft_bounds_bring_w_and_b_together_without_weight_decay():
         w = device.write(w, asked, cells, random)
         total += float(asked[0].abs().mean())
     assert float((w[0] - w[1]).norm() / start) == pytest.approx(theory.soft_contraction(total, 1.0), rel=0.03)
+
+
+# The audit
+
+
+FAST = {"bp", "kp", "dfa"}
+
+
+@pytest.mark.parametrize(
+    "rule", [rule if rule in FAST else pytest.param(rule, marks=pytest.mark.slow) for rule in fp.RULES]
+)
+def test_every_rule_keeps_its_verdict_on_a_chip(rule):
+    def verdict(chip):
+        run = Run(rule, chip, lr=0.02)
+        run.number = 3
+        return fp.audit(run.step, run.path).transport_free
+
+    assert verdict(fp.Chip(SOFT, READS)) == verdict(None)
