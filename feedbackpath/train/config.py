@@ -25,9 +25,9 @@ def _section(name: str, number: int) -> Any:
 
 
 DATA, NETWORK = _section("Data", 1), _section("Network", 2)
-CHIP = _section("Chip", 2.5)
-OPTIMIZER, SCHEDULE = _section("Optimizer", 3), _section("Schedule", 4)
-RULES, MACHINE, KEPT = _section("Rules", 0), _section("Machine", 5), _section("What is kept", 6)
+CHIP = _section("Chip", 3)
+OPTIMIZER, SCHEDULE = _section("Optimizer", 4), _section("Schedule", 5)
+RULES, MACHINE, KEPT = _section("Rules", 0), _section("Machine", 6), _section("What is kept", 7)
 IN_A_FILE = Parameter(parse=False)  # no flag: it takes a mapping
 
 
