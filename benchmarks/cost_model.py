@@ -21,7 +21,7 @@ GAUSSIAN = "wm, Gaussian"
 """The rule that fires the paper's independent noise; ``wm`` is today's ``wm-exact`` here."""
 LEARNED = ("kp", "mirror-kp")
 PAPER_SAMPLES = Mirror.paper().samples or 0  # Appendix D.2
-PAIR = 2  # inputs that fired codes together when docs/cost.md was measured
+PAIR = 2  # inputs that fired codes together when the ratios were measured
 COST_SHARE = 0.03  # of a step's FLOPs, that a mirror took by default then
 
 # Bytes that operators read and write for one float32 value, and their calls for one weight; tests count them.

@@ -1,4 +1,4 @@
-"""Write the tables and the figure of docs/cost.md anew: `python benchmarks/cost_page.py`.
+"""Write the tables and the figure of benchmarks/step-cost/README.md anew: `python benchmarks/cost_page.py`.
 
 They come from `step-cost/growth.json`, which `growth.py` writes, and from the cost model: ratios as measured,
 what the model says of them, and extrapolations.
@@ -22,7 +22,7 @@ from feedbackpath.bench.workloads import Workload
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "step-cost" / "growth.json"
-PAGE = ROOT / "docs" / "cost.md"
+PAGE = RESULTS.parent / "README.md"
 FIGURE = ROOT / "docs" / "figures" / "step-cost-growth.png"
 TIME_SHARE = 0.05  # of a step's time, that a mirror takes at most if it keeps to its goal
 

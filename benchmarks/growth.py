@@ -4,7 +4,7 @@ Example:
     python benchmarks/growth.py --out benchmarks/step-cost/growth.json
 
 Every rule and plain PyTorch take turns, step by step, over the sizes of some axes. The figure is drawn beside
-``--out``. ``cost_page.py`` puts the numbers into docs/cost.md.
+``--out``. ``cost_page.py`` puts the numbers into step-cost/README.md.
 """
 
 import argparse

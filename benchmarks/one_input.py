@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from feedbackpath import FeedbackPath, Mirror, RuleContext, UntiedWeight, register_rule, untie
 from feedbackpath.data import Dataset, load_dataset, minibatches
 from feedbackpath.jobs import run_job
-from feedbackpath.measure.angles import angle_deg, left_as_it_was
+from feedbackpath.measure.angles import angle_deg
+from feedbackpath.measure.deltas import left_as_it_was
 from feedbackpath.mirror import MirrorMode
 from feedbackpath.mirror.readings import learn
 from feedbackpath.mirror.settings import Reading

@@ -22,7 +22,7 @@ from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.modules import tapped
 from feedbackpath.errors import RuleError
-from feedbackpath.measure.angles import left_as_it_was
+from feedbackpath.measure.deltas import left_as_it_was
 from feedbackpath.mirror import Mirror, MirrorMode
 from feedbackpath.mirror.activations import Activation
 from feedbackpath.mirror.estimate import Estimate

@@ -12,7 +12,8 @@ from feedbackpath.core.assembly import Assembly, assemble
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.surgery import survey
 from feedbackpath.errors import UnconvertedLayerWarning, UntieError
-from feedbackpath.measure import angles
+from feedbackpath.measure.deltas import left_as_it_was
+from feedbackpath.measure.measures import Measures
 from feedbackpath.rules import Rule
 from feedbackpath.rules.checks import (
     hidden_weights,
@@ -103,7 +104,7 @@ def untie(
     return path
 
 
-class FeedbackPath:
+class FeedbackPath(Measures):
     """The feedback path of an untied model: its feedback weights, their rules, and what can be asked of them.
 
     Attributes:
@@ -166,7 +167,7 @@ class FeedbackPath:
 
         self._refuse_retied()
         groups = by_hand.mirrorable(self.groups)
-        with angles.left_as_it_was(self.weights, self.model):
+        with left_as_it_was(self.weights, self.model):
             return by_hand.plan(self.context, groups, self.weights, compute_loss, settings, scale=scale)
 
     @property
@@ -183,24 +184,6 @@ class FeedbackPath:
         for weight in self.weights:
             if weight.is_tied or weight.has_feedback:
                 yield weight.name, weight.weight, weight.feedback
-
-    def matrix_angles(self) -> dict[str, float]:
-        """Return each weight's angle between B and W, in degrees; B of another shape than W has none."""
-        self._refuse_retied()
-        return angles.matrix_angles(self.weights)
-
-    def gains(self) -> dict[str, float]:
-        """Return each weight's gain <B, W> / <W, W>: 1 when B has W's size along W."""
-        self._refuse_retied()
-        return angles.gains(self.weights)
-
-    def delta_angles(self, compute_loss: Callable[[], Tensor]) -> dict[str, float]:
-        """Return each layer's angle between its delta through B and through W, in degrees.
-
-        ``compute_loss`` returns the loss, of the same minibatch each time. The model is left as it was.
-        """
-        self._refuse_retied()
-        return angles.delta_angles(self.weights, self.model, compute_loss)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip gradients by the norm of the forward ones alone, as in backprop; return it, before clipping.

@@ -66,7 +66,7 @@ def audit_step(rule, rank):
         optimizer.step()
         path.step()
 
-    return fp.audit(step, path).verdict
+    return fp.audit(step, path).transport_free
 
 
 class Subclassed(nn.Linear):

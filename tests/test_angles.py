@@ -11,7 +11,7 @@ from problems import CONVNET, ENCODER, MLP, PAPER_RULES, Problem, by_id, make_at
 from torch import nn
 
 import feedbackpath as fp
-from feedbackpath.measure.angles import angle_deg
+from feedbackpath.measure.angles import angle_deg, chance_angle_deg
 
 
 def make_in_place():
@@ -221,3 +221,63 @@ def test_layers_that_learn_nothing_and_pass_nothing_back_are_absent():
     path = fp.untie(model, "fa")
     x = MLP.inputs(requires_grad=False)[0]
     assert list(path.delta_angles(lambda: model(x).sum())) == ["2", "4"]
+
+
+def test_deltas_have_the_lengths_of_two_separate_networks():
+    plain = MLP.build()
+    model = copy.deepcopy(plain)
+    path = fp.untie(model, "fa")
+    found = path.deltas(lambda: MLP.loss(model, MLP.inputs()))
+    ours, exact = (output_gradients(MLP, network, path.layers) for network in (model, plain))
+    for name, delta in found.items():
+        assert delta.norm == pytest.approx(ours[name].norm().item(), rel=1e-9)
+        assert delta.backprop_norm == pytest.approx(exact[name].norm().item(), rel=1e-9)
+        assert delta.norm_ratio == pytest.approx(delta.norm / delta.backprop_norm)
+    assert {name: delta.angle_deg for name, delta in found.items()} == path.delta_angles(
+        lambda: MLP.loss(model, MLP.inputs())
+    )
+
+
+def test_errors_that_vanish_have_a_length_of_zero_and_no_angle():
+    model = MLP.build()
+    path = fp.untie(model, "fa")
+    model[2].feedback.data.zero_()
+    delta = path.deltas(lambda: MLP.loss(model, MLP.inputs()))["0"]
+    assert (delta.norm, delta.norm_ratio) == (0.0, 0.0)
+    assert math.isnan(delta.angle_deg)
+
+
+@pytest.mark.parametrize("size", [20, 400])
+def test_one_random_pair_in_twenty_is_closer_than_chance(size):
+    one, other = torch.randn(2, 20_000, size, generator=torch.Generator().manual_seed(0))
+    angles = torch.rad2deg(torch.acos(F.cosine_similarity(one, other)))
+    assert (angles < chance_angle_deg(size)).float().mean() == pytest.approx(0.05, abs=0.005)
+
+
+def gradients_of(problem, model, names):
+    problem.loss(model, problem.inputs()).backward()
+    return {name: model.get_parameter(name).grad.flatten() for name in names}
+
+
+@pytest.mark.parametrize("problem", [MLP, CONVNET], ids=by_id)
+@pytest.mark.parametrize("rule", ["fa", "kp", "dfa"])
+def test_update_angles_are_those_of_two_separate_networks(rule, problem):
+    plain = problem.build()
+    names = [name for name, _ in plain.named_parameters()]
+    model = copy.deepcopy(plain)
+    path = fp.untie(model, rule)
+    angles = path.update_angles(lambda: problem.loss(model, problem.inputs()))
+    assert all(p.grad is None for p in model.parameters())
+    ours, exact = (gradients_of(problem, network, names) for network in (model, plain))
+    whole = [torch.cat(list(found.values())) for found in (ours, exact)]
+    expected = {name: reference.angle_deg(ours[name], exact[name]) for name in names}
+    assert angles == pytest.approx(expected | {"whole update": reference.angle_deg(*whole)}, abs=1e-4)
+    assert 5 < angles["whole update"] < 175
+
+
+def test_the_update_of_backprop_is_its_own():
+    model = CONVNET.build()
+    path = fp.untie(model, "bp")
+    assert set(path.update_angles(lambda: CONVNET.loss(model, CONVNET.inputs())).values()) == {0.0}
+    with pytest.raises(fp.UntieError, match="update_angles: compute_loss ran no untied layer"):
+        path.update_angles(lambda: next(model.parameters()).sum())

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from feedbackpath import cli
-from feedbackpath.rules import RULES
+from feedbackpath.rules import RULES, register_rule
+from feedbackpath.rules.kolen_pollack import KolenPollack
 
 SMALL = ["--data", "digits", "--model", "mlp", "--samples-per-epoch", "256", "--num-threads", "1"]
 
@@ -154,8 +156,30 @@ def test_rules_are_listed_by_group(capsys):
     assert run_cli("rules") == 0
     shown = capsys.readouterr().out
     groups = ["ruler", "transports", "fixed", "learned", "broadcast", "mirrors"]
-    assert [line.strip() for line in shown.splitlines() if line.strip() in groups] == groups
-    assert all(f" {rule} " in shown for rule in RULES)
+    assert [line.split(":")[0] for line in shown.splitlines() if line and line[0] != " "] == groups
+    assert all(f"  {rule} ({RULES[rule].__name__}): " in shown for rule in RULES)
+
+
+def test_rules_are_listed_as_json_with_all_that_is_known_of_them(capsys):
+    assert run_cli("rules", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [rule["rule"] for rule in listed] == list(RULES)
+    for rule in listed:
+        assert all(rule[fact] for fact in ("class", "group", "what", "paper", "equation", "needs", "verdict"))
+        assert 1.0 <= rule["flops"] < 3.0
+
+
+def test_a_rule_of_ones_own_has_no_facts_of_the_rule_it_comes_from(capsys):
+    class Mine(KolenPollack):
+        """Do as Kolen-Pollack does."""
+
+        name = "a-rule-of-ones-own-with-a-name-that-is-longer-than-most-of-them-are-in-any-terminal"
+
+    with mock.patch.dict(RULES):
+        register_rule(Mine)
+        assert run_cli("rules") == 0
+    shown = capsys.readouterr().out
+    assert f"  {Mine.name} (Mine): Do as Kolen-Pollack does.\n      audit    run feedbackpath audit" in shown
 
 
 def test_report_renders_a_folder_anew(tmp_path):

@@ -129,6 +129,16 @@ def test_products_of_a_mirror_are_those_that_pytorch_counts(model, rule, layers)
     assert count_flops(step.path.step) == added_flops(rule, layers[model])
 
 
+@pytest.mark.parametrize("rule", ["kp", "wm", "ia", "aa", "dfa", "dkp"])
+def test_flops_of_a_rule_are_those_that_pytorch_counts(rule):
+    flops = {}
+    for name in (None, rule):
+        step = make_step("resnet8", name, batch_size=16)
+        step()
+        flops[name] = count_flops(step)
+    assert flops[rule] / flops[None] == pytest.approx(fp.RULES[rule].facts.flops, abs=0.01)
+
+
 @pytest.mark.parametrize("rule", ["bp", "fa", "ss", "kp", "wm-exact"])
 @pytest.mark.parametrize("model", ["mlp", "resnet8"])
 def test_memory_is_what_a_step_takes_beyond_plain_pytorchs(model, rule, layers):

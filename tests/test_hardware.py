@@ -1,13 +1,14 @@
 """The commands that train on chips, and the search for what is tolerated."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from feedbackpath import cli
 from feedbackpath.errors import ConfigError
 from feedbackpath.hardware.devices import PRESETS
-from feedbackpath.jobs.tolerance import IMPERFECTIONS, find_tolerance, table_of
+from feedbackpath.jobs.tolerance import IMPERFECTIONS, Tolerance, find_tolerance, table_of
 from feedbackpath.report.tolerance import draw_tolerance
 from feedbackpath.train.chips import make_chip
 from feedbackpath.train.config import CHIPS, CompareConfig
@@ -130,3 +131,18 @@ def test_a_search_bisects_between_what_passes_and_what_fails(tmp_path, monkeypat
     )
     kept = search(tmp_path, margin=0.1, rules=("kp",))
     assert kept.found["kp"] == {"step": pytest.approx(0.0316), "swapped": 0.02}
+
+
+def test_the_page_has_the_table_of_the_study():
+    root = Path(__file__).parent.parent
+    kept = Tolerance.model_validate_json((root / "benchmarks/hardware-tolerance/tolerance.json").read_text())
+    page = (root / "docs/hardware.md").read_text()
+    heading, rows = table_of(kept)
+    lines = [[heading[0], *[f"`{name}`" for name in heading[1:]]], ["---"] * len(heading)]
+    lines += [[f"`{row[0]}`", *[cell or "–" for cell in row[1:]]] for row in rows]
+    table = [f"| {' | '.join(cells)} |".replace("| --- ", "|---").replace("--- |", "---|") for cells in lines]
+    assert "\n".join(table) in page
+    listed = [
+        line.split("`")[1] for line in page.splitlines() if line.startswith("| `") and "; from " in line
+    ]
+    assert listed == list(IMPERFECTIONS)

@@ -16,6 +16,7 @@ import feedbackpath as fp
 from feedbackpath import cli
 from feedbackpath.errors import ConfigError, DataError
 from feedbackpath.jobs.imports import import_files
+from feedbackpath.measure.deltas import Delta
 from feedbackpath.tasks import load_task
 from feedbackpath.train.results import read_results
 
@@ -245,7 +246,7 @@ def test_numbers_that_are_not_finite_at_first_are_never_the_best(tmp_path):
 @pytest.mark.parametrize("value", [np.float32(2.5), torch.tensor(2.5), np.float64(2.5)])
 def test_recorders_take_numbers_of_any_kind(tmp_path, value):
     with fp.Recorder(tmp_path, rule="kp") as record:
-        record.epoch(1, value=value, train_loss=value, delta_angle_deg={"fc": value})
+        record.epoch(1, value=value, train_loss=value, deltas={"fc": Delta(value, 80.0, 1.0, 2.0)})
     assert read_results(tmp_path).runs[0].test == 2.5
 
 

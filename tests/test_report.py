@@ -139,8 +139,8 @@ def test_row_shows_the_last_epoch_of_finished_runs(results):
     assert row["minus bp"] == format_with_error(
         differences.mean(), differences.std(ddof=1) / np.sqrt(2), sign="+", unit=""
     )
-    assert row["angle, output"] == "8.0°"
     assert row["angle, max"] == "9.0°"
+    assert row["angle, worst epoch"] == "9.0°"
     assert row["δ angle, max"] == "16.0°"
     assert row["gain"] == "1.00…1.20"
     assert (row["n"], row["s per epoch"], row["status"]) == ("2/2", "2.0", "finished")

@@ -202,7 +202,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output.register_hook(see)  # type: ignore[no-untyped-call]
 
     def _see_delta(self, layer: str, delta: Tensor) -> Tensor | None:
-        if ops.calling_module() == "feedbackpath.measure.angles":
+        if ops.calling_module() == "feedbackpath.measure.deltas":
             return None  # the path is being compared with backprop
         self._see("delta", layer, delta)
         if len(self.record.seen) == 2 and self._tape is None:

@@ -15,6 +15,7 @@ import torch
 
 from feedbackpath.auditing.files import detach_open_files, files_put_back, release_files
 from feedbackpath.auditing.report import AuditError
+from feedbackpath.core.pytorch import has_processes
 
 T = TypeVar("T")
 
@@ -26,10 +27,12 @@ class LostProcess(Exception):
 def can_fork() -> bool:
     """Whether a copy of this process can go on by itself.
 
-    Backward passes cannot once a GPU's threads have begun, and threads of the user's would be missing.
+    Backward passes cannot once a GPU's threads have begun, and threads of the user's would be missing, as
+    would those that exchange values with other processes.
     """
     has_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return hasattr(os, "fork") and not has_gpu and threading.active_count() == 1
+    is_alone = threading.active_count() == 1 and not has_processes()
+    return hasattr(os, "fork") and is_alone and not has_gpu
 
 
 def in_fork(run: Callable[[], T]) -> T:

@@ -147,7 +147,6 @@ class TrainingStep:
         if arithmetic.is_channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.path: FeedbackPath | None = None if rule is None else untie(self.model, rule)
-        self.optimizer = make_optimizer(self.model)
         self.forward: Callable[[Tensor], Tensor] = (
             torch.compile(self.model, fullgraph=True) if arithmetic.is_compiled else self.model
         )
@@ -156,6 +155,9 @@ class TrainingStep:
         self.x = torch.randn(shape).to(arithmetic.device, memory_format=arithmetic.memory_format)
         self.labels = torch.randint(workload.num_classes, (num_labellings, batch_size)).to(arithmetic.device)
         self.num_steps = 0
+        if self.path is not None and any(rule.send_back.is_broadcast for rule, _ in self.path.groups):
+            self.model(self.x)  # B of such a rule is made then
+        self.optimizer = make_optimizer(self.model)
 
     def loss(self) -> Tensor:
         """Run the network forward."""

@@ -82,13 +82,10 @@ class Read:
         scale = (top / levels).clamp_min_(1e-30)
         if signal.dtype is torch.float32 and bits <= 16:  # one pass over the signal
             zero = torch.zeros(1, dtype=torch.int32, device=signal.device)
-            rounded = torch.fake_quantize_per_tensor_affine(flat, scale.view(1), zero, -levels, levels)
-            return (
-                rounded.as_strided(signal.shape, signal.stride())
-                if is_dense(signal)
-                else rounded.view_as(signal)
-            )
-        return (signal / scale).round_().clamp_(-levels, levels) * scale
+            row: Tensor = torch.fake_quantize_per_tensor_affine(flat, scale.view(1), zero, -levels, levels)
+            return laid_out_as(signal, row)
+        rounded: Tensor = (signal / scale).round_().clamp_(-levels, levels)
+        return rounded * scale
 
     def enter(self, signal: Tensor) -> Tensor:
         """Return the inputs as the array gets them."""
@@ -137,8 +134,12 @@ def in_memory_order(signal: Tensor) -> Tensor:
 
 def normal_like(signal: Tensor, generator: torch.Generator) -> Tensor:
     """Draw N(0, 1) in the shape and memory format of a signal."""
-    drawn = signal.new_empty(signal.numel()).normal_(generator=generator)
-    return drawn.as_strided(signal.shape, signal.stride()) if is_dense(signal) else drawn.view(signal.shape)
+    return laid_out_as(signal, signal.new_empty(signal.numel()).normal_(generator=generator))
+
+
+def laid_out_as(signal: Tensor, row: Tensor) -> Tensor:
+    """View a row, in the order of a signal's memory, as that signal."""
+    return row.as_strided(signal.shape, signal.stride()) if is_dense(signal) else row.view(signal.shape)
 
 
 class Port:

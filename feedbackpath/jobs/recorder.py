@@ -1,7 +1,7 @@
 """Numbers of a training loop of one's own, in the same table, figures and page as the library's runs."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from feedbackpath.errors import ConfigError
 from feedbackpath.jobs.book import describe_versions, write_results
+from feedbackpath.measure.deltas import Delta
 from feedbackpath.path import FeedbackPath
 from feedbackpath.report import write_report
 from feedbackpath.train.faults import first_fault
@@ -82,7 +83,7 @@ class Recorder:
         train_loss: float | None = None,
         validation: float | None = None,
         path: FeedbackPath | None = None,
-        delta_angle_deg: dict[str, float] | None = None,
+        deltas: Mapping[str, Delta] | None = None,
     ) -> None:
         """Enter what was measured after an epoch, or with number 0 before the first.
 
@@ -92,13 +93,13 @@ class Recorder:
             train_loss: Mean training loss of the epoch.
             validation: The metric on the validation split.
             path: Whose matrix angles and gains are entered.
-            delta_angle_deg: What ``path.delta_angles`` returned.
+            deltas: What ``path.deltas`` returned.
         """
         if self.run.status != "running":
             raise ConfigError(f"the recorder of {self.run.name} is closed: make another, with resume=True")
         if not self.run.history and number not in (0, 1) and self.run.start is None:
             raise ConfigError(f"the first epoch of {self.run.name} is {number}: begin with 1, or with 0")
-        now = time.perf_counter()
+        now, of_layer = time.perf_counter(), (deltas or {}).items()
         with _refusing_bad_values():
             entry = Entry(
                 epoch=number,
@@ -106,7 +107,9 @@ class Recorder:
                 test=value,
                 validation=validation,
                 matrix_angle_deg=dict(path.matrix_angles()) if path else {},
-                delta_angle_deg=dict(delta_angle_deg or {}),
+                delta_angle_deg={name: delta.angle_deg for name, delta in of_layer},
+                delta_chance_deg={name: delta.chance_deg for name, delta in of_layer},
+                delta_norm_ratio={name: delta.norm_ratio for name, delta in of_layer},
                 gain=dict(path.gains()) if path else {},
                 seconds=now - self._mark,
             )

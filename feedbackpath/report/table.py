@@ -20,6 +20,7 @@ from feedbackpath.report.panels import Panel, join_runs
 from feedbackpath.train.results import Metric, Results, Run, Summary
 
 MISSING = "–"
+WIDE = "δ norm"  # left out where 80 columns are all there is
 
 
 def format_with_error(
@@ -129,14 +130,15 @@ def rich_table(results: Results) -> Table:
     """Build the table for a terminal; cheap enough to build anew whenever a run ends."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
     rows = summary_rows(results.runs, results.metric)
-    for column in rows[0] if rows else ():
+    columns = [column for column in (rows[0] if rows else ()) if column != WIDE]
+    for column in columns:
         width = max(len(text) for text in [*column.split(), *(row[column] for row in rows)])
         if column == "status":  # the only one to give way: the rest fits 80 columns, its headings folded
             table.add_column(column)
         else:
             table.add_column(column, justify="left" if column == "rule" else "right", width=width)
     for row in rows:
-        table.add_row(*map(Text, row.values()))
+        table.add_row(*(Text(row[column]) for column in columns))
     return table
 
 
@@ -199,22 +201,35 @@ def _summarise_rule(runs: Sequence[Run]) -> Summary:
 def _row(rule: str, runs: Sequence[Run], metric: Metric, baseline: dict[int, float]) -> dict[str, str]:
     done, summary = finished(runs), _summarise_rule(runs)
     angles = [_last_values(run, "matrix_angle_deg") for run in done]
-    deltas = [value for run in done for value in _last_values(run, "delta_angle_deg")]
-    gains = [value for run in done for value in _last_values(run, "gain")]
-    outputs = [of_run[-1] for of_run in angles if of_run]
+    worst = [
+        value
+        for run in done
+        for entry in run.history
+        if entry.epoch
+        for value in measured(entry.matrix_angle_deg.values())
+    ]
+    deltas, norms, gains = (
+        [value for run in done for value in _last_values(run, quantity)]
+        for quantity in ("delta_angle_deg", "delta_norm_ratio", "gain")
+    )
     seconds = [entry.seconds for run in done for entry in run.history if entry.epoch]
     return {
         "rule": rule,
         "n": f"{summary.n}/{len(runs)}",
         metric.label: format_metric(metric, summary.test_mean, summary.test_se),
         "minus bp": MISSING if rule == "bp" else _difference(_final_metrics(runs), baseline, metric),
-        "angle, output": format_angle(fmean(outputs) if outputs else None),
         "angle, max": format_angle(max((value for of_run in angles for value in of_run), default=None)),
+        "angle, worst epoch": format_angle(max(worst, default=None)),
         "δ angle, max": format_angle(max(deltas, default=None)),
-        "gain": f"{min(gains):.2f}…{max(gains):.2f}" if gains else MISSING,
+        "δ norm": _range(norms),
+        "gain": _range(gains),
         "s per epoch": f"{fmean(seconds):.1f}" if seconds else MISSING,
         "status": _status(runs),
     }
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.2f}…{max(values):.2f}" if values else MISSING
 
 
 def _error_row(panel: Panel, rules: Sequence[str]) -> list[str]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.rules.activity_rule import ActivityRule, forward, product
+from feedbackpath.rules.base import Facts
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,13 @@ class ActivationAlignment(ActivityRule):
     """
 
     name: ClassVar[str] = "aa"
+    facts: ClassVar[Facts] = Facts(
+        paper="Kunin et al. 2020",
+        equation="dB = -rate (B C - E[y x^T]) / E|x|^2, C = E[x x^T]",
+        needs="each layer's input and output, kept",
+        verdict="transport-free",
+        flops=2.0,
+    )
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {"rate": ("log", 0.01, 1.9)}
 
     def slope(self, weight: UntiedWeight, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ Akrout et al. 2019, equation 2 (Rumelhart, Hinton & Williams 1986): delta_l = ph
 from dataclasses import dataclass
 from typing import ClassVar
 
-from feedbackpath.rules.base import Rule
+from feedbackpath.rules.base import Facts, Rule
 
 
 @dataclass(frozen=True)
@@ -21,5 +21,12 @@ class Backprop(Rule):
     """
 
     name: ClassVar[str] = "bp"
+    facts: ClassVar[Facts] = Facts(
+        paper="Rumelhart, Hinton & Williams 1986",
+        equation="delta_l = phi'(y_l) W^T delta_(l+1)",
+        needs="W itself on the feedback path",
+        verdict="transports weights",
+        flops=1.0,
+    )
     is_tied: ClassVar[bool] = True
     is_mirrorable: ClassVar[bool] = False

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,25 @@ from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.sendback import LOCAL, SendBack
 
 Weights = Sequence[UntiedWeight]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What ``feedbackpath rules`` says of a rule. None, or an empty text: not known.
+
+    Attributes:
+        paper: Where it comes from.
+        equation: What it does, in W's layout.
+        needs: Phases, memory and signals beyond those of a feedforward pass with a matrix B.
+        verdict: How its audit's verdict begins.
+        flops: FLOPs of matrix products in a training step of ResNet-8, over backprop's.
+    """
+
+    paper: str = ""
+    equation: str = ""
+    needs: str = ""
+    verdict: str = ""
+    flops: float | None = None
 
 
 class Rule:
@@ -36,6 +56,7 @@ class Rule:
         group: Under which heading ``feedbackpath rules`` lists it; None: it is told from what is above.
         search_space: What ``feedbackpath tune`` searches for this rule beside learning rate and weight decay:
             names of settings to ``("log", low, high)``, ``("linear", low, high)`` or ``("choice", a, b)``.
+        facts: Paper, equation, needs, verdict and cost, for ``feedbackpath rules``.
         label: Its name in full, for legends and headings; None: its name.
         colour: ``#RRGGBB``, for figures; None: one is chosen.
     """
@@ -50,6 +71,7 @@ class Rule:
     reads_output: ClassVar[bool] = False
     group: ClassVar[str | None] = None
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {}
+    facts: ClassVar[Facts] = Facts()
     label: ClassVar[str | None] = None
     colour: ClassVar[str | None] = None
 

@@ -19,7 +19,7 @@ import torch
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.sendback import Broadcast, SendBack
-from feedbackpath.rules.base import Rule, Weights
+from feedbackpath.rules.base import Facts, Rule, Weights
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,13 @@ class DirectFeedbackAlignment(Rule):
     """
 
     name: ClassVar[str] = "dfa"
+    facts: ClassVar[Facts] = Facts(
+        paper="Nokland 2016",
+        equation="delta_l = phi'(y_l) B e, e the output's error",
+        needs="a path from the output to each layer",
+        verdict="transport-free",
+        flops=1.06,
+    )
     send_back: ClassVar[SendBack] = Broadcast()
     is_mirrorable: ClassVar[bool] = False
 

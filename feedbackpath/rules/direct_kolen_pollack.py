@@ -20,7 +20,7 @@ import torch
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.errors import KolenPollackWarning, RuleError
-from feedbackpath.rules.base import Weights
+from feedbackpath.rules.base import Facts, Weights
 from feedbackpath.rules.direct_feedback_alignment import DirectFeedbackAlignment
 from feedbackpath.rules.update_watch import UpdateWatch
 
@@ -42,6 +42,13 @@ class DirectKolenPollack(DirectFeedbackAlignment):
     """
 
     name: ClassVar[str] = "dkp"
+    facts: ClassVar[Facts] = Facts(
+        paper="Webster, Choi & Ahn 2021",
+        equation="delta_l = phi'(y_l) B e; dB = -eta e x^T - lambda B",
+        needs="a path from the output to each layer; weight decay",
+        verdict="transport-free",
+        flops=1.45,
+    )
     learns: ClassVar[bool] = True
 
     def start(self, weights: Weights, context: RuleContext) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from feedbackpath.core.sendback import Broadcast, SendBack
 from feedbackpath.errors import RuleError
+from feedbackpath.rules.base import Facts
 from feedbackpath.rules.direct_feedback_alignment import DirectFeedbackAlignment
 
 
@@ -61,4 +62,11 @@ class DirectRandomTargetProjection(DirectFeedbackAlignment):
     """
 
     name: ClassVar[str] = "drtp"
+    facts: ClassVar[Facts] = Facts(
+        paper="Frenkel, Lefebvre & Bol 2021",
+        equation="delta_l = -phi'(y_l) B y*, y* the target",
+        needs="a path from the target to each layer",
+        verdict="transport-free",
+        flops=1.06,
+    )
     send_back: ClassVar[SendBack] = Broadcast(negative_target)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from feedbackpath.mirror import Mirror
+from feedbackpath.rules.base import Facts
 from feedbackpath.rules.weight_mirror import WeightMirror
 
 
@@ -33,4 +34,11 @@ class ExactMirror(WeightMirror):
     """
 
     name: ClassVar[str] = "wm-exact"
+    facts: ClassVar[Facts] = Facts(
+        paper="after Akrout et al. 2019, eq. 5",
+        equation="B = cov(y, x) / sigma^2, x orthogonal codes",
+        needs="a second phase, mirror mode; a noiseless read",
+        verdict="transport-free",
+        flops=1.0,
+    )
     mirror: Mirror = field(default_factory=Mirror.exact)

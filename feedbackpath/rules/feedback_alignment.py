@@ -6,7 +6,7 @@ Akrout et al. 2019, equation 3 (Lillicrap et al. 2016): delta_l = phi'(y_l) B_{l
 from dataclasses import dataclass
 from typing import ClassVar
 
-from feedbackpath.rules.base import Rule
+from feedbackpath.rules.base import Facts, Rule
 
 
 @dataclass(frozen=True)
@@ -23,3 +23,10 @@ class FeedbackAlignment(Rule):
     """
 
     name: ClassVar[str] = "fa"
+    facts: ClassVar[Facts] = Facts(
+        paper="Lillicrap et al. 2016",
+        equation="delta_l = phi'(y_l) B delta_(l+1), B random and fixed",
+        needs="nothing beyond B",
+        verdict="transport-free",
+        flops=1.0,
+    )

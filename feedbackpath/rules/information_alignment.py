@@ -30,6 +30,7 @@ from torch import Tensor
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.errors import RuleError
 from feedbackpath.rules.activity_rule import ActivityRule, backward, product
+from feedbackpath.rules.base import Facts
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,13 @@ class InformationAlignment(ActivityRule):
     """
 
     name: ClassVar[str] = "ia"
+    facts: ClassVar[Facts] = Facts(
+        paper="Kunin et al. 2020",
+        equation="dB = -rate ((E[y y^T] B - E[y x^T]) / E|y|^2 + decay B)",
+        needs="each layer's input and output, kept",
+        verdict="transport-free",
+        flops=2.34,
+    )
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {
         "rate": ("log", 0.01, 1.0),
         "decay": ("log", 0.001, 0.9),

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.errors import KolenPollackWarning, RuleError, level_outside
-from feedbackpath.rules.base import Rule, Weights, draw_feedback
+from feedbackpath.rules.base import Facts, Rule, Weights, draw_feedback
 from feedbackpath.rules.shared_reduction import SharedReduction, weights_used_elsewhere
 from feedbackpath.rules.update_watch import UpdateWatch
 
@@ -57,6 +57,13 @@ class KolenPollack(Rule):
     """
 
     name: ClassVar[str] = "kp"
+    facts: ClassVar[Facts] = Facts(
+        paper="Kolen & Pollack 1994; Akrout et al. 2019, eq. 16 and 17",
+        equation="dB = -eta delta y^T - lambda B",
+        needs="weight decay; B's own optimizer state",
+        verdict="transport-free",
+        flops=1.0,
+    )
     learns: ClassVar[bool] = True
     needs_decay: ClassVar[bool] = True
     feedback_rate: float = field(default=1.0, kw_only=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.errors import RuleError
-from feedbackpath.rules.base import Weights
+from feedbackpath.rules.base import Facts, Weights
 from feedbackpath.rules.feedback_alignment import FeedbackAlignment
 
 
@@ -44,6 +44,13 @@ class LowRankFeedbackAlignment(FeedbackAlignment):
     """
 
     name: ClassVar[str] = "fa-lowrank"
+    facts: ClassVar[Facts] = Facts(
+        paper="after Lillicrap et al. 2016",
+        equation="B_r = sqrt(m / r) Q Q^T B, B random and fixed",
+        needs="nothing beyond B",
+        verdict="transport-free",
+        flops=1.0,
+    )
     is_mirrorable: ClassVar[bool] = False
     rank: int = 8
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.mirror import Mirror, MirrorMode
-from feedbackpath.rules.base import Rule, Weights, draw_feedback
+from feedbackpath.rules.base import Facts, Rule, Weights, draw_feedback
 from feedbackpath.rules.mirror_kolen_pollack import START_ANGLE_DEG, Start, settings_to_start
 from feedbackpath.rules.weight_mirror import can_mirror
 
@@ -34,6 +34,13 @@ class MirrorFeedbackAlignment(Rule):
     """
 
     name: ClassVar[str] = "mirror-fa"
+    facts: ClassVar[Facts] = Facts(
+        paper="after Akrout et al. 2019, eq. 3 and 7",
+        equation="B mirrored once, then fixed",
+        needs="mirror mode before training",
+        verdict="transport-free",
+        flops=1.0,
+    )
     start_angle_deg: ClassVar[float] = START_ANGLE_DEG
     mirror: Mirror
 

@@ -12,7 +12,7 @@ from feedbackpath.core.context import RuleContext
 from feedbackpath.errors import RuleError
 from feedbackpath.mirror import Mirror, MirrorMode
 from feedbackpath.mirror.settings import refuse_no_count
-from feedbackpath.rules.base import Weights
+from feedbackpath.rules.base import Facts, Weights
 from feedbackpath.rules.kolen_pollack import KolenPollack
 from feedbackpath.rules.weight_mirror import can_mirror
 
@@ -63,6 +63,13 @@ class MirrorKolenPollack(KolenPollack):
     """
 
     name: ClassVar[str] = "mirror-kp"
+    facts: ClassVar[Facts] = Facts(
+        paper="after Akrout et al. 2019, eq. 7, 16 and 17",
+        equation="B mirrored once; then dB = -eta delta y^T - lambda B",
+        needs="mirror mode before training; B's own optimizer state",
+        verdict="transport-free",
+        flops=1.0,
+    )
     needs_decay: ClassVar[bool] = False
     start_angle_deg: ClassVar[float] = START_ANGLE_DEG
     mirror: Mirror

@@ -13,6 +13,7 @@ after each update (the paper's strict normalization), which would transport one 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from feedbackpath.rules.base import Facts
 from feedbackpath.rules.sign_symmetry import SignSymmetry
 
 
@@ -30,4 +31,11 @@ class SignConcordance(SignSymmetry):
     """
 
     name: ClassVar[str] = "sc"
+    facts: ClassVar[Facts] = Facts(
+        paper="Moskovitz, Litwin-Kumar & Abbott 2018",
+        equation="B = |M| * sign(W), M random and fixed",
+        needs="the sign of each weight after each update",
+        verdict="transports weights: their signs",
+        flops=1.0,
+    )
     magnitude: Literal["uniform", "fixed", "batchwise"] = "fixed"

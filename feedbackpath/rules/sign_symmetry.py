@@ -15,7 +15,7 @@ from torch import Tensor
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.errors import RuleError
-from feedbackpath.rules.base import Rule, Weights
+from feedbackpath.rules.base import Facts, Rule, Weights
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,13 @@ class SignSymmetry(Rule):
     """
 
     name: ClassVar[str] = "ss"
+    facts: ClassVar[Facts] = Facts(
+        paper="Liao, Leibo & Poggio 2016; Xiao et al. 2019",
+        equation="B = M * sign(W)",
+        needs="the sign of each weight after each update",
+        verdict="transports weights: their signs",
+        flops=1.0,
+    )
     group: ClassVar[str] = "transports"
     is_mirrorable: ClassVar[bool] = False
     search_space: ClassVar[Mapping[str, Sequence[str]]] = {

@@ -17,7 +17,7 @@ import torch
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.errors import RuleError
-from feedbackpath.rules.base import Weights
+from feedbackpath.rules.base import Facts, Weights
 from feedbackpath.rules.feedback_alignment import FeedbackAlignment
 
 
@@ -36,6 +36,13 @@ class SparseFeedbackAlignment(FeedbackAlignment):
     """
 
     name: ClassVar[str] = "fa-sparse"
+    facts: ClassVar[Facts] = Facts(
+        paper="after Lillicrap et al. 2016",
+        equation="B_s = M * B / sqrt(s), B random and fixed",
+        needs="nothing beyond B",
+        verdict="transport-free",
+        flops=1.0,
+    )
     is_mirrorable: ClassVar[bool] = False
     share: float = 0.1
 

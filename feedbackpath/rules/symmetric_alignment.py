@@ -20,7 +20,7 @@ import torch
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.errors import RuleError
-from feedbackpath.rules.base import Rule, Weights
+from feedbackpath.rules.base import Facts, Rule, Weights
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,13 @@ class SymmetricAlignment(Rule):
     """
 
     name: ClassVar[str] = "sa"
+    facts: ClassVar[Facts] = Facts(
+        paper="Kunin et al. 2020",
+        equation="dB = -rate (B - W)",
+        needs="W after each update",
+        verdict="transports weights",
+        flops=1.0,
+    )
     group: ClassVar[str] = "transports"
     is_mirrorable: ClassVar[bool] = False
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {"rate": ("log", 0.001, 1.0)}

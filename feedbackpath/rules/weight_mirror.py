@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.mirror import Mirror, MirrorMode
-from feedbackpath.rules.base import Rule, Weights, draw_feedback
+from feedbackpath.rules.base import Facts, Rule, Weights, draw_feedback
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,13 @@ class WeightMirror(Rule):
     """
 
     name: ClassVar[str] = "wm"
+    facts: ClassVar[Facts] = Facts(
+        paper="Akrout et al. 2019, eq. 7 and 21",
+        equation="B <- (1 - d) B + d cov(y, x) / (sigma^2 s), x noise",
+        needs="a second phase, mirror mode, after each update",
+        verdict="transport-free",
+        flops=1.67,
+    )
     mirror: Mirror = field(default_factory=Mirror)
 
     def serves(self, weights: Weights) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from feedbackpath.data import Split, minibatches
 from feedbackpath.data.dataset import leave_out_unreadable
 from feedbackpath.errors import DataError
+from feedbackpath.measure.deltas import Delta
 from feedbackpath.tasks import Task
 from feedbackpath.train.build import make_network, make_optimizer, make_path, run_once
 from feedbackpath.train.config import TrainConfig
@@ -304,6 +305,7 @@ class Training:
         """Measure the metric, angles and gains."""
         self.engine.share_buffers(self.model)
         test, unreadable = self._measure_readable(getattr(self.task, self.config.evaluate_on))
+        deltas = self._deltas(epoch).items()
         entry = Entry(
             epoch=epoch,
             train_loss=train_loss,
@@ -311,18 +313,20 @@ class Training:
             unreadable_test_images=unreadable if self.config.on_bad_image == "skip" else None,
             validation=self.measure_metric(self.task.validation) if self.config.select_best else None,
             matrix_angle_deg=_finite(self.path.matrix_angles()),
-            delta_angle_deg=_finite(self._delta_angles(epoch)),
+            delta_angle_deg=_finite({name: delta.angle_deg for name, delta in deltas}),
+            delta_chance_deg=_finite({name: delta.chance_deg for name, delta in deltas}),
+            delta_norm_ratio=_finite({name: delta.norm_ratio for name, delta in deltas}),
             gain=_finite(self.path.gains()),
         )
         entry.seconds = time.perf_counter() - started
         return Measured(entry, self.state())
 
-    def _delta_angles(self, epoch: int) -> dict[str, float]:
+    def _deltas(self, epoch: int) -> dict[str, Delta]:
         """Measure on a minibatch of training data, in training mode, as the network is trained."""
         self.model.train()
         num_samples = min(self.config.batch_size, MEASURED_SAMPLES, len(self.task.train))
         x, y = next(self._batches(self.task.train, epoch=epoch, num_samples=num_samples))
-        return self.path.delta_angles(lambda: self._loss(self.model, x, y)) if len(y) else {}
+        return self.path.deltas(lambda: self._loss(self.model, x, y)) if len(y) else {}
 
     def measure_metric(self, split: Split) -> float:
         """Return the mean of the task's score over what can be read of a split; every process takes a share.

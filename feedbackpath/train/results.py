@@ -25,7 +25,13 @@ Layers = dict[str, Measurement]
 """Layer paths to a number, from the input layer to the output layer; None where it was not finite."""
 Status = Literal["waiting", "running", "interrupted", "finished", "diverged"]
 ENDED: tuple[Status, ...] = ("finished", "diverged")
-BY_LAYER = {"matrix_angle_deg", "delta_angle_deg", "gain"}  # a layer may have any name, "test" too
+BY_LAYER = {
+    "matrix_angle_deg",
+    "delta_angle_deg",
+    "delta_chance_deg",
+    "delta_norm_ratio",
+    "gain",
+}  # a layer may have any name, "test" too
 SPARSE = {
     "start", "best", "diverged_epoch", "divergence", "diverged", "validation", "unreadable_images",
     "unreadable_test_images",
@@ -76,6 +82,14 @@ class Entry(_Typed):
     matrix_angle_deg: Layers = Field(default_factory=dict, description="angle between B and W, in degrees")
     delta_angle_deg: Layers = Field(
         default_factory=dict, description="angle between errors sent back through B and through W, in degrees"
+    )
+    delta_chance_deg: Layers = Field(
+        default_factory=dict,
+        description="one pair in twenty of random vectors of that error's size has a smaller angle",
+    )
+    delta_norm_ratio: Layers = Field(
+        default_factory=dict,
+        description="length of the error sent back through B over that through W; near 0, angles say nothing",
     )
     gain: Layers = Field(default_factory=dict, description="⟨B,W⟩/⟨W,W⟩")
     seconds: float = Field(0.0, description="time of the epoch, measuring included")
