@@ -2,6 +2,7 @@
 
     python examples/two_chips.py --rule kp
     python examples/two_chips.py --rule wm
+    python examples/two_chips.py --rule kp --chip reram
 
 W is made in the forward process and never leaves it; B in the feedback process. All that goes between them
 goes through sockets, and the parent sits on the line: it reads every byte there, passes it on, and counts
@@ -12,6 +13,9 @@ By ``kp`` each chip computes the product of activity and delta from noisy signal
 are not equal, and weight decay brings B to W all the same. ``wm`` is the paper's mirror: all neurons of a
 layer fire independent Gaussian noise, and B learns from its covariance with the answers (Akrout et al. 2019,
 equations 5 to 7). See docs/two-chips.md.
+
+``--chip`` lets each process write its weights through devices of its own: ``fp.devices`` by name. The wire
+carries the same bytes.
 """
 
 import argparse
@@ -22,12 +26,15 @@ import selectors
 import socket
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from feedbackpath.hardware.devices import PRESETS, device_named
 
 WIDTHS = (20, 32, 16, 5)
 BATCH_SIZE, NUM_PROBES = 64, 512
@@ -50,6 +57,34 @@ def make_weights(seed: int) -> list[nn.Parameter]:
 def make_optimizer(weights: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """Return the optimizer that each chip has for its own weights."""
     return torch.optim.SGD(weights, lr=0.05, momentum=0.9, weight_decay=1e-2)
+
+
+class Cells:
+    """The cells that hold one chip's weights; without devices they take what they are given.
+
+    Args:
+        name: Name of the devices; None: ideal.
+        weights: The weights.
+        seed: Seed of these cells, and of the noise of their writes.
+    """
+
+    def __init__(self, name: str | None, weights: Sequence[nn.Parameter], seed: int) -> None:
+        self.device = None if name is None else device_named(name)
+        self.weights, self.generator = weights, torch.Generator().manual_seed(seed)
+        if self.device is not None:
+            self.cells = [self.device.draw(weight.detach(), self.generator) for weight in weights]
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Let devices write what is asked of the weights meanwhile."""
+        before = [weight.detach().clone() for weight in self.weights]
+        yield
+        if self.device is None:
+            return
+        for weight, old, cells in zip(self.weights, before, self.cells, strict=True):
+            asked = weight.detach() - old
+            with torch.no_grad():
+                weight.copy_(self.device.write(old, asked, cells, self.generator))
 
 
 def make_batch(step: int) -> tuple[Tensor, Tensor]:
@@ -130,10 +165,10 @@ def perturbed(signal: Tensor, generator: torch.Generator) -> Tensor:
     return signal + SIGNAL_NOISE * signal.std() * noise
 
 
-def run_forward_chip(link: Link, rule: str, steps: int) -> list[Tensor]:
+def run_forward_chip(link: Link, rule: str, steps: int, chip: str | None) -> list[Tensor]:
     """Hold W: send activities and the output's delta, take the other deltas, update W."""
     weights, generator = make_weights(SEED_OF_W), torch.Generator().manual_seed(SEED_OF_NOISE)
-    optimizer = make_optimizer(weights)
+    optimizer, cells = make_optimizer(weights), Cells(chip, weights, SEED_OF_W)
     for step in range(steps):
         x, target = make_batch(step)
         activities = [x]
@@ -149,7 +184,8 @@ def run_forward_chip(link: Link, rule: str, steps: int) -> list[Tensor]:
             if rule == "kp":
                 activity, delta = perturbed(activity, generator), perturbed(delta, generator)
             weight.grad = delta.T @ activity  # equation 4
-        optimizer.step()
+        with cells.writing():
+            optimizer.step()
         if rule == "wm":
             fire_noise(link, weights, generator)
     return [weight.detach() for weight in weights]
@@ -164,10 +200,10 @@ def fire_noise(link: Link, weights: Sequence[nn.Parameter], generator: torch.Gen
         link.send("answers to noise", drive if number == len(weights) - 1 else torch.relu(drive))
 
 
-def run_feedback_chip(link: Link, rule: str, steps: int) -> list[Tensor]:
+def run_feedback_chip(link: Link, rule: str, steps: int, chip: str | None) -> list[Tensor]:
     """Hold B: take activities and the output's delta, send the other deltas back through B, update B."""
     feedback, generator = make_weights(SEED_OF_B), torch.Generator().manual_seed(SEED_OF_OTHER_NOISE)
-    optimizer = make_optimizer(feedback)
+    optimizer, cells = make_optimizer(feedback), Cells(chip, feedback, SEED_OF_B)
     for _ in range(steps):
         activities = [link.receive("activities", BATCH_SIZE, width) for width in WIDTHS[:-1]]
         deltas = [link.receive("deltas", BATCH_SIZE, WIDTHS[-1])]
@@ -179,9 +215,11 @@ def run_feedback_chip(link: Link, rule: str, steps: int) -> list[Tensor]:
             for b, activity, delta in zip(feedback, activities, deltas, strict=True):
                 product = perturbed(delta, generator).T @ perturbed(activity, generator)
                 b.grad = product  # equation 17: the same product, of signals that are noisy in another way
-            optimizer.step()
+            with cells.writing():
+                optimizer.step()
         else:
-            listen_to_noise(link, feedback)
+            with cells.writing():
+                listen_to_noise(link, feedback)
     return [b.detach() for b in feedback]
 
 
@@ -195,11 +233,13 @@ def listen_to_noise(link: Link, feedback: Sequence[nn.Parameter]) -> None:
         b.add_(MIRROR_RATE * (covariance - MIRROR_DECAY * b))
 
 
-def run_chip(is_forward: bool, line: socket.socket, result: socket.socket, rule: str, steps: int) -> None:
+def run_chip(
+    is_forward: bool, line: socket.socket, result: socket.socket, rule: str, steps: int, devices: str | None
+) -> None:
     """Be one of the chips; give back the weights at the end, on a line that the other has no part in."""
     torch.set_num_threads(1)
     chip = run_forward_chip if is_forward else run_feedback_chip
-    weights = chip(Link(line), rule, steps)
+    weights = chip(Link(line), rule, steps, devices)
     line.close()
     result.sendall(pickle.dumps([weight.numpy() for weight in weights]))
     result.close()
@@ -223,14 +263,16 @@ def pass_on(forward: socket.socket, feedback: socket.socket) -> tuple[Tapped, Ta
     return down, up
 
 
-def train(rule: str, steps: int) -> tuple[list[Tensor], list[Tensor], Tapped, Tapped]:
+def train(
+    rule: str, steps: int, devices: str | None = None
+) -> tuple[list[Tensor], list[Tensor], Tapped, Tapped]:
     """Train on two chips; return W, B, and what went over the line in each direction."""
     context = multiprocessing.get_context("spawn")
     lines, results, chips = [], [], []
     for is_forward in (True, False):
         ours, theirs = socket.socketpair()
         result, their_result = socket.socketpair()
-        arguments = (is_forward, theirs, their_result, rule, steps)
+        arguments = (is_forward, theirs, their_result, rule, steps, devices)
         chips.append(context.Process(target=run_chip, args=arguments))
         chips[-1].start()
         theirs.close()
@@ -271,8 +313,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rule", choices=("kp", "wm"), default="kp")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--chip", choices=PRESETS, help="devices that write W and B")
     options = parser.parse_args(arguments)
-    weights, feedback, down, up = train(options.rule, options.steps)
+    weights, feedback, down, up = train(options.rule, options.steps, options.chip)
     angles = [
         f"{angle_deg(b0, w0):.1f} to {angle_deg(b, w):.1f}"
         for b0, w0, b, w in zip(

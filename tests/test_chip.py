@@ -103,7 +103,7 @@ def test_a_write_that_is_verified_comes_nearer():
     def left(verify):
         device = fp.devices.SoftBounds(step=1e-3, spread=0.4)
         run, ideal = Run("kp", fp.Chip(device, verify=verify), lr=1.0).go(1), Run("kp", lr=1.0).go(1)
-        return float((run.model[0].weight - ideal.model[0].weight).norm())
+        return float((run.model[0].weight - ideal.model[0].weight).detach().norm())
 
     assert left(5) < 0.5 * left(0)
 
@@ -356,3 +356,21 @@ def test_soft_bounds_bring_w_and_b_together_without_weight_decay():
         w = device.write(w, asked, cells, random)
         total += float(asked[0].abs().mean())
     assert float((w[0] - w[1]).norm() / start) == pytest.approx(theory.soft_contraction(total, 1.0), rel=0.03)
+
+
+# The audit
+
+
+FAST = {"bp", "kp", "dfa"}
+
+
+@pytest.mark.parametrize(
+    "rule", [rule if rule in FAST else pytest.param(rule, marks=pytest.mark.slow) for rule in fp.RULES]
+)
+def test_every_rule_keeps_its_verdict_on_a_chip(rule):
+    def verdict(chip):
+        run = Run(rule, chip, lr=0.02)
+        run.number = 3
+        return fp.audit(run.step, run.path).transport_free
+
+    assert verdict(fp.Chip(SOFT, READS)) == verdict(None)

@@ -21,7 +21,18 @@ from study_table import markdown_study_table, read_study
 
 import feedbackpath as fp
 from feedbackpath import cli
-from feedbackpath.cli import audit, bench, compare, evaluate, exit_codes, mirror, report, train, tune
+from feedbackpath.cli import (
+    audit,
+    bench,
+    compare,
+    evaluate,
+    exit_codes,
+    hardware,
+    mirror,
+    report,
+    train,
+    tune,
+)
 from feedbackpath.jobs.audit import audit_run
 from feedbackpath.jobs.imports import import_files
 from feedbackpath.recipes import RECIPES
@@ -80,7 +91,8 @@ def test_command_lines_are_accepted(document, monkeypatch):
     for arguments in calls_of("feedbackpath", document):
         command, bound, _ = cli.app.parse_args(arguments, exit_on_error=False, print_error=False)
         flags = bound.arguments.get("flags", CompareConfig())
-        name = next(word for word in arguments if word not in ("mirror", "data"))
+        over = ("mirror", "data", "hardware") if "tolerance" in arguments else ("mirror", "data")
+        name = next(word for word in arguments if word not in over)
         assert command.__name__ == {"eval": "evaluate"}.get(name, name)
         rules = (flags.rule,) if isinstance(flags, AuditConfig) else flags.rules
         with mock.patch.dict(fp.RULES):
@@ -147,6 +159,7 @@ def list_flags(fields):
 SECTIONS = {
     "Data": config.DataSettings,
     "Network": config.NetworkSettings,
+    "Chip": config.ChipSettings,
     "Optimizer": config.OptimizerSettings,
     "Schedule": config.ScheduleSettings,
     "Rules": config.RuleSettings,
@@ -213,6 +226,14 @@ def make_tune_table():
     return make_place_table(tune.tune)
 
 
+def make_hardware_table():
+    return make_place_table(hardware.hardware)
+
+
+def make_tolerance_table():
+    return make_place_table(hardware.tolerance)
+
+
 def make_plan_table():
     return make_place_table(mirror.plan)
 
@@ -276,6 +297,8 @@ def make_setting_table():
         make_report_table,
         make_audit_table,
         make_tune_table,
+        make_hardware_table,
+        make_tolerance_table,
         make_plan_table,
         make_bench_table,
         make_setting_table,

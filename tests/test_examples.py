@@ -12,8 +12,8 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def two_chips(rule, steps):
-    command = [sys.executable, EXAMPLES / "two_chips.py", "--rule", rule, "--steps", str(steps)]
+def two_chips(rule, steps, *flags):
+    command = [sys.executable, EXAMPLES / "two_chips.py", "--rule", rule, "--steps", str(steps), *flags]
     return subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
     )
@@ -29,6 +29,12 @@ def test_of_two_chips_the_line_carries_signals_alone_and_b_goes_to_w(rule):
     angles = re.findall(r"([\d.]+) to ([\d.]+)", done.stdout.splitlines()[0])
     assert len(angles) == 3
     assert all(float(first) > 80 and float(last) < 40 for first, last in angles)
+
+
+def test_devices_of_their_own_change_what_is_written_and_nothing_on_the_line():
+    ideal, soft = (two_chips("kp", 40, *flags).stdout.splitlines() for flags in ((), ("--chip", "soft")))
+    assert ideal[0] != soft[0]
+    assert ideal[1:] == soft[1:]
 
 
 def test_a_byte_too_many_on_the_line_is_read(monkeypatch):

@@ -14,7 +14,7 @@ Sources: Gokmen & Vlasov 2016; Rasch et al. 2021 (the package aihwkit), whose na
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -45,6 +45,12 @@ class Cells(NamedTuple):
     shift: Values = 0.0
     is_stuck: Tensor | None = None
     minus: Tensor | None = None
+
+
+def either(is_up: Tensor, up: Values, down: Values, like: Tensor) -> Tensor:
+    """Return one value for up pulses and another for down pulses, in the precision of ``like``."""
+    one, other = (torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in (up, down))
+    return torch.where(is_up, one, other)
 
 
 @dataclass(frozen=True)
@@ -140,15 +146,15 @@ class Device:
         self, w: Tensor, pulses: Tensor, is_up: Tensor, cells: Cells, generator: torch.Generator | None
     ) -> Tensor:
         """Return weights after so many pulses, all in one direction for each cell."""
-        state = w + cells.shift
+        state = w if isinstance(cells.shift, float) else w + cells.shift
         new = self.after(state, pulses, is_up, cells)
         if self.noise and generator is not None:
             size = self.response(state, is_up, cells).mul_(self.step * self.noise).mul_(pulses.sqrt())
             new.add_(torch.empty_like(new).normal_(generator=generator).mul_(size))
         # A cell that was put beyond its bounds from without stays where it is until it is written.
-        low, high = (torch.as_tensor(end).to(new) for end in (cells.low, cells.high))
-        bounded = torch.minimum(torch.maximum(new, low), high)
-        bounded = torch.where(pulses > 0, bounded, state).sub_(cells.shift)
+        within = torch.clamp(new, cast(Any, cells.low), cast(Any, cells.high))
+        bounded = torch.where(pulses > 0, within, state)
+        bounded = bounded if state is w else bounded.sub_(cells.shift)
         return bounded if cells.is_stuck is None else torch.where(cells.is_stuck, w, bounded)
 
     def response(self, state: Tensor, is_up: Tensor, cells: Cells) -> Tensor:

@@ -98,7 +98,8 @@ def HfO2(**changes: Any) -> Reference:  # noqa: N802
 
 
 PRESETS = {
-    "ideal": Ideal, "linear": LinearStep, "soft": SoftBounds, "reference": Reference, "ecram": EcRam, "reram": ReRam, "capacitor": Capacitor, "pcm": PCM, "hfo2": HfO2,
+    "ideal": Ideal, "linear": LinearStep, "soft": SoftBounds, "reference": Reference, "ecram": EcRam,
+    "reram": ReRam, "capacitor": Capacitor, "pcm": PCM, "hfo2": HfO2,
 }  # fmt: skip
 """Devices by the names that the command line has for them."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from feedbackpath.errors import ChipError
-from feedbackpath.hardware.cells import Cells, Device
+from feedbackpath.hardware.cells import Cells, Device, either
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ class Measured(Device):
     def response(self, state: Tensor, is_up: Tensor, cells: Cells) -> Tensor:
         """Return the size of the next pulse, in steps."""
         moved = (self._along(state, torch.ones_like(state), is_up) - state).abs() / self.step
-        return moved * torch.where(is_up, cells.up, cells.down).to(state)
+        return moved * either(is_up, cells.up, cells.down, state)
 
     def after(self, state: Tensor, pulses: Tensor, is_up: Tensor, cells: Cells) -> Tensor:
         """Return the state after n pulses; a cell of size c goes c n pulses along the train."""
-        return self._along(state, pulses * torch.where(is_up, cells.up, cells.down).to(state), is_up)
+        return self._along(state, pulses * either(is_up, cells.up, cells.down, state), is_up)
 
 
 def _interpolate(at: Tensor, knots: Tensor | None, values: Tensor | None) -> Tensor:

@@ -76,10 +76,16 @@ class Read:
         """Round to the ``2^bits - 1`` levels of a converter that is symmetric about 0."""
         if bits is None:
             return signal if largest is None else signal.clamp(-largest, largest)
-        top = signal.abs().amax().clamp_min(1e-30) if largest is None else largest
         levels = 2 ** (bits - 1) - 1
-        rounded: Tensor = (signal * (levels / top)).round_().clamp_(-levels, levels)
-        return rounded.mul_(top / levels)
+        flat = in_memory_order(signal)
+        top = torch.stack(flat.aminmax()).abs().amax() if largest is None else signal.new_tensor(largest)
+        scale: Tensor = (top / levels).clamp_min_(1e-30)
+        if signal.dtype is torch.float32 and bits <= 16:  # one pass over the signal
+            zero = torch.zeros(1, dtype=torch.int32, device=signal.device)
+            row: Tensor = torch.fake_quantize_per_tensor_affine(flat, scale.view(1), zero, -levels, levels)
+            return laid_out_as(signal, row)
+        rounded: Tensor = (signal / scale).round_().clamp_(-levels, levels)
+        return rounded.mul_(scale)
 
     def enter(self, signal: Tensor) -> Tensor:
         """Return the inputs as the array gets them."""
@@ -95,13 +101,14 @@ class Read:
         """
         read = signal
         if self.multiplicative:
-            read = read * torch.empty_like(signal).normal_(1.0, self.multiplicative, generator=generator)
+            read = torch.addcmul(read, read, normal_like(signal, generator), value=self.multiplicative)
         if neurons is not None:
             read = read * (1.0 + self.gain * neurons[0])
         if self.noise or neurons is not None:
-            rms = signal.square().mean().sqrt()
+            rms = torch.linalg.vector_norm(signal) / math.sqrt(max(1, signal.numel()))
             if self.noise:
-                read = read + torch.empty_like(signal).normal_(generator=generator).mul_(rms * self.noise)
+                drawn = normal_like(signal, generator)
+                read = torch.addcmul(read, drawn, rms * self.noise)
             if neurons is not None:
                 read = read + rms * self.offset * neurons[1]
         return self.quantized(read, self.out_range, self.out_bits or self.bits)
@@ -110,6 +117,29 @@ class Read:
 def can_read(weight: UntiedWeight) -> bool:
     """Whether the converters of a weight's array stand about its layer: linear layers and convolutions."""
     return fields.runs_itself(weight) and len(weight.layer.untied.weights) == 1
+
+
+def is_dense(signal: Tensor) -> bool:
+    """Whether a tensor fills its memory without gaps, in whatever order."""
+    last = sum((size - 1) * stride for size, stride in zip(signal.shape, signal.stride(), strict=True))
+    return signal.numel() == last + 1 and 0 not in signal.stride()
+
+
+def in_memory_order(signal: Tensor) -> Tensor:
+    """View a tensor as one row, in the order of its memory: torch is slow on other orders."""
+    if is_dense(signal):
+        return signal.as_strided((signal.numel(),), (1,))
+    return signal.reshape(-1)
+
+
+def normal_like(signal: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw N(0, 1) in the shape and memory format of a signal."""
+    return laid_out_as(signal, signal.new_empty(signal.numel()).normal_(generator=generator))
+
+
+def laid_out_as(signal: Tensor, row: Tensor) -> Tensor:
+    """View a row, in the order of a signal's memory, as that signal."""
+    return row.as_strided(signal.shape, signal.stride()) if is_dense(signal) else row.view(signal.shape)
 
 
 class Port:

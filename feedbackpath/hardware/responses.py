@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from feedbackpath.errors import ChipError
-from feedbackpath.hardware.cells import Cells, Device, Values
+from feedbackpath.hardware.cells import Cells, Device, Values, either
 
 
 def _over(slope: float, end: Values) -> Values:
@@ -37,27 +37,32 @@ class LinearStep(Device):
     slope_up: float = 0.0
     slope_down: float = 0.0
 
-    def _slopes(self, is_up: Tensor, cells: Cells) -> Tensor:
+    def _slopes(self, is_up: Tensor, cells: Cells, like: Tensor) -> Tensor:
         """Return the share of a pulse that is lost for each unit of weight."""
-        return torch.where(is_up, self.slope_up / self.bound, _over(self.slope_down, self.lowest))
+        return either(is_up, self.slope_up / self.bound, _over(self.slope_down, self.lowest), like)
 
     def response(self, state: Tensor, is_up: Tensor, cells: Cells) -> Tensor:
         """Return the size of the next pulse, in steps."""
-        sizes = torch.where(is_up, cells.up, cells.down).to(state)
-        return sizes * (1.0 - self._slopes(is_up, cells).to(state) * state).clamp_min(0.0)
+        sizes = either(is_up, cells.up, cells.down, state)
+        return sizes * (1.0 - self._slopes(is_up, cells, state) * state).clamp_min(0.0)
 
     def after(self, state: Tensor, pulses: Tensor, is_up: Tensor, cells: Cells) -> Tensor:
         """Return the state after n pulses: the distance to where pulses vanish falls by r^n.
 
         With e = +-g c and k the slope, ``w_n = w + e (1 - k w) (1 - r^n) / (1 - r)``, where ``r = 1 - e k``.
         """
-        signed = torch.where(is_up, cells.up, -torch.as_tensor(cells.down)).to(state) * self.step
-        slopes = self._slopes(is_up, cells).to(state)
-        lost = (signed * slopes).clamp_(max=1.0)
-        # (1 - r^n) / (1 - r), which is n where nothing is lost.
-        grown = -torch.expm1(pulses * torch.log1p(-lost.clamp(max=1.0 - 1e-7)))
-        taken = torch.where(lost.abs() > 1e-12, grown / torch.where(lost.abs() > 1e-12, lost, 1.0), pulses)
-        return state + signed * (1.0 - slopes * state).clamp_min(0.0) * taken
+        ups, downs = self.step * cells.up, -self.step * cells.down
+        if self.slope_up == self.slope_down == 0.0:
+            return torch.addcmul(state, either(is_up, ups, downs, state), pulses)
+        slopes = self._slopes(is_up, cells, state)
+        # Where nothing is lost the limit is n; so small a loss as this comes to the same.
+        lost = (either(is_up, ups, downs, state) * slopes).clamp_(1e-7, 1.0 - 1e-7)
+        left = (1.0 - slopes * state).clamp_min_(0.0).div_(torch.where(slopes == 0.0, 1.0, slopes))
+        exact = state - left * torch.expm1(pulses * torch.log1p(-lost))
+        if self.slope_up and self.slope_down:
+            return exact
+        plain = torch.addcmul(state, either(is_up, ups, downs, state), pulses)
+        return torch.where(slopes == 0.0, plain, exact)
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,8 @@ class SoftBounds(LinearStep):
     slope_up: float = 1.0
     slope_down: float = 1.0
 
-    def _slopes(self, is_up: Tensor, cells: Cells) -> Tensor:
-        return torch.where(is_up, self.slope_up / cells.high, _over(self.slope_down, cells.low))
+    def _slopes(self, is_up: Tensor, cells: Cells, like: Tensor) -> Tensor:
+        return either(is_up, self.slope_up / cells.high, _over(self.slope_down, cells.low), like)
 
     def symmetry_point(self, cells: Cells) -> Values:
         """Return ``(c_up - c_down) / (c_up / high - c_down / low)``."""
@@ -127,20 +132,20 @@ class Exponential(Device):
 
     def _shape(self, is_up: Tensor, cells: Cells, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return A, gamma with its sign, and 2 a / (bound - low)."""
-        factor = torch.where(is_up, self.a_up, self.a_down).to(like)
-        gamma = torch.where(is_up, self.gamma_up, -self.gamma_down).to(like)
+        factor = either(is_up, self.a_up, self.a_down, like)
+        gamma = either(is_up, self.gamma_up, -self.gamma_down, like)
         return factor, gamma, torch.as_tensor(2.0 * self.a / (cells.high - cells.low)).to(like)
 
     def response(self, state: Tensor, is_up: Tensor, cells: Cells) -> Tensor:
         """Return the size of the next pulse, in steps."""
         factor, gamma, scale = self._shape(is_up, cells, state)
-        sizes = torch.where(is_up, cells.up, cells.down).to(state)
+        sizes = either(is_up, cells.up, cells.down, state)
         return sizes * (1.0 - factor * torch.exp(gamma * (scale * state + self.b))).clamp_min(0.0)
 
     def after(self, state: Tensor, pulses: Tensor, is_up: Tensor, cells: Cells) -> Tensor:
         """Return the state after n small pulses: ``v = exp(-gamma z)``, and v - A goes exponentially."""
         factor, gamma, scale = self._shape(is_up, cells, state)
-        signed = torch.where(is_up, cells.up, -torch.as_tensor(cells.down)).to(state) * self.step
+        signed = either(is_up, cells.up, -1.0 * cells.down, state) * self.step
         z = scale * state + self.b
         v = torch.exp(-gamma * z)
         later = factor + (v - factor) * torch.exp(-gamma * scale * signed * pulses)
@@ -174,15 +179,15 @@ class Power(Device):
 
     def _left(self, state: Tensor, is_up: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
         """Return the share of the range that is left in the direction of a pulse, and the range."""
-        ends = torch.where(is_up, cells.high, cells.low).to(state)
+        ends = either(is_up, cells.high, cells.low, state)
         span = torch.as_tensor(cells.high - cells.low).to(state)
         return ((ends - state).abs() / span).clamp_min(1e-9), span
 
     def response(self, state: Tensor, is_up: Tensor, cells: Cells) -> Tensor:
         """Return the size of the next pulse, in steps."""
         left, _ = self._left(state, is_up, cells)
-        gamma = torch.where(is_up, self.gamma_up, self.gamma_down).to(state)
-        return torch.where(is_up, cells.up, cells.down).to(state) * left**gamma
+        gamma = either(is_up, self.gamma_up, self.gamma_down, state)
+        return either(is_up, cells.up, cells.down, state) * left**gamma
 
     def after(self, state: Tensor, pulses: Tensor, is_up: Tensor, cells: Cells) -> Tensor:
         """Return the state after n small pulses.
@@ -191,8 +196,8 @@ class Power(Device):
         for gamma = 1 q falls by ``exp(-g c n / range)``.
         """
         left, span = self._left(state, is_up, cells)
-        gamma = torch.where(is_up, self.gamma_up, self.gamma_down).to(state)
-        taken = torch.where(is_up, cells.up, cells.down).to(state) * self.step * pulses / span
+        gamma = either(is_up, self.gamma_up, self.gamma_down, state)
+        taken = either(is_up, cells.up, cells.down, state) * self.step * pulses / span
         power = torch.where((gamma - 1.0).abs() < 1e-6, 0.5, 1.0 - gamma)  # 0.5: not used there
         base = (left**power - power * taken).clamp_min(0.0)
         later = torch.where((gamma - 1.0).abs() < 1e-6, left * torch.exp(-taken), base ** (1.0 / power))
@@ -278,7 +283,7 @@ class Pair(Device):
         plus, minus = self.cell.apply(
             states, given, torch.ones_like(given, dtype=torch.bool), cells._replace(minus=None), generator
         )
-        new = plus - minus
+        new: Tensor = plus - minus
         is_full = torch.maximum(plus, minus) > self.full * self.bound
         cells.minus.copy_(torch.where(is_full, torch.clamp(-new, min=0.0), minus))
         return new

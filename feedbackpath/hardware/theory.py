@@ -54,7 +54,7 @@ def symmetry_spread(bound: float, asymmetry_spread: float) -> float:
     """Return the spread of soft bounds' symmetry points, the floor of W - B that they leave on each side.
 
     ``w* = bound (c_up - c_down) / (c_up + c_down)``, to first order in the spread ``bound spread / sqrt(2)``.
-    Cells of W and of B are drawn apart, so that W - B is left with ``bound spread`` where ups and downs balance.
+    Cells of W and of B are drawn apart: where ups and downs balance, ``bound spread`` of W - B is left.
 
     Example:
         >>> round(symmetry_spread(1.0, 0.3), 3)

@@ -1,0 +1,148 @@
+"""The commands that train on chips, and the search for what is tolerated."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from feedbackpath import cli
+from feedbackpath.errors import ConfigError
+from feedbackpath.hardware.devices import PRESETS
+from feedbackpath.jobs.tolerance import IMPERFECTIONS, Tolerance, find_tolerance, table_of
+from feedbackpath.report.tolerance import draw_tolerance
+from feedbackpath.train.chips import make_chip
+from feedbackpath.train.config import CHIPS, CompareConfig
+
+SMALL = [
+    "--data",
+    "digits",
+    "--model",
+    "mlp",
+    "--epochs",
+    "1",
+    "--samples-per-epoch",
+    "256",
+    "--num-threads",
+    "1",
+]
+
+
+def command(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*arguments])
+    return stop.value.code
+
+
+def test_the_flag_knows_every_preset():
+    assert set(CHIPS) == set(PRESETS)
+
+
+def test_hardware_trains_and_reports(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command("hardware", *SMALL, "--rules", "bp,kp", "--read-bits", "8", "--out", str(out)) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["config"]["chip"] == "reram"
+    assert {run["rule"] for run in results["runs"]} == {"bp", "kp"}
+    assert (out / "report.html").exists()
+
+
+def test_settings_of_a_chip_reach_it():
+    config = CompareConfig(
+        chip="soft", read_bits=8, read_noise=0.1,
+        chip_settings={
+            "noise": 0.5, "read": {"backward": {"bits": 4}, "update": {"noise": 0.2}},
+            "wiring": {"delay": 2}, "verify": 1, "feedback": {"noise": 0.7},
+        },
+    )  # fmt: skip
+    chip = make_chip(config, 3)
+    assert (chip.device.noise, chip.feedback_device.noise, chip.seed) == (0.5, 0.7, 3)
+    assert (chip.reads["forward"].bits, chip.reads["backward"].bits) == (8, 4)
+    assert (chip.reads["backward"].noise, chip.reads["update"].noise) == (0.1, 0.2)
+    assert chip.reads["update"].bits is None
+    assert (chip.wiring.delay, chip.verify) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"nois": 0.5}, "--chip soft has .*noise"),
+        ({"read": {"forward": {"bit": 4}}}, "read.forward has no 'bit'"),
+        ({"wiring": 3}, "wiring must map"),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make_chip(CompareConfig(chip="soft", chip_settings=settings), 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--chip", "memristor"], "there are ideal, linear"),
+        (["--read-bits", "8"], "belongs to --chip"),
+        (["--chip", "soft", "--compile"], "on one device"),
+        (["--chip", "missing.csv"], "cannot read"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused_in_one_line(flags, message, tmp_path, capsys):
+    assert command("compare", *SMALL, *flags, "--out", str(tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def search(out, resume=False, margin=100.0, **settings):
+    config = CompareConfig(
+        data="digits", model="mlp", epochs=1, samples_per_epoch=256, num_threads=1,
+        **({"rules": ("bp", "kp")} | settings),
+    )  # fmt: skip
+    return find_tolerance(
+        config,
+        out,
+        imperfections=("step", "swapped"),
+        margin=margin,
+        bisections=1,
+        resume=resume,
+        tell=lambda _: None,
+    )
+
+
+def test_a_search_is_kept_resumed_and_drawn(tmp_path):
+    kept = search(tmp_path, rules=("kp",))
+    assert kept.found == {"kp": {"step": IMPERFECTIONS["step"].worst, "swapped": 1.0}}
+    assert len(kept.trials) == 3  # all is within 100 points: the ideal, and the worst of each
+    wider = search(tmp_path, resume=True)
+    assert wider.trials[:3] == kept.trials
+    assert "swapped" not in wider.found["bp"]  # its B gets no updates
+    assert table_of(wider)[1][0] == ["kp", "≥ 1", "≥ 1"]
+    draw_tolerance(wider.model_dump(), tmp_path)
+    assert (tmp_path / "figures" / "tolerance.png").stat().st_size > 1000
+    with pytest.raises(ConfigError, match="--resume"):
+        search(tmp_path)
+    with pytest.raises(ConfigError, match="other settings"):
+        search(tmp_path, resume=True, margin=2.0)
+
+
+def test_a_search_bisects_between_what_passes_and_what_fails(tmp_path, monkeypatch):
+    from feedbackpath.jobs import tolerance
+
+    monkeypatch.setattr(
+        tolerance._Search, "_train", lambda self, rule, name, value, seed: 5.0 + (value or 0.0)
+    )
+    kept = search(tmp_path, margin=0.1, rules=("kp",))
+    assert kept.found["kp"] == {"step": pytest.approx(0.0316), "swapped": 0.02}
+
+
+def test_the_page_has_the_table_of_the_study():
+    root = Path(__file__).parent.parent
+    kept = Tolerance.model_validate_json((root / "benchmarks/hardware-tolerance/tolerance.json").read_text())
+    page = (root / "docs/hardware.md").read_text()
+    heading, rows = table_of(kept)
+    lines = [[heading[0], *[f"`{name}`" for name in heading[1:]]], ["---"] * len(heading)]
+    lines += [[f"`{row[0]}`", *[cell or "–" for cell in row[1:]]] for row in rows]
+    table = [f"| {' | '.join(cells)} |".replace("| --- ", "|---").replace("--- |", "---|") for cells in lines]
+    assert "\n".join(table) in page
+    listed = [
+        line.split("`")[1] for line in page.splitlines() if line.startswith("| `") and "; from " in line
+    ]
+    assert listed == list(IMPERFECTIONS)
