@@ -66,10 +66,8 @@ class Exchange(TorchFunctionMode):
                     else None
                 )
                 if b is not None and b.shape != w.shape:
-                    raise UntieError(
-                        f"the weight of {weight.name!r} has shape {list(w.shape)} and its feedback weight "
-                        f"{list(b.shape)}: path.retie(), and untie the model when it has its final form"
-                    )
+                    shapes = f"the weight of {weight.name!r} has shape {list(w.shape)}, its B {list(b.shape)}"
+                    raise UntieError(f"{shapes}: path.retie(), and untie the model in its final form")
                 self._note(Known(w, b, (weight,), is_whole=True))
 
     def look_up(self, tensor: Tensor) -> Known | None:

@@ -64,13 +64,6 @@ def backward_id() -> int | None:
     return None if _graph_task is None else _graph_task()
 
 
-def running_ddp() -> Any:
-    """Return the DistributedDataParallel whose forward pass is running; fallback: None."""
-    if not has_processes():
-        return None
-    return getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-
-
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a function in which ``torch.compile`` is to compile nothing by itself.
 

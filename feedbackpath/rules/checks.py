@@ -86,7 +86,7 @@ def hidden_weights(model: nn.Module) -> dict[str, str]:
                 name in multiplied
                 and not name.endswith("bias")
                 and tensor.is_floating_point()
-                and (is_flat or name in module._buffers)
+                and (is_flat or name in dict(module.named_buffers(recurse=False)))
             ):
                 found[f"{path}.{name}".lstrip(".")] = "flat parameter" if is_flat else "buffer in a product"
         for name, value in vars(module).items():

@@ -81,7 +81,7 @@ class Guard:
             module = left.pop()
             if module is not None and id(module) not in modules:
                 modules[id(module)] = len(module._parameters)
-                left.extend(module._modules.values())
+                left.extend(module.children())
         held = [parameters.get(name) for parameters, name in self._places]
         return modules, [(id(p), None if p is None else p.shape) for p in held]
 

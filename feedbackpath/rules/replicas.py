@@ -17,6 +17,13 @@ from feedbackpath.errors import RuleError, UntieError
 KNOWN = "_feedbackpath_models"  # where a DistributedDataParallel keeps the models that were begun alike
 
 
+def running_ddp() -> Any:
+    """Return the DistributedDataParallel whose forward pass is running; fallback: None."""
+    if not pytorch.has_processes():
+        return None
+    return getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+
+
 def watch_replicas(model: Any) -> None:
     """See to an untied model whenever it runs, if this process is one of several."""
     memo = model.untied.memo
@@ -40,7 +47,7 @@ def begin_alike(model: Any, _: Any) -> None:
     if torch.compiler.is_compiling():
         return
     weights: list[UntiedWeight] = model.untied.below
-    ddp = pytorch.running_ddp()
+    ddp = running_ddp()
     if ddp is None:
         sharded = [repr(weight.name) for weight in weights if hasattr(weight.weight, "full_tensor")]
         if sharded:
