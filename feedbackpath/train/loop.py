@@ -342,7 +342,7 @@ class Training:
         return self.path.deltas(lambda: self._loss(self.model, x, y)) if len(y) else {}
 
     def measure_metric(self, split: Split) -> float:
-        """Return the mean score over what can be read of a split (a DataError: nothing), a share a process."""
+        """Return the mean score over what can be read of a split (nothing: a DataError)."""
         return self._measure_readable(split)[0]
 
     @torch.no_grad()
