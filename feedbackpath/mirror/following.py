@@ -239,14 +239,14 @@ class Following:
         return self._path.is_measuring != self._is_measured or pytorch.is_in_backward()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if self._depth or not self._is_idle():
+        if not torch.compiler.is_compiling() and (self._depth or not self._is_idle()):
             self._depth += 1
             if self._depth == 1:
                 self._follower = Follower()
                 self._follower.__enter__()  # type: ignore[no-untyped-call]
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._depth:
+        if not torch.compiler.is_compiling() and self._depth:
             self._depth -= 1
             if self._depth == 0:
                 self._follower.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -255,7 +255,7 @@ class Following:
                     self.told.setdefault(name, []).extend(functions)
 
     def _tap(self, weight: UntiedWeight, x: Tensor, output: Tensor, rows: slice) -> None:
-        if self._depth:
+        if not torch.compiler.is_compiling() and self._depth:
             self._follower.begin_at(weight.name, output)
 
 
