@@ -79,6 +79,12 @@ def checked_methods(error: type[UserError]) -> Callable[[Kind], Kind]:
     return wrap
 
 
+def _is_one_number(value: Any) -> bool:
+    """Whether a value, such as a tensor, can be taken as one number."""
+    is_object = isinstance(value, SupportsFloat) and not isinstance(value, type)
+    return is_object and getattr(value, "shape", ()) == ()
+
+
 def fits(value: object, hint: Any, *, is_finite: bool = False) -> bool:
     """Whether a value is what an annotation says; a whole number will do for a float, but no bool for either.
 
@@ -98,7 +104,7 @@ def fits(value: object, hint: Any, *, is_finite: bool = False) -> bool:
         return value is None
     if hint in (int, float):
         kind = numbers.Integral if hint is int else numbers.Real
-        is_like_one = hint is float and not is_finite and isinstance(value, SupportsFloat)  # a tensor's, say
+        is_like_one = hint is float and not is_finite and _is_one_number(value)
         is_number = (isinstance(value, kind) or is_like_one) and not isinstance(value, bool)
         return is_number and not (is_finite and isinstance(value, float) and not math.isfinite(value))
     if origin is type:
@@ -114,6 +120,8 @@ def fits(value: object, hint: Any, *, is_finite: bool = False) -> bool:
         is_list = isinstance(value, origin) and not isinstance(value, str)
         return is_list and all(same(item, inner[0]) for item in cast(Sequence[Any], value))
     kind = origin or hint
+    if getattr(kind, "_is_protocol", False):
+        return all(hasattr(value, name) for name in vars(kind) if not name.startswith("_"))
     return not isinstance(kind, type) or isinstance(value, kind)
 
 

@@ -203,7 +203,7 @@ def test_the_command_writes_its_figures(tmp_path, capsys):
         (("--rules", "kq"), "unknown rule 'kq'"),
         (("--rounds", 1), "rounds is 1"),
         (("--num-threads", 0), "--num-threads is 0"),
-        (("--device", "cuda"), "no GPU"),
+        (("--device", "cuda"), "cannot be used"),
     ],
 )
 def test_bad_input_gives_one_line_and_exit_code_2(capsys, arguments, message):

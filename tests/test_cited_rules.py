@@ -250,8 +250,8 @@ def test_difference_reconstruction_brings_b_to_w_at_its_rate_and_errors_to_backp
 
 def test_inverses_that_make_no_sense_are_refused():
     for settings, message in (
-        ({"loss": "mse"}, "dtp: loss='mse' is not one of reconstruction, difference"),
-        ({"inverse": "relu"}, "dtp: inverse='relu' is not one of linear, tanh"),
+        ({"loss": "mse"}, "DifferenceTargetPropagation: loss='mse' is not one of reconstruction, difference"),
+        ({"inverse": "relu"}, "DifferenceTargetPropagation: inverse='relu' is not one of linear, tanh"),
         ({"sigma": 0.0}, "dtp: sigma must be above 0"),
     ):
         with pytest.raises(fp.RuleError, match=message):
@@ -537,9 +537,9 @@ def test_a_config_file_sets_the_cells_of_a_rule():
     for settings, message in (
         ({"cells": 3}, "rdd: cells must map settings to values, not 3"),
         ({"cells": {"cell": 3}}, "cells has no setting 'cell'"),
-        ({"cells": {"runs": "many"}}, "cells: runs cannot be 'many'"),
+        ({"cells": {"runs": "many"}}, "Cells: runs must be a whole number, not 'many'"),
     ):
-        with pytest.raises(fp.ConfigError, match=message):
+        with pytest.raises(fp.UserError, match=message):
             make_rule("rdd", settings)
     with pytest.raises(fp.ConfigError, match="fa has no setting 'cells'"):
         make_rule("fa", {"cells": {}})

@@ -27,6 +27,7 @@ def untie_alone(layer, activation, **settings):
 
 def is_short(path):
     weight, rule = path.weights[0], path.rules["0"]
+    path.context.part(MirrorMode).find_activations(path.weights)
     activation = path.context.part(MirrorMode).activations["0"]
     return can_read_out(weight, activation, odd_slope(activation), rule.mirror)
 

@@ -197,7 +197,7 @@ class Symmetric(nn.Module):
         return w.triu() + w.triu(1).mT
 
 
-def test_weights_that_b_cannot_follow_are_left_by_name_and_may_be_given_to_backprop():
+def test_weights_that_b_cannot_follow_are_left_by_name():
     def make():
         return Own(
             nn.Linear(6, 6),

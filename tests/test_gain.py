@@ -30,6 +30,7 @@ def untie_one(layer, activation, settings):
 
 
 def pass_over(path, settings):
+    path.context.part(MirrorMode).find_activations(path.weights)
     with torch.no_grad():
         return fire(path.context.part(MirrorMode), path.weights[0], settings)
 

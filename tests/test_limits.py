@@ -22,7 +22,7 @@ HELD = {
         "Not every rule can run every layer": "test_layers_that_a_rule_does_not_serve_are_named",
         "A layer whose `forward` was replaced": "test_a_layer_whose_forward_was_replaced_is_named",
         "Norms pass their scale": "test_norms_and_embeddings_need_no_feedback_weight",
-        "Weights made from other": "test_models_that_cannot_be_untied_are_refused_with_the_remedy",
+        "Models that are compiled": "test_models_that_cannot_be_untied_are_refused_with_the_remedy",
     },
     "test_exchange": {
         "Weights that are multiplied": "test_weights_that_are_multiplied_with_each_other_are_named",
@@ -30,6 +30,7 @@ HELD = {
     },
     "test_limits": {
         "The model's own forward pass": "test_a_product_outside_the_model_goes_back_through_the_weight",
+        "A table of positions": "test_positions_that_another_function_adds_get_a_b_that_nothing_uses",
         "An average of weights made before": "test_an_average_of_a_list_made_beforehand_is_not_seen",
         "Recurrent layers run": "test_recurrent_layers_run_without_cudnn",
         "The optimizer must treat": "test_steps_scaled_by_the_norm_of_a_weight_part_w_and_b_unsaid",
@@ -63,14 +64,28 @@ HELD = {
         "`drtp` needs cross": "test_random_target_projection_refuses_errors_that_tell_no_class",
     },
     "test_alignment_rules": {
-        "`ia` and `aa` read": "test_an_output_that_was_changed_in_place_is_refused",
+        "`ia`, `aa`, `pal` and `dtp` read": "test_an_output_that_was_changed_in_place_is_refused",
     },
     "test_rules": {
         "It needs weight decay": "test_kolen_pollack_without_decay_keeps_the_gap",
         "Frozen weights": "test_feedback_of_a_frozen_weight_is_frozen_as_well",
     },
-    "test_path": {
-        "A weight shared with": "test_a_weight_shared_with_an_embedding_is_named_under_kolen_pollack",
+    "test_foreign": {
+        "A weight shared with": "test_a_table_whose_gradient_b_cannot_take_over_is_named",
+        "Weights made from other": "test_weights_that_b_cannot_follow_are_left_by_name",
+        "`torch.save((model": "test_a_model_and_its_path_are_saved_together",
+    },
+    "test_following": {
+        "One activation a layer": "test_what_cannot_be_told_is_linear_and_named_once",
+    },
+    "test_cited_rules": {
+        "`pal` makes": "test_phaseless_noise_rides_on_training_alone",
+        "`pfa` needs": "test_product_feedback_alignment_says_what_it_cannot_do",
+        "`kh` changes": "test_hidden_units_compete_as_is_written",
+        "`rdd` and `stdwi` simulate": "test_cells_leak_and_spike_as_is_written",
+    },
+    "test_moments": {
+        "Moments are kept once": "test_where_nothing_can_be_shared_it_is_said_why",
     },
     "test_mirror": {
         "The noise's": "test_noise_takes_the_shape_of_the_minibatch_and_2048_examples_before_there_was_one",
@@ -90,7 +105,6 @@ HELD = {
         "One noisy input": "test_feedback_goes_to_the_weights_times_the_covariance_of_the_inputs",
     },
     "test_activations": {
-        "Activations must be known": "test_what_cannot_be_told_is_asked_for",
         "Only the layer and its": "test_norms_and_dropout_are_passed_over",
     },
     "test_exact": {
@@ -131,6 +145,29 @@ def test_every_line_has_a_test_and_every_test_a_line():
 def test_the_tests_that_are_named_exist(file):
     tree = ast.parse((TESTS / f"{file}.py").read_text())
     assert set(HELD[file].values()) <= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+
+
+def add_positions(x, positions):
+    return x + positions
+
+
+class OutOfSight(nn.Module):
+    """A model whose positions a function adds that is not its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.fc = nn.Parameter(torch.randn(4, 6)), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.fc(add_positions(x, self.positions))
+
+
+def test_positions_that_another_function_adds_get_a_b_that_nothing_uses():
+    path = fp.untie(model := OutOfSight(), "kp")
+    model(torch.randn(2, 4, 6)).square().sum().backward()
+    assert [name for name, _, feedback in path.pairs() if feedback.grad is None] == [""]
+    with pytest.warns(fp.UnconvertedLayerWarning, match="OutOfSight"):
+        fp.untie(OutOfSight(), "wm")
 
 
 # --- Layers -------------------------------------------------------------------------------------------------

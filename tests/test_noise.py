@@ -39,6 +39,7 @@ def test_expectation_and_variance_are_those_of_the_closed_form(name, layer, behi
     weight, mode = path.weights[0], path.context.part(MirrorMode)
     w, passes = weight.weight.detach(), []
     for number in range(PASSES):
+        mode.find_activations([weight])
         passes.append(fire(mode, weight, settings).covariance / (SIGMA**2 * slope))
         mode.passes["0"] = number + 1  # the noise of the next pass
     found = torch.stack(passes)
@@ -69,6 +70,7 @@ def test_b_settles_and_scatters_as_both_decays_say(reading, behind):
     share = eta * decay if reading == "inside" else decay
     gain = slope * eta / share
     weight, mode = path.weights[0], path.context.part(MirrorMode)
+    mode.find_activations([weight])
     mode._warned.add(("gain", "0"))
     w, errors, mean = weight.weight.detach(), [], torch.zeros_like(weight.weight)
     for number in range(300):

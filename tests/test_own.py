@@ -214,7 +214,7 @@ def run_own(folder, *arguments, **changes):
         ({"more": "sys.exit(0)"}, "own.py, line 20: SystemExit: 0"),
         ({"more": "fp.register_task('a/b', make)"}, "cannot be called 'a/b'"),
         ({"more": "fp.register_task('c', lambda: 3)"}, "is called with seed=0, and cannot be"),
-        ({"more": "fp.register_model('own', None)"}, "TypeError: None is not a callable"),
+        ({"more": "fp.register_model('own', None)"}, "register_model: make must be a function, not None"),
     ],
 )
 def test_what_of_ones_own_does_not_fit_is_one_line_before_anything_is_written(

@@ -253,13 +253,6 @@ def test_a_forgotten_optimizer_is_found_after_a_step_without_an_update():
         take_step(model, path, optimizer)
 
 
-def test_a_weight_shared_with_an_embedding_is_named_under_kolen_pollack():
-    model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 5))
-    model[1].weight = model[0].weight
-    with pytest.warns(fp.KolenPollackWarning, match="the weights of '1' are shared"):
-        fp.untie(model, "kp")
-
-
 def test_a_retied_path_says_so():
     path = fp.untie(make_mlp(), "fa")
     path.retie()

@@ -260,7 +260,10 @@ def test_targets_that_make_no_sense_are_refused(options, message):
     ("make", "message"),
     [
         (lambda: fp.When(every=2.5), r"When: every must be a whole number, not 2\.5"),
-        (lambda: fp.MirrorKolenPollack(every=0.5), r"mirror-kp: every must be a whole number, not 0\.5"),
+        (
+            lambda: fp.MirrorKolenPollack(every=0.5),
+            r"MirrorKolenPollack: every must be a whole number, not 0\.5",
+        ),
         (lambda: fp.Mirror(noise="signs", samples=99.5), r"samples must be a whole number, not 99\.5"),
         (lambda: fp.untie(make_dense(), "wm").plan(print, scale=0), "plan: scale must be above 0"),
         (lambda: run_mode(passes=0), "mirror mode: passes must be at least 1, not 0"),

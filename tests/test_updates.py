@@ -241,7 +241,7 @@ def test_a_batchnorm_feedback_that_does_not_exist_is_refused(value):
 
 @pytest.mark.parametrize("model", [None, "model", [nn.Linear(3, 3)], nn.Linear])
 def test_what_is_no_model_is_refused(model):
-    with pytest.raises(fp.UntieError, match="is no model; pass a torch.nn.Module"):
+    with pytest.raises(fp.UntieError, match="untie: model must be a Module, not"):
         fp.untie(model, "fa")
 
 
@@ -258,7 +258,7 @@ def test_what_is_no_model_is_refused(model):
     ids=["sigma", "rate", "baseline", "cost_share", "feedback_rate"],
 )
 def test_a_size_that_is_none_is_refused(make, value):
-    with pytest.raises(fp.RuleError, match="must be (above 0|a number|between 1e-12 and 1e12), not"):
+    with pytest.raises(fp.RuleError, match="must be (above 0|a finite number|between 1e-12 and 1e12), not"):
         make(value)
 
 
@@ -279,10 +279,10 @@ BROKEN = {
 
 @pytest.mark.parametrize("activation", BROKEN)
 @pytest.mark.parametrize("rule", ["wm", "mirror-kp", fp.WeightMirror(fp.Mirror.paper()), "wm-exact"])
-def test_an_activation_that_is_not_finite_is_refused_and_b_stays(activation, rule):
-    path = fp.untie(make_net(), rule, activations={"0": BROKEN[activation]})
-    before = path.model[0].feedback.detach().clone()
-    with pytest.raises(fp.RuleError, match="activation of '0' returns NaN or infinity") as raised:
-        path.mirror(steps=2)
+def test_an_activation_that_is_not_finite_is_refused_and_nothing_changes(activation, rule):
+    net = make_net()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(fp.RuleError, match="the activation given for '0' does not return a finite") as raised:
+        fp.untie(net, rule, activations={"0": BROKEN[activation]}).mirror(steps=2)
     assert "\n" not in str(raised.value)
-    assert torch.equal(path.model[0].feedback, before)
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())

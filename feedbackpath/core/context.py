@@ -57,7 +57,7 @@ class RuleContext:
         self.steps = 0
         self.activations = dict(activations or {})
         self.state: dict[str, dict[str, Any]] = {}
-        self.is_measuring = False
+        self.is_measuring = self.writes_apart = False  # the latter: by a chip, in which W and B may differ
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self._parts: dict[str, Any] = {}
         self._loaded: dict[str, Any] = {}

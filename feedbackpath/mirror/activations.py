@@ -123,6 +123,8 @@ def _trace(model: nn.Module, wanted: set[str]) -> list[torch.fx.Node]:
         graph = torch.fx.Graph()
         graph.call_module("", (graph.placeholder("x"),))
         return list(graph.nodes)
+    memo = model.untied.memo if isinstance(model, FeedbackModule) else {}
+    before = dict(memo)  # tracing looks for parameters one by one, which is no average of weights
     try:
         with as_plain():
             return list(Tracer().trace(model).nodes)
@@ -130,6 +132,9 @@ def _trace(model: nn.Module, wanted: set[str]) -> list[torch.fx.Node]:
         # Tracing runs the user's forward with stand-ins and can fail in as many ways as there are models;
         # all mean the same here, and the caller says which layers' activations have to be given.
         return []
+    finally:
+        memo.clear()
+        memo.update(before)
 
 
 def _follow(node: torch.fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
@@ -241,6 +246,8 @@ def _is_torchs(activation: Activation) -> bool:
 
 def _learned(activation: Activation) -> list[nn.Parameter]:
     """Return what an activation learns."""
+    if settings := getattr(activation, "settings", None):  # of a function, as F.prelu's weight
+        return [setting for setting in settings if isinstance(setting, nn.Parameter)]
     origin = origin_of(activation)
     return list(origin.parameters()) if isinstance(origin, nn.Module) else []
 
@@ -259,7 +266,9 @@ def with_settings(
     positional = [value for value in positional if not isinstance(value, bool)]  # in place or not
     if not settings and not positional:
         return function
-    return functools.wraps(function)(lambda x: function(x, *positional, **settings))
+    bound = functools.wraps(function)(lambda x: function(x, *positional, **settings))
+    bound.settings = [*positional, *settings.values()]  # type: ignore[attr-defined]
+    return bound
 
 
 def is_same(one: Activation | None, other: Activation | None) -> bool:

@@ -71,14 +71,7 @@ class MirrorContext:
         unknown = [weight.name for weight in weights if weight.name not in self.activations]
         if not unknown:
             return
-        given = {
-            name: out_of_place(activation)
-            for name in unknown
-            for pattern, activation in self.path.activations.items()
-            if fnmatch.fnmatchcase(name, pattern)
-        }
-        for name, activation in given.items():
-            refuse_no_activation(name, activation)
+        given = self.given_to(unknown)
         unseen = [name for name in unknown if name not in given and name not in self.seen]
         traced = find_activations(self.path.model, unseen) if unseen else {}
         found = {**traced, **self.seen, **given}
@@ -93,6 +86,22 @@ class MirrorContext:
             )
         self.activations |= {name: found.get(name) or identity for name in unknown}
         self.odd_slopes |= {name: odd_slope(self.activations[name]) for name in unknown}
+
+    def given_to(self, names: Sequence[str]) -> dict[str, Activation]:
+        """Return the activations that were given for layers.
+
+        Raises:
+            RuleError: One is no activation.
+        """
+        given = {
+            name: out_of_place(activation)
+            for name in names
+            for pattern, activation in self.path.activations.items()
+            if fnmatch.fnmatchcase(name, pattern)
+        }
+        for name, activation in given.items():
+            refuse_no_activation(name, activation)
+        return given
 
     def see(self, found: Mapping[str, Activation | None]) -> None:
         """Know what follows layers from a forward pass: it counts for more than what a trace told."""

@@ -170,7 +170,11 @@ class MirrorMode(MirrorContext):
         Args:
             weights: The layers' weights, beside those that are watched already.
             counts: Whether noise is to take the shape of the step's minibatch.
+
+        Raises:
+            RuleError: An activation that was given is none.
         """
+        self.given_to([weight.name for weight in weights])
         self._followed += weights
         self._watched += weights if counts else []
         self._watch()

@@ -144,6 +144,10 @@ def spread_of(activation: Activation, drive: float = 1.0) -> float:
         return RELU_SPREAD
     quantiles = (torch.arange(20_001, dtype=torch.float64) + 0.5) / 20_001
     z = drive * math.sqrt(2.0) * torch.erfinv(2.0 * quantiles - 1.0)
-    answer = without_hooks(activation)(z.to(dtype_of(activation), copy=True)).detach().double()
+    phi = without_hooks(activation)
+    try:
+        answer = phi(z.to(dtype_of(activation), copy=True)).detach().double()
+    except RuntimeError:  # it has learned something in another precision
+        answer = phi(z.float()).detach().double()
     answer = answer - answer.mean()
     return ((answer**2).mean() * (z**2).mean() / (answer * z).mean() ** 2).item()

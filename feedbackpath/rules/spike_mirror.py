@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from feedbackpath.core.context import RuleContext
-from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.core.layers import Recurrent, UntiedWeight
 from feedbackpath.errors import RuleError
 from feedbackpath.mirror.estimate import Estimate
 from feedbackpath.mirror.fields import Field, make_field, per_neuron
@@ -42,7 +42,7 @@ class SpikeMirror(Rule):
 
     def serves(self, weights: Weights) -> bool:
         """Layers that a mirror can run: recurrent layers and unknown ones are left to backprop."""
-        return can_mirror(weights)
+        return can_mirror(weights) and not isinstance(weights[0].layer, Recurrent)
 
     def estimate(self, field: Field, spikes: Tensor, peak: Tensor) -> Estimate:
         """Return what the spikes ``[steps, runs, *shape]`` of cells with peaks of u tell of W."""

@@ -75,7 +75,7 @@ class UpdateWatch:
         Warns:
             KolenPollackWarning: The gradients were scaled, and not by ``path.clip_grad_norm_``.
         """
-        if not self._watches:
+        if not self._watches or self._context.writes_apart:
             return
         without_b: list[str] = []
         without_w: list[str] = []
@@ -86,6 +86,9 @@ class UpdateWatch:
                 continue  # nothing of this step was for B to learn
             has_w = bool(_digest(weight.weight) != noted.weight)
             has_b = bool(_digest(weight.feedback) != noted.feedback)
+            at_rest = not has_b and not noted.gradient.any() and not weight.feedback.any()
+            if at_rest:  # B is 0 and no error has come so far: decay alone has changed W
+                continue
             if has_w != has_b:
                 (without_b if has_w else without_w).append(repr(weight.name))
             elif has_w:
