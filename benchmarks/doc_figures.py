@@ -7,9 +7,13 @@ figure shows what its file does not say.
 import hashlib
 import io
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import balance
+import estimating_w
+import language_page
 from growth_figure import render_growth
 from matplotlib import rc_context
 from one_input_figures import draw_angles
@@ -73,6 +77,28 @@ def of_study(part: str) -> bytes:
     return render_study(read_study(RESULTS / "mirror-study"))[f"{part}.png"]
 
 
+def of_balance(name: str) -> bytes:
+    """Draw a figure of Kolen-Pollack's balance, or of sensitivity."""
+    with tempfile.TemporaryDirectory() as folder:
+        balance.draw(RESULTS / "balance", Path(folder))
+        return (Path(folder) / name).read_bytes()
+
+
+def of_estimates(part: str) -> bytes:
+    """Draw ways of estimating W (``points``), or what competing units learn (``features``)."""
+    found = json.loads((RESULTS / "estimating-w" / "angles.json").read_text(encoding="utf-8"))
+    draw = {"points": estimating_w.draw_methods, "features": estimating_w.draw_features}[part]
+    with rc_context(FIGURE_STYLE):
+        return render(draw(found[part]), "png")
+
+
+def of_language() -> bytes:
+    """Draw delta angles of the GPT and the LSTM."""
+    found = json.loads((RESULTS / "language" / "samples.json").read_text(encoding="utf-8"))
+    with rc_context(FIGURE_STYLE):
+        return render(language_page.draw(found), "png")
+
+
 COMPARISONS = {
     "glyphs-resnet8": ("learning_curves", "alignment", "gains"),
     "fashion-mnist-lenet": ("learning_curves",),
@@ -87,6 +113,12 @@ DRAWN: dict[str, tuple[list[str], Callable[[], bytes]]] = {
         for folder, figures in COMPARISONS.items()
         for figure in figures
     },
+    "balance.png": (["balance/balance.json"], lambda: of_balance("balance.png")),
+    "balance-kp.png": (["balance/kp.json"], lambda: of_balance("balance-kp.png")),
+    "balance-wm.png": (["balance/wm.json"], lambda: of_balance("balance-wm.png")),
+    "estimating-w.png": (["estimating-w/angles.json"], lambda: of_estimates("points")),
+    "kh-features.png": (["estimating-w/angles.json"], lambda: of_estimates("features")),
+    "language-errors.png": (["language/gpt/results.json", "language/samples.json"], of_language),
     "one-input-angles.png": (["one-input/angles.json"], of_one_input),
     "step-cost-growth.png": (["step-cost/growth.json"], of_growth),
     **{

@@ -138,7 +138,7 @@ class Device:
         return self.apply(w, pulses, asked > 0, cells, generator)
 
     def pulses(self, asked: Tensor, generator: torch.Generator) -> Tensor:
-        """Return how many pulses stand for a change: ``|asked| / step``, the fraction rounded at random."""
+        """Return how many pulses stand for a change: ``abs(asked) / step``, the fraction rounded at random."""
         fraction = torch.empty_like(asked).uniform_(generator=generator)
         return fraction.add_(asked.abs(), alpha=1.0 / self.step).floor_()
 
@@ -176,7 +176,7 @@ class Device:
     def variance(self, w: Tensor, asked: Tensor, cells: Cells) -> Tensor:
         """Return the variance of a write: of the rounding, and of the pulses' own noise (to first order).
 
-        With p the fraction of n = |asked| / step and r the response at w::
+        With p the fraction of n = abs(asked) / step and r the response at w::
 
             var = (step r)^2 (p (1 - p) + noise^2 n)
         """
