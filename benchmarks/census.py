@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import feedbackpath as fp
+from feedbackpath.core.layers import Recurrent
 from feedbackpath.core.operations import ADDITIVE, NO_VALUES, NO_WEIGHTS, SCALES, is_matrix, name_of
 from feedbackpath.mirror import MirrorMode
 from feedbackpath.mirror.following import PASSED_OVER
@@ -193,7 +194,9 @@ def look_at_mirror(finding: Finding, model: nn.Module, given: dict[str, Any]) ->
             gradients(model, given)
             mode = path.context.part(MirrorMode)
             mode.end_watch()
-            weights = [w for _, group in path.groups for w in group]
+            governed = [w for _, group in path.groups for w in group]
+            # What follows the products of a recurrent layer is its gates: they are tested by themselves.
+            weights = [w for w in governed if not isinstance(w.layer, Recurrent)]
             mode.find_activations(weights)
             kernels = Kernels(weights, model)
             with kernels:

@@ -42,9 +42,7 @@ def test_a_model_is_looked_at():
     assert finding.gradient_gap < 1e-5
     assert finding.random_gap > 0.3
     assert (finding.right, finding.mirrored) == (2, 2)
-    assert [text.partition(" for ")[2].partition(":")[0] for text in finding.named][
-        0
-    ] == "'lstm' (LSTM, by wm)"
+    assert finding.named == []
 
 
 def test_kernels_and_functions_may_disagree(monkeypatch):

@@ -196,7 +196,7 @@ def test_report_renders_a_folder_anew(tmp_path):
         (["compar"], "compare"),
         (["compare", "--epochs", "x"], "--epochs is 'x': it must be a whole number"),
         (["compare", "--lr", "0"], "--lr is '0': it must be more than 0"),
-        (["compare", "--norm", "befor"], "--norm is 'befor': choose 'after' or 'before'"),
+        (["compare", "--norm", "befor"], "--norm is 'befor': choose 'after', 'before' or 'scaling'"),
         (["compare", "--rules", "bq"], "unknown rule 'bq'; known rules are bp"),
         (["compare", "--model", "resnet9"], "did you mean resnet8"),
         (["compare", "--data", "glyph"], "did you mean 'glyphs'"),

@@ -219,10 +219,10 @@ def test_weights_that_b_cannot_follow_are_left_by_name():
 
 
 def test_layers_of_a_kind_are_named_together_with_the_path_of_their_class():
-    class Linear(nn.LSTM):
+    class Linear(nn.Bilinear):
         """Not torch's, whatever it is called."""
 
-    model = nn.ModuleList([nn.Linear(3, 3), *(Linear(3, 3) for _ in range(4))])
+    model = nn.ModuleList([nn.Linear(3, 3), *(Linear(3, 3, 3) for _ in range(4))])
     named = r"'\*' \(4 times .*test_foreign\..*Linear, by wm\)"
     with pytest.warns(fp.UnconvertedLayerWarning, match=named):
         fp.untie(model, "wm")

@@ -138,7 +138,7 @@ class Device:
         return self.apply(w, pulses, asked > 0, cells, generator)
 
     def pulses(self, asked: Tensor, generator: torch.Generator) -> Tensor:
-        """Return how many pulses stand for a change: ``abs(asked) / step``, the fraction rounded at random."""
+        """Return how many pulses stand for a change: ``abs(asked) / step``, rounded at random."""
         fraction = torch.empty_like(asked).uniform_(generator=generator)
         return fraction.add_(asked.abs(), alpha=1.0 / self.step).floor_()
 

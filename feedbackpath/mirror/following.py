@@ -255,7 +255,8 @@ class Following:
                     self.told.setdefault(name, []).extend(functions)
 
     def _tap(self, weight: UntiedWeight, x: Tensor, output: Tensor, rows: slice) -> None:
-        if not torch.compiler.is_compiling() and self._depth:
+        # What hooks (a chip's converters, say) make of the output may be out of sight: a trace tells.
+        if not torch.compiler.is_compiling() and self._depth and not weight.layer._forward_hooks:
             self._follower.begin_at(weight.name, output)
 
 

@@ -183,8 +183,7 @@ class MirrorMode(MirrorContext):
         self.close()
         if self._followed:
             self._following = Following(self.path, self._followed)
-        if self._watched and not self.uses:
-            self._counter = UseCounter(self._watched, self.path)
+        self._counter = UseCounter(self._watched, self.path) if self._watched and not self.uses else None
 
     def find_activations(self, weights: Sequence[UntiedWeight]) -> None:
         """Know the activation that follows each weight's layer: see ``MirrorContext``."""
