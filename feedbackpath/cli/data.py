@@ -23,6 +23,7 @@ from feedbackpath.data.upkeep import (
     prepare_copy,
     shrink_images,
 )
+from feedbackpath.errors import printable
 from feedbackpath.jobs.signals import StopRequest
 
 Folder = Annotated[Path, Parameter(help="image folder, in one of ImageNet's layouts")]
@@ -84,6 +85,6 @@ def _go_through(
         console.print(f"{kind}: {count}")
         for problem in problems:
             if problem.kind == kind:
-                console.print(f"  {problem.where}: {problem.reason}")
+                console.print(f"  {printable(f'{problem.where}: {problem.reason}')}")
     console.print(f"{num_images} images, {len(problems)} problems")
     return BAD_INPUT if problems else DONE
