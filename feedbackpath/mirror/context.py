@@ -103,8 +103,11 @@ class MirrorContext:
             refuse_no_activation(name, activation)
         return given
 
-    def see(self, found: Mapping[str, Activation | None]) -> None:
-        """Know what follows layers from a forward pass: it counts for more than what a trace told."""
+    def see(self, found: Mapping[str, Activation | None]) -> bool:
+        """Know what follows layers from a forward pass: it counts for more than what a trace told.
+
+        Returns whether anything was seen, by all devices of a job: each of them has to call this.
+        """
         if has_processes():  # the devices of a job mirror alike: only what all of them have seen
             told: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(told, list(found))
@@ -112,6 +115,7 @@ class MirrorContext:
         self.seen.update(found)
         for name in found:
             self.activations.pop(name, None)
+        return bool(found)
 
     def field(self, weight: UntiedWeight, settings: Mirror, seen: tuple[int, ...] | None) -> Field:
         """Return what is fired at a weight: the maps that training showed, or, of codes, the smallest."""

@@ -19,6 +19,7 @@ import torch
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.core.pytorch import has_processes
 from feedbackpath.errors import MirrorWarning, RuleError, level_outside
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.context import MirrorContext
@@ -144,6 +145,9 @@ class MirrorMode(MirrorContext):
             step: The step's number, from 1.
         """
         self.end_watch()
+        if self._following is not None:
+            self._take_up_seen()
+            self._turns.clear()
         if not self.uses and weights[0] not in self._watched:
             self.watch_step(weights)  # this is a copy, made before there was a step to see
         turns = self._turns_of(weights, settings)
@@ -183,15 +187,24 @@ class MirrorMode(MirrorContext):
         self.close()
         if self._followed:
             self._following = Following(self.path, self._followed)
+        self._count()
+
+    def _count(self) -> None:
+        if self._counter is not None:
+            self._counter.stop()
         self._counter = UseCounter(self._watched, self.path) if self._watched and not self.uses else None
 
     def find_activations(self, weights: Sequence[UntiedWeight]) -> None:
         """Know the activation that follows each weight's layer: see ``MirrorContext``."""
-        if self._following is not None and self._following.told:
-            self._following.stop()
-            self.see(self._following.found())
-            self._following = None
+        if not has_processes():  # one process may mirror by hand while the others do not
+            self._take_up_seen()
         super().find_activations(weights)
+
+    def _take_up_seen(self) -> None:
+        following = self._following
+        if following is not None and (following.told or has_processes()) and self.see(following.found()):
+            following.stop()
+            self._following = None
 
     def end_watch(self) -> None:
         """Take up what a training step has shown."""
@@ -206,7 +219,7 @@ class MirrorMode(MirrorContext):
         """Go back to where ``state`` was taken."""
         super().load_state_dict(state)
         self._turns.clear()
-        self._watch()  # once the first step is over, the next may be of another size
+        self._count()  # once the first step is over, the next may be of another size
 
     def close(self) -> None:
         """Take all hooks off the model, and let go of its memory."""
