@@ -234,7 +234,7 @@ def test_page_names_layers_under_the_pointer(results):
 
 
 def test_page_escapes_what_the_results_say(results):
-    attack = "<script>alert(1)</script>"
+    attack = "<img src=x onerror=alert(1)>"
     results.runs.append(make_run(attack, 0, [50.0, 40.0]))
     results.runs[-1].history[-1].gain[attack] = 1.0
     results.model = results.command = attack

@@ -152,8 +152,7 @@ class Chip:
         except ChipError:
             path.retie()
             raise
-        self._groups, path.chip = path.groups, self
-        path.context.writes_apart = not self.writes_ideally
+        self._groups, path.chip, path.context.writes_apart = path.groups, self, not self.writes_ideally
 
     def _put_ports(self, path: Any) -> None:
         """Put converters about the arrays of every layer."""

@@ -86,9 +86,8 @@ class UpdateWatch:
                 continue  # nothing of this step was for B to learn
             has_w = bool(_digest(weight.weight) != noted.weight)
             has_b = bool(_digest(weight.feedback) != noted.feedback)
-            at_rest = not has_b and not noted.gradient.any() and not weight.feedback.any()
-            if at_rest:  # B is 0 and no error has come so far: decay alone has changed W
-                continue
+            if not (has_b or noted.gradient.any() or weight.feedback.any()):
+                continue  # B is 0 and no error has come so far: decay alone has changed W
             if has_w != has_b:
                 (without_b if has_w else without_w).append(repr(weight.name))
             elif has_w:

@@ -46,7 +46,7 @@ BY_LAYER = {
 }  # a layer may have any name, "test" too
 SPARSE = {
     "start", "best", "diverged_epoch", "divergence", "diverged", "validation", "unreadable_images",
-    "unreadable_test_images",
+    "unreadable_test_images", "delta_chance_deg", "delta_norm_ratio",
 }  # fmt: skip
 """Fields that files leave out where there is nothing to say."""
 
@@ -289,7 +289,7 @@ def _translated(content: dict[str, Any], names: dict[str, str], sparse: set[str]
 
 
 def _renamed(value: Any, names: dict[str, str], sparse: set[str]) -> Any:
-    """Rename keys at all levels but those of layers; drop those of ``sparse`` that are None."""
+    """Rename keys at all levels but those of layers; drop those of ``sparse`` that have nothing."""
     if isinstance(value, list):
         return [_renamed(item, names, sparse) for item in value]
     if not isinstance(value, dict):
@@ -297,5 +297,5 @@ def _renamed(value: Any, names: dict[str, str], sparse: set[str]) -> Any:
     return {
         names.get(name, name): item if name in BY_LAYER else _renamed(item, names, sparse)
         for name, item in value.items()
-        if not (name in sparse and item is None)
+        if not (name in sparse and item in (None, {}))
     }

@@ -68,7 +68,8 @@ def merge_config(
     except ValidationError as error:
         place = f"config file {file}: " if file is not None else ""
         raise ConfigError(f"{place}{first_fault(error)}") from None
-    differing = {name for name in settings if getattr(merged, name) != kind.model_fields[name].default}
+    defaults = {name: kind.model_fields[name].get_default(call_default_factory=True) for name in settings}
+    differing = {name for name in settings if getattr(merged, name) != defaults[name]}
     refuse_without_effect(merged, flags.model_fields_set | differing)
     if isinstance(merged, TrainConfig) and merged.mirror_epochs >= merged.epochs:
         raise ConfigError(
