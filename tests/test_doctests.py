@@ -22,6 +22,8 @@ SCRIPTS = [path.stem for path in sorted(BENCHMARKS.glob("*.py")) if ">>>" in pat
 @pytest.mark.parametrize("name", [*MODULES, *SCRIPTS])
 def test_examples(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if name.startswith("feedbackpath.integrations."):
+        pytest.importorskip(name.rpartition(".")[2])
     module = importlib.import_module(name)
     results = doctest.testmod(module, extraglobs={"torch": torch, "nn": nn, "fp": fp})
     assert results.failed == 0
