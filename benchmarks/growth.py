@@ -127,7 +127,7 @@ class GrowthSettings:
         for rule in self.rules:
             resolve_rule(rule)
         check_rounds(self.rounds)
-        self.arithmetic.check_device()
+        usable_device(self.arithmetic.device)
 
 
 def run_growth(
