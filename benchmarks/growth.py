@@ -35,6 +35,7 @@ from feedbackpath.bench.workloads import (
 from feedbackpath.errors import ConfigError, UserError
 from feedbackpath.mirror import Mirror
 from feedbackpath.rules import Rule, WeightMirror, resolve_rule
+from feedbackpath.train.devices import usable_device
 
 WARM_UP = 2
 RULES = ("fa", "ss", "kp", "mirror-kp", "wm")
