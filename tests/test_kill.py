@@ -14,7 +14,14 @@ from problems import COVERING_RULES
 SCRIPT = Path(__file__).parent / "kill_jobs.py"
 
 
-@pytest.mark.parametrize(("world_size", "kills"), [(1, 4), (2, 4)])  # 24 kills over the six rules
+@pytest.mark.parametrize(
+    ("world_size", "kills"),
+    [
+        (1, 1),
+        pytest.param(1, 4, marks=pytest.mark.slow),  # 24 kills over the six rules
+        pytest.param(2, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_resumed_runs_end_bit_identical_to_unbroken_ones(tmp_path, world_size, kills):
     command = [sys.executable, str(SCRIPT), str(tmp_path), str(world_size), str(kills), *COVERING_RULES]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
