@@ -145,9 +145,7 @@ class MirrorMode(MirrorContext):
             step: The step's number, from 1.
         """
         self.end_watch()
-        if self._following is not None:
-            self._take_up_seen()
-            self._turns.clear()
+        self._take_up_seen()
         if not self.uses and weights[0] not in self._watched:
             self.watch_step(weights)  # this is a copy, made before there was a step to see
         turns = self._turns_of(weights, settings)
@@ -205,6 +203,7 @@ class MirrorMode(MirrorContext):
         if following is not None and (following.told or has_processes()) and self.see(following.found()):
             following.stop()
             self._following = None
+            self._turns.clear()
 
     def end_watch(self) -> None:
         """Take up what a training step has shown."""

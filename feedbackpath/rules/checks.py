@@ -79,14 +79,14 @@ def hidden_weights(model: nn.Module) -> dict[str, str]:
     known = {id(module) for module in model.modules()} | {id(p) for p in model.parameters()}
     found = {}
     for path, module in model.named_modules():
-        multiplied = _multiplied_names(type(module))
-        for name, tensor in [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]:
+        multiplied, buffers = _multiplied_names(type(module)), dict(module.named_buffers(recurse=False))
+        for name, tensor in [*buffers.items(), *module.named_parameters(recurse=False)]:
             is_flat = isinstance(tensor, nn.Parameter) and tensor.dim() < 2
             if (
                 name in multiplied
                 and not name.endswith("bias")
                 and tensor.is_floating_point()
-                and (is_flat or name in dict(module.named_buffers(recurse=False)))
+                and (is_flat or name in buffers)
             ):
                 found[f"{path}.{name}".lstrip(".")] = "flat parameter" if is_flat else "buffer in a product"
         for name, value in vars(module).items():
