@@ -1,6 +1,7 @@
 """A kill or a full disk at any file operation: a resume leaves what an unbroken run leaves."""
 
 import io
+import math
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import file_strikes
 import pytest
 from rich.console import Console
 
-from feedbackpath.jobs import run_job
+from feedbackpath.jobs import book, run_job
 from feedbackpath.report import figures, page
 from feedbackpath.report.live import LiveView
 from feedbackpath.train.config import CompareConfig, RunConfig
@@ -28,6 +29,7 @@ def job_of(config, out: Path):
         # Drawing takes most of so small a job's time; what is written where stays the same.
         figures.render_figures = lambda panels: {"one.png": str(len(panels[0].runs)).encode()}
         os.fsync = lambda descriptor: None  # a kill loses nothing that is written
+        book.PAGE_SHARE = math.inf  # else the clock decides how often the page is written
         page.render_page = lambda panels: str([run.status for run in panels[0].runs])
         view = LiveView(Console(file=io.StringIO()))
         run_job(config, out, resume=(out / "results.json").exists(), command="", view=view)
