@@ -224,10 +224,10 @@ def test_signs_are_told_from_weights():
     ("name", "is_free"),
     [
         ("cached", False),
-        ("mirrored_first", True),
         *(
             pytest.param(name, is_free, marks=pytest.mark.slow)
             for name, is_free in (
+                ("mirrored_first", True),
                 ("clean_fa", True), ("clean_kp", True), ("clean_wm", True), ("copied_at_the_start", False),
                 ("signs", False),
             )
@@ -299,12 +299,17 @@ def in_one_process(monkeypatch):
     monkeypatch.setattr("feedbackpath.auditing.run.can_fork", lambda: False)
 
 
-@pytest.mark.parametrize("leak", ["numpy-before", "relay-buffer", "by-a-hook", "scale-of-layernorm"])
+IN_ONE = ("numpy-before", "relay-buffer", "by-a-hook", "scale-of-layernorm")
+
+
+@pytest.mark.parametrize("leak", fast_and_slow(IN_ONE, {"relay-buffer", "by-a-hook"}))
 def test_leaks_are_found_in_one_process(leak, in_one_process):
     assert LEAKS[leak]().audit(steps=3).transport_free is False
 
 
-@pytest.mark.parametrize("name", ["sam", "in-one-memory", "checkpointed", "batchnorm"])
+@pytest.mark.parametrize(
+    "name", fast_and_slow(("sam", "in-one-memory", "checkpointed", "batchnorm"), {"sam", "batchnorm"})
+)
 def test_clean_steps_pass_in_one_process_and_leave_all_as_it_was(name, in_one_process):
     task = CLEAN[name]("kp")
     before, random = copy.deepcopy(state_of(task)), torch.get_rng_state()
