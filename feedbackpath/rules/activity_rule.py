@@ -88,6 +88,16 @@ class ActivityRule(Rule):
         weight.feedback.sub_(slope, alpha=self.rate)
 
 
+def own_noise(weight: UntiedWeight, purpose: str, context: RuleContext) -> torch.Generator:
+    """Return random numbers of this weight, purpose, step and process: each has samples of its own."""
+    return context.generator(weight, f"{purpose}{process_number() or ''}")
+
+
+def process_number() -> int:
+    """Return the rank of this process; 0 where it is the only one."""
+    return torch.distributed.get_rank() if has_processes() else 0
+
+
 def can_run(layer: nn.Module) -> bool:
     """Whether ``forward`` is what the layer computes."""
     is_zero_padded = isinstance(layer, Convolution) and layer.padding_mode == "zeros"
