@@ -40,7 +40,7 @@ class PhaselessAlignment(ActivityRule):
 
     The forward pass of a model in training mode is a noisy one. ``model.eval()``, ``torch.no_grad()`` and
     measurements of the path have no noise. An activation that works in place is refused, as it overwrites
-    the output. A layer has one noise a step: what that tells is biased if the layer runs twice in a pass.
+    the output. A layer has one noise a step on each device: it tells something biased of one that runs twice.
 
     Args:
         rate: The share of B that a step replaces, between 0 and 2.
