@@ -14,7 +14,7 @@ from feedbackpath.core.pytorch import version_of
 from feedbackpath.errors import ChipError
 from feedbackpath.hardware.arrays import Array
 from feedbackpath.hardware.cells import Device, Ideal
-from feedbackpath.hardware.counter import Counter
+from feedbackpath.hardware.counter import Counter, unknown_in
 from feedbackpath.hardware.readout import OutputPort, Port, Read, can_read, reads_of
 from feedbackpath.hardware.samples import write_samples
 from feedbackpath.hardware.wiring import Line, Wiring
@@ -153,6 +153,11 @@ class Chip:
         self._ports.clear()
         self._arrays.clear()
         self._groups, self._weights, self.is_attached = (), (), False
+
+    @property
+    def can_count(self) -> bool:
+        """Whether what the arrays do under the model's rules is modelled."""
+        return not unknown_in(self._weights)
 
     def counting(self) -> Counter:
         """Count what the arrays do from now on, as a context manager or until ``stop``: see ``Counter``.

@@ -25,7 +25,15 @@ def can_count(rule: Any) -> bool:
     """Whether all that a rule reads is known: forward and backward passes, mirror mode, and W itself."""
     is_mirror = isinstance(getattr(rule, "mirror", None), Mirror)
     is_known = rule.after_backward is None and not isinstance(rule.send_back, Target)
-    return is_known and (rule.group in (None, COPIES_W) or is_mirror)
+    is_two_arrays = rule.learns and rule.send_back.is_local and not rule.is_mirrorable  # pfa's B is a product
+    return is_known and not is_two_arrays and (rule.group in (None, COPIES_W) or is_mirror)
+
+
+def unknown_in(weights: Sequence[UntiedWeight]) -> str:
+    """Name the rules, or else the layers, whose arrays do what is not modelled; empty: there are none."""
+    rules = {one.layer.untied.rule.name for one in weights if not can_count(one.layer.untied.rule)}
+    layers = [repr(one.name) for one in weights if view_of(one) is None]
+    return f"the rule {', '.join(sorted(rules))}" if rules else ", ".join(layers)
 
 
 class Counter:
@@ -47,16 +55,10 @@ class Counter:
 
     def __init__(self, chip: "Chip", weights: Sequence[UntiedWeight]) -> None:
         self._chip, self._weights = chip, list(weights)
-        rules = [weight.layer.untied.rule for weight in self._weights]
-        unknown = sorted({rule.name for rule in rules if not can_count(rule)})
-        unseen = [
-            repr(one.name)
-            for one in self._weights
-            if view_of(one) is None or (_is_local(one) and one.feedback.shape != one.weight.shape)
-        ]
-        if unknown or unseen:
-            what = f"the rule {', '.join(unknown)}" if unknown else f"the layer {', '.join(unseen)}"
-            raise ChipError(f"chip.counting: what arrays do under {what} is not modelled: train without it")
+        if unknown := unknown_in(weights):
+            raise ChipError(
+                f"chip.counting: what arrays do under {unknown} is not modelled: leave counts out"
+            )
         self._names = {id(weight.weight): weight.name for weight in reversed(self._weights)}
         context = self._weights[0].layer.untied.context
         self._mode = context.part(MirrorMode) if any(map(_mirrors, self._weights)) else None
@@ -194,7 +196,8 @@ class Counter:
     def pulsed(self, array: "Array", pulses: Tensor) -> None:
         """Take in pulses as they arrive at cells."""
         work = Work(writes=int(pulses.count_nonzero()), pulses=float(pulses.sum(dtype=torch.float64)))
-        self._add_to(array, work)
+        if work.writes:
+            self._add_to(array, work)
 
     # Parts of it
 

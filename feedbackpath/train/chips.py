@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from feedbackpath.errors import ConfigError
-from feedbackpath.hardware import Chip, Read, Wiring
+from feedbackpath.hardware import Chip, Costs, Read, Wiring
 from feedbackpath.hardware.devices import Device, device_named
 from feedbackpath.train.config import ChipSettings
+from feedbackpath.train.settings import read_settings
 
 OF_THE_CHIP = ("read", "wiring", "update", "verify", "feedback")
 
@@ -45,6 +47,16 @@ def make_chip(config: ChipSettings, seed: int) -> Chip | None:
         verify=own.get("verify", 0),
         seed=seed,
     )
+
+
+def read_costs(file: Path) -> Costs:
+    """Read what operations and parts take from a YAML file; what it does not name stays as it is.
+
+    Raises:
+        ConfigError: The file cannot be read, or names what ``Costs`` has not.
+        ChipError: A value makes no sense.
+    """
+    return Costs(**read_settings(file, [field.name for field in dataclasses.fields(Costs)]))
 
 
 def _make(name: str, settings: Mapping[str, Any]) -> Device:
