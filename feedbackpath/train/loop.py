@@ -17,10 +17,11 @@ from feedbackpath.measure.deltas import Delta
 from feedbackpath.moments import share_moments, why_apart
 from feedbackpath.tasks import Task
 from feedbackpath.train.build import make_network, make_optimizer, make_path, run_once
+from feedbackpath.train.chips import counter_of, counts_of
 from feedbackpath.train.config import TrainConfig
 from feedbackpath.train.divergence import LOSS_ITSELF, find_origin
 from feedbackpath.train.engine import Engine
-from feedbackpath.train.results import ArrayCounts, Entry, Layers
+from feedbackpath.train.results import Entry, Layers
 from feedbackpath.train.schedule import learning_rate
 
 EVALUATION_BATCH = 500
@@ -156,9 +157,8 @@ class Training:
         self.steps_per_epoch = math.ceil((len(task.train) - 1) / config.batch_size)
         num_steps = max(config.epochs - self.mirror_epochs, 0) * self.steps_per_epoch
         self.num_steps = min(num_steps, config.max_steps or num_steps)
-        self.epoch, self.consumed, self.step = 1, 0, 0
-        self.tally = _Tally()
-        self.counter = self.path.chip.counting() if self.path.chip and self.path.chip.can_count else None
+        self.epoch, self.consumed, self.step, self.tally = 1, 0, 0, _Tally()
+        self.counter = counter_of(self.path)
 
     @property
     def is_mirroring(self) -> bool:
@@ -183,8 +183,6 @@ class Training:
         if self.consumed == 0:
             # Whatever is random inside the model (dropout) then depends on seed, epoch and rank alone.
             torch.manual_seed(self.seed * 1_000_003 + self.epoch + 7_919_000_003 * self.engine.rank)
-            if self.counter is not None:
-                self.counter.reset()
         self.model.train()
         for event in self._mirror_steps() if self.is_mirroring else self._training_steps():
             self.tally.seconds = time.perf_counter() - started
@@ -333,16 +331,10 @@ class Training:
             delta_chance_deg=_finite({name: delta.chance_deg for name, delta in deltas}),
             delta_norm_ratio=_finite({name: delta.norm_ratio for name, delta in deltas}),
             gain=_finite(self.path.gains()),
-            counts=self._counts(),
+            counts=counts_of(self.counter),
         )
         entry.seconds = time.perf_counter() - started
         return Measured(entry, self.state())
-
-    def _counts(self) -> dict[str, ArrayCounts] | None:
-        """Return what the arrays of a chip did in a step of this epoch; None: no chip, or nothing."""
-        if self.counter is None or not self.counter.steps:
-            return None
-        return {array: ArrayCounts(**asdict(counts)) for array, counts in self.counter.counts().items()}
 
     def _deltas(self, epoch: int) -> dict[str, Delta]:
         """Measure on a minibatch of training data, in training mode, as the network is trained."""
