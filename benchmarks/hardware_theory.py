@@ -1,6 +1,7 @@
 """Theory of imperfect arrays beside measurement: `docs/figures/hardware-theory.png`.
 
     python benchmarks/hardware_theory.py            # measure, and draw
+    python benchmarks/hardware_theory.py floor      # measure one of noise, contraction, floor, mirror anew
     python benchmarks/hardware_theory.py --draw     # draw from the result file alone
 
 A network 20-40-20-5 learns a random teacher's classes; single arrays and layers stand beside it. Four minutes
@@ -120,10 +121,10 @@ def measure_noise() -> list[Found]:
             other = fp.devices.Ideal() if sides == 1 else None
             chip = fp.Chip(kind(step=step), feedback_device=other)
             network = watched(Network(chip, decay, momentum, is_alike=True))
-            network.train(round(4 / shrink))
+            network.train(round(3 / shrink))
             variances = []
             for _ in range(10):  # the mean over a time in which the gap forgets
-                network.train(round(0.3 / shrink))
+                network.train(round(0.2 / shrink))
                 variances.append(float(torch.cat([gap.flatten() for gap in network.gaps()]).square().mean()))
             noisy = [error for step_ in network.errors[-200:] for error in step_ if error > 0.0]
             noise = math.sqrt(sum(noisy) / len(noisy))
@@ -316,14 +317,17 @@ DRAWN: dict[str, Callable[[Axes, list[Found]], None]] = {
 
 
 def main() -> None:
-    """Measure and draw."""
+    """Measure what was asked for, and draw."""
     torch.set_num_threads(1)
-    if "--draw" not in sys.argv:
-        RESULTS.parent.mkdir(exist_ok=True)
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in [] if "--draw" in sys.argv else sys.argv[1:] or PARTS:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Kolen-Pollack without weight decay is what is measured
-            found = {name: measure() for name, measure in PARTS.items()}
-        RESULTS.write_text(json.dumps({"torch": torch.__version__, **found}, indent=1) + "\n")
+            found |= {"torch": torch.__version__, name: PARTS[name]()}
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    if not PARTS.keys() <= found.keys():
+        return
     with rc_context(FIGURE_STYLE):
         draw(json.loads(RESULTS.read_text())).savefig(FIGURE, dpi=300)
 

@@ -33,24 +33,31 @@ def counts_table(counted: dict[str, dict[str, ArrayCounts]]) -> Table:
 
 
 def energy_table(counted: dict[str, dict[str, ArrayCounts]], costs: Costs) -> Table:
-    """Build the table of energy and area: a row for each rule, over one array that is read both ways."""
-    columns = [f"{phase}, nJ" for phase in PHASES]
-    table = _table("energy of a training step, and area", "rule", *columns, "sum, nJ", "×", "mm²", "×")
+    """Build the table of energy and area: a row for each rule."""
+    heading, *rows = energy_rows(counted, costs)
+    table = _table("energy of a training step, and area", *heading)
+    for row in rows:
+        table.add_row(*row)
+    table.caption = "×: over one array that backprop reads both ways"
+    return table
+
+
+def energy_rows(counted: dict[str, dict[str, ArrayCounts]], costs: Costs) -> list[list[str]]:
+    """Return a heading, and a row for each rule: energy by phase and area, over one array's."""
+    rows = [["rule", *(f"{phase}, nJ" for phase in PHASES), "sum, nJ", "×", "mm²", "×"]]
     for rule, arrays in counted.items():
         one = arrays["one"]
         own = [counts for array, counts in arrays.items() if array != "one"]
         phases = [costs.energy_pj(sum((a.work.get(p, Work()) for a in own), Work())) for p in PHASES]
         energy, area = sum(phases), sum(map(costs.area_um2, own))
-        table.add_row(
-            rule,
-            *(_short(value / 1e3) if value else MISSING for value in phases),
-            _short(energy / 1e3),
-            f"{energy / (costs.energy_pj(one.total) or float('nan')):.2f}",
-            _short(area / 1e6),
-            f"{area / (costs.area_um2(one) or float('nan')):.2f}",
-        )
-    table.caption = "×: over one array that backprop reads both ways"
-    return table
+        told = [_short(value / 1e3) if value else MISSING for value in phases]
+        times = [_over(energy, costs.energy_pj(one.total)), _over(area, costs.area_um2(one))]
+        rows.append([rule, *told, _short(energy / 1e3), times[0], _short(area / 1e6), times[1]])
+    return rows
+
+
+def _over(value: float, other: float) -> str:
+    return f"{value / other:.2f}" if other else MISSING
 
 
 def _table(title: str, *columns: str) -> Table:
