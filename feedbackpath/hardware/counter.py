@@ -10,6 +10,7 @@ from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.sendback import Target
 from feedbackpath.errors import ChipError
 from feedbackpath.hardware.counts import ARRAYS, PHASES, ArrayCounts, Phase, Work, numbers_of, reading
+from feedbackpath.hardware.readout import can_read
 from feedbackpath.mirror import Mirror, MirrorMode
 from feedbackpath.mirror.cost import Dues, UseCounter, channels_of
 from feedbackpath.mirror.layouts import view_of
@@ -30,9 +31,9 @@ def can_count(rule: Any) -> bool:
 
 
 def unknown_in(weights: Sequence[UntiedWeight]) -> str:
-    """Name the rules, or else the layers, whose arrays do what is not modelled; empty: there are none."""
+    """Name the rules, or else the layers, whose reads are not modelled; empty: all are."""
     rules = {one.layer.untied.rule.name for one in weights if not can_count(one.layer.untied.rule)}
-    layers = [repr(one.name) for one in weights if view_of(one) is None]
+    layers = [repr(one.name) for one in weights if not can_read(one)]
     return f"the rule {', '.join(sorted(rules))}" if rules else ", ".join(layers)
 
 

@@ -96,13 +96,13 @@ class Costs:
     """What one operation takes, in picojoules, and one part, in square micrometres: replace them by your own.
 
     The defaults that are published are those of ISAAC (Shafiee et al., ISCA 2016, Table I; 32 nm, arrays of
-    128 x 128, read in 100 ns for each bit of the inputs) and of Horowitz (ISSCC 2014; 45 nm). They are of
-    different designs, and say no more than where most of the energy goes.
+    128 x 128, read in 100 ns for each bit of the inputs; here one cell a weight) and of Horowitz (ISSCC 2014;
+    45 nm). They are of different designs, and say no more than where most of the energy goes.
 
     Args:
         product_pj: One cell in one read. ISAAC: 0.3 mW an array for 100 ns and 16,384 cells, 8 bits.
         dac_pj: One value of 8 bits. ISAAC: 4 mW for 1,024 drivers of one bit, 100 ns, 8 bits.
-        adc_pj: One conversion of 8 bits. ISAAC: 2 mW at 1.2 GS/s.
+        adc_pj: One output. ISAAC: 2 mW at 1.2 GS/s, a conversion for each of 8 bits of the inputs.
         pulse_pj: One pulse. An example, not a measurement: 1 V, 10 uA, 100 ns.
         moved_pj: One value of 8 bits. Horowitz: 10 pJ for 64 bits of an SRAM of 8 KB.
         cell_um2: One cell. ISAAC: 25 um^2 an array.
@@ -118,7 +118,7 @@ class Costs:
 
     product_pj: float = 0.0146
     dac_pj: float = 3.1
-    adc_pj: float = 1.67
+    adc_pj: float = 13.3
     pulse_pj: float = 1.0
     moved_pj: float = 1.25
     cell_um2: float = 0.0015
