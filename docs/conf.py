@@ -1,5 +1,7 @@
 """Sphinx settings. Nothing is fetched from the network: no intersphinx, no web fonts, no MathJax."""
 
+import re
+
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -34,7 +36,11 @@ html_math_renderer = "mathml"
 def write_math(writer, node):
     """Write LaTeX as MathML, which browsers draw by themselves: without a script, a font or LaTeX."""
     try:
-        writer.body.append(tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+        mathml = tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block))
+        # Brackets of a mean or a norm keep their size; else they grow to that of their neighbours.
+        writer.body.append(
+            re.sub(r"<mo( class=\"mathopen\")?>([⟨⟩‖])</mo>", r'<mo stretchy="false">\2</mo>', mathml)
+        )
     except MathError as error:
         logging.getLogger(__name__).warning("%s in: %s", error, node.astext(), location=node)
     raise nodes.SkipNode
