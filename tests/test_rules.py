@@ -337,9 +337,12 @@ def test_a_look_that_is_none_is_refused(look, message):
 
 
 def test_looks_are_those_that_users_set(registered, monkeypatch):
+    monkeypatch.setattr(registered, "__doc__", "HalfWeights()")  # as a dataclass without one has it
     assert looks_of_rules() == {}
     monkeypatch.setattr(registered, "colour", "#12AB34")
-    assert looks_of_rules() == {registered.name: (None, "#12AB34")}
+    monkeypatch.setattr(registered, "__doc__", "Do :class:`half` of **this**.\n\n    And more.")
+    looks = {"label": None, "colour": "#12AB34", "what": "Do half of this."}
+    assert looks_of_rules() == {registered.name: looks}
 
 
 def test_two_rules_cannot_have_one_name(registered):

@@ -1,6 +1,7 @@
 """What a rule is: how feedback weights begin, who carries the error, and what happens when."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -113,6 +114,21 @@ def group_of(rule: type[Rule]) -> str:
         "learned": rule.learns or rule.after_backward is not None,
     }
     return rule.group or next((group for group, holds in told.items() if holds), "fixed")
+
+
+def what_of(rule: type[Rule]) -> str:
+    """Return what a rule does: the first line of its docstring, without markup.
+
+    Example:
+        >>> import feedbackpath as fp
+        >>> what_of(fp.RULES["fa"])
+        'Draw B once and leave it; W may learn to agree with it.'
+    """
+    text = vars(rule).get("__doc__") or ""
+    if text.startswith(f"{rule.__name__}("):  # what a dataclass says of itself
+        return ""
+    first = next(iter(text.strip().splitlines()), "")
+    return re.sub(r":[a-z:]+:(?=`)|`|\*\*", "", first)
 
 
 @checked(RuleError)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, MutableMapping
 
 from feedbackpath.arguments import refuse_name, shown
 from feedbackpath.errors import RuleError
-from feedbackpath.rules.base import Rule
+from feedbackpath.rules.base import Rule, what_of
 
 OWN = {  # name: file and class
     "bp": ("backprop", "Backprop"),
@@ -90,10 +90,14 @@ def register_rule(rule: type[Rule]) -> type[Rule]:
     return rule
 
 
-def looks_of_rules() -> dict[str, tuple[str | None, str | None]]:
-    """Return label and colour of the users' rules that set one of them, by name."""
+def looks_of_rules() -> dict[str, dict[str, str | None]]:
+    """Return label, colour and first line of the docstring of the users' rules that have any, by name."""
     theirs = {name: RULES[name] for name in RULES if name not in OWN}
-    return {name: (rule.label, rule.colour) for name, rule in theirs.items() if rule.label or rule.colour}
+    looks = {
+        name: {"label": rule.label, "colour": rule.colour, "what": what_of(rule) or None}
+        for name, rule in theirs.items()
+    }
+    return {name: look for name, look in looks.items() if any(look.values())}
 
 
 def resolve_rule(rule: "str | Rule") -> Rule:
