@@ -121,7 +121,7 @@ def measure_noise() -> list[Found]:
             other = fp.devices.Ideal() if sides == 1 else None
             chip = fp.Chip(kind(step=step), feedback_device=other)
             network = watched(Network(chip, decay, momentum, is_alike=True))
-            network.train(round(3 / shrink))
+            network.train(round(max(1000, 3 / shrink)))  # until learning, and with it the noise, has settled
             network.missed, variances = [0.0, 0], []
             for asked in network.asked.values():
                 asked.zero_()
@@ -218,6 +218,7 @@ def draw(found: dict[str, list[Found]]) -> Figure:
     for axes, letter, part in zip(panels.flat, "abcd", DRAWN, strict=True):
         DRAWN[part](axes, found[part])
         axes.set_title(letter, loc="left", fontweight="bold")
+        axes.set_title(TITLES[part])
         axes.legend(loc=PLACES[part], frameon=False, handletextpad=0.4, borderaxespad=0.2, labelspacing=0.3)
     return figure
 
@@ -229,7 +230,7 @@ def _points(
 
 
 def _ticks(axis: Any, *values: float) -> None:
-    axis.set_ticks(values, [f"{value:g}" for value in values])
+    axis.set_ticks(values, [f"{value:.5f}".rstrip("0").rstrip(".") for value in values])
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -245,14 +246,14 @@ def draw_noise(axes: Axes, cells: list[Found]) -> None:
     for series, (colour, marker, label, more) in looks.items():
         own = [cell for cell in cells if cell["series"] == series]
         _points(axes, [c["noise"] for c in own], [c["variance"] for c in own], colour, marker, label, **more)
-    noises = [10 ** (-3.5 + 0.1 * k) for k in range(23)]
+    noises = [10 ** (-3.7 + 0.1 * k) for k in range(28)]
     for shrink, sides, colour in ((0.003, 2, GREEN), (0.01, 2, BLUE), (0.01, 1, ORANGE)):
         lines = [theory.gap_variance(s, 1.0, shrink, sides=sides) for s in noises]
         axes.plot(noises, lines, color=colour, linewidth=0.8, zorder=1)
     axes.set(xscale="log", yscale="log")
     _ticks(axes.xaxis, 0.001, 0.01, 0.1)
-    _ticks(axes.yaxis, 0.0001, 0.001, 0.01, 0.1, 1)
-    axes.set(xlim=(noises[0], noises[-1]), ylim=(1e-5, 3))
+    _ticks(axes.yaxis, 0.00001, 0.0001, 0.001, 0.01, 0.1, 1)
+    axes.set(xlim=(noises[0], noises[-1]), ylim=(3e-6, 2))
     axes.set(xlabel="noise of a write, s (units of weight)", ylabel="variance of W − B")
 
 
@@ -311,6 +312,12 @@ def draw_mirror(axes: Axes, cells: list[Found]) -> None:
     axes.set(xlabel="noise of reads (over the answers' rms)", ylabel="angle of B and W (°)")
 
 
+TITLES = {
+    "noise": "noise of writes",
+    "contraction": "soft bounds, no weight decay",
+    "floor": "spread of the asymmetry",
+    "mirror": "mirror, 64 inputs, N samples",
+}
 PLACES = {"noise": "lower right", "contraction": "lower left", "floor": "upper left", "mirror": "upper left"}
 DRAWN: dict[str, Callable[[Axes, list[Found]], None]] = {
     "noise": draw_noise, "contraction": draw_contraction, "floor": draw_floor, "mirror": draw_mirror,
