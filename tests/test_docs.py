@@ -329,6 +329,7 @@ def test_commands_are_those_of_the_program():
     assert list(dict.fromkeys(listed)) == [name for name in cli.app if not name.startswith("-")]
 
 
+@pytest.mark.slow
 def test_the_readmes_verdicts_are_those_of_audits():
     lines = ["| rule | verdict of its audit | the update of B takes |", "|---|---|---|"]
     for rule in fp.RULES:
@@ -377,6 +378,18 @@ def test_tables_of_cost_are_those_of_the_result_file_and_of_the_model():
     for name, table in tables_of_cost(growth).items():
         marked = f"<!-- {name}:begin -->\n{table}<!-- {name}:end -->"
         assert marked in page, "write them anew: python benchmarks/cost_page.py"
+
+
+def test_what_an_audit_costs_is_told_as_measured():
+    cost = json.loads(read("benchmarks/audit-cost/cost.json"))
+    assert cost["task"].startswith("audit of two steps, resnet18")
+    rows = cost["rules"]
+    assert all(row["audit_over_step"] <= 20 and row["memory_over_step"] <= 3 for row in rows.values())
+    assert all(row["verdict"].startswith("transport-free in the 2 steps watched") for row in rows.values())
+    times = [f"{row['audit_over_step']:.1f} under `{rule}`" for rule, row in rows.items()]
+    most = max(row["memory_over_step"] for row in rows.values())
+    told = f"steps' time: {', '.join(times)}. They take at most {most:.1f} times a step's memory"
+    assert told in read("docs/audit.md").replace("\n", " ")
 
 
 def test_the_table_of_the_mirrors_study_is_that_of_its_file():

@@ -17,6 +17,7 @@ from feedbackpath.report.curves import (
     unfinished,
 )
 from feedbackpath.report.panels import Panel, join_runs
+from feedbackpath.report.style import in_order
 from feedbackpath.train.results import Metric, Results, Run, Summary
 
 MISSING = "–"
@@ -111,7 +112,7 @@ def error_rows(panels: Sequence[Panel]) -> list[list[str]]:
         >>> error_rows([Panel("imagenet", "resnet18", "after", (("runs/kp", Results(runs=runs)),))])
         [['network', 'norm', 'data', 'n', 'kp'], ['resnet18', 'after', 'imagenet', '1', '3.6%']]
     """
-    rules = list(group_by_rule(join_runs(panels)))
+    rules = in_order(run.rule for run in join_runs(panels))
     return [["network", "norm", "data", "n", *rules], *(_error_row(panel, rules) for panel in panels)]
 
 

@@ -191,10 +191,11 @@ class Summary(_Typed):
 
 
 class Look(_Typed):
-    """How a rule of the user's is called and drawn; what is not given is chosen."""
+    """How a rule of the user's is called, drawn and described; a look that is not given is chosen."""
 
     label: str | None = Field(None, description="its name in full")
     colour: str | None = Field(None, pattern=r"^#[0-9A-Fa-f]{6}$", description="its colour, as `#RRGGBB`")
+    what: str | None = Field(None, description="what it does: the first line of its docstring")
 
 
 class Verdict(_Typed):
