@@ -32,7 +32,7 @@ def read_config(file: Path, kind: type[BaseModel] = CompareConfig) -> dict[str, 
         settings = yaml.safe_load(content.decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot read config file {file}: {reason}") from None
+        raise ConfigError(f"cannot read config file {file}: {reason}; give a YAML file of settings") from None
     except ConfigError:
         raise
     except Exception as error:  # its constructors raise whatever int, datetime and the like do
