@@ -16,6 +16,7 @@ from pathlib import Path
 
 import balance
 import estimating_w
+import hardware_theory
 import language_page
 from growth_figure import render_growth
 from matplotlib import rc_context
@@ -117,6 +118,13 @@ def of_language() -> bytes:
         return render(language_page.draw(found), "png")
 
 
+def of_hardware() -> bytes:
+    """Draw theories of imperfect arrays over measurements."""
+    found = json.loads((RESULTS / "hardware-theory" / "theory.json").read_text(encoding="utf-8"))
+    with rc_context(FIGURE_STYLE):
+        return render(hardware_theory.draw(found), "png")
+
+
 COMPARISONS = {
     "glyphs-resnet8": ("learning_curves", "alignment", "gains"),
     "fashion-mnist-lenet": ("learning_curves",),
@@ -136,6 +144,7 @@ DRAWN: dict[str, tuple[list[str], Callable[[], bytes]]] = {
     "balance-wm.png": (["balance/wm.json"], lambda: of_balance("balance-wm.png")),
     "estimating-w.png": (["estimating-w/angles.json"], lambda: of_estimates("points")),
     "kh-features.png": (["estimating-w/angles.json"], lambda: of_estimates("features")),
+    "hardware-theory.png": (["hardware-theory/theory.json"], of_hardware),
     "language-errors.png": (["language/gpt/results.json", "language/samples.json"], of_language),
     "one-input-angles.png": (["one-input/angles.json"], of_one_input),
     "report-page.png": (["glyphs-resnet8/results.json"], lambda: of_page("glyphs-resnet8")),

@@ -329,6 +329,7 @@ def test_commands_are_those_of_the_program():
     assert list(dict.fromkeys(listed)) == [name for name in cli.app if not name.startswith("-")]
 
 
+@pytest.mark.slow
 def test_the_readmes_verdicts_are_those_of_audits():
     lines = ["| rule | verdict of its audit | the update of B takes |", "|---|---|---|"]
     for rule in fp.RULES:

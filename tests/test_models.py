@@ -177,6 +177,8 @@ def test_the_seed_decides_the_initial_weights(name):
         ("resnet12", {}, "'resnet12' is unknown"),
         ("resnet2", {}, "'resnet2' is unknown"),
         ("resnet50x2", {}, "'resnet50x2' is unknown"),
+        ("resnet1208", {}, "'resnet1208' is too deep: resnetD goes up to resnet1202"),
+        ("resnet99999998x4", {}, "too deep"),
         ("lenetx2", {}, "'lenetx2' is unknown"),
         ("mlp3", {}, "'mlp3' is unknown"),
         ("perceiver", {}, "'perceiver' is unknown; there are: mlp, lenet"),

@@ -70,6 +70,7 @@ HOPELESS = {
         "not enough memory",
     ),
     "a wider network than memory": (["train", "--model", "mlpx99999999999", *SMALL[:2]], "not enough memory"),
+    "a network without an end": (["train", "--model", "resnet99999998", *SMALL[:2]], "too deep"),
     "an angle of nothing": (["mirror", "plan", "--target-angle-deg", "1e-300"], "must be between 1e-12"),
 }  # fmt: skip
 

@@ -49,7 +49,7 @@ def build_model(
     """Build the network called ``name`` with fresh weights from PyTorch's random generator.
 
     Args:
-        name: A key of `MODELS`; or ``resnetD`` for any depth D = 6n + 2 of the networks for small images;
+        name: A key of `MODELS`; ``resnetD`` of any depth D = 6n + 2 up to 1202, for small images;
             ``xK`` behind it, or behind ``mlp`` or ``transformer``, makes hidden layers K times as wide.
         sample_shape: Shape of one sample, ``(C, H, W)``.
         num_classes: Number of outputs.
@@ -140,6 +140,8 @@ def find_builder(name: str) -> Builder:
     if sized and sized[1] in SIZED:
         return SIZED[sized[1]](width)
     if depth % 6 == 2 and depth not in (2, 50):  # resnet50 is ImageNet's, and resnet50x2 would not be
+        if depth > DEEPEST:
+            raise ValueError(f"model {name!r} is too deep: resnetD goes up to resnet{DEEPEST}")
         return _cifar_resnet((depth - 2) // 6, width)
     close = get_close_matches(name, MODELS, n=1)
     hint = f"did you mean {close[0]}? There are" if close else "there are"
@@ -185,6 +187,7 @@ def _resnet(block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, int, 
 READ_TOKENS = frozenset(["gpt", "gpt-124m", "lstm"])
 """Names of the networks that read tokens, not images."""
 _USERS: set[str] = set()  # names of networks that users registered
+DEEPEST = 1202  # the deepest network of He et al. (2016)
 SIZED: dict[str, Callable[[int], Builder]] = {"mlp": _mlp, "transformer": _transformer}
 MODELS: dict[str, Builder] = {
     "mlp": _mlp(),
