@@ -61,9 +61,8 @@ def _draw_panel(axes: Axes, axis: Mapping[str, Any], rules: list[str]) -> None:
     axes.set_xscale("log")
     axes.set_xticks(sizes, _tick_labels(sizes))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(
-        axis["label"].replace(", ", "\n") + ("," if ", " in axis["label"] else "\n") + " log scale"
-    )
+    at = axis["label"].replace(", ", "\n")
+    axes.set_xlabel(f"{at}, log scale" if "\n" in at else f"{at}\nlog scale")
     axes.yaxis.set_major_locator(MaxNLocator(5))
 
 

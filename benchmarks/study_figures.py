@@ -19,7 +19,6 @@ from study_table import Group, group_trainings
 from feedbackpath.report.curves import mean_and_error
 from feedbackpath.report.figures import (
     FIGURE_STYLE,
-    KINDS,
     PAGE_WIDTH,
     render,
     scale_layers,
@@ -34,6 +33,7 @@ DESIGN_MARKERS = {"gaussian": "o", "uniform": "s", "signs": "^"}
 ASIDE = {"gaussian": 0.93, "signs": 1.075}  # points of laws that agree stand side by side
 OTHER_COLOUR = "#666666"
 EXACT = "orthogonal"
+KINDS = ("png", "pdf")
 SAMPLE_TICKS = (256, 2048, 32768)
 
 
