@@ -380,6 +380,18 @@ def test_tables_of_cost_are_those_of_the_result_file_and_of_the_model():
         assert marked in page, "write them anew: python benchmarks/cost_page.py"
 
 
+def test_what_an_audit_costs_is_told_as_measured():
+    cost = json.loads(read("benchmarks/audit-cost/cost.json"))
+    assert cost["task"].startswith("audit of two steps, resnet18")
+    rows = cost["rules"]
+    assert all(row["audit_over_step"] <= 20 and row["memory_over_step"] <= 3 for row in rows.values())
+    assert all(row["verdict"].startswith("transport-free in the 2 steps watched") for row in rows.values())
+    times = [f"{row['audit_over_step']:.1f} under `{rule}`" for rule, row in rows.items()]
+    most = max(row["memory_over_step"] for row in rows.values())
+    told = f"steps' time: {', '.join(times)}. They take at most {most:.1f} times a step's memory"
+    assert told in read("docs/audit.md").replace("\n", " ")
+
+
 def test_the_table_of_the_mirrors_study_is_that_of_its_file():
     assert markdown_study_table(read_study(ROOT / "benchmarks" / "mirror-study")) in read(
         "benchmarks/mirror-study/README.md"

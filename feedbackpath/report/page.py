@@ -23,8 +23,7 @@ from feedbackpath.report.table import (
     summary_rows,
 )
 from feedbackpath.rules import RULES
-from feedbackpath.rules.base import what_of
-from feedbackpath.rules.registry import OWN
+from feedbackpath.rules.registry import OWN, what_of
 from feedbackpath.train.results import Results, Run
 
 EMPTY = {"δ norm": MISSING, "minus bp": MISSING, "status": "finished"}
