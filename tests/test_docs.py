@@ -415,11 +415,8 @@ def test_the_table_of_the_mirrors_study_is_that_of_its_file():
 @pytest.mark.parametrize("figure", sorted(doc_figures.FIGURES.glob("*.png")), ids=lambda path: path.name)
 def test_figures_are_drawn_from_the_result_files_as_they_are(figure):
     """The stamp of a figure has the checksums of the files that it shows."""
-    if figure.name not in doc_figures.DRAWN_BY_HAND:
-        sources, _ = doc_figures.DRAWN[figure.name]
-        assert doc_figures.stamp_of(figure) == doc_figures.stamp_for(sources), (
-            "python benchmarks/doc_figures.py"
-        )
+    sources, _ = doc_figures.DRAWN[figure.name]
+    assert doc_figures.stamp_of(figure) == doc_figures.stamp_for(sources), "python benchmarks/doc_figures.py"
 
 
 @pytest.mark.parametrize("name", RESULTS)
