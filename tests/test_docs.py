@@ -89,14 +89,14 @@ def test_python_snippets_run(document, tmp_path, monkeypatch):
 )
 def test_command_lines_are_accepted(document, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for arguments in calls_of("feedbackpath", document):
-        command, bound, _ = cli.app.parse_args(arguments, exit_on_error=False, print_error=False)
-        flags = bound.arguments.get("flags", CompareConfig())
-        over = ("mirror", "data", "hardware") if "tolerance" in arguments else ("mirror", "data")
-        name = next(word for word in arguments if word not in over)
-        assert command.__name__ == {"eval": "evaluate"}.get(name, name)
-        rules = (flags.rule,) if isinstance(flags, AuditConfig) else flags.rules
-        with mock.patch.dict(fp.RULES):
+    with mock.patch.dict(fp.RULES):
+        for arguments in calls_of("feedbackpath", document):
+            command, bound, _ = cli.app.parse_args(arguments, exit_on_error=False, print_error=False)
+            flags = bound.arguments.get("flags", CompareConfig())
+            over = ("mirror", "data", "hardware") if "tolerance" in arguments else ("mirror", "data")
+            name = next(word for word in arguments if word not in over)
+            assert command.__name__ == {"eval": "evaluate"}.get(name, name)
+            rules = (flags.rule,) if isinstance(flags, AuditConfig) else flags.rules
             import_files(flags.imports)
             assert [make_rule(name, {}).name for name in rules] == list(rules)
 
