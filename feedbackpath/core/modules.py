@@ -193,8 +193,8 @@ def untied_type(plain: type[nn.Module], owns_weights: bool) -> type[FeedbackModu
     key = plain, owns_weights
     if key not in _UNTIED_TYPES:
         name = f"Feedback{plain.__name__}" if owns_weights else plain.__name__
-        shared = FeedbackModule.forward  # copied for each class: others look up its signature
-        own: Any = type(shared)(shared.__code__, shared.__globals__, "forward", None, shared.__closure__)
+        shared: Any = FeedbackModule.forward  # copied for each class: others look up its signature
+        own = type(shared)(shared.__code__, shared.__globals__, "forward", None, shared.__closure__)
         own.__wrapped__ = plain.forward
         told = {"__module__": plain.__module__, "__doc__": plain.__doc__, "forward": own}
         body = {"plain_type": plain, "plain_forward": plain.forward, **told}
