@@ -2,41 +2,55 @@
 
 import copy
 import dataclasses
+import itertools
 import pickle
 from unittest import mock
 
 import torch
-from problems import COVERING_RULES
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import feedbackpath as fp
 from feedbackpath.core import pytorch
+from feedbackpath.rules import activity_rule
 
 STEPS, BATCH = 4, 8
-RULES = (*COVERING_RULES, "dkp", "ia", "aa")
+IN_ORDER = fp.KolenPollack(order="update-first")
+RULES = {rule: rule for rule in fp.RULES} | {"update-first": IN_ORDER}
 AVERAGED = fp.Mirror(noise="gaussian", samples=64, across_devices="averaged")
 
 
-def train(rule, rank=0, world_size=1):
-    """Train a small network; each process sees its share of every batch. Return W and B of each layer."""
+def train(rule, rank=0, world_size=1, parts=1):
+    """Train a small network; each process sees its share of every batch. Return W and B of each layer.
+
+    In several ``parts``, one process takes the share of each of so many in turn, with that one's noise.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3)).double()
     path = fp.untie(model, rule)
     model(torch.zeros(1, 6, dtype=torch.float64))  # a rule that broadcasts errors makes its feedback weights
     parallel = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    path.check_optimizer(optimizer)
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
         x = torch.randn(BATCH, 6, generator=generator, dtype=torch.float64)
         target = torch.randint(0, 3, (BATCH,), generator=generator)
-        own = slice(rank, None, world_size)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(parallel(x[own]), target[own]).backward()
+        for part in range(parts):
+            own = slice(rank + part, None, world_size * parts)
+            with as_process(rank + part):
+                (nn.functional.cross_entropy(parallel(x[own]), target[own]) / parts).backward()
         optimizer.step()
         torch.rand(rank + 1)  # the processes' global random numbers part ways
-        path.step()
+        with as_process(*range(rank, rank + parts)):
+            path.step()
     return {name: (w.detach().clone(), b.detach().clone()) for name, w, b in path.pairs()}
+
+
+def as_process(*ranks):
+    """Draw the noise that rides on activity as processes do: as one, or as several in turn."""
+    return mock.patch.object(activity_rule, "process_number", side_effect=itertools.cycle(ranks))
 
 
 def run_audits(rank, world_size, folder):
@@ -155,7 +169,9 @@ def run_all_rules(rank, world_size, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
     try:
-        torch.save({rule: train(rule, rank, world_size) for rule in RULES}, f"{folder}/{rank}.pt")
+        torch.save(
+            {name: train(rule, rank, world_size) for name, rule in RULES.items()}, f"{folder}/{rank}.pt"
+        )
     finally:
         torch.distributed.destroy_process_group()
 

@@ -13,6 +13,13 @@ PAPER_RULES = ("bp", "fa", "ss", "kp", "wm", "mirror-kp", "mirror-fa")
 """The rules that tests of whole networks run over; ``test_every_rule.py`` runs over all of them."""
 COVERING_RULES = (*PAPER_RULES, "dfa")
 """The same where a rule may broadcast errors."""
+EXACT_START = {"mirror-kp": {"start": "exact"}, "mirror-fa": {"start": "exact"}}
+"""Settings of rules that mirror once, for tests of other things: noise takes seconds for it."""
+
+
+def rule_that_starts_at_once(name: str | None) -> str | fp.Rule | None:
+    """Return a rule, exact in its start where it mirrors once."""
+    return fp.RULES[name](**EXACT_START[name]) if name in EXACT_START else name
 
 
 @dataclass(frozen=True)

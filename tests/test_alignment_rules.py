@@ -100,7 +100,7 @@ def test_activation_alignment_leaves_what_inputs_never_show():
     assert torch.equal(layer.feedback[:, 3:], before[:, 3:])
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.03, 0.9])
+@pytest.mark.parametrize("decay", [pytest.param(0.0, marks=pytest.mark.slow), 0.03, 0.9])
 def test_information_alignment_settles_at_the_ridge_regression_of_inputs_on_outputs(decay):
     layer = make_layer()
     path = fp.untie(layer, fp.InformationAlignment(rate=1.0, decay=decay))

@@ -4,11 +4,15 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
 from test_report import make_results
 
+from feedbackpath.report import write_report
 from feedbackpath.report.curves import QUANTITIES
 from feedbackpath.report.page import render_page
 from feedbackpath.report.panels import lay_side_by_side
@@ -35,7 +39,6 @@ BAND = "[style*='stroke-width: 0px']"
 TIMEOUT = 20_000  # milliseconds; only a fault, or a very busy machine, comes near it
 expect.set_options(timeout=TIMEOUT)
 SMALLEST_TEXT = 11  # pixels
-WIDTHS = (400, 1600)
 
 
 def one_run():
@@ -63,7 +66,9 @@ def several_panels():
     return [("runs/a", first), ("runs/b", second), ("runs/before", before), ("runs/deep", deep)]
 
 
-SOURCES = {maker.__name__: maker for maker in (one_run, several_rules, several_panels)}
+SOURCES = {one_run: (1000,), several_rules: (400, 1000, 1600), several_panels: (400, 1600)}
+"""What is shown, and how wide the window is."""
+PAGES = [(make, width) for make, widths in SOURCES.items() for width in widths]
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,11 @@ class Opened:
     page: object
     complaints: list
     requests: list
+
+
+class SilentHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +95,12 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="module", params=[f"{name}-{width}" for name in SOURCES for width in WIDTHS])
+@pytest.fixture(scope="module", params=PAGES, ids=[f"{make.__name__}-{width}" for make, width in PAGES])
 def opened(request, browser, tmp_path_factory):
-    name, _, width = request.param.partition("-")
-    file = tmp_path_factory.mktemp(name) / "report.html"
-    file.write_text(render_page(lay_side_by_side(SOURCES[name]())), encoding="utf-8")
-    page = browser.new_page(viewport={"width": int(width), "height": 900})
+    make, width = request.param
+    file = tmp_path_factory.mktemp(make.__name__) / "report.html"
+    file.write_text(render_page(lay_side_by_side(make())), encoding="utf-8")
+    page = browser.new_page(viewport={"width": width, "height": 900})
     complaints, requests = [], []
     page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: complaints.append(f"uncaught: {error}"))
@@ -128,10 +138,10 @@ def move_to_end(page, line):
     ids=["errors", "layers"],
 )
 def test_hovering_a_curve_names_rule_layer_and_value(opened, kind, label):
-    for place in opened.page.locator(f".{kind} > div").all():
+    for place in opened.page.locator(f".{kind} > div").all()[::2]:
         lines = place.locator(f".subplot .js-line:not({BAND})").all()
         assert lines
-        rule = place.locator("h4").text_content().rpartition("(")[2].rstrip(")") if kind == "layers" else ""
+        rule = place.get_attribute("data-rule") or ""
         for line in lines[::7]:
             move_to_end(opened.page, line)
             expect(place.locator(".hovertext").first).to_have_text(re.compile(label.replace("RULE", rule)))
@@ -139,19 +149,68 @@ def test_hovering_a_curve_names_rule_layer_and_value(opened, kind, label):
 
 def test_clicking_the_legend_hides_a_curve_and_shows_it_again(opened):
     curves = opened.page.locator(".curves .chart").last
-    layers = opened.page.locator(".layers .chart").last
-    lines = [chart.locator(".subplot .js-line").count() for chart in (curves, layers)]
-    click_first_entries(curves, layers)
-    wait_for_lines(curves, lines[0] - 2)  # a rule's mean and band
-    wait_for_lines(layers, lines[1] - 3)  # a layer's matrix angle, δ angle and gain
-    click_first_entries(curves, layers)
-    wait_for_lines(curves, lines[0])
-    wait_for_lines(layers, lines[1])
+    lines = curves.locator(".subplot .js-line").count()
+    curves.locator(".legendtoggle").first.click()
+    wait_for_lines(curves, lines - 2)  # a rule's mean and band
+    curves.locator(".legendtoggle").first.click()
+    wait_for_lines(curves, lines)
 
 
-def click_first_entries(*charts):
-    for chart in charts:
-        chart.locator(".legendtoggle").first.click()
+def test_the_key_of_layers_hides_one_in_all_charts_or_shows_it_alone(opened):
+    section = opened.page.locator("section").last
+    charts, button = section.locator(".chart"), section.locator(".key button").first
+    lines = [chart.locator(".subplot .js-line").count() for chart in charts.all()]
+    assert len(lines) >= 3
+
+    def wait_for(counts):
+        for chart, count in zip(charts.all(), counts, strict=True):
+            wait_for_lines(chart, count)
+
+    button.click()
+    wait_for([count - 1 for count in lines])
+    expect(button).to_have_attribute("aria-pressed", "false")
+    button.click()
+    wait_for(lines)
+    button.dblclick()
+    wait_for([1] * len(lines))
+    button.dblclick()
+    wait_for(lines)
+
+
+def test_charts_of_a_quantity_stand_in_a_column_or_all_below_each_other(opened):
+    width = opened.page.viewport_size["width"]
+    boxes = [place.bounding_box() for place in opened.page.locator(".layers > div").all()]
+    lefts = [box["x"] for box in boxes]
+    columns = 1 if width == 400 else 3
+    assert len(set(lefts)) == columns
+    assert lefts == lefts[:columns] * (len(lefts) // columns)
+    assert max(box["x"] + box["width"] for box in boxes) > 0.9 * width  # a wide window is not left half empty
+
+
+def test_a_table_is_within_the_window_and_says_what_cells_are(opened):
+    for table in opened.page.locator(".scroll").all():
+        assert table.evaluate("element => element.scrollWidth <= element.clientWidth + 1")
+    cell = opened.page.locator("td").nth(2)
+    label = cell.evaluate("cell => getComputedStyle(cell, '::before').content")
+    assert (label != "none") == (opened.page.viewport_size["width"] == 400)
+
+
+def test_a_printed_figure_can_be_saved(browser, tmp_path):
+    write_report(make_results(), tmp_path)
+    serve = partial(SilentHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{server.server_port}/report.html")
+        links = page.locator("a[download]")
+        files = [link.get_attribute("href") for link in links.all()]
+        with page.expect_download(timeout=TIMEOUT) as saved:
+            links.first.click()
+        assert saved.value.path().read_bytes() == (tmp_path / files[0]).read_bytes()
+        page.close()
+        server.shutdown()
+    names = ("learning_curves", "alignment", "gains")
+    assert files == [f"figures/{name}.{kind}" for name in names for kind in ("png", "svg", "pdf")]
 
 
 def wait_for_lines(chart, count):

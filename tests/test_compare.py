@@ -114,7 +114,9 @@ def runs_so_far(out: Path) -> list:
     return results_of(out)["runs"] if (out / "results.json").exists() else []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_a_stopped_job_keeps_its_epochs_and_resumes_to_the_same_results(tmp_path, unbroken, number):
     code, output = kill_after_epochs(tmp_path, 3, number)
     if number != signal.SIGKILL:

@@ -1,22 +1,34 @@
 """Two processes under DistributedDataParallel end where one does; or learn from noise of both."""
 
+import contextlib
 import math
+import unittest.mock
 
 import ddp_worker
 import pytest
 import torch
 
+NOISY = ("pal", "dtp")  # each process has noise of its own; one process can take the shares of two in turn
 
-def test_two_processes_equal_one(tmp_path):
+
+def test_two_processes_equal_one_under_every_rule(tmp_path):
     torch.multiprocessing.spawn(ddp_worker.run_all_rules, (2, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert list(first) == list(ddp_worker.RULES)
     for rule, by_one in first.items():
-        alone = ddp_worker.train(rule)
+        alone = ddp_worker.train(ddp_worker.RULES[rule], parts=2 if rule in NOISY else 1)
         for name, pair in by_one.items():
             for ours, other, single in zip(pair, second[rule][name], alone[name], strict=True):
                 assert torch.equal(ours, other), f"{rule}: ranks differ in {name!r}"
                 torch.testing.assert_close(ours, single, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", NOISY)
+def test_processes_that_had_the_same_noise_would_end_elsewhere(rule):
+    with unittest.mock.patch.object(ddp_worker, "as_process", return_value=contextlib.nullcontext()):
+        alike = ddp_worker.train(rule, parts=2)
+    for name, (_, b) in ddp_worker.train(rule, parts=2).items():
+        assert (b - alike[name][1]).norm() > 1e-3 * b.norm()
 
 
 def test_steps_of_two_processes_can_be_audited(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import CONVNET, MLP, by_id, make_mlp
+from torch import nn
 
 import feedbackpath as fp
 from feedbackpath.rules.base import group_of
@@ -63,6 +64,94 @@ def test_measuring_leaves_everything_as_it_was(rule, problem):
     assert list(angles.values())[-1] < 1e-5
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     torch.testing.assert_close(path.state_dict(), kept, rtol=0, atol=0)
+
+
+class Within(nn.Module):
+    """A classifier of which the layer in the middle is of some kind."""
+
+    def __init__(self, first, inner, last):
+        super().__init__()
+        self.first, self.inner, self.last = first, inner, last
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        if isinstance(self.inner, nn.LSTM):
+            h = self.inner(h)[0][:, -1]
+        elif isinstance(self.inner, nn.MultiheadAttention):
+            h = self.inner(h, h, h, need_weights=False)[0].mean(1)
+        else:
+            h = self.inner(h, h) if isinstance(self.inner, nn.Bilinear) else self.inner(h)
+        return self.last(torch.tanh(h).flatten(1))
+
+
+ROWS, SEQUENCES, MAPS = (6, 6), (6, 4, 6), (6, 2, 6, 6)
+KINDS = {
+    "Linear": (lambda: Within(nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 3)), ROWS),
+    "Conv2d": (lambda: Within(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 6, 3, groups=2), nn.Linear(24, 3)), MAPS),
+    "ConvTranspose2d": (
+        lambda: Within(nn.Conv2d(2, 4, 3), nn.ConvTranspose2d(4, 2, 2), nn.Linear(50, 3)),
+        MAPS,
+    ),
+    "LSTM": (lambda: Within(nn.Linear(6, 8), nn.LSTM(8, 5, batch_first=True), nn.Linear(5, 3)), SEQUENCES),
+    "MultiheadAttention": (
+        lambda: Within(nn.Linear(6, 8), nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)),
+        SEQUENCES,
+    ),
+    "Bilinear": (lambda: Within(nn.Linear(6, 8), nn.Bilinear(8, 8, 5), nn.Linear(5, 3)), ROWS),
+    "LocallyConnected2d": (
+        lambda: Within(nn.Conv2d(2, 4, 3), fp.LocallyConnected2d(4, 3, (4, 4), 3), nn.Linear(12, 3)),
+        MAPS,
+    ),
+}
+NOT_DENSE = {"ConvTranspose2d", "LSTM", "MultiheadAttention", "Bilinear", "LocallyConnected2d"}
+LEAVES = {  # the kinds that a rule leaves to backprop, and says so; all other rules leave none
+    **dict.fromkeys(("wm", "wm-exact", "mirror-kp", "mirror-fa"), {"Bilinear"}),
+    **dict.fromkeys(("rdd", "stdwi"), {"Bilinear", "LSTM"}),
+    **dict.fromkeys(("dfa", "drtp", "dkp"), {"Bilinear", "LSTM", "MultiheadAttention"}),
+    **dict.fromkeys(("ia", "aa", "pal", "dtp", "kh"), NOT_DENSE),
+    "pfa": {"LocallyConnected2d"},
+}
+QUICKLY = {rule: {"start": "exact"} for rule in ("mirror-kp", "mirror-fa")}
+LR, DECAY = 0.1, 0.01
+
+
+def is_as_documented(rule, w, b, w_before, b_before):
+    """Say whether B is what docs/rules.md says, after a step of SGD and ``path.step()``."""
+    if rule in ("bp", "wm-exact", *QUICKLY):
+        return torch.allclose(b, w, atol=1e-4)
+    if rule in ("ss", "sc"):
+        return torch.equal(b.sign(), w.sign())
+    if rule == "kp":
+        return torch.allclose(w - b, (1 - LR * DECAY) * (w_before - b_before), atol=1e-6)
+    if rule == "sa":
+        return (w - b).norm() < (w - b_before).norm()
+    is_fixed = rule in ("fa", "fa-lowrank", "fa-sparse", "dfa", "drtp", "kh")
+    return torch.equal(b, b_before) == is_fixed and bool(b.any()) == (rule != "kh")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rule_trains_each_kind_of_layer_or_says_that_it_does_not(rule, kind):
+    make, shape = KINDS[kind]
+    model, x, settings = make(), torch.randn(shape), fp.RULES[rule](**QUICKLY.get(rule, {}))
+    if kind in LEAVES.get(rule, ()):
+        with pytest.raises(
+            fp.UntieError, match=rf"^no untied form exists for 'inner' \(.*{kind}, by {rule}\)"
+        ):
+            fp.untie(model, settings, strict=True)
+        return
+    path = fp.untie(model, settings, strict=True)
+    model(x)  # a rule that broadcasts errors makes its feedback weights
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, weight_decay=DECAY)
+    path.check_optimizer(optimizer)
+    before = {name: (w.detach().clone(), b.detach().clone()) for name, w, b in path.pairs()}
+    classify(model(x)).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    optimizer.step()
+    path.step()
+    inner = [(w.detach(), b.detach(), *before[name]) for name, w, b in path.pairs() if "inner" in name]
+    assert inner
+    assert all(tensor.isfinite().all() for pair in inner for tensor in pair)
+    assert all(is_as_documented(rule, *pair) for pair in inner)
 
 
 def train(model, path, optimizer, steps):

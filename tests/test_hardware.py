@@ -3,15 +3,18 @@
 import json
 from pathlib import Path
 
+import hardware_counts
 import pytest
 
 from feedbackpath import cli
 from feedbackpath.errors import ConfigError
 from feedbackpath.hardware.devices import PRESETS
 from feedbackpath.jobs.tolerance import IMPERFECTIONS, Tolerance, find_tolerance, table_of
+from feedbackpath.report.counts import mean_counts
 from feedbackpath.report.tolerance import draw_tolerance
 from feedbackpath.train.chips import make_chip
 from feedbackpath.train.config import CHIPS, CompareConfig
+from feedbackpath.train.results import Results, Run, read_results
 
 SMALL = [
     "--data",
@@ -39,11 +42,32 @@ def test_the_flag_knows_every_preset():
 
 def test_hardware_trains_and_reports(tmp_path, capsys):
     out = tmp_path / "out"
-    assert command("hardware", *SMALL, "--rules", "bp,kp", "--read-bits", "8", "--out", str(out)) == 0
+    costs = tmp_path / "costs.yaml"
+    costs.write_text("pulse: 1.0\n")
+    flags = [*SMALL, "--read-bits", "8", "--out", str(out), "--costs", str(costs), "--rules"]
+    assert command("hardware", *flags, "bp,kp") == 2
+    error = capsys.readouterr().err
+    assert "pulse_pj" in error
+    assert error.count("\n") == 1
+    costs.write_text("pulse_pj: 1000.0\n")
+    assert command("hardware", *flags, "dtp,pal") == 2
+    assert "--costs has no effect" in capsys.readouterr().err
+    assert command("hardware", *flags, "bp,kp") == 0
+    shown = capsys.readouterr().out
+    assert "energy of a training step" in shown
+    assert "not counted" not in shown
     results = json.loads((out / "results.json").read_text())
     assert results["config"]["chip"] == "reram"
     assert {run["rule"] for run in results["runs"]} == {"bp", "kp"}
     assert (out / "report.html").exists()
+    counted = mean_counts(read_results(out))
+    assert {rule: set(arrays) for rule, arrays in counted.items()} == {
+        "bp": {"W", "one"},
+        "kp": {"W", "B", "one"},
+    }
+    assert counted["kp"]["W"].work["forward"].reads == 3 * 128  # layers and samples of a step
+    assert counted["bp"]["W"] == counted["bp"]["one"]
+    assert mean_counts(Results(runs=[Run(rule="dtp", seed=0)])) == {}
 
 
 def test_settings_of_a_chip_reach_it():
@@ -78,7 +102,7 @@ def test_settings_that_do_not_exist_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--chip", "memristor"], "there are ideal, linear"),
+        (["--chip", "memristor"], "choose ideal, linear"),
         (["--read-bits", "8"], "belongs to --chip"),
         (["--chip", "soft", "--compile"], "on one device"),
         (["--chip", "missing.csv"], "cannot read"),
@@ -146,3 +170,5 @@ def test_the_page_has_the_table_of_the_study():
         line.split("`")[1] for line in page.splitlines() if line.startswith("| `") and "; from " in line
     ]
     assert listed == list(IMPERFECTIONS)
+    marked = f"<!-- counts:begin -->\n{hardware_counts.make_table()}<!-- counts:end -->"
+    assert marked in page, "write it anew: python benchmarks/hardware_counts.py --draw"

@@ -176,6 +176,8 @@ def test_a_run_goes_on_where_its_data_has_moved_but_not_with_other_data(tmp_path
 
 
 class Labelled(fp.FeedbackAlignment):
+    """Keep B as it is drawn, in a colour of its own."""
+
     name, label, colour = "labelled", "a rule with looks", "#12AB34"
 
 
@@ -205,7 +207,14 @@ def test_the_page_of_a_running_job_says_how_far_it_is_and_has_the_looks_of_rules
     assert "#12AB34" in second
     assert "a rule with looks (labelled)" in second
     assert read_results(tmp_path).looks == results.looks
-    assert results.looks == {"labelled": Look(label="a rule with looks", colour="#12AB34")}
+    look = Look(
+        label="a rule with looks", colour="#12AB34", what="Keep B as it is drawn, in a colour of its own."
+    )
+    assert results.looks == {"labelled": look}
+    assert f"<dd>{look.what}</dd>" in second
+    assert "tells apart the 10 classes of digits. Guesses at random have a test error of 90.0%." in second
+    assert "Save the printed figure" not in second  # they are drawn at the end
+    assert "Save the printed figure" in view.file.read_text(encoding="utf-8")
     assert "seed 0: running" not in view.file.read_text(encoding="utf-8")
 
 

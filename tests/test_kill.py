@@ -15,21 +15,23 @@ SCRIPT = Path(__file__).parent / "kill_jobs.py"
 
 
 @pytest.mark.parametrize(
-    ("world_size", "kills"),
+    ("world_size", "kills", "rules"),
     [
-        (1, 1),
-        pytest.param(1, 4, marks=pytest.mark.slow),  # 24 kills over the six rules
-        pytest.param(2, 4, marks=pytest.mark.slow),
+        (1, 1, ("kp", "wm")),
+        pytest.param(1, 4, COVERING_RULES, marks=pytest.mark.slow),  # 24 kills over the six rules
+        pytest.param(2, 4, COVERING_RULES, marks=pytest.mark.slow),
     ],
+    ids=["one process", "one process, often", "two processes, often"],
 )
-def test_killed_and_resumed_runs_end_bit_identical_to_unbroken_ones(tmp_path, world_size, kills):
-    command = [sys.executable, str(SCRIPT), str(tmp_path), str(world_size), str(kills), *COVERING_RULES]
+def test_killed_and_resumed_runs_end_bit_identical_to_unbroken_ones(tmp_path, world_size, kills, rules):
+    command = [sys.executable, str(SCRIPT), str(tmp_path), str(world_size), str(kills), *rules]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    for rule in COVERING_RULES:
+    for rule in rules:
         assert f"{rule}: killed {kills} times, bit-identical" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_worker_killed_under_torchrun_goes_on_from_the_last_checkpoint(tmp_path):
     settings = ["--data", "digits", "--model", "mlp", "--rule", "kp", "--epochs", "25", "--lr", "0.05"]
     settings += ["--checkpoint-steps", "2", "--num-threads", "1"]

@@ -558,14 +558,3 @@ def rooms_after(statement):
 
 def test_mirror_mode_stands_on_the_core_alone():
     assert rooms_after("import feedbackpath.mirror") <= {"arguments", "core", "errors", "layers", "mirror"}
-
-
-@pytest.mark.parametrize("rule", ["base", "backprop", "feedback_alignment", "sign_symmetry", "kolen_pollack"])
-def test_rules_that_do_not_mirror_do_not_import_mirror_mode(rule):
-    alone = (  # the folder of rules without the table that imports them all
-        "import sys, types, feedbackpath; rules = types.ModuleType('feedbackpath.rules'); "
-        "rules.__path__ = [feedbackpath.__path__[0] + '/rules']; sys.modules['feedbackpath.rules'] = rules"
-    )
-    rooms = rooms_after(f"{alone}; import feedbackpath.rules.{rule}")
-    assert "rules" in rooms
-    assert "mirror" not in rooms

@@ -52,6 +52,7 @@ def without_times(cells):
     return [{name: value for name, value in cell.items() if name != "cpu_seconds"} for cell in cells]
 
 
+@pytest.mark.slow
 def test_a_study_by_its_script(tmp_path, capsys):
     assert run_script(*FLAGS, "--parts", "designs,width,batch", "--out", tmp_path) == 0
     study = json.loads((tmp_path / "study.json").read_text())
@@ -89,6 +90,7 @@ def assert_theory_agrees(cells):
                 assert abs(fmean(angles) - predicted) < noise + 0.1 * predicted, describe_cell(cell)
 
 
+@pytest.mark.slow
 def test_the_grid_has_both_readings_and_what_stands_beside(tmp_path):
     study = run(tmp_path, "grid")
     groups = group_trainings(study, "grid")
@@ -110,6 +112,7 @@ def test_the_grid_has_both_readings_and_what_stands_beside(tmp_path):
     assert {path.name for path in write_study_figures(study, tmp_path)} == {"grid.png", "grid.pdf"}
 
 
+@pytest.mark.slow
 def test_trainings_are_those_of_compare(tmp_path):
     study = run(tmp_path, "batch")
     out = tmp_path / "compare"
@@ -124,6 +127,7 @@ def test_trainings_are_those_of_compare(tmp_path):
     assert found.last("test_error") == [expected["test_error"]]
 
 
+@pytest.mark.slow
 def test_a_cell_that_two_parts_share_is_measured_once(tmp_path):
     told = []
     study = run(tmp_path, "width", "batch", told=told)
@@ -133,6 +137,7 @@ def test_a_cell_that_two_parts_share_is_measured_once(tmp_path):
     assert [where for where, _ in told] == [f"{number}/9" for number in range(1, 10)]
 
 
+@pytest.mark.slow
 def test_resume_measures_what_is_missing_and_no_more(tmp_path):
     whole = run(tmp_path / "whole", "batch")
     folder = tmp_path / "part"
@@ -149,6 +154,7 @@ def test_resume_measures_what_is_missing_and_no_more(tmp_path):
     assert {entry["seed"] for _, entry in told if entry["part"] == "batch"} == {1}
 
 
+@pytest.mark.slow
 def test_settings_that_a_cell_does_not_use_may_change(tmp_path, monkeypatch):
     run(tmp_path, "batch")
     paper, told = mirror_study.PAPER, []
@@ -173,6 +179,7 @@ def test_a_cell_that_was_broken_off_is_not_kept(tmp_path):
     assert len(read_study(tmp_path)["cells"]) == 1
 
 
+@pytest.mark.slow
 def test_trainings_that_diverge_are_cells_too(tmp_path, monkeypatch):
     monkeypatch.setattr(mirror_study, "BATCH_SIZES", (16,))
     monkeypatch.setattr(StudySettings, "config", with_learning_rate(StudySettings.config, 1e30), raising=True)
@@ -201,6 +208,7 @@ def test_bad_settings_are_refused(flags, complaint, tmp_path):
         run_script(*flags, "--out", tmp_path)
 
 
+@pytest.mark.slow
 def test_other_settings_and_damaged_files_are_refused(tmp_path):
     run(tmp_path, "batch")
     with pytest.raises(ConfigError, match="go on by --resume"):

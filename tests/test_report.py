@@ -3,6 +3,7 @@ from io import StringIO
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from rich.console import Console
 
 from feedbackpath.report import (
@@ -14,9 +15,11 @@ from feedbackpath.report import (
     write_report,
 )
 from feedbackpath.report.curves import layer_curves
-from feedbackpath.report.figures import error_axis
+from feedbackpath.report.figures import KINDS
+from feedbackpath.report.page import describe_rules, describe_task
 from feedbackpath.report.page import render_page as render_panels
 from feedbackpath.report.panels import make_panel, styles_of
+from feedbackpath.report.scales import error_axis
 from feedbackpath.report.style import choose_styles, style_of
 from feedbackpath.rules import RULES
 from feedbackpath.train.results import DataFacts, Entry, Look, Metric, Results, Run, Summary
@@ -27,7 +30,7 @@ def render_page(results):
 
 
 LAYERS = ("conv1", "layer1.0.conv1", "fc")
-FIGURES = {f"{name}.{kind}" for name in ("learning_curves", "alignment", "gains") for kind in ("png", "pdf")}
+FIGURES = {f"{name}.{kind}" for name in ("learning_curves", "alignment", "gains") for kind in KINDS}
 
 
 def make_run(rule, seed, tests, *, status="finished", angle=5.0):
@@ -233,6 +236,46 @@ def test_page_names_layers_under_the_pointer(results):
     assert any("backprop (bp)" in text for text in templates)
 
 
+def test_page_says_what_each_rule_does_and_a_user_s_rule_in_its_own_words(results):
+    results.runs += [make_run("mine", 0, [99.0, 9.0]), make_run("forgotten", 0, [99.0, 9.0])]
+    results.looks = {"mine": Look(what="Do as I do.")}
+    facts = describe_rules([make_panel([("runs/a", results)])])
+    assert facts["mine"] == ("Do as I do.", "")
+    assert "forgotten" not in facts  # nothing is known of it
+    page = render_page(results)
+    for rule in ("bp", "fa", "kp"):
+        assert facts[rule][0].endswith(".")
+        assert escape(facts[rule][0]) in page
+        assert escape(facts[rule][1]) in page
+
+
+@pytest.mark.parametrize(
+    ("facts", "said", "unsaid"),
+    [
+        (
+            {"classes": 200, "chance": 99.5},
+            "apart the 200 classes of glyphs. Guesses at random have a",
+            "samples",
+        ),
+        ({"chance": 8.0}, "learns glyphs. Guesses at random have a test error of 8.0%", "classes"),
+        ({"sizes": {"test": 4000}}, "It is measured on 4,000 samples after each of 6 epochs", "random"),
+        ({"classes": "<b>", "chance": [1], "sizes": [2]}, "The network resnet8 learns glyphs.", "random"),
+    ],
+)
+def test_page_says_what_the_task_is_as_far_as_it_is_known(results, facts, said, unsaid):
+    results.data = DataFacts(name="glyphs", **facts)
+    task = describe_task(make_panel([("runs/a", results)]))
+    assert said in task
+    assert unsaid not in task
+    assert said in render_page(results)
+
+
+def test_page_says_how_to_read_angle_and_gain(results):
+    page = " ".join(render_page(results).split())
+    for said in ("0° is the same direction", "a random B has about 90°", "how much of W is in B"):
+        assert said in page
+
+
 def test_page_escapes_what_the_results_say(results):
     attack = "<img src=x onerror=alert(1)>"
     results.runs.append(make_run(attack, 0, [50.0, 40.0]))
@@ -368,7 +411,7 @@ def zero_error(results):
 
 
 ALIGNMENT, GAINS, CURVES = (
-    {f"{name}.{kind}" for kind in ("png", "pdf")} for name in ("alignment", "gains", "learning_curves")
+    {f"{name}.{kind}" for kind in KINDS} for name in ("alignment", "gains", "learning_curves")
 )
 
 

@@ -95,6 +95,7 @@ def children_of(process):
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_two_processes_are_stopped_as_one(tmp_path):
     out = tmp_path / "run"
     process = start(out, "--devices", "2")

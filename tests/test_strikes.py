@@ -1,6 +1,7 @@
 """A kill or a full disk at any file operation: a resume leaves what an unbroken run leaves."""
 
 import io
+import math
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import file_strikes
 import pytest
 from rich.console import Console
 
-from feedbackpath.jobs import run_job
+from feedbackpath.jobs import book, run_job
 from feedbackpath.report import figures, page
 from feedbackpath.report.live import LiveView
 from feedbackpath.train.config import CompareConfig, RunConfig
@@ -23,12 +24,19 @@ JOBS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def plain_outputs(monkeypatch):
+    """Write the same files as ever, with less in them: drawing takes most of so small a job's time."""
+    monkeypatch.setattr(
+        figures, "render_figures", lambda panels: {"one.png": str(len(panels[0].runs)).encode()}
+    )
+    monkeypatch.setattr(page, "render_page", lambda panels: str([run.status for run in panels[0].runs]))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a kill loses nothing that is written
+    monkeypatch.setattr(book, "PAGE_SHARE", math.inf)  # else the clock decides how often the page is written
+
+
 def job_of(config, out: Path):
     def run() -> int:
-        # Drawing takes most of so small a job's time; what is written where stays the same.
-        figures.render_figures = lambda panels: {"one.png": str(len(panels[0].runs)).encode()}
-        os.fsync = lambda descriptor: None  # a kill loses nothing that is written
-        page.render_page = lambda panels: str([run.status for run in panels[0].runs])
         view = LiveView(Console(file=io.StringIO()))
         run_job(config, out, resume=(out / "results.json").exists(), command="", view=view)
         return 0
@@ -38,6 +46,7 @@ def job_of(config, out: Path):
 
 def strike_everywhere(tmp_path, kind, how, choose):
     config = JOBS[kind]
+    job_of(config, tmp_path / "first")()  # imports what forked processes would each import
     operations = file_strikes.operations_in(job_of(config, tmp_path / "whole"), tmp_path / "whole")
     whole = file_strikes.contents_of(tmp_path / "whole")
     for number in choose(operations):

@@ -239,10 +239,11 @@ def test_the_core_imports_torch_and_numpy_alone():
 
 
 def test_rules_that_do_not_mirror_do_not_load_the_mirror():
-    for rule in ("backprop", "feedback_alignment", "sign_symmetry", "kolen_pollack"):
-        loaded = modules_after(f"import feedbackpath.rules.{rule}")
-        assert f"feedbackpath.rules.{rule}" in loaded
-        assert not {name for name in loaded if name.startswith("feedbackpath.mirror")}
+    rules = ("base", "backprop", "feedback_alignment", "sign_symmetry", "kolen_pollack")
+    files = {f"feedbackpath.rules.{rule}" for rule in rules}
+    loaded = modules_after(f"import {', '.join(files)}")
+    assert files <= loaded
+    assert not {name for name in loaded if name.startswith("feedbackpath.mirror")}
     assert "feedbackpath.mirror" in modules_after("import feedbackpath.rules.weight_mirror")
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import COVERING_RULES
+from problems import COVERING_RULES, EXACT_START
 
 import feedbackpath as fp
 from feedbackpath.data import UNREADABLE
@@ -24,11 +24,11 @@ from feedbackpath.train.schedule import learning_rate
 from feedbackpath.train.settings import merge_config, read_config
 
 SMALL = {"data": "digits", "model": "mlp", "epochs": 3, "samples_per_epoch": 256, "batch_size": 64}
-EXACT_START = {"mirror-kp": {"start": "exact"}}
 
 
 def events(rule: str, state=None, must_stop=lambda: False, **settings):
-    config = CompareConfig(**(SMALL | settings))
+    exact = {"rule_settings": {rule: EXACT_START[rule]}} if rule in EXACT_START else {}
+    config = CompareConfig(**(SMALL | exact | settings))
     task = load_task("digits", samples_per_epoch=config.samples_per_epoch)
     return train(config, rule, 0, task, Engine(config), state=state, must_stop=must_stop)
 
@@ -156,7 +156,7 @@ def test_max_steps_ends_the_run_with_a_last_measurement():
 
 
 def test_mirror_kp_follows_backprop():
-    runs = [run("bp", precision="64-true"), run("mirror-kp", precision="64-true", rule_settings=EXACT_START)]
+    runs = [run("bp", precision="64-true"), run("mirror-kp", precision="64-true")]
     bp, ours = (measured(found)[-1].entry for found in runs)
     assert ours.test == bp.test
     assert ours.train_loss == pytest.approx(bp.train_loss, rel=1e-6)

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import PAPER_RULES
+from problems import PAPER_RULES, rule_that_starts_at_once
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -352,7 +352,7 @@ def test_the_networks_of_the_library_are_quiet(name):
 @pytest.mark.parametrize("rule", PAPER_RULES)
 def test_no_rule_makes_a_quiet_network_watched(rule):
     model = build_model("mlp", sample_shape=(1, 4, 4), num_classes=3)
-    path = fp.untie(model, rule)
+    path = fp.untie(model, rule_that_starts_at_once(rule))
     model(torch.randn(2, 1, 4, 4)).sum().backward()
     path.step()
     assert not model.untied.is_watched

@@ -5,10 +5,9 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
-from rich.console import Console
-from rich.table import Table
 
-from feedbackpath.cli.exit_codes import DONE
+from feedbackpath.cli.exit_codes import DIVERGED, DONE
+from feedbackpath.cli.output import make_console, make_table
 from feedbackpath.cli.running import run
 from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.settings import merge_config
@@ -28,14 +27,47 @@ def hardware(
         "runs/hardware"
     ),
     resume: Annotated[bool, Parameter(help="go on with what --out holds, if anything", negative="")] = False,
+    costs: Annotated[
+        Path | None, Parameter(help="YAML file of what operations take, in pJ, and parts, in um2")
+    ] = None,
 ) -> int:
     """Train by several rules with W and B in arrays of imperfect devices; as `compare --chip` does.
+
+    Says what the arrays do in a step on average, and what that takes in energy and area beside one array that
+    backprop reads both ways.
 
     Unless given: digits, mlp, --lr 0.05, 10 epochs, --chip reram, rules bp,fa,ss,kp,wm.
 
     Exit codes: 0 done, 2 bad input, 3 a run diverged, 130 or 143 interrupted (what was done is kept).
     """
-    return run(merge_config(flags, config, FIRST), out, resume=resume)
+    from feedbackpath.errors import ConfigError
+    from feedbackpath.hardware import Costs
+    from feedbackpath.hardware.counter import can_count
+    from feedbackpath.report.counts import counts_table, energy_table, mean_counts
+    from feedbackpath.rules import RULES
+    from feedbackpath.train.chips import read_costs
+    from feedbackpath.train.results import read_results
+
+    taken = Costs() if costs is None else read_costs(costs)
+    settings = merge_config(flags, config, FIRST)
+    if costs is not None and not any(can_count(RULES[rule]) for rule in settings.rules if rule in RULES):
+        raise ConfigError(
+            f"--costs has no effect here: what arrays do under {', '.join(settings.rules)} is not modelled; "
+            "leave it out"
+        )
+    code = run(settings, out, resume=resume)
+    if code not in (DONE, DIVERGED):
+        return code
+    console, counted = make_console(), mean_counts(read_results(out))
+    left = [rule for rule in settings.rules if rule not in counted]
+    if counted:
+        console.print(counts_table(counted))
+        console.print(energy_table(counted, taken))
+    if left:
+        console.print(
+            f"not counted: {', '.join(left)}: what their arrays do is not modelled, or they diverged"
+        )
+    return code
 
 
 def tolerance(
@@ -64,7 +96,7 @@ def tolerance(
     from feedbackpath.jobs.tolerance import find_tolerance, table_of
     from feedbackpath.report.tolerance import draw_tolerance
 
-    console = Console(highlight=False, markup=False)
+    console = make_console()
     settings = merge_config(flags, config, STUDIED)
     try:
         kept = find_tolerance(
@@ -75,7 +107,7 @@ def tolerance(
         console.print(f"interrupted: what has ended is kept in {out}; --resume goes on")
         return stop.exit_code
     heading, rows = table_of(kept)
-    table = Table(*heading)
+    table = make_table(*heading)
     for row in rows:
         table.add_row(*row)
     console.print(table)

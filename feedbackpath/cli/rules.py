@@ -44,14 +44,14 @@ def rules(
 
 def _describe(name: str, rule: Any) -> dict[str, Any]:
     from feedbackpath.rules.base import Facts, group_of
+    from feedbackpath.rules.registry import what_of
 
     facts = vars(rule).get("facts", Facts())  # a rule derived from another has facts of its own, or none
-    summary = (rule.__doc__ or "").strip().splitlines()[:1]
     return {
         "rule": name,
         "class": rule.__name__,
         "group": group_of(rule),
-        "what": " ".join(summary).replace("`", ""),
+        "what": what_of(rule),
         **asdict(facts),
     }
 

@@ -14,6 +14,7 @@ from feedbackpath.core.batchnorm import SigmaBatchNorm
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight, is_torchs_own, kind_of
 from feedbackpath.core.modules import FeedbackModule
+from feedbackpath.core.sendback import LOCAL
 from feedbackpath.core.surgery import retie_module, retie_norm, send_back_sigma, untie_modules
 from feedbackpath.errors import UntieError
 
@@ -136,7 +137,7 @@ def _is_one_product(module: FeedbackModule) -> bool:
     untied = module.untied
     if not (untied.weights and untied.is_watched) or untied.tells_rule or untied.rule.gradients is not None:
         return False
-    return untied.send_back.is_local and kind_of(module).is_one_product and is_torchs_own(module.plain_type)
+    return untied.send_back == LOCAL and kind_of(module).is_one_product and is_torchs_own(module.plain_type)
 
 
 def _new_feedback(weight: UntiedWeight, rule: Any) -> nn.Parameter | None:

@@ -2,7 +2,9 @@
 
 from feedbackpath.hardware import devices
 from feedbackpath.hardware.chip import Chip
+from feedbackpath.hardware.counter import Counter
+from feedbackpath.hardware.counts import ArrayCounts, Costs, Work
 from feedbackpath.hardware.readout import Read
 from feedbackpath.hardware.wiring import Wiring
 
-__all__ = ["Chip", "Read", "Wiring", "devices"]
+__all__ = ["ArrayCounts", "Chip", "Costs", "Counter", "Read", "Wiring", "Work", "devices"]

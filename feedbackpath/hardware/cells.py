@@ -13,6 +13,7 @@ Sources: Gokmen & Vlasov 2016; Rasch et al. 2021 (the package aihwkit), whose na
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -36,6 +37,7 @@ class Cells(NamedTuple):
         shift: What is taken off the cell's own state to read a weight: see ``Reference``.
         is_stuck: Which cells never change; None: no cell.
         minus: State of the second cell of each pair, which writes change: see ``Pair``; None: no pairs.
+        counted: Told of the pulses that arrive, where a chip counts them; copies are not.
     """
 
     up: Values
@@ -45,6 +47,22 @@ class Cells(NamedTuple):
     shift: Values = 0.0
     is_stuck: Tensor | None = None
     minus: Tensor | None = None
+    counted: "Counted | None" = None
+
+
+class Counted:
+    """Tells who counts of the pulses that arrive at one array.
+
+    Args:
+        tell: Called with the pulses of each cell.
+    """
+
+    def __init__(self, tell: Callable[[Tensor], None]) -> None:
+        self.tell = tell
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let copies of an array be counted by nobody."""
+        return type(None), ()
 
 
 def either(is_up: Tensor, up: Values, down: Values, like: Tensor) -> Tensor:
@@ -85,6 +103,7 @@ class Device:
     stuck: float = 0.0
 
     is_ideal: ClassVar[bool] = False
+    cells_per_weight: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         """Refuse settings that no device has."""
@@ -146,6 +165,8 @@ class Device:
         self, w: Tensor, pulses: Tensor, is_up: Tensor, cells: Cells, generator: torch.Generator | None
     ) -> Tensor:
         """Return weights after so many pulses, all in one direction for each cell."""
+        if cells.counted is not None:
+            cells.counted.tell(pulses)
         state = w if isinstance(cells.shift, float) else w + cells.shift
         new = self.after(state, pulses, is_up, cells)
         if self.noise and generator is not None:

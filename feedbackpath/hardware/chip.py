@@ -3,56 +3,24 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from feedbackpath.core.context import generator_of
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.pytorch import version_of
 from feedbackpath.errors import ChipError
-from feedbackpath.hardware.cells import Cells, Device, Ideal
-from feedbackpath.hardware.readout import OutputPort, Port, Read, can_read
+from feedbackpath.hardware.arrays import Array
+from feedbackpath.hardware.cells import Device, Ideal
+from feedbackpath.hardware.counter import Counter, unknown_in
+from feedbackpath.hardware.readout import OutputPort, Port, Read, can_read, reads_of
 from feedbackpath.hardware.samples import write_samples
 from feedbackpath.hardware.wiring import Line, Wiring
 
 Update = Literal["net", "samples", "samples-exact"]
 Groups = Sequence[tuple[Any, Sequence[UntiedWeight]]]
-SIGNALS = ("forward", "backward", "update", "mirror")
-
-
-@dataclass
-class Array:
-    """One array of cells.
-
-    Attributes:
-        weight: Whose it is.
-        side: ``"forward"``: it holds W; ``"feedback"``: B.
-        device: What its cells are.
-        cells: What was drawn for them.
-        line: What brings updates to it.
-        before: Its values before the write that is going on.
-        gradient: That of B, while the optimizer has what has arrived of it.
-        idle: Updates since each cell was written, where that counts.
-        signals: Pairs of x and delta of this step, where single samples are written.
-    """
-
-    weight: UntiedWeight
-    side: str
-    device: Device
-    cells: Cells
-    line: Line | None = None
-    before: Tensor | None = None
-    gradient: Tensor | None = None
-    idle: Tensor | None = None
-    signals: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    @property
-    def values(self) -> nn.Parameter:
-        """The weights that it holds."""
-        return self.weight.weight if self.side == "forward" else self.weight.feedback
 
 
 class Chip:
@@ -106,10 +74,12 @@ class Chip:
         self.device = device or Ideal()
         self.feedback_device = feedback_device or self.device
         self.wiring, self.update, self.verify, self.seed = wiring or Wiring(), update, verify, seed
-        self.reads = _reads_of(read)
+        self.reads = reads_of(read)
         self.is_mirroring = False
         self.is_attached = False
+        self.counter: Counter | None = None
         self._groups: Groups = ()
+        self._weights: Sequence[UntiedWeight] = ()
         self._arrays: dict[tuple[str, str], Array] = {}
         self._ports: list[Any] = []
         self._generators: dict[str, torch.Generator] = {}
@@ -153,6 +123,7 @@ class Chip:
             path.retie()
             raise
         self._groups, path.chip, path.context.writes_apart = path.groups, self, not self.writes_ideally
+        self._weights = path.weights
 
     def _put_ports(self, path: Any) -> None:
         """Put converters about the arrays of every layer."""
@@ -177,9 +148,30 @@ class Chip:
         """Let go of a model: it is retied."""
         for port in self._ports:
             port.remove()
+        if self.counter is not None:
+            self.counter.stop()
         self._ports.clear()
         self._arrays.clear()
-        self._groups, self.is_attached = (), False
+        self._groups, self._weights, self.is_attached = (), (), False
+
+    @property
+    def can_count(self) -> bool:
+        """Whether what the arrays do under the model's rules is modelled."""
+        return not unknown_in(self._weights)
+
+    def counting(self) -> Counter:
+        """Count what the arrays do from now on, as a context manager or until ``stop``: see ``Counter``.
+
+        Raises:
+            ChipError: The chip holds no model yet, counts already, or a rule does what is not modelled.
+        """
+        if not self._groups or self.counter is not None:
+            why = "it counts already" if self._groups else "untie(model, rule, chip=chip) comes first"
+            raise ChipError(f"chip.counting: {why}")
+        self.counter = Counter(self, self._weights)
+        for array in self._arrays.values():
+            array.count_for(self)
+        return self.counter
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Let devices write what an optimizer asks for, from its next step on.
@@ -219,6 +211,8 @@ class Chip:
         arrays = [] if self.writes_ideally else [one for one in self._all_arrays() if one.side == "feedback"]
         before = [(one, version_of(one.values), one.values.detach().clone()) for one in arrays]
         was_mirroring, self.is_mirroring = self.is_mirroring, True
+        if self.counter is not None:
+            self.counter.before_rules()
         try:
             yield
         finally:
@@ -227,6 +221,10 @@ class Chip:
             if version_of(array.values) != version:
                 with torch.no_grad():
                     self._write(array, values, array.values.detach() - values)
+                if self.counter is not None:
+                    self.counter.asked(array)
+        if self.counter is not None:
+            self.counter.after_rules(is_step)
 
     def generator(self, purpose: str, device: torch.device) -> torch.Generator:
         """Return the random numbers that go on from one use to the next; they are kept with checkpoints."""
@@ -255,12 +253,15 @@ class Chip:
             for key, one in self._arrays.items()
         }  # fmt: skip
         states = {purpose: one.get_state() for purpose, one in self._generators.items()}
-        return {"generators": self._loaded | states, "arrays": arrays}
+        counts = {} if self.counter is None else {"counts": self.counter.state_dict()}
+        return {"generators": self._loaded | states, "arrays": arrays, **counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to where ``state`` was taken."""
         self._loaded, self._generators = dict(state["generators"]), {}
         self._arrays.clear()
+        if self.counter is not None and "counts" in state:
+            self.counter.load_state_dict(state["counts"])
         for array in self._all_arrays():
             kept = state["arrays"].get(f"{array.weight.name}/{array.side}")
             if kept is not None:
@@ -292,10 +293,13 @@ class Chip:
         found = []
         for _, group in self._groups:
             for weight in group:
-                found.append(self._array(weight, "forward"))
-                if weight.has_feedback and not weight.is_tied:
-                    found.append(self._array(weight, "feedback"))
+                found += self.arrays_of(weight)
         return found
+
+    def arrays_of(self, weight: UntiedWeight) -> list[Array]:
+        """Return the array of W, and that of B where there is one."""
+        has_b = weight.has_feedback and not weight.is_tied
+        return [self._array(weight, side) for side in ("forward", "feedback")[: 1 + has_b]]
 
     def _array(self, weight: UntiedWeight, side: str) -> Array:
         key = weight.name, side
@@ -310,6 +314,7 @@ class Chip:
                 inputs = values.shape[1]
                 line = Line(self.wiring, self.wiring.partners(inputs, drawn) if self.wiring.swapped else None)
             self._arrays[key] = Array(weight, side, device, cells, line)
+            self._arrays[key].count_for(self)
         return self._arrays[key]
 
     @torch.no_grad()
@@ -337,6 +342,8 @@ class Chip:
                     asked.sub_(before, alpha=(self.wiring.decay - 1.0) * decay)
                 if array.gradient is not None:
                     array.values.grad, array.gradient = array.gradient, None
+                if self.counter is not None:
+                    self.counter.asked(array)
                 if array.signals:
                     self._write_samples(array, before, group["lr"], decay)
                 else:
@@ -346,6 +353,8 @@ class Chip:
     def _write(self, array: Array, before: Tensor, asked: Tensor) -> None:
         """Let cells be asked for changes, and hold what comes of it."""
         values = array.values
+        if self.counter is not None:
+            self.counter.wrote(array)
         if array.device.is_ideal:
             values.copy_(before + asked)
             return
@@ -367,6 +376,8 @@ class Chip:
             )
         values.copy_(new)
         if decay:
+            if self.counter is not None:
+                self.counter.read_cells(array)
             self._write(array, new, new * -decay)
         self._note_written(array, before)
 
@@ -386,15 +397,3 @@ class Chip:
             idle = torch.ones_like(values) if array.idle is None else array.idle
             values.mul_((idle / (idle + 1.0)).pow_(device.drift))
             array.idle = idle + 1.0
-
-
-def _reads_of(read: Read | Mapping[str, Read] | None) -> dict[str, Read]:
-    """Return how each signal is read."""
-    if read is None or isinstance(read, Read):
-        one = read or Read()
-        return {"forward": one, "backward": one, "update": Read(), "mirror": one}
-    unknown = [repr(name) for name in read if name not in SIGNALS]
-    if unknown:
-        raise ChipError(f"Chip: read= has {', '.join(unknown)}; the signals are {', '.join(SIGNALS)}")
-    given = {"mirror": read.get("forward", Read())} | dict(read)
-    return {name: given.get(name, Read()) for name in SIGNALS}

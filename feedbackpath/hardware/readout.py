@@ -9,6 +9,7 @@ is taken for 1, so that nothing but these signals changes.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from feedbackpath.mirror import fields
 
 if TYPE_CHECKING:
     from feedbackpath.hardware.chip import Chip
+
+SIGNALS = ("forward", "backward", "update", "mirror")
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,18 @@ class Read:
             if neurons is not None:
                 read = read + rms * self.offset * neurons[1]
         return self.quantized(read, self.out_range, self.out_bits or self.bits)
+
+
+def reads_of(read: Read | Mapping[str, Read] | None) -> dict[str, Read]:
+    """Return how each signal is read."""
+    if read is None or isinstance(read, Read):
+        one = read or Read()
+        return {"forward": one, "backward": one, "update": Read(), "mirror": one}
+    unknown = [repr(name) for name in read if name not in SIGNALS]
+    if unknown:
+        raise ChipError(f"Chip: read= has {', '.join(unknown)}; the signals are {', '.join(SIGNALS)}")
+    given = {"mirror": read.get("forward", Read())} | dict(read)
+    return {name: given.get(name, Read()) for name in SIGNALS}
 
 
 def can_read(weight: UntiedWeight) -> bool:

@@ -1,6 +1,7 @@
 """How a pulse depends on the weight: the responses that devices are described by."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -225,6 +226,7 @@ class Reference(SoftBounds):
     """
 
     error: float = 0.0
+    cells_per_weight: ClassVar[int] = 2
 
     def draw(self, like: Tensor, generator: torch.Generator) -> Cells:
         """Draw the cells, and their references."""
@@ -258,6 +260,7 @@ class Pair(Device):
 
     cell: Device = field(default_factory=lambda: SoftBounds(low=0.0))
     full: float = 0.9
+    cells_per_weight: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         """Take step and bound from the cell."""

@@ -63,20 +63,21 @@ def symmetry_spread(bound: float, asymmetry_spread: float) -> float:
     return bound * asymmetry_spread / math.sqrt(2.0)
 
 
-def mirror_angle_deg(inputs: int, samples: int, noise: float) -> float:
+def mirror_angle_deg(inputs: int, samples: int, noise: float, spread: float = 1.0) -> float:
     """Return the angle that independent mirror noise leaves, where answers are read with noise.
 
-    For a linear layer and noise as a share of the answers' root mean square, in degrees::
+    For noise as a share of the answers' root mean square, in degrees::
 
-        tan(angle) = sqrt((n + n noise^2) / N)        (one input's own share of an answer does not disturb)
+        tan(angle) = sqrt(c n (1 + noise^2) / N)      (one input's own share of an answer does not disturb)
 
     Args:
         inputs: n, inputs of a neuron.
         samples: N, samples that a plain average is taken over.
         noise: Noise of the read-out, as ``Read(noise=...)``.
+        spread: c, how much more an answer scatters than that of a linear neuron: 2 - 2/pi behind a ReLU.
 
     Example:
         >>> round(mirror_angle_deg(64, 2048, 0.0)), round(mirror_angle_deg(64, 2048, 1.0))
         (10, 14)
     """
-    return math.degrees(math.atan(math.sqrt(inputs * (1.0 + noise**2) / samples)))
+    return math.degrees(math.atan(math.sqrt(spread * inputs * (1.0 + noise**2) / samples)))

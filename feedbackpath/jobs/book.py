@@ -48,7 +48,8 @@ FREE_TO_CHANGE = {  # on --resume; all else decides the numbers
     "checkpoint_steps", "keep_checkpoints", "data_dir", "imports",
     "on_bad_image",  # until a bad image is met, both do the same, and "error" ends there
 }  # fmt: skip
-FREE_TO_MOVE = {"source"}  # among the data's facts: a checksum says whether it is the same data
+FREE_TO_MOVE = {"source", "classes", "chance"}
+"""Facts that may be told otherwise, or not at all: a checksum says whether it is the same data."""
 FILES = ("config.yaml", "history.jsonl", "model.safetensors", "report.html")  # beside results.json
 LAUNCH = ".launch"
 STATE = {
@@ -312,7 +313,7 @@ def _enter_if_best(run: Run, metric: Metric) -> None:
 
 def _looks_of(rules: set[str], old: Results | None) -> dict[str, Look]:
     """Return the looks that users have set; a rule of an earlier call may not be registered any more."""
-    known = {rule: Look(label=label, colour=colour) for rule, (label, colour) in looks_of_rules().items()}
+    known = {rule: Look(**look) for rule, look in looks_of_rules().items()}
     return {rule: look for rule, look in ((old.looks if old else {}) | known).items() if rule in rules}
 
 
@@ -329,7 +330,7 @@ def metric_of(task: Task) -> Metric:
 
 def facts_of(config: TrainConfig, task: Task) -> DataFacts:
     """Return what a task's data says of itself, under the name that the config has for it."""
-    return DataFacts(**{"name": config.data, **task.facts})
+    return DataFacts(**{"name": config.data, **task.facts, **task.guessing})
 
 
 def _refuse_other_settings(

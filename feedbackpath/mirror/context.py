@@ -20,6 +20,7 @@ from feedbackpath.mirror.activations import (
     out_of_place,
     refuse_no_activation,
 )
+from feedbackpath.mirror.cost import Dues, dues_of
 from feedbackpath.mirror.estimate import Estimate
 from feedbackpath.mirror.fields import Field, make_field
 from feedbackpath.mirror.schedule import Schedule
@@ -43,6 +44,7 @@ class MirrorContext:
         uses: How often a training step uses each value of a weight; empty until a step has been seen.
         shapes: Shape of the input that a training step called each layer with, of all devices together.
         schedules: By the name of a rule's first weight, whose turn it is among that rule's weights.
+        paid: What a network would have paid for all passes of this process; resuming begins anew with it.
     """
 
     def __init__(self, path: RuleContext) -> None:
@@ -56,6 +58,7 @@ class MirrorContext:
         self.uses: dict[str, float] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.schedules: dict[str, Schedule] = {}
+        self.paid: dict[str, Dues] = {}
         self._fields: dict[tuple[Any, ...], Field] = {}
         self._warned: set[tuple[str, str]] = set()
 
@@ -143,6 +146,10 @@ class MirrorContext:
         name = found.weight.name
         self.samples[name] = self.samples.get(name, 0) + found.num_samples
         return self.samples[name]
+
+    def pay(self, weight: UntiedWeight, field: Field, examples: int) -> None:
+        """Note what a network pays for a pass of so many examples."""
+        self.paid[weight.name] = self.paid.get(weight.name, Dues()) + dues_of(field, examples)
 
     def forget(self, weight: UntiedWeight) -> None:
         """Begin anew with a weight."""

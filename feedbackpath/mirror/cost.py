@@ -4,6 +4,7 @@ The simulation's work is counted in FLOPs as in Appendix B of Akrout et al. 2019
 weight and a signal that is added up. Both follow from layers' sizes and uses alone, on every machine.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -51,20 +52,34 @@ class Dues:
         spikes: Signals that neurons send: noise, and the answers to it.
     """
 
-    samples: int
-    reads: int
-    writes: int
-    spikes: int
+    samples: int = 0
+    reads: int = 0
+    writes: int = 0
+    spikes: int = 0
+
+    def __add__(self, other: "Dues") -> "Dues":
+        """Return the dues of both."""
+        return Dues(
+            self.samples + other.samples,
+            self.reads + other.reads,
+            self.writes + other.writes,
+            self.spikes + other.spikes,
+        )
 
 
 def dues_of(field: Field, examples: int) -> Dues:
     """Return what a network pays for a pass of so many examples."""
-    weight, reads = field.weight, examples * field.answers
-    channels = weight.weight.shape[1] * field.groups if weight.transposed else len(weight.weight)
+    reads, fired = examples * field.answers, examples * torch.Size(field.shape).numel()
+    return Dues(examples, reads, reads, fired + reads * channels_of(field.weight))
+
+
+def channels_of(weight: UntiedWeight) -> int:
+    """Return how many neurons answer at one position of a layer's map."""
     if is_local(weight):
-        channels = weight.weight.shape[:3].numel()
-    fired = examples * torch.Size(field.shape).numel()
-    return Dues(examples, reads, reads, fired + reads * channels)
+        return weight.weight.shape[:3].numel()
+    if weight.transposed:
+        return int(weight.weight.shape[1] * weight.layer.groups)
+    return len(weight.weight)
 
 
 class UseCounter:
@@ -78,11 +93,15 @@ class UseCounter:
 
     Attributes:
         uses: The counts, by the weight's name.
+        sent: Those of them whose error goes back through the weight's place to an earlier layer.
+        inputs: How many values the weight met.
         shapes: Of the input that the weight met last.
     """
 
     def __init__(self, weights: Sequence[UntiedWeight], path: RuleContext | None = None) -> None:
         self.uses: dict[str, float] = {}
+        self.sent: dict[str, float] = {}
+        self.inputs: dict[str, float] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._path = path
         self._names = {(id(weight.layer), weight.weight_name): weight.name for weight in weights}
@@ -141,6 +160,10 @@ class UseCounter:
         size = len(weight.weight)
         share = len(range(*rows.indices(size))) / size
         name = self._names[id(weight.layer), weight.weight_name]
-        self.uses[name] = self.uses.get(name, 0.0) + positions * share
+        values = math.prod(seen) * share
+        for known, count in ((self.uses, positions * share), (self.inputs, values)):
+            known[name] = known.get(name, 0.0) + count
+        if x.requires_grad:
+            self.sent[name] = self.sent.get(name, 0.0) + positions * share
         is_recurrent = isinstance(weight.layer, Recurrent)  # its state, or its layers', has another size
         self.shapes[name] = (*seen[:-1], weight.weight.shape[1]) if is_recurrent else seen

@@ -233,6 +233,8 @@ def mirror_once(context: MirrorContext, weight: UntiedWeight, settings: Mirror) 
     name = weight.name
     if can_read_out(weight, context.activations[name], context.odd_slopes[name], settings):
         read_out(weight)
+        field = context.field(weight, settings, None)
+        context.pay(weight, field, examples_of(field, settings, None))
         context.passes[name] = context.passes.get(name, 0) + 1
     else:
         learn(context, fire(context, weight, settings), settings)
@@ -252,6 +254,7 @@ def fire_alike(
     examples, rank = examples_of(field, settings, seen), own_rank(settings)
     for _ in range(passes):
         generator = context.generator(weight, rank)
+        context.pay(weight, field, examples)
         yield estimate(field, context.activations[weight.name], settings, examples, generator)
 
 

@@ -31,7 +31,7 @@ __all__ = [
 
 
 def write_report(results: Results, folder: Path, *, figures: bool = True) -> list[Path]:
-    """Write ``figures/*.png``, ``figures/*.pdf`` and ``report.html`` into ``folder``.
+    """Write ``figures/*.png``, ``*.pdf`` and ``*.svg``, and ``report.html`` into ``folder``.
 
     May be called again and again while runs are going on: each file is replaced in one step, so that a reader
     never meets half of one. A figure that nothing was measured for is not written.
@@ -83,7 +83,8 @@ def _write(panels: Sequence[Panel], folder: Path, *, figures: bool) -> list[Path
 
     drawn = render_figures(panels) if figures else {}
     files = {folder / "figures" / name: content for name, content in drawn.items()}
-    files[folder / "report.html"] = render_page(panels).encode("utf-8", "backslashreplace")
+    page = render_page(panels, figures=drawn)
+    files[folder / "report.html"] = page.encode("utf-8", "backslashreplace")
     for path, content in files.items():
         write_bytes(path, content)
     return list(files)

@@ -23,6 +23,13 @@ class Curve:
     errors: list[float | None]
     n: list[int]
 
+    @property
+    def band(self) -> tuple[list[float], list[float]]:
+        """The mean less and plus its standard error; of a positive mean a tenth is left on a log axis."""
+        spans = [(mean, error or 0.0) for mean, error in zip(self.means, self.errors, strict=True)]
+        low = [max(mean - error, mean / 10) if mean > 0 else mean - error for mean, error in spans]
+        return low, [mean + error for mean, error in spans]
+
 
 LearningCurves = list[tuple[Run | None, Curve]]
 """The metric of a rule: the mean of its finished runs (None), then each run that did not finish."""
@@ -103,9 +110,14 @@ def layer_curves_by_rule(runs: Iterable[Run], quantities: Iterable[str]) -> dict
     return {rule: curves for rule, curves in groups.items() if any(curves.values())}
 
 
-def largest_mean(groups: Iterable[LayerCurves]) -> float:
-    """Return the largest mean of any layer in any of the groups; 0 where there are none."""
-    return max((mean for curves in groups for curve in curves.values() for mean in curve.means), default=0.0)
+def all_means(groups: Iterable[LayerCurves]) -> list[float]:
+    """Return the means of all layers in all of the groups."""
+    return [mean for curves in groups for curve in curves.values() for mean in curve.means]
+
+
+def ends_of_bands(curves: Iterable[LearningCurves]) -> list[float]:
+    """Return all that an axis for these curves has to reach."""
+    return [end for lines in curves for _, curve in lines for ends in curve.band for end in ends]
 
 
 def layers_of(entry: Entry, quantity: str) -> Layers:

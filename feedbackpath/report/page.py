@@ -1,7 +1,7 @@
 """The interactive page: one HTML file that fetches nothing."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,32 @@ from plotly.offline import get_plotlyjs
 from feedbackpath.report.charts import draw_layers, draw_learning_curves
 from feedbackpath.report.curves import group_by_rule
 from feedbackpath.report.equivalence import describe
-from feedbackpath.report.panels import Panel, list_differences, styles_of
-from feedbackpath.report.style import Styles
-from feedbackpath.report.table import describe_divergence, error_rows, seeds_by_stop, summary_rows
+from feedbackpath.report.panels import Panel, list_differences, styles_of, suffix_of
+from feedbackpath.report.style import Styles, in_order
+from feedbackpath.report.table import (
+    MISSING,
+    describe_divergence,
+    error_rows,
+    format_metric,
+    seeds_by_stop,
+    summary_rows,
+)
+from feedbackpath.rules import RULES
+from feedbackpath.rules.registry import OWN, what_of
 from feedbackpath.train.results import Results, Run
 
+EMPTY = {"δ norm": MISSING, "minus bp": MISSING, "status": "finished"}
+"""Columns of the table that are left out where they say this of every rule."""
 SHOWN_OF_SOURCES = ("command", "device", "model", "data", "config", "versions")
 
 
-def render_page(panels: Sequence[Panel]) -> str:
-    """Render the report of one panel, or of several side by side, as one self-contained HTML page."""
+def render_page(panels: Sequence[Panel], *, figures: Collection[str] = ()) -> str:
+    """Render the report of one panel, or of several side by side, as one self-contained HTML page.
+
+    Args:
+        panels: The panels.
+        figures: Names of the files in ``figures/`` beside the page, which it offers to save.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -35,15 +51,63 @@ def render_page(panels: Sequence[Panel]) -> str:
         panels=[
             {
                 "title": panel.title,
-                "rows": summary_rows(panel.runs, metric),
+                "task": describe_task(panel),
+                "rows": _rows_of(panel),
                 "curves": curves,
-                "layers": draw_layers(panel, styles),
+                "layers": draw_layers(panel),
+                "suffix": suffix_of(panel, panels),
             }
             for panel, curves in zip(panels, draw_learning_curves(panels, styles), strict=True)
         ],
         plotly_js=Markup(get_plotlyjs()),
         styles=styles,
+        rules=describe_rules(panels),
+        figures=figures,
     )
+
+
+def describe_task(panel: Panel) -> str:
+    """Say what is learned, what guessing gives, and by how much training, as far as the results tell.
+
+    Example:
+        >>> from feedbackpath.report.panels import make_panel
+        >>> from feedbackpath.train.results import DataFacts
+        >>> data = DataFacts(name="digits", classes=10, chance=90.0, sizes={"test": 347})
+        >>> results = Results(model="mlp", data=data, config={"epochs": 2}, runs=[Run(rule="kp", seed=0)])
+        >>> describe_task(make_panel([("runs/kp", results)])).partition(". ")[2]
+        'Guesses at random have a test error of 90.0%. It is measured on 347 samples after each of 2 epochs.'
+    """
+    results, metric = panel.sources[0][1], panel.metric
+    facts = results.data.model_extra or {}
+    classes, chance, sizes = facts.get("classes"), facts.get("chance"), facts.get("sizes")
+    epochs, tested = results.config.get("epochs"), sizes.get("test") if isinstance(sizes, dict) else None
+    what = f"tells apart the {classes:,} classes of" if isinstance(classes, int) else "learns"
+    sentences = [f"The network {results.model or 'of the runs'} {what} {results.data.name or 'its data'}."]
+    if isinstance(chance, int | float):
+        sentences.append(f"Guesses at random have a {metric.label} of {format_metric(metric, chance)}.")
+    if isinstance(tested, int):
+        when = f" after each of {epochs:,} epochs" if isinstance(epochs, int) else ""
+        sentences.append(f"It is measured on {tested:,} samples{when}.")
+    return " ".join(sentences)
+
+
+def describe_rules(panels: Sequence[Panel]) -> dict[str, tuple[str, str]]:
+    """Return what rules do, and their equations, where that is known; of users' rules the results say it."""
+    looks = {rule: look for panel in panels for _, file in panel.sources for rule, look in file.looks.items()}
+    facts = {}
+    for rule in in_order(run.rule for panel in panels for run in panel.runs):
+        if rule in looks and (what := looks[rule].what):
+            facts[rule] = what, ""
+        elif rule in OWN:
+            facts[rule] = what_of(RULES[rule]), RULES[rule].facts.equation
+    return facts
+
+
+def _rows_of(panel: Panel) -> list[dict[str, str]]:
+    """Return the rows of a panel's table, without columns in which no run has anything to say."""
+    rows = summary_rows(panel.runs, panel.metric)
+    empty = [name for name in EMPTY if all(row[name] == EMPTY[name] for row in rows)]
+    return [{name: text for name, text in row.items() if name not in empty} for row in rows]
 
 
 def list_notes(panel: Panel) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from feedbackpath.errors import ConfigError
-from feedbackpath.report.style import Styles, choose_styles
+from feedbackpath.report.style import Styles, choose_styles, in_order
 from feedbackpath.train.results import Metric, Results, Run
 
 Source = tuple[str, Results]
@@ -39,8 +39,10 @@ class Panel:
 
     @property
     def runs(self) -> list[Run]:
-        """The runs of all sources."""
-        return [run for _, results in self.sources for run in results.runs]
+        """The runs of all sources, in the order of their rules."""
+        runs = [run for _, results in self.sources for run in results.runs]
+        rules = in_order(run.rule for run in runs)
+        return sorted(runs, key=lambda run: rules.index(run.rule))
 
     @property
     def metric(self) -> Metric:
@@ -106,7 +108,12 @@ def join_runs(panels: Sequence[Panel]) -> list[Run]:
 def styles_of(panels: Sequence[Panel]) -> Styles:
     """Choose the styles of all rules of the panels."""
     looks = {rule: look for panel in panels for _, file in panel.sources for rule, look in file.looks.items()}
-    return choose_styles((run.rule for run in join_runs(panels)), looks)
+    return choose_styles(in_order(run.rule for run in join_runs(panels)), looks)
+
+
+def suffix_of(panel: Panel, panels: Sequence[Panel]) -> str:
+    """Return what the names of a panel's own figures end in, where there are several panels."""
+    return f"-{panel.file_name}" if len(panels) > 1 else ""
 
 
 def list_differences(panel: Panel) -> list[str]:

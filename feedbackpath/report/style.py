@@ -45,11 +45,11 @@ _BUILT_IN = {  # colours from the palettes of Okabe and Ito (2008), and below of
     "bp": ("backprop", "#000000", "-", "o"),
     "fa": ("feedback alignment", "#E69F00", ":", "s"),
     "ss": ("sign-symmetry", "#CC79A7", "-.", "^"),
-    "wm": ("weight mirror", "#009E73", "--", "D"),
     "kp": ("Kolen–Pollack", "#0072B2", "-", "v"),
-    "mirror-fa": ("mirror, then feedback alignment", "#D55E00", ":", "X"),
-    "mirror-kp": ("mirror, then Kolen–Pollack", "#56B4E9", "--", "P"),
+    "wm": ("weight mirror", "#009E73", "--", "D"),
     "wm-exact": ("exact read-out", "#999999", "-.", "D"),
+    "mirror-kp": ("mirror, then Kolen–Pollack", "#56B4E9", "--", "P"),
+    "mirror-fa": ("mirror, then feedback alignment", "#D55E00", ":", "X"),
     "fa-lowrank": ("feedback alignment of low rank", "#F0E442", "-.", "s"),
     "fa-sparse": ("sparse feedback alignment", "#DDCC77", "--", "s"),
     "sc": ("sign-concordant feedback", "#AA4499", ":", "^"),
@@ -66,6 +66,8 @@ _BUILT_IN = {  # colours from the palettes of Okabe and Ito (2008), and below of
     "stdwi": ("spike-timing weight inference", "#CCBB44", "-", "D"),
     "kh": ("competing hidden units", "#AAAA00", "--", "X"),
 }
+ORDER = tuple(_BUILT_IN)
+"""The order of built-in rules in every table, legend and row of panels of a page; users' rules follow."""
 _OTHER_COLOURS = ("#332288", "#882255", "#999933", "#44AA99", "#666666")
 
 
@@ -93,6 +95,17 @@ def choose_styles(rules: Iterable[str], looks: Mapping[str, Look]) -> Styles:
     for rule in sorted(theirs, key=lambda rule: theirs[rule].colour is None):
         styles[rule] = _choose(rule, theirs[rule], list(styles.values()))
     return {rule: styles[rule] for rule in rules}
+
+
+def in_order(rules: Iterable[str]) -> list[str]:
+    """Return rules, each once, in the order that all figures have.
+
+    Example:
+        >>> in_order(["mine", "wm", "kp", "bp", "wm"])
+        ['bp', 'kp', 'wm', 'mine']
+    """
+    ranks = {rule: rank for rank, rule in enumerate(ORDER)}
+    return sorted(dict.fromkeys(rules), key=lambda rule: ranks.get(rule, len(ranks)))
 
 
 def style_of(rule: str) -> RuleStyle:

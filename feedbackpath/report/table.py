@@ -17,6 +17,7 @@ from feedbackpath.report.curves import (
     unfinished,
 )
 from feedbackpath.report.panels import Panel, join_runs
+from feedbackpath.report.style import in_order
 from feedbackpath.train.results import Metric, Results, Run, Summary
 
 MISSING = "–"
@@ -111,7 +112,7 @@ def error_rows(panels: Sequence[Panel]) -> list[list[str]]:
         >>> error_rows([Panel("imagenet", "resnet18", "after", (("runs/kp", Results(runs=runs)),))])
         [['network', 'norm', 'data', 'n', 'kp'], ['resnet18', 'after', 'imagenet', '1', '3.6%']]
     """
-    rules = list(group_by_rule(join_runs(panels)))
+    rules = in_order(run.rule for run in join_runs(panels))
     return [["network", "norm", "data", "n", *rules], *(_error_row(panel, rules) for panel in panels)]
 
 
@@ -119,8 +120,9 @@ def rich_error_table(panels: Sequence[Panel]) -> Table:
     """Build the paper's table for a terminal."""
     heading, *rows = error_rows(panels)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
-    for name in heading:  # names give way before numbers do
-        table.add_column(Text(name), overflow="fold", no_wrap=name not in ("network", "data"))
+    for name, *cells in zip(heading, *rows, strict=True):  # names are folded before numbers are
+        width = 1 if name in ("network", "data") else max(map(len, cells), default=1)
+        table.add_column(Text(name), overflow="fold", min_width=width)
     for row in rows:
         table.add_row(*map(Text, row))
     return table
@@ -133,10 +135,10 @@ def rich_table(results: Results) -> Table:
     columns = [column for column in (rows[0] if rows else ()) if column != WIDE]
     for column in columns:
         width = max(len(text) for text in [*column.split(), *(row[column] for row in rows)])
-        if column == "status":  # the only one to give way: the rest fits 80 columns, its headings folded
-            table.add_column(column)
+        if column in ("rule", "status"):  # these give way, and are folded: the rest fits 80 columns
+            table.add_column(column, overflow="fold", min_width=min(width, 8))
         else:
-            table.add_column(column, justify="left" if column == "rule" else "right", width=width)
+            table.add_column(column, justify="right", width=width)
     for row in rows:
         table.add_row(*(Text(row[column]) for column in columns))
     return table

@@ -46,7 +46,7 @@ class ActivityRule(Rule):
 
     def serves(self, weights: Weights) -> bool:
         """Linear layers, and convolutions that pad with zeros; others are left to backprop."""
-        return len(weights) == 1 and _can_run(weights[0].layer)
+        return len(weights) == 1 and can_run(weights[0].layer)
 
     def slope(
         self, weight: UntiedWeight, x: Tensor, y: Tensor, context: RuleContext
@@ -88,7 +88,18 @@ class ActivityRule(Rule):
         weight.feedback.sub_(slope, alpha=self.rate)
 
 
-def _can_run(layer: nn.Module) -> bool:
+def own_noise(weight: UntiedWeight, purpose: str, context: RuleContext) -> torch.Generator:
+    """Return random numbers of this weight, purpose, step and process: each has samples of its own."""
+    return context.generator(weight, f"{purpose}{process_number() or ''}")
+
+
+def process_number() -> int:
+    """Return the rank of this process; 0 where it is the only one."""
+    return torch.distributed.get_rank() if has_processes() else 0
+
+
+def can_run(layer: nn.Module) -> bool:
+    """Whether ``forward`` is what the layer computes."""
     is_zero_padded = isinstance(layer, Convolution) and layer.padding_mode == "zeros"
     return is_torchs_own(type(layer)) and (isinstance(layer, nn.Linear) or is_zero_padded)
 

@@ -38,7 +38,7 @@ from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.sendback import SendBack
 from feedbackpath.errors import RuleError
 from feedbackpath.mirror.passage import forward_passage
-from feedbackpath.rules.activity_rule import ActivityRule, forward, product
+from feedbackpath.rules.activity_rule import ActivityRule, forward, own_noise, product
 from feedbackpath.rules.base import Facts, Weights
 from feedbackpath.rules.sample_targets import SampleTargets, inverse
 
@@ -116,7 +116,7 @@ class DifferenceTargetPropagation(ActivityRule):
     ) -> tuple[Tensor, Tensor]:
         """Return the slope of R, summed over samples, and the summed squares that it is divided by."""
         layer, b = weight.layer, weight.feedback
-        generator = context.generator(weight, "dtp")
+        generator = own_noise(weight, "dtp", context)
         eps, eta = (torch.empty_like(like).normal_(0.0, self.sigma, generator=generator) for like in (x, y))
         with forward_passage(weight.weight):
             moved = y + forward(layer, eps, weight.weight)

@@ -30,7 +30,7 @@ from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.pytorch import uncompiled
 from feedbackpath.errors import RuleError, refuse_no_size
-from feedbackpath.rules.activity_rule import ActivityRule, product
+from feedbackpath.rules.activity_rule import ActivityRule, own_noise, product
 from feedbackpath.rules.base import Facts, Weights
 
 
@@ -40,7 +40,7 @@ class PhaselessAlignment(ActivityRule):
 
     The forward pass of a model in training mode is a noisy one. ``model.eval()``, ``torch.no_grad()`` and
     measurements of the path have no noise. An activation that works in place is refused, as it overwrites
-    the output. A layer has one noise a step: what that tells is biased if the layer runs twice in a pass.
+    the output. A layer has one noise a step on each device: it tells something biased of one that runs twice.
 
     Args:
         rate: The share of B that a step replaces, between 0 and 2.
@@ -126,7 +126,7 @@ class PhaselessAlignment(ActivityRule):
     def noise(self, weight: UntiedWeight, x: Tensor, context: RuleContext) -> Tensor:
         """Return the noise of this step that rides on a layer's input: the same whenever it is asked for."""
         drawn = torch.empty(x.shape, device=x.device)
-        return drawn.normal_(0.0, self.sigma, generator=context.generator(weight, "pal")).to(x.dtype)
+        return drawn.normal_(0.0, self.sigma, generator=own_noise(weight, "pal", context)).to(x.dtype)
 
 
 @uncompiled

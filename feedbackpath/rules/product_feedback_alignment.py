@@ -32,6 +32,7 @@ from torch import Tensor
 from feedbackpath.core.context import RuleContext, generator_of
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.errors import KolenPollackWarning, RuleError
+from feedbackpath.layers import LocallyConnected2d
 from feedbackpath.rules.base import Facts, Weights
 from feedbackpath.rules.kolen_pollack import KolenPollack
 
@@ -72,8 +73,14 @@ class ProductFeedbackAlignment(KolenPollack):
     def __post_init__(self) -> None:
         """Refuse a path without neurons."""
         super().__post_init__()
+        if self.scale != "xavier":
+            raise RuleError("pfa: scale has no effect, both matrices have laws of their own; leave it out")
         if not self.expansion > 0.0:
             raise RuleError(f"pfa: expansion must be above 0, not {self.expansion}")
+
+    def serves(self, weights: Weights) -> bool:
+        """Layers whose weight meets activity as it is; not one of each position's own."""
+        return super().serves(weights) and not isinstance(weights[0].layer, LocallyConnected2d)
 
     def start(self, weights: Weights, context: RuleContext) -> None:
         """Draw every B and R, and keep their product."""
@@ -89,8 +96,8 @@ class ProductFeedbackAlignment(KolenPollack):
         """Give W the outer product, and F what comes of it through the population."""
         if product.shape != weight.weight.shape:
             raise RuleError(
-                f"pfa: a part of the weight of {weight.name!r} meets activity by itself, and its population "
-                f"is that of the whole; give this layer another rule, overrides={{{weight.name!r}: 'kp'}}"
+                f"pfa: the weight of {weight.name!r} meets activity in parts, or in another shape, and its "
+                f"population is that of the whole; give it another rule, overrides={{{weight.name!r}: 'kp'}}"
             )
         sent = torch.empty_like(product)
         matrix = _as_matrix(weight, product)

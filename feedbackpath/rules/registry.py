@@ -90,10 +90,29 @@ def register_rule(rule: type[Rule]) -> type[Rule]:
     return rule
 
 
-def looks_of_rules() -> dict[str, tuple[str | None, str | None]]:
-    """Return label and colour of the users' rules that set one of them, by name."""
+def what_of(rule: type[Rule]) -> str:
+    """Return what a rule does: the first line of its docstring, without markup.
+
+    Example:
+        >>> import feedbackpath as fp
+        >>> what_of(fp.RULES["fa"])
+        'Draw B once and leave it; W may learn to agree with it.'
+    """
+    text = vars(rule).get("__doc__") or ""
+    if text.startswith(f"{rule.__name__}("):  # what a dataclass says of itself
+        return ""
+    first = next(iter(text.strip().splitlines()), "")
+    return re.sub(r":[a-z:]+:(?=`)|`|\*\*", "", first)
+
+
+def looks_of_rules() -> dict[str, dict[str, str | None]]:
+    """Return label, colour and first line of the docstring of the users' rules that have any, by name."""
     theirs = {name: RULES[name] for name in RULES if name not in OWN}
-    return {name: (rule.label, rule.colour) for name, rule in theirs.items() if rule.label or rule.colour}
+    looks = {
+        name: {"label": rule.label, "colour": rule.colour, "what": what_of(rule) or None}
+        for name, rule in theirs.items()
+    }
+    return {name: look for name, look in looks.items() if any(look.values())}
 
 
 def resolve_rule(rule: "str | Rule") -> Rule:
@@ -103,8 +122,8 @@ def resolve_rule(rule: "str | Rule") -> Rule:
         RuleError: No rule has that name, or the rule cannot be compared with others.
 
     Example:
-        >>> resolve_rule("fa")
-        FeedbackAlignment()
+        >>> resolve_rule("bp")
+        Backprop()
     """
     if isinstance(rule, type):
         raise RuleError(f"a rule is an object, not a class: pass {rule.__name__}()")
@@ -117,14 +136,14 @@ def resolve_rule(rule: "str | Rule") -> Rule:
         try:
             hash(rule)
         except TypeError as error:
-            raise RuleError(
-                f"the rule {type(rule).__name__} has no hash, so that its layers cannot be grouped "
-                f"({error}): make it "
-                "a frozen dataclass, with settings that have one"
-            ) from error
+            what = (
+                f"the rule {type(rule).__name__} has no hash, so that its layers cannot be grouped ({error})"
+            )
+            raise RuleError(f"{what}: make it a frozen dataclass, with settings that have one") from error
         return rule
     if rule in RULES:
         return RULES[rule]()
     close = difflib.get_close_matches(rule, RULES, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = "; this is one rule's place: feedbackpath compare takes several" if "," in rule else hint
     raise RuleError(f"unknown rule {shown(rule)}; known rules are {', '.join(RULES)}{hint}")

@@ -38,6 +38,7 @@ class Task(Dataset):
         metric: What the metric is called: ``error`` gives ``test_error`` in result files.
         unit: What follows its numbers.
         lower_is_better: Which end is good.
+        chance: The metric of guesses at random; None: not known, but for `wrong_percent` told by the classes.
     """
 
     loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy
@@ -45,6 +46,19 @@ class Task(Dataset):
     metric: str = "error"
     unit: str = "%"
     lower_is_better: bool = True
+    chance: float | None = None
+
+    @property
+    def guessing(self) -> dict[str, float]:
+        """What is known of guesses at random: ``classes``, how many there are, and ``chance``, their metric.
+
+        Example:
+            >>> load_task("digits").guessing
+            {'classes': 10, 'chance': 90.0}
+        """
+        if self.chance is None and self.score is wrong_percent:
+            return {"classes": self.num_classes, "chance": 100.0 * (1.0 - 1.0 / self.num_classes)}
+        return {} if self.chance is None else {"chance": self.chance}
 
     @classmethod
     @checked(DataError)
@@ -68,7 +82,7 @@ class Task(Dataset):
             test: What to report.
             num_outputs: Outputs of the network.
             samples_per_epoch: Training samples per epoch; all of them by default.
-            settings: ``loss``, ``score``, ``metric``, ``unit``, ``lower_is_better``.
+            settings: ``loss``, ``score``, ``metric``, ``unit``, ``lower_is_better``, ``chance``.
 
         Raises:
             DataError: Inputs and targets differ in number, or there are none.

@@ -71,6 +71,7 @@ def load_text(
         score=bits_per_byte,
         metric="bits_per_byte",
         unit="",
+        chance=8.0,
     )
 
 

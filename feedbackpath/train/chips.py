@@ -2,12 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from feedbackpath.errors import ConfigError
-from feedbackpath.hardware import Chip, Read, Wiring
+from feedbackpath.hardware import Chip, Costs, Counter, Read, Wiring
 from feedbackpath.hardware.devices import Device, device_named
+from feedbackpath.path import FeedbackPath
 from feedbackpath.train.config import ChipSettings
+from feedbackpath.train.results import ArrayCounts
+from feedbackpath.train.settings import read_settings
 
 OF_THE_CHIP = ("read", "wiring", "update", "verify", "feedback")
 
@@ -45,6 +49,30 @@ def make_chip(config: ChipSettings, seed: int) -> Chip | None:
         verify=own.get("verify", 0),
         seed=seed,
     )
+
+
+def counter_of(path: FeedbackPath) -> Counter | None:
+    """Begin to count what the arrays of a path's chip do; None: it has none, or that is not modelled."""
+    return path.chip.counting() if path.chip is not None and path.chip.can_count else None
+
+
+def counts_of(counter: Counter | None) -> dict[str, ArrayCounts] | None:
+    """Return what was counted in a step, as result files have it, and begin anew; None: nothing."""
+    if counter is None:
+        return None
+    found = counter.counts() if counter.steps else {}
+    counter.reset()
+    return {array: ArrayCounts(**dataclasses.asdict(counts)) for array, counts in found.items()} or None
+
+
+def read_costs(file: Path) -> Costs:
+    """Read what operations and parts take from a YAML file; what it does not name stays as it is.
+
+    Raises:
+        ConfigError: The file cannot be read, or names what ``Costs`` has not.
+        ChipError: A value makes no sense.
+    """
+    return Costs(**read_settings(file, [field.name for field in dataclasses.fields(Costs)]))
 
 
 def _make(name: str, settings: Mapping[str, Any]) -> Device:

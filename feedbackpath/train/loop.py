@@ -17,6 +17,7 @@ from feedbackpath.measure.deltas import Delta
 from feedbackpath.moments import share_moments, why_apart
 from feedbackpath.tasks import Task
 from feedbackpath.train.build import make_network, make_optimizer, make_path, run_once
+from feedbackpath.train.chips import counter_of, counts_of
 from feedbackpath.train.config import TrainConfig
 from feedbackpath.train.divergence import LOSS_ITSELF, find_origin
 from feedbackpath.train.engine import Engine
@@ -156,8 +157,8 @@ class Training:
         self.steps_per_epoch = math.ceil((len(task.train) - 1) / config.batch_size)
         num_steps = max(config.epochs - self.mirror_epochs, 0) * self.steps_per_epoch
         self.num_steps = min(num_steps, config.max_steps or num_steps)
-        self.epoch, self.consumed, self.step = 1, 0, 0
-        self.tally = _Tally()
+        self.epoch, self.consumed, self.step, self.tally = 1, 0, 0, _Tally()
+        self.counter = counter_of(self.path)
 
     @property
     def is_mirroring(self) -> bool:
@@ -330,6 +331,7 @@ class Training:
             delta_chance_deg=_finite({name: delta.chance_deg for name, delta in deltas}),
             delta_norm_ratio=_finite({name: delta.norm_ratio for name, delta in deltas}),
             gain=_finite(self.path.gains()),
+            counts=counts_of(self.counter),
         )
         entry.seconds = time.perf_counter() - started
         return Measured(entry, self.state())

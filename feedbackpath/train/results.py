@@ -46,7 +46,7 @@ BY_LAYER = {
 }  # a layer may have any name, "test" too
 SPARSE = {
     "start", "best", "diverged_epoch", "divergence", "diverged", "validation", "unreadable_images",
-    "unreadable_test_images", "delta_chance_deg", "delta_norm_ratio",
+    "unreadable_test_images", "delta_chance_deg", "delta_norm_ratio", "counts",
 }  # fmt: skip
 """Fields that files leave out where there is nothing to say."""
 
@@ -80,6 +80,27 @@ class Metric(_Typed):
         return f" {self.unit}" if self.unit[:1].isalnum() else self.unit
 
 
+class Work(_Typed):
+    """What arrays do in a training step, on average over an epoch."""
+
+    reads: float = Field(description="vectors that are sent through an array")
+    products: float = Field(description="products of a cell and a signal in them")
+    dac: float = Field(description="values that are converted on their way in")
+    adc: float = Field(description="values that are converted on their way out")
+    writes: float = Field(description="cells that are changed, each write of a cell counted")
+    pulses: float = Field(description="pulses in these writes; ideal cells take none")
+    moved: float = Field(description="values that are brought to an array")
+
+
+class ArrayCounts(_Typed):
+    """The arrays of one kind, of all layers together."""
+
+    cells: int = Field(description="cells; pairs and reference columns have two for each weight")
+    dacs: int = Field(description="lines that signals go in by")
+    adcs: int = Field(description="lines that signals come out by")
+    work: dict[str, Work] = Field(description="by phase: `forward`, `backward`, `update`, `mirror`")
+
+
 class Entry(_Typed):
     """What was measured after an epoch, or (epoch 0) before the first."""
 
@@ -108,6 +129,9 @@ class Entry(_Typed):
     unreadable_images: int | None = Field(None, description="images left out, with `on_bad_image: skip`")
     unreadable_test_images: int | None = Field(
         None, description="images left out of the metric on that split, with `on_bad_image: skip`"
+    )
+    counts: dict[str, ArrayCounts] | None = Field(
+        None, description="with a chip: the arrays of `W`, of `B`, and `one` that backprop reads both ways"
     )
 
 
@@ -167,10 +191,11 @@ class Summary(_Typed):
 
 
 class Look(_Typed):
-    """How a rule of the user's is called and drawn; what is not given is chosen."""
+    """How a rule of the user's is called, drawn and described; a look that is not given is chosen."""
 
     label: str | None = Field(None, description="its name in full")
     colour: str | None = Field(None, pattern=r"^#[0-9A-Fa-f]{6}$", description="its colour, as `#RRGGBB`")
+    what: str | None = Field(None, description="what it does: the first line of its docstring")
 
 
 class Verdict(_Typed):

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,11 @@ def read_config(file: Path, kind: type[BaseModel] = CompareConfig) -> dict[str, 
     Raises:
         ConfigError: The file cannot be read, is no mapping, or names a setting that does not exist.
     """
+    return read_settings(file, list(kind.model_fields))
+
+
+def read_settings(file: Path, known: Sequence[str]) -> dict[str, Any]:
+    """Read a YAML file that maps some of the known names to values; see ``read_config``."""
     try:
         with file.open("rb") as opened:
             content = opened.read(MOST_BYTES + 1)  # a pipe can be read once, and a device may never end
@@ -32,7 +37,7 @@ def read_config(file: Path, kind: type[BaseModel] = CompareConfig) -> dict[str, 
         settings = yaml.safe_load(content.decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot read config file {file}: {reason}") from None
+        raise ConfigError(f"cannot read config file {file}: {reason}; give a YAML file of settings") from None
     except ConfigError:
         raise
     except Exception as error:  # its constructors raise whatever int, datetime and the like do
@@ -41,8 +46,8 @@ def read_config(file: Path, kind: type[BaseModel] = CompareConfig) -> dict[str, 
     if not isinstance(settings, dict):
         raise ConfigError(f"config file {file} must map settings to values, such as 'epochs: 6'")
     for name in settings:
-        if name not in kind.model_fields:
-            close = difflib.get_close_matches(str(name), kind.model_fields, n=1)
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"config file {file}: unknown setting {shown(name)}{hint}")
     return settings

@@ -1,0 +1,146 @@
+"""Learned feedback where forward signals are noisy or coarse: digits, an MLP 64-256-128-10.
+
+    python benchmarks/robustness.py tune
+    python benchmarks/robustness.py run
+    python benchmarks/robustness.py page
+
+``tune`` gives each rule 12 trials without noise, on validation data. ``run`` trains each with its best
+settings on 10 other seeds, under each kind of noise in what every layer answers: in training, in the mirror
+and in the test. Both go on where they were broken off. ``page`` writes the table of docs/results.md.
+
+Margin, written down before any run: the upper end of the paired 90% interval of wm minus bp is below 1 point
+in every column.
+"""
+
+import argparse
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from feedbackpath import cli
+from feedbackpath.jobs import run_job
+from feedbackpath.report.equivalence import compare_with_backprop
+from feedbackpath.report.live import LiveView
+from feedbackpath.report.table import format_with_error
+from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.results import Results, Run, read_results
+
+HERE = Path(__file__).parent
+OUT, WORK, PAGE = HERE / "robustness", Path("runs") / "robustness", HERE.parent / "docs" / "results.md"
+RULES = ("bp", "fa", "kp", "wm", "wm-exact")
+TRIALS, EPOCHS, SEEDS, FIRST_SEED, MARGIN = 12, 30, 10, 100, 1.0
+NOISE: dict[str, dict[str, Any]] = {  # of an answer: a share of itself, of its layer's root mean square; bits
+    "none": {},
+    "× 1%": {"multiplicative": 0.01},
+    "× 5%": {"multiplicative": 0.05},
+    "+ 1%": {"noise": 0.01},
+    "+ 5%": {"noise": 0.05},
+    "8 bits": {"bits": 8},
+    "4 bits": {"bits": 4},
+}
+
+
+def tune() -> None:
+    """Search settings for each rule, without noise."""
+    flags = f"--data digits --model mlp-256-128 --batch-size 32 --epochs {EPOCHS} --num-threads 1"
+    rules = ["--rules", ",".join(RULES), "--trials", str(TRIALS)]
+    cli.main(
+        [
+            "tune",
+            "--import",
+            str(HERE / "digits_mlp.py"),
+            *flags.split(),
+            *rules,
+            "--out",
+            str(WORK / "tuned"),
+            "--resume",
+        ]
+    )
+
+
+def folder_of(noise: str) -> str:
+    """Return a column's folder."""
+    return noise.replace("× ", "times-").replace("+ ", "plus-").replace("%", "-percent").replace(" ", "-")
+
+
+def run() -> None:
+    """Train all rules under each kind of noise, and keep the result files."""
+    tuned = yaml.safe_load((WORK / "tuned" / "chosen.yaml").read_text())
+    for name in ("tune.json", "chosen.yaml"):
+        keep(WORK / "tuned" / name, OUT / "tuned")
+    for noise, read in NOISE.items():
+        chip = {"chip": "ideal", "chip_settings": {"read": {"forward": read}}} if read else {}
+        seeds = {"seed": FIRST_SEED, "seeds": SEEDS, "equivalence": MARGIN}
+        config = CompareConfig(**tuned | chip | seeds)
+        folder = WORK / folder_of(noise)
+        view = LiveView(Console(quiet=True))
+        run_job(config, folder, resume=True, command="python benchmarks/robustness.py run", view=view)
+        keep(folder / "results.json", OUT / folder_of(noise))
+        print(noise, flush=True)
+
+
+def keep(file: Path, folder: Path) -> None:
+    """Copy a result file, without the folders of the machine that made it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / file.name).write_text(file.read_text().replace(f"{HERE.parent}/", ""))
+
+
+def worst_angle(runs: list[Run]) -> float:
+    """Return the largest angle of B to W in any layer after any epoch, in degrees."""
+    return max(
+        (
+            angle
+            for run in runs
+            for entry in run.history[1:]
+            for angle in entry.matrix_angle_deg.values()
+            if angle
+        ),
+        default=0.0,
+    )
+
+
+def cell(results: Results, rule: str) -> str:
+    """Return what came of a rule: error, its difference to bp with its 90% interval, worst angle, gains."""
+    runs = [run for run in results.runs if run.rule == rule and run.test is not None]
+    errors = [run.test for run in runs if run.test is not None]
+    if not errors:
+        return "not run"
+    mean = sum(errors) / len(errors)
+    spread = math.sqrt(sum((e - mean) ** 2 for e in errors) / max(1, len(errors) - 1) / len(errors))
+    parts = [format_with_error(mean, spread)]
+    if rule != "bp":
+        gains = [gain for run in runs for gain in run.history[-1].gain.values() if gain is not None]
+        parts += [
+            f"{v.difference:+.2f} ({v.low:+.2f} to {v.high:+.2f})"
+            for v in compare_with_backprop(results, MARGIN)
+            if v.rule == rule
+        ]
+        parts += [f"{worst_angle(runs):.0f}°", f"gain {min(gains):.2f}–{max(gains):.2f}"]
+    return ", ".join(parts)
+
+
+def table() -> str:
+    """Return the table of what has been run."""
+    lines = [f"| noise | {' | '.join(f'`{rule}`' for rule in RULES)} |", "|---" * (len(RULES) + 1) + "|"]
+    for noise in NOISE:
+        folder = OUT / folder_of(noise)
+        results = read_results(folder) if (folder / "results.json").exists() else Results(runs=[])
+        lines.append(f"| {noise} | {' | '.join(cell(results, rule) for rule in RULES)} |")
+    return "\n".join(lines)
+
+
+def write_page() -> None:
+    """Put the table into the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    marked = re.compile(r"(<!-- robustness:begin -->\n).*(<!-- robustness:end -->)", re.DOTALL)
+    PAGE.write_text(marked.sub(lambda found: f"{found[1]}{table()}\n{found[2]}", text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("part", choices=("tune", "run", "page"))
+    {"tune": tune, "run": run, "page": write_page}[parser.parse_args().part]()

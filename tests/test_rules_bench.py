@@ -1,0 +1,78 @@
+"""The bench of all rules: whose settings a run takes, where it goes on, and which orders it reports."""
+
+import json
+
+import pytest
+import rules_bench
+import yaml
+
+from feedbackpath.train.results import Results, Run
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """A bench in an empty folder, whose commands are noted and write what the real ones would."""
+    calls = []
+
+    def call(command, *arguments):
+        words = [command, *map(str, arguments)]
+        calls.append(words)
+        rule, out = words[words.index("--rules") + 1], tmp_path / words[words.index("--out") + 1]
+        if command == "tune":
+            out.mkdir(parents=True)
+            trials = [{}] * int(words[words.index("--trials") + 1])
+            (out / "tune.json").write_text(json.dumps({"trials": trials}))
+            chosen = {
+                "batch_size": 7,
+                "data_dir": "x",
+                "by_rule": {} if rule == "ss" else {rule: {"lr": 0.3}},
+            }
+            (out / "chosen.yaml").write_text(yaml.safe_dump(chosen))
+        return 2 if rule == "dfa" else 0
+
+    monkeypatch.setattr(rules_bench, "RESULTS", tmp_path)
+    monkeypatch.setattr(rules_bench, "call", call)
+    return calls
+
+
+def test_glyphs_take_what_was_found_on_fashion_mnist_and_nothing_else_of_it(bench, tmp_path):
+    with pytest.raises(SystemExit, match="kp could not be run"):
+        rules_bench.run("glyphs-resnet8", None, ["kp"])
+    assert bench == []
+    rules_bench.run("fashion-mnist-lenet", None, ["kp"])
+    rules_bench.run("glyphs-resnet8", None, ["kp"])
+    assert [words[0] for words in bench] == ["tune", "compare", "compare"]
+    config = bench[2][bench[2].index("--config") + 1]
+    assert config == bench[1][bench[1].index("--config") + 1]
+    assert yaml.safe_load((tmp_path / config).read_text()) == {"by_rule": {"kp": {"lr": 0.3}}}
+    assert all("--resume" in words for words in bench)
+    assert "--seed" not in bench[0]
+    assert bench[1][bench[1].index("--seed") + 1] == "100"
+
+
+def test_a_rule_that_fails_or_never_finishes_stops_no_other_and_is_named(bench):
+    with pytest.raises(SystemExit, match="digits-mlp: dfa, ss could not be run"):
+        rules_bench.run("digits-mlp", None, ["dfa", "ss", "kp"])
+    done = [(words[0], words[words.index("--rules") + 1]) for words in bench]
+    assert done == [("tune", "dfa"), ("tune", "ss"), ("tune", "kp"), ("compare", "kp")]
+
+
+def test_known_orders_are_told_from_the_result_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(rules_bench, "RESULTS", tmp_path)
+    found = {"bp": [2.0, 2.0], "kp": [2.0, 2.0], "wm": [1.0, 2.0], "ss": [3.0, 4.0], "dfa": [None, None]}
+    for rule, tests in found.items():
+        folder = tmp_path / "glyphs-resnet8" / rule
+        folder.mkdir(parents=True)
+        runs = [
+            Run(rule=rule, seed=seed, status="diverged" if test is None else "finished", test=test)
+            for seed, test in enumerate(tests)
+        ]
+        (folder / "results.json").write_text(Results(runs=runs).model_dump_json(by_alias=True))
+    assert rules_bench.orders("glyphs-resnet8").splitlines()[2:] == [
+        "| `bp` ≤ `kp` | yes | +0.00(0) |",
+        "| `bp` ≤ `wm` | no | -0.5(5) |",
+        "| `kp` ≤ `ss` | yes | +1.5(5) |",
+        "| `wm` ≤ `ss` | yes | +2.00(0) |",
+        "| `ss` < `dfa` | not decided: no seed has finished under both | – |",
+        "| `ss` < `fa` | not run | not run |",
+    ]
