@@ -18,6 +18,7 @@ import yaml
 from cost_page import tables_of_cost
 from pydantic import BaseModel, JsonValue
 from study_table import markdown_study_table, read_study
+from test_every_rule import LEAVES
 
 import feedbackpath as fp
 from feedbackpath import cli
@@ -88,14 +89,14 @@ def test_python_snippets_run(document, tmp_path, monkeypatch):
 )
 def test_command_lines_are_accepted(document, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for arguments in calls_of("feedbackpath", document):
-        command, bound, _ = cli.app.parse_args(arguments, exit_on_error=False, print_error=False)
-        flags = bound.arguments.get("flags", CompareConfig())
-        over = ("mirror", "data", "hardware") if "tolerance" in arguments else ("mirror", "data")
-        name = next(word for word in arguments if word not in over)
-        assert command.__name__ == {"eval": "evaluate"}.get(name, name)
-        rules = (flags.rule,) if isinstance(flags, AuditConfig) else flags.rules
-        with mock.patch.dict(fp.RULES):
+    with mock.patch.dict(fp.RULES):
+        for arguments in calls_of("feedbackpath", document):
+            command, bound, _ = cli.app.parse_args(arguments, exit_on_error=False, print_error=False)
+            flags = bound.arguments.get("flags", CompareConfig())
+            over = ("mirror", "data", "hardware") if "tolerance" in arguments else ("mirror", "data")
+            name = next(word for word in arguments if word not in over)
+            assert command.__name__ == {"eval": "evaluate"}.get(name, name)
+            rules = (flags.rule,) if isinstance(flags, AuditConfig) else flags.rules
             import_files(flags.imports)
             assert [make_rule(name, {}).name for name in rules] == list(rules)
 
@@ -348,6 +349,19 @@ def test_the_bench_of_rules_is_that_of_its_files():
     assert f"<!-- bench:begin -->\n{rules_bench.tables()}<!-- bench:end -->" in read("docs/rules.md")
 
 
+def test_the_layers_that_rules_leave_are_those_that_the_tests_know():
+    rows = {}
+    for rule in fp.RULES:
+        kinds = ", ".join(sorted(LEAVES.get(rule, ())))
+        rows.setdefault(kinds or "none", []).append(f"`{rule}`")
+    rows["none"] = ["all others"]
+    lines = sorted(f"| {', '.join(rules)} | {kinds} |" for kinds, rules in rows.items())
+    found = re.search(
+        r"<!-- layers:begin -->\n.*\n.*\n((?:.*\n)*?)<!-- layers:end -->", read("docs/rules.md")
+    )
+    assert sorted(found[1].splitlines()) == lines
+
+
 def test_every_rule_is_in_the_table_of_rules():
     listed = re.findall(r"^\| `([\w-]+)` \| `(\w+)` \|", read("docs/rules.md"), re.MULTILINE)
     assert listed == [(name, rule.__name__) for name, rule in fp.RULES.items()]
@@ -401,11 +415,8 @@ def test_the_table_of_the_mirrors_study_is_that_of_its_file():
 @pytest.mark.parametrize("figure", sorted(doc_figures.FIGURES.glob("*.png")), ids=lambda path: path.name)
 def test_figures_are_drawn_from_the_result_files_as_they_are(figure):
     """The stamp of a figure has the checksums of the files that it shows."""
-    if figure.name not in doc_figures.DRAWN_BY_HAND:
-        sources, _ = doc_figures.DRAWN[figure.name]
-        assert doc_figures.stamp_of(figure) == doc_figures.stamp_for(sources), (
-            "python benchmarks/doc_figures.py"
-        )
+    sources, _ = doc_figures.DRAWN[figure.name]
+    assert doc_figures.stamp_of(figure) == doc_figures.stamp_for(sources), "python benchmarks/doc_figures.py"
 
 
 @pytest.mark.parametrize("name", RESULTS)

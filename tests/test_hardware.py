@@ -102,7 +102,7 @@ def test_settings_that_do_not_exist_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--chip", "memristor"], "there are ideal, linear"),
+        (["--chip", "memristor"], "choose ideal, linear"),
         (["--read-bits", "8"], "belongs to --chip"),
         (["--chip", "soft", "--compile"], "on one device"),
         (["--chip", "missing.csv"], "cannot read"),

@@ -5,11 +5,9 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
-from rich.console import Console
-from rich.table import Table
 
 from feedbackpath.cli.exit_codes import DIVERGED, DONE
-from feedbackpath.cli.output import make_console
+from feedbackpath.cli.output import make_console, make_table
 from feedbackpath.cli.running import run
 from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.settings import merge_config
@@ -98,7 +96,7 @@ def tolerance(
     from feedbackpath.jobs.tolerance import find_tolerance, table_of
     from feedbackpath.report.tolerance import draw_tolerance
 
-    console = Console(highlight=False, markup=False)
+    console = make_console()
     settings = merge_config(flags, config, STUDIED)
     try:
         kept = find_tolerance(
@@ -109,7 +107,7 @@ def tolerance(
         console.print(f"interrupted: what has ended is kept in {out}; --resume goes on")
         return stop.exit_code
     heading, rows = table_of(kept)
-    table = Table(*heading)
+    table = make_table(*heading)
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -73,7 +73,8 @@ def _over(value: float, other: float) -> str:
 def _table(title: str, *columns: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, title=title)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number and column not in ("array", "phase") else "left")
+        is_number = number > 0 and column not in ("array", "phase")
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
     return table
 
 

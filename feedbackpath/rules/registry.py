@@ -145,4 +145,5 @@ def resolve_rule(rule: "str | Rule") -> Rule:
         return RULES[rule]()
     close = difflib.get_close_matches(rule, RULES, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = "; this is one rule's place: feedbackpath compare takes several" if "," in rule else hint
     raise RuleError(f"unknown rule {shown(rule)}; known rules are {', '.join(RULES)}{hint}")
