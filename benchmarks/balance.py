@@ -20,10 +20,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cells import Cell, run_cells
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import nn
 
 import feedbackpath as fp
 from feedbackpath.data import load_dataset, minibatches
+from feedbackpath.report.figures import FIGURE_STYLE, PAGE_WIDTH, render
+from feedbackpath.report.style import style_of
 
 OUT = Path(__file__).parent / "balance"
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
@@ -33,6 +38,16 @@ DEFAULTS: Cell = {
 }  # fmt: skip
 MIRROR: Cell = {"rule": "wm", "rate": 0.1, "decay": 0.5, "sigma": 1.0, "samples": 64, "every": 1}
 WIDTH, BATCH = 128, 64
+MAPS = {
+    "kp": (("weight_decay", "lr"), ("start", "momentum")),
+    "wm": (("decay", "rate"), ("samples", "sigma"), ("lr", "every")),
+}
+QUANTITIES = (("error", 20.0, "test error (%)"), ("worst", 90.0, "worst angle (°)"))
+NAMES = {
+    "lr": "learning rate", "weight_decay": "weight decay", "momentum": "momentum",
+    "rate": "rate of the mirror", "decay": "decay of the mirror", "samples": "samples of noise",
+    "sigma": "size of the noise", "every": "steps between mirror phases", "start": "scale of the first B",
+}  # fmt: skip
 
 
 def cells_of(part: str, seeds: int) -> Iterator[Cell]:
@@ -184,47 +199,47 @@ def predict_angle(efolds: float, w: float, w_first: float, b_first: float) -> fl
 
 def draw(out: Path, figures: Path) -> None:
     """Draw what there is: the balance with its theory, and the maps."""
-    import matplotlib.pyplot as plt
-
     files = {part: out / f"{part}.json" for part in GRIDS if (out / f"{part}.json").exists()}
     found = {part: json.loads(file.read_text())["cells"] for part, file in files.items()}
-    if "balance" in found:
-        _draw_balance(found["balance"], figures / "balance.png", plt)
-    if "kp" in found:
-        _draw_maps(
-            found["kp"], (("weight_decay", "lr"), ("start", "momentum")), figures / "balance-kp.png", plt
-        )
-    if "wm" in found:
-        _draw_maps(
-            found["wm"],
-            (("decay", "rate"), ("samples", "sigma"), ("lr", "every")),
-            figures / "balance-wm.png",
-            plt,
-        )
+    with rc_context(FIGURE_STYLE):
+        if "balance" in found:
+            (figures / "balance.png").write_bytes(render(draw_balance(found["balance"]), "png"))
+        for part, axes in MAPS.items():
+            if part in found:
+                (figures / f"balance-{part}.png").write_bytes(render(draw_maps(found[part], axes), "png"))
 
 
-def _draw_balance(cells: list[Cell], file: Path, plt: Any) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+def draw_balance(cells: list[Cell]) -> Figure:
+    """Draw angles against theory, and errors beyond backprop's against the e-folds of a run."""
+    figure = Figure(figsize=(PAGE_WIDTH, 2.9), layout="constrained")
+    left, right = figure.subplots(1, 2)
     whole = [c for c in cells if not c["found"].get("diverged")]
-    for start, colour in ((1.0, "#0072B2"), (0.0, "#D55E00")):
+    colour = style_of("kp").colour
+    for start in (1.0, 0.0):
         for norm, marker in (("none", "o"), ("batchnorm", "^")):
             wanted = {"rule": "kp", "start": start, "norm": norm}
             shown = [c for c in whole if wanted.items() <= c["settings"].items()]
-            label = f"B starts {'at random' if start else 'at 0'}, {norm.replace('none', 'no norm')}"
-            at = [c["found"]["predicted"] for c in shown]
-            left.plot(at, [c["found"]["last"] for c in shown], marker, color=colour, alpha=0.6, label=label)
+            looks: dict[str, Any] = {
+                "color": colour, "linestyle": "", "marker": marker, "alpha": 0.8, "clip_on": False,
+                "markerfacecolor": colour if start else "none",
+                "label": f"B starts {'at random' if start else 'at 0'}, {norm.replace('none', 'no norm')}",
+            }  # fmt: skip
+            left.plot([c["found"]["predicted"] for c in shown], [c["found"]["last"] for c in shown], **looks)
             beyond = [c["found"]["error"] - _backprop_beside(c, whole) for c in shown]
-            efolds = [c["found"]["efolds"] for c in shown]
-            right.plot(efolds, beyond, marker, color=colour, alpha=0.6)
-    left.plot([0, 90], [0, 90], color="0.5", linewidth=1)
-    left.set(xlabel="angle by theory (degrees)", ylabel="largest angle after training (degrees)")
-    left.legend(fontsize=8)
-    right.set(xscale="symlog", xlabel="e-folds of the run", ylabel="test error less backprop's (points)")
+            right.plot([c["found"]["efolds"] for c in shown], beyond, **looks)
+    left.plot([0, 90], [0, 90], color="#555555", linewidth=0.7)
+    left.set(xlabel="angle by theory (°)", ylabel="largest angle after training (°)")
+    for ticks in (left.set_xticks, left.set_yticks):
+        ticks((0, 15, 30, 45, 60, 75, 90))
+    left.legend(frameon=False)
+    right.set(
+        xlabel="e-folds of the run, log scale above 0.01", ylabel="test error minus backprop's (points)"
+    )
     right.set_xscale("symlog", linthresh=0.01)
-    right.axhline(0.0, color="0.5", linewidth=1)
-    right.axvline(3.0, color="0.5", linewidth=1, linestyle="--")
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    right.set_xticks((0, 0.01, 0.1, 1, 10), ("0", "0.01", "0.1", "1", "10"))
+    right.axhline(0.0, color="#555555", linewidth=0.7)
+    right.axvline(3.0, color="#555555", linewidth=0.7, linestyle="--")
+    return figure
 
 
 def _backprop_beside(cell: Cell, cells: list[Cell]) -> float:
@@ -233,39 +248,36 @@ def _backprop_beside(cell: Cell, cells: list[Cell]) -> float:
     return next((float(c["found"]["error"]) for c in cells if c["settings"] == wanted), math.nan)
 
 
-def _draw_maps(cells: list[Cell], axes: Sequence[tuple[str, str]], file: Path, plt: Any) -> None:
+def draw_maps(cells: list[Cell], axes: Sequence[tuple[str, str]]) -> Figure:
     """Draw error and worst angle over each pair of settings, the others at their defaults."""
-    figure, grid = plt.subplots(
-        2, len(axes), figsize=(5 * len(axes), 7), constrained_layout=True, squeeze=False
-    )
-    for column, (across, up) in enumerate(axes):
-        others = {**DEFAULTS, **MIRROR} if cells[0]["settings"]["rule"] == "wm" else DEFAULTS
-        fixed = {name: value for name, value in others.items() if name not in (across, up, "seed")}
-        shown = [c for c in cells if all(c["settings"].get(name) == value for name, value in fixed.items())]
-        xs, ys = (sorted({c["settings"][name] for c in shown}) for name in (across, up))
-        for row, (name, most) in enumerate((("error", 20.0), ("worst", 90.0))):
-            image = [[_mean(shown, name, {across: x, up: y}) for x in xs] for y in ys]
-            axis = grid[row][column]
-            drawn = axis.imshow(image, origin="lower", aspect="auto", vmin=0.0, vmax=most, cmap="viridis_r")
-            for (y, values), x in itertools.product(enumerate(image), range(len(xs))):
-                text = "–" if math.isnan(values[x]) else f"{values[x]:.3g}"
-                axis.text(
-                    x,
-                    y,
-                    text,
-                    ha="center",
-                    va="center",
-                    color="w" if values[x] > most / 2 else "k",
-                    fontsize=8,
-                )
-            axis.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
-            axis.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
-            axis.set(xlabel=across, ylabel=up)
-            figure.colorbar(
-                drawn, ax=axis, label="test error (%)" if name == "error" else "worst angle (degrees)"
-            )
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    figure = Figure(figsize=(PAGE_WIDTH, 4.4), layout="constrained")
+    grid = figure.subplots(2, len(axes), squeeze=False)
+    others = {**DEFAULTS, **MIRROR} if cells[0]["settings"]["rule"] == "wm" else DEFAULTS
+    for row, (name, most, label) in zip(grid, QUANTITIES, strict=True):
+        for axis, (across, up) in zip(row, axes, strict=True):
+            fixed = {key: value for key, value in others.items() if key not in (across, up, "seed")}
+            shown = [c for c in cells if all(c["settings"].get(key) == at for key, at in fixed.items())]
+            drawn = _draw_map(axis, shown, name, most, across, up)
+        extend = "max" if name == "error" else "neither"
+        key = figure.colorbar(drawn, ax=list(row), label=label, extend=extend, pad=0.01)
+        key.ax.grid(visible=False)
+    return figure
+
+
+def _draw_map(axis: Axes, shown: list[Cell], name: str, most: float, across: str, up: str) -> Any:
+    """Draw one quantity over two settings; what diverged has a dash."""
+    xs, ys = (sorted({c["settings"][key] for c in shown}) for key in (across, up))
+    image = [[_mean(shown, name, {across: x, up: y}) for x in xs] for y in ys]
+    for (y, values), x in itertools.product(enumerate(image), range(len(xs))):
+        text = "–" if math.isnan(values[x]) else f"{values[x]:.3g}"
+        colour = "w" if values[x] > most / 2 else "k"
+        axis.text(x, y, text, ha="center", va="center", color=colour, fontsize=6)
+    axis.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
+    axis.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
+    axis.tick_params(labelsize=6)
+    axis.set(xlabel=NAMES[across], ylabel=NAMES[up])
+    axis.grid(visible=False)
+    return axis.imshow(image, origin="lower", aspect="auto", vmin=0.0, vmax=most, cmap="viridis_r")
 
 
 def _mean(cells: list[Cell], name: str, at: Cell) -> float:

@@ -7,8 +7,11 @@ figure shows what its file does not say.
 import hashlib
 import io
 import json
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import balance
@@ -23,6 +26,7 @@ from study_figures import render_study
 from study_table import read_study
 
 from feedbackpath.report.figures import FIGURE_STYLE, render, render_figures
+from feedbackpath.report.page import render_page
 from feedbackpath.report.panels import make_panel
 from feedbackpath.train.results import read_results
 
@@ -30,7 +34,6 @@ ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "docs" / "figures"
 RESULTS = ROOT / "benchmarks"
 STAMP = "Source"
-DRAWN_BY_HAND = {"report-page.png"}  # a picture of a page, taken in a browser
 
 
 def stamp_for(sources: list[str]) -> str:
@@ -61,6 +64,20 @@ def of_comparison(folder: str, figure: str) -> bytes:
     return render_figures([panel])[f"{figure}.png"]
 
 
+def of_page(folder: str) -> bytes:
+    """Take a picture of a comparison's page in Chromium, down to the first rules' layers."""
+    from playwright.sync_api import sync_playwright
+
+    page = render_page([make_panel([(folder, read_results(RESULTS / folder))])])
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    with tempfile.TemporaryDirectory() as place, sync_playwright() as playwright:
+        (Path(place) / "report.html").write_text(page, encoding="utf-8")
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        window = browser.new_page(viewport={"width": 1300, "height": 2050})
+        window.goto((Path(place) / "report.html").as_uri())
+        return window.screenshot()
+
+
 def of_one_input() -> bytes:
     """Draw the angles of the study with one noisy input."""
     with rc_context(FIGURE_STYLE):
@@ -73,9 +90,10 @@ def of_growth() -> bytes:
     return render_growth(json.loads((RESULTS / "step-cost" / "growth.json").read_text(encoding="utf-8")))
 
 
-def of_study(part: str) -> bytes:
-    """Draw a part of the mirror's study."""
-    return render_study(read_study(RESULTS / "mirror-study"))[f"{part}.png"]
+@cache
+def all_of_study() -> dict[str, bytes]:
+    """Draw the mirror's study."""
+    return render_study(read_study(RESULTS / "mirror-study"))
 
 
 def of_balance(name: str) -> bytes:
@@ -129,9 +147,13 @@ DRAWN: dict[str, tuple[list[str], Callable[[], bytes]]] = {
     "hardware-theory.png": (["hardware-theory/theory.json"], of_hardware),
     "language-errors.png": (["language/gpt/results.json", "language/samples.json"], of_language),
     "one-input-angles.png": (["one-input/angles.json"], of_one_input),
+    "report-page.png": (["glyphs-resnet8/results.json"], lambda: of_page("glyphs-resnet8")),
     "step-cost-growth.png": (["step-cost/growth.json"], of_growth),
     **{
-        f"mirror-study-{part}.png": (["mirror-study/study.json"], lambda part=part: of_study(part))  # type: ignore[misc]
+        f"mirror-study-{part}.png": (
+            ["mirror-study/study.json"],
+            lambda part=part: all_of_study()[f"{part}.png"],
+        )  # type: ignore[misc]
         for part in ("designs", "grid", "depth", "width", "batch")
     },
 }
@@ -139,8 +161,9 @@ DRAWN: dict[str, tuple[list[str], Callable[[], bytes]]] = {
 
 
 def main() -> None:
-    """Draw and stamp all of them."""
-    for name, (sources, draw) in DRAWN.items():
+    """Draw and stamp those that are named on the command line, or all of them."""
+    for name in sys.argv[1:] or DRAWN:
+        sources, draw = DRAWN[name]
         write_stamped(name, draw(), sources)
 
 

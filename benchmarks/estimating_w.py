@@ -19,6 +19,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +29,8 @@ from feedbackpath.mirror import MirrorMode
 from feedbackpath.mirror.mode import fire_alike
 from feedbackpath.mirror.readings import learn
 from feedbackpath.report.figures import FIGURE_STYLE, PAGE_WIDTH
-from feedbackpath.report.style import style_of
+from feedbackpath.report.scales import describe_flat
+from feedbackpath.report.style import in_order, style_of
 
 RESULTS = Path(__file__).parent / "estimating-w" / "angles.json"
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
@@ -211,7 +213,7 @@ def draw_methods(points: dict[str, Any]) -> Figure:
     panels = figure.subplots(1, 3, sharey=True)
     for axes, cost in zip(panels, ("events", "products", "events"), strict=True):
         is_common = axes is panels[2]
-        for method in ("rdd", "stdwi") if is_common else WIDE:
+        for method in ("rdd", "stdwi") if is_common else in_order(WIDE):
             draw_line(axes, method, points[f"{method}, common" if is_common else method], cost)
             if cost == "events" and not is_common and theory(method, 1.0) is not None:
                 costs = [point["events"] for point in points[method][0]]
@@ -224,36 +226,47 @@ def draw_methods(points: dict[str, Any]) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_yscale("log")
         axes.set_xlabel(f"{COSTS[cost]}" if not is_common else "spikes, cells with a common drive")
-    panels[0].set_ylim(1.0, 95.0)
+    panels[0].set_ylim(1.0, 100.0)
     panels[0].set_yticks((1, 3, 10, 30, 90))
     panels[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panels[0].yaxis.set_minor_formatter(NullFormatter())
-    panels[0].set_ylabel("angle of B to W (°)")
+    panels[0].set_ylabel("angle of B to W (°), log scale")
     for axes, letter in zip(panels, "abc", strict=True):
         axes.set_title(letter, loc="left", fontweight="bold")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    handles.append(Line2D([], [], color="black", linewidth=0.8, linestyle=":"))
+    figure.legend(handles, [*labels, "theory"], loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
 def draw_line(axes: Axes, method: str, runs: list[list[Point]], cost: str) -> None:
-    """Draw the mean over seeds of one method; one that is exact is a mark at the foot of the panel."""
+    """Draw the mean over seeds of one method; one that is below 1° throughout is told at its cost."""
     style = style_of(method)
     costs = [mean(point[cost] for point in same) for same in zip(*runs, strict=True)]
-    angles = [max(1.0, mean(point["angle_deg"] for point in same)) for same in zip(*runs, strict=True)]
+    angles = [mean(point["angle_deg"] for point in same) for same in zip(*runs, strict=True)]
+    if max(angles) < 1.0:
+        told = describe_flat(angles).removeprefix("all ") or "below 1°"
+        angles = [1.25] * len(angles)
+        axes.annotate(
+            f"{told.replace(' ', chr(10))} ↓", (costs[0], 1.25), (0, 4),
+            textcoords="offset points", ha="center", fontsize=7,
+        )  # fmt: skip
     axes.plot(
         costs, angles, color=style.colour, linestyle=style.dash, marker=style.marker, markersize=3,
-        label=f"{style.label} ({method})", clip_on=False,
+        label=style.legend,
     )  # fmt: skip
 
 
 def draw_features(features: list[list[float]]) -> Figure:
     """Draw weights from each pixel, red above 0 and blue below, each unit in units of its largest."""
-    figure = Figure(figsize=(PAGE_WIDTH, 2.9), layout="constrained")
-    for axes, row in zip(figure.subplots(4, 10).flat, features, strict=True):
+    figure = Figure(figsize=(PAGE_WIDTH, 2.7), layout="constrained")
+    grid = figure.subplots(4, 10)
+    for axes, row in zip(grid.flat, features, strict=True):
         largest = max(map(abs, row))
-        axes.imshow(torch.tensor(row).view(8, 8), cmap="RdBu_r", vmin=-largest, vmax=largest)
+        drawn = axes.imshow(torch.tensor(row).view(8, 8) / largest, cmap="RdBu_r", vmin=-1, vmax=1)
         axes.set_axis_off()
+    key = figure.colorbar(drawn, ax=grid, ticks=[-1, 0, 1], aspect=25, label="weight over the unit's largest")
+    key.ax.grid(visible=False)
     return figure
 
 

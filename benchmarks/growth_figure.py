@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from feedbackpath.report.figures import FIGURE_STYLE, PAGE_WIDTH, line_looks, render
-from feedbackpath.report.style import legend_label
+from feedbackpath.report.style import in_order, legend_label
 
 GOALS = {1.02: "goal 1.02", 1.05: "goal 1.05 (wm)"}
 GOAL_DASHES: dict[float, Literal["--", ":"]] = {1.02: "--", 1.05: ":"}
@@ -33,18 +33,18 @@ def render_growth(found: Mapping[str, Any]) -> bytes:
 
 def draw_growth(found: Mapping[str, Any]) -> Figure:
     """Draw medians and quartiles of each rule's ratios by size; the goals are lines across."""
-    axes_found, rules = found["growth"], found["settings"]["rules"]
+    axes_found, rules = found["growth"], in_order(found["settings"]["rules"])
     columns = min(COLUMNS, len(axes_found) + 1)
     rows = ceil((len(axes_found) + 1) / columns)
     figure = Figure(figsize=(PAGE_WIDTH * columns / COLUMNS, 2.15 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey="row")
     panels = list(grid.flat)
     for axes, axis in zip(panels, axes_found.values(), strict=False):
         _draw_panel(axes, axis, rules)
     for axes in panels[len(axes_found) :]:
         axes.set_axis_off()
     for axes in grid[:, 0]:
-        axes.set_ylabel("step over plain PyTorch's")
+        axes.set_ylabel("time of a step\nover plain PyTorch's")
     _draw_key(panels[len(axes_found)], rules)
     return figure
 
@@ -61,10 +61,9 @@ def _draw_panel(axes: Axes, axis: Mapping[str, Any], rules: list[str]) -> None:
     axes.set_xscale("log")
     axes.set_xticks(sizes, _tick_labels(sizes))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(axis["label"].replace(", ", "\n"))
+    at = axis["label"].replace(", ", "\n")
+    axes.set_xlabel(f"{at}, log scale" if "\n" in at else f"{at}\nlog scale")
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0.98), max(high, 1.08))
 
 
 def _tick_labels(sizes: Any) -> list[str]:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from feedbackpath.report import markdown_table
 from feedbackpath.report.figures import FIGURE_STYLE, PAGE_WIDTH, line_looks, render
+from feedbackpath.report.style import in_order, legend_label
 from feedbackpath.train.results import read_results
 
 ROOT = Path(__file__).parent.parent
@@ -52,12 +53,13 @@ def shown(text: str) -> str:
 def draw(cells: Mapping[str, Any]) -> Figure:
     """Draw delta angles by depth of the GPT (seed 0), and by steps back in time of the LSTM."""
     figure = Figure(figsize=(PAGE_WIDTH, 2.8), layout="constrained")
-    by_depth, by_time = figure.subplots(1, 2)
-    runs = [run for run in read_results(FOLDER / "gpt").runs if run.seed == 0 and run.rule != "bp"]
+    by_depth, by_time = figure.subplots(1, 2, sharey=True)
+    found_runs = {run.rule: run for run in read_results(FOLDER / "gpt").runs if run.seed == 0}
+    runs = [found_runs[rule] for rule in in_order(found_runs) if rule != "bp"]
     layers = list(runs[0].history[-1].delta_angle_deg)
     for run in runs:
         angles = [run.history[-1].delta_angle_deg.get(layer, float("nan")) for layer in layers]
-        by_depth.plot(range(len(layers)), angles, label=run.rule, **line_looks(run.rule))
+        by_depth.plot(range(len(layers)), angles, label=legend_label(run.rule), **line_looks(run.rule))
     for cell, found in cells.items():
         part, rule = cell.split("/")
         if part == "lstm" and rule != "bp":
@@ -66,10 +68,11 @@ def draw(cells: Mapping[str, Any]) -> Figure:
         name.removeprefix("layers.layers.").replace("self_attn.", "").replace("self_attn", "q, k, v")
         for name in layers
     ]
-    by_depth.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=5)
+    by_depth.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=6.5)
     finish(by_depth, "GPT, by layer", "")
     finish(by_time, "LSTM, by time", "steps back from the loss")
-    figure.legend(loc="outside lower center", ncols=5, fontsize=7)
+    by_depth.set_ylabel("δ angle (°)")
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, handlelength=2.6)
     return figure
 
 
@@ -77,8 +80,7 @@ def finish(axes: Axes, title: str, label: str) -> None:
     """Give a panel its title, labels and limits."""
     axes.set_title(title)
     axes.set_xlabel(label)
-    axes.set_ylabel("δ angle (degrees)")
-    axes.set_ylim(-3, 93)
+    axes.set_ylim(-4, 95)
     axes.set_yticks([0, 30, 60, 90])
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from feedbackpath.report.figures import FIGURE_STYLE, PAGE_WIDTH, render_figures
 from feedbackpath.report.panels import make_panel
-from feedbackpath.report.style import style_of
+from feedbackpath.report.style import in_order, style_of
 from feedbackpath.train.results import read_results
 
 RESULTS = Path(__file__).parent / "one-input"
@@ -71,8 +71,8 @@ def draw_angles(measured: list[Found]) -> Figure:
 
 def draw_by_layer(axes: Axes, measured: list[Found], quantity: str) -> None:
     """Draw one line for each way of mirroring, filled marks at the start and hollow ones after training."""
-    for method, name in METHODS.items():
-        style = style_of(method)
+    for method in in_order(METHODS):
+        name, style = METHODS[method], style_of(method)
         for state, state_name in STATES.items():
             values = list(mean_by_layer(select(measured, method=method, state=state), quantity).values())
             axes.plot(
@@ -81,7 +81,7 @@ def draw_by_layer(axes: Axes, measured: list[Found], quantity: str) -> None:
                 markerfacecolor=style.colour if state == "start" else "white",
                 label=f"{name}, {state_name}",
             )  # fmt: skip
-    axes.set_ylim(0, 95)
+    axes.set_ylim(-4, 95)
     axes.set_yticks((0, 15, 30, 45, 60, 75, 90))
 
 
@@ -100,7 +100,7 @@ def draw_against_inputs(axes: Axes, measured: list[Found]) -> None:
                 markerfacecolor=style.colour if state == "start" else "white",
                 label=network if norm == "after" and state == "start" else None,
             )  # fmt: skip
-    axes.set_xlim(0, 95)
+    axes.set_xlim(-4, 95)
     axes.set_xticks((0, 15, 30, 45, 60, 75, 90))
     axes.set_xlabel("angle of the inputs' C to white (°)")
     axes.set_ylabel("matrix angle, one input (°)")

@@ -1,6 +1,6 @@
 """The figures of the study of mirror mode (``mirror_study.py``), from ``study.json`` alone."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -17,15 +17,23 @@ from matplotlib.ticker import NullLocator
 from study_table import Group, group_trainings
 
 from feedbackpath.report.curves import mean_and_error
-from feedbackpath.report.figures import FIGURE_STYLE, KINDS, PAGE_WIDTH, error_axis, render, scale_angles
+from feedbackpath.report.figures import (
+    FIGURE_STYLE,
+    PAGE_WIDTH,
+    render,
+    scale_layers,
+    scale_metric,
+)
+from feedbackpath.report.scales import describe_flat, scale_of
 from feedbackpath.report.style import style_of
 from feedbackpath.train.store import write_bytes as replace_file
 
-DESIGN_COLOURS = {"gaussian": "#D55E00", "uniform": "#0072B2", "signs": "#009E73"}
+DESIGN_COLOURS = {"gaussian": "#332288", "uniform": "#44AA99", "signs": "#882255"}  # none is a rule's
 DESIGN_MARKERS = {"gaussian": "o", "uniform": "s", "signs": "^"}
 ASIDE = {"gaussian": 0.93, "signs": 1.075}  # points of laws that agree stand side by side
 OTHER_COLOUR = "#666666"
 EXACT = "orthogonal"
+KINDS = ("png", "pdf")
 SAMPLE_TICKS = (256, 2048, 32768)
 
 
@@ -77,18 +85,23 @@ def draw_designs(study: dict[str, Any]) -> Figure | None:
     for axes, layer in zip(grid[0], layers, strict=True):
         axes.set_title(layer.replace(", ", "\n", 1))
     for axes, activation in zip(grid[::2, 0], activations, strict=True):
-        axes.set_ylabel(f"matrix angle (°)\n{activation}")
+        axes.set_ylabel(f"{activation}, log scale\nmatrix angle (°)")
     for row in grid[::2]:
-        _scale_log(row, (1, 90), (1, 2, 5, 10, 20, 45, 90))
+        _scale_log(row, (0.7, 95), {tick: f"{tick}" for tick in (1, 2, 5, 10, 20, 45, 90)})
     for row in grid[1::2]:
-        _scale_log(row, (1e-6, 1e-4), (1e-6, 1e-5))
+        _scale_log(row, (1e-6, 1e-4), {1e-6: "10⁻⁶", 1e-5: "10⁻⁵"})
     for axes in grid[-1]:
         axes.set_xscale("log", base=2)
+        axes.margins(x=0.1)
         axes.set_xticks(SAMPLE_TICKS, [f"{tick:,}" for tick in SAMPLE_TICKS])
         axes.xaxis.set_minor_locator(NullLocator())
-    figure.supxlabel("samples of noise", fontsize=8)
+    figure.supxlabel("samples of noise, log scale", fontsize=8)
     designs = sorted({cell["design"] for cell in cells}, key=lambda name: (name == EXACT, name))
-    handles = [Line2D([], [], label=name, **_design_looks(name)) for name in designs]
+    names = {
+        name: name.replace("-pairs", " in pairs").replace("orthogonal", "orthogonal codes")
+        for name in designs
+    }
+    handles = [Line2D([], [], label=names[name], **_design_looks(name)) for name in designs]
     figure.legend(
         handles=handles,
         loc="outside upper center",
@@ -137,12 +150,17 @@ def draw_sweep(study: dict[str, Any], part: str) -> Figure | None:
     by_name: dict[str, list[Group]] = {}
     for group in groups:
         by_name.setdefault(group.name, []).append(group)
-    figure = Figure(figsize=(PAGE_WIDTH, 2.0), layout="constrained")
+    figure = Figure(figsize=(PAGE_WIDTH, 2.2), layout="constrained")
     row = figure.subplots(1, 4)
     for shift, (name, own) in enumerate(by_name.items()):
         _draw_rule(row, name, own, [sizes.index(read_size(group)) for group in own], 0.16 * (shift - 1.5))
     _scale_sweep(row, groups)
-    titles = ("worst matrix angle (°)", "δ angle, first layer (°)", "gain, all layers", "test error (%)")
+    titles = (
+        "worst matrix angle (°)\nsquare-root scale",
+        "δ angle, first layer (°)\nsquare-root scale",
+        "gain, all layers",
+        "test error (%)\nlog scale",
+    )
     for axes, title in zip(row, titles, strict=True):
         axes.set_title(title)
         axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
@@ -166,11 +184,10 @@ def _draw_rule(
 
 def _scale_sweep(row: Sequence[Axes], groups: Sequence[Group]) -> None:
     largest = max(value for group in groups for angle in ANGLES for value in group.worst(angle))
-    for axes in row[:2]:
-        scale_angles([axes], largest)
-    row[2].set_ylim(0, max(1.25, row[2].get_ylim()[1]))
+    scale_layers(row[:2], scale_of("matrix_angle_deg", [largest]))
+    row[2].set_ylim(0, max(1.25, 1.05 * row[2].get_ylim()[1]))
     row[2].axhline(1, color="#555555", linestyle="--", linewidth=0.7, zorder=1)
-    _scale_errors(row[3], [value for group in groups for value in group.last("test_error")])
+    scale_metric(row[3], [value for group in groups for value in group.last("test_error")])
 
 
 @dataclass(frozen=True)
@@ -197,7 +214,7 @@ def _plain(value: float) -> str:
 
 
 def _angle_text(degrees: float) -> str:
-    return f"{degrees:.0e}°" if 0 < degrees < 0.05 else f"{_plain(degrees)}°"
+    return describe_flat([degrees]).removeprefix("all ") or f"{_plain(degrees)}°"
 
 
 MAPS = (
@@ -275,11 +292,11 @@ def _design_looks(name: str) -> dict[str, Any]:
     }
 
 
-def _scale_log(row: Sequence[Axes], ends: tuple[float, float], ticks: Sequence[float]) -> None:
-    """Give the panels of a row one logarithmic axis, with plain numbers."""
+def _scale_log(row: Sequence[Axes], ends: tuple[float, float], ticks: Mapping[float, str]) -> None:
+    """Give the panels of a row one logarithmic axis."""
     row[0].set_ylim(*ends)  # first: an exact angle of 0 gives a logarithmic axis no ends
     row[0].set_yscale("log")
-    row[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    row[0].set_yticks(list(ticks), list(ticks.values()))
     row[0].yaxis.set_minor_locator(NullLocator())
 
 
@@ -301,7 +318,7 @@ def _draw_bars(axes: Axes, name: str, places: Sequence[float], by_seed: Sequence
     found = [mean_and_error(list(values)) for values in by_seed]
     axes.errorbar(
         places, [mean for mean, _ in found], yerr=[error or 0.0 for _, error in found],
-        elinewidth=0.8, capsize=1.5, clip_on=False, **_rule_looks(name),
+        elinewidth=0.8, capsize=1.5, **_rule_looks(name),
     )  # fmt: skip
 
 
@@ -313,15 +330,6 @@ def _draw_gains(axes: Axes, name: str, places: Sequence[float], groups: Sequence
     below = [max(m - low, 0.0) for m, (low, _) in zip(middle, ends, strict=True)]
     above = [max(high - m, 0.0) for m, (_, high) in zip(middle, ends, strict=True)]
     axes.errorbar(places, middle, yerr=[below, above], elinewidth=1.2, capsize=2, **looks)
-
-
-def _scale_errors(axes: Axes, errors: Iterable[float]) -> None:
-    scale, (low, high), ticks = error_axis(errors)
-    axes.set_yscale(scale)
-    axes.set_ylim(low, high)
-    if ticks:
-        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _depth_of(group: Group) -> int:

@@ -181,7 +181,7 @@ def test_the_seed_decides_the_initial_weights(name):
         ("resnet99999998x4", {}, "too deep"),
         ("lenetx2", {}, "'lenetx2' is unknown"),
         ("mlp3", {}, "'mlp3' is unknown"),
-        ("perceiver", {}, "'perceiver' is unknown; There are: mlp, lenet"),
+        ("perceiver", {}, "'perceiver' is unknown; there are: mlp, lenet"),
         ("lenet", {"sample_shape": (1, 8, 8)}, "lenet: images of 8x8 are too small, it needs at least 16x16"),
         ("lenet", {"sample_shape": (28, 28)}, "sample_shape must be"),
         ("mlp", {"sample_shape": (0, 28, 28)}, "sample_shape must be"),

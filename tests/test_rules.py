@@ -59,6 +59,31 @@ def test_random_feedback_has_its_size_from_the_fans_and_nothing_from_the_weights
         assert abs(spread - 1) < 4 / math.sqrt(2 * same.numel())
 
 
+@pytest.mark.parametrize("rule", [fp.FeedbackAlignment, fp.KolenPollack])
+@pytest.mark.parametrize("scale", ["xavier", "he", "zero"])
+def test_the_first_feedback_weights_have_the_scale_that_is_asked_for(rule, scale):
+    model = nn.Sequential(nn.Linear(300, 100), nn.ReLU(), nn.Unflatten(1, (4, 5, 5)), nn.Conv2d(4, 200, 3))
+    path = fp.untie(model, rule(scale=scale))
+    for weight in path.weights:
+        fans = {"xavier": weight.fan_in + weight.fan_out, "he": weight.fan_out, "zero": math.inf}[scale]
+        b = weight.feedback.detach()
+        assert float(b.std()) == pytest.approx(math.sqrt(2 / fans), rel=0.05)
+        assert abs(float(b.mean())) < 0.01
+
+
+def test_with_feedback_weights_of_zero_only_the_last_layer_learns():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    fp.untie(model, fp.FeedbackAlignment(scale="zero"))
+    model(torch.randn(8, 6)).square().sum().backward()
+    assert not model[0].weight.grad.any()
+    assert model[2].weight.grad.any()
+
+
+def test_a_product_of_two_matrices_has_scales_of_its_own():
+    with pytest.raises(fp.RuleError, match="pfa: scale has no effect"):
+        fp.ProductFeedbackAlignment(scale="he")
+
+
 @pytest.mark.parametrize("scale", ["he", "xavier"])
 @pytest.mark.parametrize("magnitude", ["uniform", "fixed", "batchwise"])
 def test_sign_symmetry_takes_signs_after_every_step(magnitude, scale):

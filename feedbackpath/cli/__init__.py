@@ -22,6 +22,7 @@ _NEXT_STEPS = {
     errno.EACCES: "; ask for the right to it, or choose another place",
     errno.EPERM: "; ask for the right to it, or choose another place",
     errno.EROFS: "; choose another --out",
+    errno.ENOENT: "; choose another place",
     errno.ENOTDIR: "; choose another --out",
     errno.EEXIST: "; choose another --out",
     errno.ENAMETOOLONG: "; choose a shorter name",
@@ -122,7 +123,11 @@ def _in_one_line(error: Exception) -> str:
     """Say what was wrong, where, and what to do next."""
     if isinstance(error, FlagError):
         return _describe(error)
-    if isinstance(error, CycloptsError | UserError):
+    if isinstance(error, CycloptsError):
+        from feedbackpath.cli.parsing import describe_misuse
+
+        return describe_misuse(error)
+    if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):  # a folder that cannot be written, a disk that is full
         next_step = _NEXT_STEPS.get(error.errno or 0, "")

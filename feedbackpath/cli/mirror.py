@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from feedbackpath.cli.exit_codes import DONE
-from feedbackpath.cli.output import make_console
+from feedbackpath.cli.output import make_console, make_table, plain
 from feedbackpath.errors import ConfigError
 
 Noise = Literal["gaussian", "uniform", "signs", "orthogonal", "hadamard"]
@@ -36,8 +36,6 @@ def plan(
 
     Exit codes: 0 done, 2 bad input.
     """
-    from rich.table import Table
-
     from feedbackpath.jobs.imports import import_files
     from feedbackpath.jobs.mirror import plan_of_model
     from feedbackpath.mirror import Mirror, When
@@ -48,14 +46,15 @@ def plan(
     when = When() if cost_share is None else When(cost_share=cost_share)
     settings = Mirror(noise=noise, target_angle_deg=target_angle_deg, when=when)
     layers, size = plan_of_model(model, settings, batch_size)
-    names = "layer,inputs,samples,maps of,angle,FLOPs,of a step,reads,spikes,every"
-    table = Table(*names.split(","))
+    table = make_table(
+        "layer", "inputs", "samples", "maps of", "angle", "FLOPs", "of step", "reads", "spikes", "every"
+    )
     for layer in layers:
         dues = layer.dues
         table.add_row(
-            layer.name, str(layer.inputs), str(layer.samples), str(layer.positions),
-            f"{layer.angle_deg:.2g}°", f"{layer.flops:.2g}", f"{100 * layer.share:.2g}%",
-            f"{dues.reads:.2g}", f"{dues.spikes:.2g}", f"{layer.steps_between:.1f}",
+            layer.name, plain(layer.inputs), plain(layer.samples), plain(layer.positions),
+            f"{plain(layer.angle_deg)}°", plain(layer.flops), f"{plain(100 * layer.share)}%",
+            plain(dues.reads), plain(dues.spikes), plain(layer.steps_between),
         )  # fmt: skip
     console = make_console()
     console.print(f"{model}, batch {size}, {noise} noise")
@@ -64,12 +63,12 @@ def plan(
     every = layers[0].steps_between
     reads, spikes = (sum(getattr(layer.dues, what) for layer in layers) for what in ("reads", "spikes"))
     console.print(
-        f"the simulation: all layers once take {100 * total:.2g}% of a training step's FLOPs (Appendix B "
-        f"has the count); each is mirrored every {every:.1f} steps on average; angles are what noise leaves, "
-        "W at rest"
+        f"the simulation: all layers once take {plain(100 * total)}% of a training step's FLOPs (Appendix B "
+        f"has the count); each is mirrored every {plain(every)} steps on average; angles are what noise "
+        "leaves, W at rest"
     )
     console.print(
-        f"a brain or a chip: all layers once take {reads:.2g} reads of an array of W, as many writes of each "
-        f"synapse of B beside it, and {spikes:.2g} signals of neurons"
+        f"a brain or a chip: all layers once take {plain(reads)} reads of an array of W, as many writes of "
+        f"each synapse of B beside it, and {plain(spikes)} signals of neurons"
     )
     return DONE

@@ -7,11 +7,13 @@ terminal cannot show is written out, as are control characters in the names of f
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, cast
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from feedbackpath.errors import printable
@@ -61,6 +63,32 @@ def make_console(*, quiet: bool = False, soft_wrap: bool = False) -> Console:
         markup=False,
         emoji=False,
     )
+
+
+def make_table(*headings: str, names: Collection[int] = (0,)) -> Table:
+    """Return a table of which nothing is cut: in a narrow terminal names fold, and numbers stay whole."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
+    for place, heading in enumerate(headings):
+        if place in names:
+            table.add_column(heading, overflow="fold")
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def plain(number: float) -> str:
+    """Print a number of any size for a reader: two digits or whole, thousands and more by their letter.
+
+    Example:
+        >>> [plain(number) for number in (0.0, 2e-7, 0.0312, 8.6, 1234.5, 7.4e4, 1.31e7, 6.8e9)]
+        ['0', '<0.001', '0.031', '8.6', '1,234', '74k', '13M', '6.8G']
+    """
+    if 0 < number < 0.001:
+        return "<0.001"
+    for letter, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 10 * size or (letter != "k" and number >= size):
+            return f"{number / size:.2g}{letter}" if number < 99.5 * size else f"{number / size:,.0f}{letter}"
+    return f"{number:.2g}" if number < 9.95 else f"{number:,.0f}"
 
 
 def write_out(text: str) -> None:

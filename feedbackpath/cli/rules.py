@@ -43,7 +43,8 @@ def rules(
 
 
 def _describe(name: str, rule: Any) -> dict[str, Any]:
-    from feedbackpath.rules.base import Facts, group_of, what_of
+    from feedbackpath.rules.base import Facts, group_of
+    from feedbackpath.rules.registry import what_of
 
     facts = vars(rule).get("facts", Facts())  # a rule derived from another has facts of its own, or none
     return {

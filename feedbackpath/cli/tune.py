@@ -7,11 +7,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
-from rich.table import Table
 
 from feedbackpath.cli.compare import with_all_rules
 from feedbackpath.cli.exit_codes import DONE
-from feedbackpath.cli.output import make_console
+from feedbackpath.cli.output import make_console, make_table
 from feedbackpath.errors import ConfigError
 from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.settings import merge_config
@@ -54,7 +53,7 @@ def tune(
     except Interrupted as stop:
         console.print(f"interrupted: finished trials are kept in {out}; --resume goes on")
         return stop.exit_code
-    table = Table("rule", "trials", f"validation {search.metric.name}", "settings")
+    table = make_table("rule", "trials", f"validation {search.metric.name}", "settings", names=(0, 3))
     for rule, count, best in rows_of(search):
         shown = (
             (f"{best.validation:.2f}{search.metric.unit}", _as_text(best.settings)) if best else ("–", "–")

@@ -144,9 +144,9 @@ def find_builder(name: str) -> Builder:
             raise ValueError(f"model {name!r} is too deep: resnetD goes up to resnet{DEEPEST}")
         return _cifar_resnet((depth - 2) // 6, width)
     close = get_close_matches(name, MODELS, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    hint = f"did you mean {close[0]}? There are" if close else "there are"
     raise ValueError(
-        f"model {name!r} is unknown; {hint}There are: {', '.join(MODELS)}; resnetD of any depth D = 6n + 2; "
+        f"model {name!r} is unknown; {hint}: {', '.join(MODELS)}; resnetD of any depth D = 6n + 2; "
         "and K times as wide, as in resnet20x4, mlpx2, transformerx2"
     )
 

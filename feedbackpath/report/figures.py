@@ -113,7 +113,7 @@ def learning_curves(panels: Sequence[Panel], styles: Styles) -> Figure | None:
         scale = ", log scale" if axes.get_yscale() == "log" else ""
         axes.set_ylabel(axis_title(panels[0].metric) + scale)
     figure.legend(
-        handles=[Line2D([], [], label=styles[rule].legend, **_looks(styles[rule])) for rule in rules],
+        handles=[Line2D([], [], label=styles[rule].legend, **looks_of(styles[rule])) for rule in rules],
         loc="outside upper left",
         ncols=2 if columns == 1 else 3,
         frameon=False,
@@ -125,10 +125,11 @@ def learning_curves(panels: Sequence[Panel], styles: Styles) -> Figure | None:
 
 def line_looks(rule: str) -> dict[str, Any]:
     """Return a built-in rule's colour, dash and marker in matplotlib's words."""
-    return _looks(style_of(rule))
+    return looks_of(style_of(rule))
 
 
-def _looks(style: RuleStyle) -> dict[str, Any]:
+def looks_of(style: RuleStyle) -> dict[str, Any]:
+    """Return a style in matplotlib's words."""
     return {"color": style.colour, "linestyle": style.dash, "marker": style.marker}
 
 
@@ -136,7 +137,7 @@ def _draw_learning(axes: Axes, style: RuleStyle, curves: LearningCurves) -> None
     colour = style.colour
     for run, curve in curves:
         if run is None:
-            axes.plot(curve.epochs, curve.means, markevery=ceil(len(curve.epochs) / 8), **_looks(style))
+            axes.plot(curve.epochs, curve.means, markevery=ceil(len(curve.epochs) / 8), **looks_of(style))
             axes.fill_between(curve.epochs, *curve.band, color=colour, alpha=0.2, linewidth=0)
         else:
             axes.plot(curve.epochs, curve.means, color=colour, linestyle=style.dash, linewidth=0.6)

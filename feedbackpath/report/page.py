@@ -15,6 +15,7 @@ from feedbackpath.report.equivalence import describe
 from feedbackpath.report.panels import Panel, list_differences, styles_of, suffix_of
 from feedbackpath.report.style import Styles, in_order
 from feedbackpath.report.table import (
+    MISSING,
     describe_divergence,
     error_rows,
     format_metric,
@@ -22,10 +23,11 @@ from feedbackpath.report.table import (
     summary_rows,
 )
 from feedbackpath.rules import RULES
-from feedbackpath.rules.base import what_of
-from feedbackpath.rules.registry import OWN
+from feedbackpath.rules.registry import OWN, what_of
 from feedbackpath.train.results import Results, Run
 
+EMPTY = {"δ norm": MISSING, "minus bp": MISSING, "status": "finished"}
+"""Columns of the table that are left out where they say this of every rule."""
 SHOWN_OF_SOURCES = ("command", "device", "model", "data", "config", "versions")
 
 
@@ -102,11 +104,10 @@ def describe_rules(panels: Sequence[Panel]) -> dict[str, tuple[str, str]]:
 
 
 def _rows_of(panel: Panel) -> list[dict[str, str]]:
-    """Return the rows of a panel's table; where all runs are finished, it need not say so."""
+    """Return the rows of a panel's table, without columns in which no run has anything to say."""
     rows = summary_rows(panel.runs, panel.metric)
-    if all(row["status"] == "finished" for row in rows):
-        return [{name: text for name, text in row.items() if name != "status"} for row in rows]
-    return rows
+    empty = [name for name in EMPTY if all(row[name] == EMPTY[name] for row in rows)]
+    return [{name: text for name, text in row.items() if name not in empty} for row in rows]
 
 
 def list_notes(panel: Panel) -> list[str]:

@@ -120,8 +120,9 @@ def rich_error_table(panels: Sequence[Panel]) -> Table:
     """Build the paper's table for a terminal."""
     heading, *rows = error_rows(panels)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
-    for name in heading:  # names give way before numbers do
-        table.add_column(Text(name), overflow="fold", no_wrap=name not in ("network", "data"))
+    for name, *cells in zip(heading, *rows, strict=True):  # names are folded before numbers are
+        width = 1 if name in ("network", "data") else max(map(len, cells), default=1)
+        table.add_column(Text(name), overflow="fold", min_width=width)
     for row in rows:
         table.add_row(*map(Text, row))
     return table
@@ -134,10 +135,10 @@ def rich_table(results: Results) -> Table:
     columns = [column for column in (rows[0] if rows else ()) if column != WIDE]
     for column in columns:
         width = max(len(text) for text in [*column.split(), *(row[column] for row in rows)])
-        if column == "status":  # the only one to give way: the rest fits 80 columns, its headings folded
-            table.add_column(column)
+        if column in ("rule", "status"):  # these give way, and are folded: the rest fits 80 columns
+            table.add_column(column, overflow="fold", min_width=min(width, 8))
         else:
-            table.add_column(column, justify="left" if column == "rule" else "right", width=width)
+            table.add_column(column, justify="right", width=width)
     for row in rows:
         table.add_row(*(Text(row[column]) for column in columns))
     return table

@@ -5,29 +5,40 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from feedbackpath.report.figures import render
-from feedbackpath.report.style import choose_styles
+from feedbackpath.report.figures import (
+    COLUMN_WIDTH,
+    FIGURE_STYLE,
+    KINDS,
+    PAGE_WIDTH,
+    looks_of,
+    render,
+    scale_metric,
+)
+from feedbackpath.report.scales import axis_title
+from feedbackpath.report.style import choose_styles, in_order
+from feedbackpath.train.results import Metric
 from feedbackpath.train.store import write_bytes
-
-PANEL = 2.6  # inches
 
 
 def draw_tolerance(kept: Mapping[str, Any], out: Path) -> None:
     """Write ``figures/tolerance.*`` and ``figures/error.*`` of a search's results (``tolerance.json``)."""
-    figures = {"tolerance": draw_map(kept), "error": draw_errors(kept)}
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        for kind in ("png", "pdf"):
-            write_bytes(out / "figures" / f"{name}.{kind}", render(figure, kind))
+    with rc_context(FIGURE_STYLE):
+        for name, figure in (("tolerance", draw_map(kept)), ("error", draw_errors(kept))):
+            for kind in KINDS:
+                write_bytes(out / "figures" / f"{name}.{kind}", render(figure, kind))
 
 
 def draw_map(kept: Mapping[str, Any]) -> Figure:
     """Draw the worst tolerated values: each imperfection has its own scale, darker is more tolerant."""
     found, ended = kept["found"], kept["ended"]
-    rules, names = list(found), list(dict.fromkeys(name for row in found.values() for name in row))
-    figure = Figure(figsize=(1.6 + 1.15 * len(names), 1.2 + 0.4 * len(rules)), layout="constrained")
+    rules, names = in_order(found), list(dict.fromkeys(name for row in found.values() for name in row))
+    width = min(PAGE_WIDTH, 1.0 + 0.9 * len(names))
+    figure = Figure(figsize=(width, 1.0 + 0.3 * len(rules)), layout="constrained")
     axes = figure.subplots()
     shades = [[math.nan] * len(names) for _ in rules]
     for column, name in enumerate(names):
@@ -42,11 +53,12 @@ def draw_map(kept: Mapping[str, Any]) -> Figure:
         for column, name in enumerate(names):
             value = found[rule].get(name)
             is_end = name in ended.get(rule, [])
-            text = "" if name not in found[rule] else "none" if value is None else f"{value:.2g}"
-            axes.text(column, row, f"≥ {text}" if is_end else text, ha="center", va="center", fontsize=9)
+            text = "–" if name not in found[rule] else "none" if value is None else f"{value:.2g}"
+            axes.text(column, row, f"≥ {text}" if is_end else text, ha="center", va="center")
     axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names], rotation=25, ha="right")
     axes.set_yticks(range(len(rules)), rules)
-    axes.set_title(f"Worst value within {kept['margin']:g} points of the rule's ideal", fontsize=10)
+    axes.grid(visible=False)
+    axes.set_title(f"Worst value within {kept['margin']:g} points of the rule's ideal", wrap=True)
     return figure
 
 
@@ -59,9 +71,11 @@ def draw_errors(kept: Mapping[str, Any]) -> Figure:
     names = list(dict.fromkeys(name for _, name, _ in runs if name is not None))
     columns = min(4, max(1, len(names)))
     rows = max(1, math.ceil(len(names) / columns))
-    figure = Figure(figsize=(PANEL * columns + 1.0, PANEL * rows + 0.5), layout="constrained")
+    width = COLUMN_WIDTH if columns == 1 else PAGE_WIDTH
+    figure = Figure(figsize=(width, 0.7 + 1.8 * rows), layout="constrained")
     grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
-    styles = choose_styles([rule for rule, _, _ in runs], {})
+    styles = choose_styles(in_order(rule for rule, _, _ in runs), {})
+    shown: list[float] = []
     for axes, name in zip(grid, names, strict=False):
         for rule, style in styles.items():
             points = sorted(
@@ -70,17 +84,17 @@ def draw_errors(kept: Mapping[str, Any]) -> Figure:
                 if (of_rule, of_name) == (rule, name) and value is not None
             )
             if points:
-                axes.plot(
-                    *zip(*points, strict=True), color=style.colour, marker=style.marker, ms=4, label=rule
-                )
+                axes.plot(*zip(*points, strict=True), **looks_of(style))
+                shown += [error for _, error in points]
         axes.set_xscale("log")
-        axes.set_xlabel(name.replace("_", " "))
+        axes.set_xlabel(name.replace("_", " ") + "\nlog scale")
     for axes in grid[len(names) :]:
         axes.set_axis_off()
-    grid[0].set_ylabel(f"error ({kept['unit'] or '1'})")
-    handles = {
-        label: line for axes in grid for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    if handles:
-        figure.legend(list(handles.values()), list(handles), loc="outside right upper", fontsize=8)
+    if shown:
+        metric = Metric(unit=kept["unit"])
+        scale_metric(grid[0], shown, metric)
+        for axes in grid[::columns]:
+            axes.set_ylabel(axis_title(metric) + (", log scale" if axes.get_yscale() == "log" else ""))
+        handles = [Line2D([], [], label=style.legend, **looks_of(style)) for style in styles.values()]
+        figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, handlelength=2.6)
     return figure

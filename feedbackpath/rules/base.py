@@ -1,10 +1,9 @@
 """What a rule is: how feedback weights begin, who carries the error, and what happens when."""
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from feedbackpath.core.sendback import LOCAL, SendBack
 from feedbackpath.errors import RuleError
 
 Weights = Sequence[UntiedWeight]
+Scale = Literal["xavier", "he", "zero"]
 
 
 @dataclass(frozen=True)
@@ -116,31 +116,22 @@ def group_of(rule: type[Rule]) -> str:
     return rule.group or next((group for group, holds in told.items() if holds), "fixed")
 
 
-def what_of(rule: type[Rule]) -> str:
-    """Return what a rule does: the first line of its docstring, without markup.
-
-    Example:
-        >>> import feedbackpath as fp
-        >>> what_of(fp.RULES["fa"])
-        'Draw B once and leave it; W may learn to agree with it.'
-    """
-    text = vars(rule).get("__doc__") or ""
-    if text.startswith(f"{rule.__name__}("):  # what a dataclass says of itself
-        return ""
-    first = next(iter(text.strip().splitlines()), "")
-    return re.sub(r":[a-z:]+:(?=`)|`|\*\*", "", first)
-
-
 @checked(RuleError)
-def draw_feedback(weights: Weights, context: RuleContext) -> None:
-    """Draw every feedback weight from N(0, 2 / (fan_in + fan_out)), never looking at W.
+def draw_feedback(weights: Weights, context: RuleContext, scale: Scale = "xavier") -> None:
+    """Draw every feedback weight from N(0, s^2), never looking at W. The paper leaves s open.
 
-    That is Glorot & Bengio's law (2010, equation 12) for weights that signals cross both ways. The paper
-    leaves the law of the initial B open.
+    Scales: ``"xavier"``, s^2 = 2 / (fan_in + fan_out) (Glorot & Bengio 2010, equation 12); ``"he"``, s^2 = 2
+    / fan_out: errors keep their size through ReLUs (He et al. 2015, equation 14); ``"zero"``, s = 0.
     """
     with torch.no_grad():
         for weight in weights:
             if weight.weight.numel() == 0:
                 continue
-            std = math.sqrt(2.0 / (weight.fan_in + weight.fan_out))
-            weight.feedback.normal_(0.0, std, generator=context.generator(weight, "draw_feedback"))
+            size = size_at(scale, weight)
+            weight.feedback.normal_(0.0, size, generator=context.generator(weight, "draw_feedback"))
+
+
+def size_at(scale: Scale, weight: UntiedWeight) -> float:
+    """Return the standard deviation that a scale names."""
+    fans = {"xavier": weight.fan_in + weight.fan_out, "he": weight.fan_out, "zero": math.inf}
+    return math.sqrt(2.0 / fans[scale])

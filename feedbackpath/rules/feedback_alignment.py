@@ -3,17 +3,21 @@
 Akrout et al. 2019, equation 3 (Lillicrap et al. 2016): delta_l = phi'(y_l) B_{l+1} delta_{l+1}.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from feedbackpath.rules.base import Facts, Rule
+from feedbackpath.core.context import RuleContext
+from feedbackpath.rules.base import Facts, Rule, Scale, Weights, draw_feedback
 
 
 @dataclass(frozen=True)
 class FeedbackAlignment(Rule):
     """Draw B once and leave it; W may learn to agree with it.
 
-    The paper leaves the law of B open: here N(0, 2 / (fan_in + fan_out)) (see ``draw_feedback``).
+    Args:
+        scale: Of B; the paper leaves it open: ``"xavier"``, ``"he"`` or ``"zero"`` (see ``draw_feedback``).
+            With B = 0 no error passes a layer: only the last one learns.
 
     Example:
         >>> import feedbackpath as fp
@@ -30,3 +34,9 @@ class FeedbackAlignment(Rule):
         verdict="transport-free",
         flops=1.0,
     )
+    search_space: ClassVar[Mapping[str, Sequence[Any]]] = {"scale": ("choice", "xavier", "he")}
+    scale: Scale = field(default="xavier", kw_only=True)
+
+    def start(self, weights: Weights, context: RuleContext) -> None:
+        """Draw every B."""
+        draw_feedback(weights, context, self.scale)

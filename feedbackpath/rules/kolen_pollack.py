@@ -17,16 +17,16 @@ averaged, clipped and unscaled. Algorithm 2 updates each B just before delta pas
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.errors import KolenPollackWarning, RuleError, level_outside, refuse_no_size
-from feedbackpath.rules.base import Facts, Rule, Weights, draw_feedback
+from feedbackpath.rules.base import Facts, Rule, Scale, Weights, draw_feedback
 from feedbackpath.rules.look_ahead import LookAhead
 from feedbackpath.rules.shared_reduction import SharedReduction, weights_used_elsewhere
 from feedbackpath.rules.update_first import UpdateFirst
@@ -44,6 +44,7 @@ class KolenPollack(Rule):
     Args:
         feedback_rate: eta_B / eta_W: how much of W's gradient B gets. It takes SGD: an optimizer that divides
             a gradient by its size, such as Adam, undoes it. On several devices B is then averaged by itself.
+        scale: Of the initial B: ``"xavier"``, ``"he"`` or ``"zero"`` (see ``draw_feedback``).
         order: ``"error-first"``, or Algorithm 2's ``"update-first"``: errors go through B as the update of
             this step leaves it. It takes linear layers, convolutions, and ``path.check_optimizer`` first.
 
@@ -66,7 +67,9 @@ class KolenPollack(Rule):
     )
     learns: ClassVar[bool] = True
     needs_decay: ClassVar[bool] = True
+    search_space: ClassVar[Mapping[str, Sequence[Any]]] = {"scale": ("choice", "xavier", "he")}
     feedback_rate: float = field(default=1.0, kw_only=True)
+    scale: Scale = field(default="xavier", kw_only=True)
     order: Literal["error-first", "update-first"] = field(default="error-first", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -82,17 +85,17 @@ class KolenPollack(Rule):
         return None if rate == 1.0 else lambda weight, product, context: (product, rate * product)
 
     def start(self, weights: Weights, context: RuleContext) -> None:
-        """Draw every B at random."""
-        draw_feedback(weights, context)
+        """Draw every B."""
+        draw_feedback(weights, context, self.scale)
         looked_up, elsewhere = weights_used_elsewhere(context.model)
         if self.gradients is not None:  # W and B have each its own, and B cannot take over W's
             looked_up, elsewhere = set(), looked_up | elsewhere
         shared = [weight for weight in weights if id(weight.weight) in elsewhere]
         if shared:
             warnings.warn(
-                f"the weights of {', '.join(repr(weight.name) for weight in shared)} are shared with layers "
-                "that cannot be untied: W gets gradients there that B does not, and Kolen-Pollack will not "
-                "bring them together; untie the weights, or override the rule for these layers",
+                f"the weights of {', '.join(repr(w.name) for w in shared)} are shared with layers that "
+                "cannot be untied: W gets gradients there that B does not, and Kolen-Pollack will not bring "
+                "them together; untie the weights, or override the rule for these layers",
                 KolenPollackWarning,
                 stacklevel=level_outside(),
             )
@@ -122,23 +125,20 @@ class KolenPollack(Rule):
         """
         if weights and self.order == "update-first":
             weights[0].layer.untied.context.part(LookAhead).know(weights, optimizer)
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        undecayed = []
+        groups, undecayed = {id(p): group for group in optimizer.param_groups for p in group["params"]}, []
         for weight in weights:
             if id(weight.weight) not in groups or not weight.weight.requires_grad:
                 continue
             if id(weight.feedback) not in groups:
-                raise RuleError(
-                    f"Kolen-Pollack: the optimizer has the forward weight of {weight.name!r} but not its "
-                    "feedback weight; make it after untie, from model.parameters()"
-                )
+                what = f"the optimizer has the forward weight of {weight.name!r} but not its feedback weight"
+                raise RuleError(f"Kolen-Pollack: {what}; make it after untie, from model.parameters()")
             forward, feedback = groups[id(weight.weight)], groups[id(weight.feedback)]
             names = [name for name in forward if name not in ("params", "param_names")]
             differing = [name for name in names if forward[name] != feedback.get(name)]
             if differing:
+                what = f"treats the weights of {weight.name!r} differently ({', '.join(differing)})"
                 raise RuleError(
-                    f"Kolen-Pollack: the optimizer treats the weights of {weight.name!r} differently "
-                    f"({', '.join(differing)}); put W and B in groups with the same settings"
+                    f"Kolen-Pollack: the optimizer {what}; put W and B in groups with the same settings"
                 )
             undecayed += [] if feedback.get("weight_decay") else [repr(weight.name)]
         if self.needs_decay and undecayed:

@@ -5,8 +5,9 @@ once, "in utero"; equations 16 and 17 (Kolen-Pollack) then keep it so, for equal
 there is, and weight decay takes that away. No further mirroring, no waiting for weight decay.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.errors import RuleError
@@ -69,6 +70,7 @@ class MirrorKolenPollack(KolenPollack):
         flops=1.0,
     )
     needs_decay: ClassVar[bool] = False
+    search_space: ClassVar[Mapping[str, Sequence[Any]]] = {}  # its B begins with the mirror
     start_angle_deg: ClassVar[float] = START_ANGLE_DEG
     mirror: Mirror
     every: int | None

@@ -73,6 +73,8 @@ class ProductFeedbackAlignment(KolenPollack):
     def __post_init__(self) -> None:
         """Refuse a path without neurons."""
         super().__post_init__()
+        if self.scale != "xavier":
+            raise RuleError("pfa: scale has no effect, both matrices have laws of their own; leave it out")
         if not self.expansion > 0.0:
             raise RuleError(f"pfa: expansion must be above 0, not {self.expansion}")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, MutableMapping
 
 from feedbackpath.arguments import refuse_name, shown
 from feedbackpath.errors import RuleError
-from feedbackpath.rules.base import Rule, what_of
+from feedbackpath.rules.base import Rule
 
 OWN = {  # name: file and class
     "bp": ("backprop", "Backprop"),
@@ -90,6 +90,21 @@ def register_rule(rule: type[Rule]) -> type[Rule]:
     return rule
 
 
+def what_of(rule: type[Rule]) -> str:
+    """Return what a rule does: the first line of its docstring, without markup.
+
+    Example:
+        >>> import feedbackpath as fp
+        >>> what_of(fp.RULES["fa"])
+        'Draw B once and leave it; W may learn to agree with it.'
+    """
+    text = vars(rule).get("__doc__") or ""
+    if text.startswith(f"{rule.__name__}("):  # what a dataclass says of itself
+        return ""
+    first = next(iter(text.strip().splitlines()), "")
+    return re.sub(r":[a-z:]+:(?=`)|`|\*\*", "", first)
+
+
 def looks_of_rules() -> dict[str, dict[str, str | None]]:
     """Return label, colour and first line of the docstring of the users' rules that have any, by name."""
     theirs = {name: RULES[name] for name in RULES if name not in OWN}
@@ -107,8 +122,8 @@ def resolve_rule(rule: "str | Rule") -> Rule:
         RuleError: No rule has that name, or the rule cannot be compared with others.
 
     Example:
-        >>> resolve_rule("fa")
-        FeedbackAlignment()
+        >>> resolve_rule("bp")
+        Backprop()
     """
     if isinstance(rule, type):
         raise RuleError(f"a rule is an object, not a class: pass {rule.__name__}()")
@@ -121,14 +136,14 @@ def resolve_rule(rule: "str | Rule") -> Rule:
         try:
             hash(rule)
         except TypeError as error:
-            raise RuleError(
-                f"the rule {type(rule).__name__} has no hash, so that its layers cannot be grouped "
-                f"({error}): make it "
-                "a frozen dataclass, with settings that have one"
-            ) from error
+            what = (
+                f"the rule {type(rule).__name__} has no hash, so that its layers cannot be grouped ({error})"
+            )
+            raise RuleError(f"{what}: make it a frozen dataclass, with settings that have one") from error
         return rule
     if rule in RULES:
         return RULES[rule]()
     close = difflib.get_close_matches(rule, RULES, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = "; this is one rule's place: feedbackpath compare takes several" if "," in rule else hint
     raise RuleError(f"unknown rule {shown(rule)}; known rules are {', '.join(RULES)}{hint}")

@@ -4,7 +4,6 @@ Liao, Leibo & Poggio 2016; Moskovitz et al. 2018 and Xiao et al. 2019 are the fo
 compare with. B = M * sign(W), refreshed after every update of W: 1 bit per weight is transported.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
-from feedbackpath.rules.base import Facts, Rule, Weights
+from feedbackpath.rules.base import Facts, Rule, Weights, size_at
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,7 @@ class SignSymmetry(Rule):
                 self._take_signs(weight)
 
     def _draw_magnitudes(self, weight: UntiedWeight, context: RuleContext) -> None:
-        fans = weight.fan_out if self.scale == "he" else weight.fan_in + weight.fan_out
-        size = math.sqrt(2.0 / fans)
+        size = size_at(self.scale, weight)
         if self.magnitude == "uniform":
             weight.feedback.fill_(size)
         else:

@@ -123,7 +123,7 @@ class ChipSettings(BaseModel):
         if value is None or value in CHIPS:
             return value
         if not value.endswith(".csv"):
-            raise ValueError(f"is {value!r}; there are {', '.join(CHIPS)}, and measured responses *.csv")
+            raise ValueError(f"choose {', '.join(CHIPS)}, or measured responses *.csv")
         return str(Path(value).resolve())  # a run goes on from any folder
 
 

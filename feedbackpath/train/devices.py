@@ -18,7 +18,10 @@ def usable_device(name: str) -> torch.device:
         Exception
     ) as error:  # torch was built without the device, or lacks it: each has an error of its own
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError(f"device {name!r} cannot be used: {reason}; choose cpu, or cuda") from None
+        if "device type at start of device string" in reason:  # followed by all that torch ever ran on
+            reason = "there is no such device"
+        choice = "cpu, or cuda" if torch.cuda.is_available() else "cpu; no CUDA device is usable here"
+        raise ConfigError(f"device {name!r} cannot be used: {reason}; choose {choice}") from None
     if device.type == "cpu" and device.index is not None:
         raise ConfigError(f"device {name!r} cannot be used: a CPU has no number; choose cpu")
     return device

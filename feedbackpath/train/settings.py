@@ -37,7 +37,7 @@ def read_settings(file: Path, known: Sequence[str]) -> dict[str, Any]:
         settings = yaml.safe_load(content.decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot read config file {file}: {reason}") from None
+        raise ConfigError(f"cannot read config file {file}: {reason}; give a YAML file of settings") from None
     except ConfigError:
         raise
     except Exception as error:  # its constructors raise whatever int, datetime and the like do
