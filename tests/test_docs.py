@@ -95,7 +95,7 @@ def test_command_lines_are_accepted(document, monkeypatch):
         name = next(word for word in arguments if word not in over)
         assert command.__name__ == {"eval": "evaluate"}.get(name, name)
         rules = (flags.rule,) if isinstance(flags, AuditConfig) else flags.rules
-        with mock.patch.dict(fp.RULES):
+        with mock.patch.dict(fp.RULES), mock.patch("feedbackpath.jobs.imports._IMPORTED", set()):
             import_files(flags.imports)
             assert [make_rule(name, {}).name for name in rules] == list(rules)
 
