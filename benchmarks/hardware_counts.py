@@ -18,7 +18,7 @@ from rich.console import Console
 from feedbackpath.cli.hardware import FIRST
 from feedbackpath.hardware import ArrayCounts, Costs, Work
 from feedbackpath.jobs import run_job
-from feedbackpath.report.counts import energy_rows, last_counts
+from feedbackpath.report.counts import energy_rows, mean_counts
 from feedbackpath.report.live import LiveView
 
 RESULTS = Path(__file__).parent / "hardware-theory" / "counts.json"
@@ -26,14 +26,14 @@ RULES = ("bp", "fa", "ss", "kp", "mirror-kp", "wm", "dfa")
 
 
 def measure() -> dict[str, Any]:
-    """Train by each rule; return the settings, and the counts of a step of the last epoch."""
+    """Train by each rule; return the settings, and the counts of a step, on average."""
     config = FIRST.model_copy(update={"rules": RULES, "read_bits": 8, "num_threads": 1})
     with tempfile.TemporaryDirectory() as folder:
         view = LiveView(Console(quiet=True))
         results = run_job(config, Path(folder) / "out", resume=False, command="", view=view)
     counted = {
         rule: {array: dataclasses.asdict(counts) for array, counts in arrays.items()}
-        for rule, arrays in last_counts(results).items()
+        for rule, arrays in mean_counts(results).items()
     }
     return {"versions": results.versions, "config": results.config, "counts": counted}
 

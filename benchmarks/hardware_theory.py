@@ -48,7 +48,7 @@ class Network:
 
     Attributes:
         asked: By array, the sum of the sizes of all changes of each cell.
-        errors: Mean square of what a write missed, by step and array.
+        missed: Sum of the squares of what writes missed, and the number of cells that were written.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Network:
         chip.attach(self.optimizer)
         self.arrays = [array for weight in self.path.weights for array in chip.arrays_of(weight)]
         self.asked = {(one.weight.name, one.side): torch.zeros_like(one.values) for one in self.arrays}
-        self.errors: list[list[float]] = []
+        self.missed = [0.0, 0]
         self.teacher = torch.randn(WIDTHS[-1], WIDTHS[0])
 
     def train(self, steps: int) -> None:
@@ -78,7 +78,6 @@ class Network:
             x = torch.randn(BATCH, WIDTHS[0])
             self.optimizer.zero_grad()
             F.cross_entropy(self.model(x), (x @ self.teacher.T).argmax(1)).backward()
-            self.errors.append([])
             self.optimizer.step()
             self.path.step()
 
@@ -97,7 +96,8 @@ def watched(network: Network) -> Network:
         ) -> Tensor:
             new = type(plain).write(plain, w, asked, cells, generator)
             network.asked[key] += asked.abs()
-            network.errors[-1].append(float((new - w - asked).square().mean()))
+            network.missed[0] += float((new - w - asked).square().sum())
+            network.missed[1] += w.numel()
             return new
 
         array.device = dataclasses.replace(plain)
@@ -121,15 +121,17 @@ def measure_noise() -> list[Found]:
             other = fp.devices.Ideal() if sides == 1 else None
             chip = fp.Chip(kind(step=step), feedback_device=other)
             network = watched(Network(chip, decay, momentum, is_alike=True))
-            network.train(round(3 / shrink))
-            variances = []
+            network.train(round(max(1000, 3 / shrink)))  # until learning, and with it the noise, has settled
+            network.missed, variances = [0.0, 0], []
+            for asked in network.asked.values():
+                asked.zero_()
             for _ in range(10):  # the mean over a time in which the gap forgets
                 network.train(round(0.2 / shrink))
                 variances.append(float(torch.cat([gap.flatten() for gap in network.gaps()]).square().mean()))
-            noisy = [error for step_ in network.errors[-200:] for error in step_ if error > 0.0]
-            noise = math.sqrt(sum(noisy) / len(noisy))
+            noise = math.sqrt(network.missed[0] / network.missed[1])
+            written = float(sum(asked.sum() for asked in network.asked.values())) / network.missed[1]
             found.append({"series": name, "step": step, "noise": noise, "variance": sum(variances) / 10,
-                          "shrink": shrink, "sides": sides})  # fmt: skip
+                          "shrink": shrink, "sides": sides, "written": written})  # fmt: skip
     return found
 
 
@@ -150,18 +152,12 @@ def measure_contraction() -> list[Found]:
 
 
 def _by_cell(bound: float, layer: int, written: Tensor, first: Tensor, gap: Tensor) -> Iterator[Found]:
-    """Yield a whole layer, and its cells in tenths by what they have written."""
-    groups = [torch.arange(written.numel())]
-    groups += list(written.flatten().argsort().tensor_split(5))
-    for number, chosen in enumerate(groups):
+    """Yield a whole layer (part 0), and its cells in fifths by what they have written, from the least."""
+    order = written.flatten().argsort()
+    for part, chosen in enumerate([order, *order.tensor_split(5)]):
         left = gap.flatten()[chosen].norm() / first.flatten()[chosen].norm()
-        yield {
-            "bound": bound,
-            "layer": layer,
-            "is_layer": number == 0,
-            "written": float(written.flatten()[chosen].mean()),
-            "left": float(left),
-        }
+        wrote = float(written.flatten()[chosen].mean())
+        yield {"bound": bound, "layer": layer, "part": part, "written": wrote, "left": float(left)}
 
 
 def measure_floor() -> list[Found]:
@@ -222,7 +218,8 @@ def draw(found: dict[str, list[Found]]) -> Figure:
     for axes, letter, part in zip(panels.flat, "abcd", DRAWN, strict=True):
         DRAWN[part](axes, found[part])
         axes.set_title(letter, loc="left", fontweight="bold")
-        axes.legend(frameon=False, handletextpad=0.4, borderaxespad=0.2, labelspacing=0.3)
+        axes.set_title(TITLES[part])
+        axes.legend(loc=PLACES[part], frameon=False, handletextpad=0.4, borderaxespad=0.2, labelspacing=0.3)
     return figure
 
 
@@ -232,48 +229,51 @@ def _points(
     axes.plot(x, y, marker, color=colour, label=label, markersize=4, markeredgewidth=0.9, **more)
 
 
-def _plain_numbers(*axes: Any) -> None:
-    for axis in axes:
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_minor_formatter(NullFormatter())
+def _ticks(axis: Any, *values: float) -> None:
+    axis.set_ticks(values, [f"{value:.5f}".rstrip("0").rstrip(".") for value in values])
+    axis.set_minor_formatter(NullFormatter())
 
 
 def draw_noise(axes: Axes, cells: list[Found]) -> None:
-    """Draw the variance of W - B, in units of the theory's own, against the noise of a write."""
+    """Draw the variance of W - B against the noise of a write."""
     looks = {
-        "both sides": (BLUE, "o", "both sides, λ = 0.01", {}),
-        "one side": (ORANGE, "s", "one side, λ = 0.01", {}),
         "both, λ a third": (GREEN, "^", "both, λ = 0.003", {}),
-        "both, momentum 0.9": (SKY, "D", "both, λ = 0.01 by momentum 0.9", {"fillstyle": "none"}),
-        "both, soft bounds": (PINK, "v", "both, λ = 0.003, soft bounds", {"fillstyle": "none"}),
+        "both, soft bounds": (PINK, "v", "the same, soft bounds", {"fillstyle": "none"}),
+        "both sides": (BLUE, "o", "both, λ = 0.01", {}),
+        "both, momentum 0.9": (SKY, "D", "the same, momentum 0.9", {"fillstyle": "none"}),
+        "one side": (ORANGE, "s", "one array, λ = 0.01", {}),
     }
     for series, (colour, marker, label, more) in looks.items():
         own = [cell for cell in cells if cell["series"] == series]
         _points(axes, [c["noise"] for c in own], [c["variance"] for c in own], colour, marker, label, **more)
-    noises = [10 ** (-3.4 + 0.1 * k) for k in range(25)]
-    for shrink, sides, colour in ((0.01, 2, BLUE), (0.01, 1, ORANGE), (0.003, 2, GREEN)):
+    noises = [10 ** (-3.7 + 0.1 * k) for k in range(28)]
+    for shrink, sides, colour in ((0.003, 2, GREEN), (0.01, 2, BLUE), (0.01, 1, ORANGE)):
         lines = [theory.gap_variance(s, 1.0, shrink, sides=sides) for s in noises]
         axes.plot(noises, lines, color=colour, linewidth=0.8, zorder=1)
-    axes.axhline(2.0 / 3.0, color=GREY, linewidth=0.8, linestyle=":", zorder=1)
-    axes.text(noises[0], 0.8, "all of the range", color=GREY, fontsize=7, va="bottom")
-    axes.set(xscale="log", yscale="log", xlim=(noises[0], noises[-1]), ylim=(1e-5, 2.5))
+    axes.set(xscale="log", yscale="log")
+    _ticks(axes.xaxis, 0.001, 0.01, 0.1)
+    _ticks(axes.yaxis, 0.00001, 0.0001, 0.001, 0.01, 0.1, 1)
+    axes.set(xlim=(noises[0], noises[-1]), ylim=(3e-6, 2))
     axes.set(xlabel="noise of a write, s (units of weight)", ylabel="variance of W − B")
 
 
 def draw_contraction(axes: Axes, cells: list[Found]) -> None:
     """Draw what is left of W - B against what was written, in bounds."""
     for bound, colour, marker in ((0.5, BLUE, "o"), (1.0, ORANGE, "s"), (2.0, GREEN, "^")):
-        own = [cell for cell in cells if cell["bound"] == bound and not cell["is_layer"]]
-        _points(axes, [c["written"] for c in own], [c["left"] for c in own], colour, marker,
-                f"fifths of a layer's cells, bound {bound:g}", alpha=0.6)  # fmt: skip
-    whole = [cell for cell in cells if cell["is_layer"]]
+        for is_least in (False, True):
+            own = [c for c in cells if c["bound"] == bound and c["part"] and (c["part"] == 1) == is_least]
+            _points(axes, [c["written"] for c in own], [c["left"] for c in own], colour, marker,
+                    "_" if is_least else f"bound {bound:g}", fillstyle="none" if is_least else "full",
+                    alpha=0.7)  # fmt: skip
+    _points(axes, [], [], GREY, "o", "cells that write least", fillstyle="none")
+    whole = [cell for cell in cells if cell["part"] == 0]
     _points(axes, [c["written"] for c in whole], [c["left"] for c in whole], GREY, "x", "whole layers")
-    written = [0.05 * k for k in range(121)]
+    written = [0.05 * k for k in range(131)]
     axes.plot(written, [theory.soft_contraction(w, 1.0) for w in written], color="black", linewidth=0.9,
               label="theory")  # fmt: skip
-    axes.set(yscale="log", xlim=(0, 6), ylim=(0.008, 1.1))
+    axes.set(yscale="log", xlim=(0, 6), ylim=(0.005, 1.2))
+    _ticks(axes.yaxis, 0.01, 0.03, 0.1, 0.3, 1)
     axes.set(xlabel="written changes of a weight (in bounds)", ylabel="size of W − B over its start")
-    _plain_numbers(axes.yaxis)
 
 
 def draw_floor(axes: Axes, cells: list[Found]) -> None:
@@ -289,7 +289,8 @@ def draw_floor(axes: Axes, cells: list[Found]) -> None:
     axes.plot(spreads, floor, color="black", linewidth=0.9, label="theory")
     axes.set(xscale="log", yscale="log", xlim=tuple(spreads), ylim=tuple(spreads))
     axes.set(xlabel="spread of up and of down pulses", ylabel="spread of W − B (in bounds)")
-    _plain_numbers(axes.xaxis, axes.yaxis)
+    for axis in (axes.xaxis, axes.yaxis):
+        _ticks(axis, 0.03, 0.1, 0.3, 1)
 
 
 def draw_mirror(axes: Axes, cells: list[Found]) -> None:
@@ -300,7 +301,7 @@ def draw_mirror(axes: Axes, cells: list[Found]) -> None:
         for series, filled, spread in (("linear", "full", 1.0), ("ReLU", "none", RELU_SPREAD)):
             own = [c for c in cells if c["samples"] == samples and c["series"] == series]
             _points(axes, [max(least, c["noise"]) for c in own], [c["angle_deg"] for c in own], colour, "o",
-                    f"{samples:,} samples" if series == "linear" else "_", fillstyle=filled)  # fmt: skip
+                    f"N = {samples:,}" if series == "linear" else "_", fillstyle=filled)  # fmt: skip
             angles = [theory.mirror_angle_deg(64, samples, noise, spread) for noise in noises]
             axes.plot(noises, angles, color=colour, linewidth=0.8, zorder=1,
                       linestyle="-" if series == "linear" else "--")  # fmt: skip
@@ -308,9 +309,16 @@ def draw_mirror(axes: Axes, cells: list[Found]) -> None:
     axes.set(xscale="log", xlim=(0.9 * least, noises[-1]), ylim=(0, 90))
     axes.set_xticks([least, 0.1, 1.0, 10.0], ["0", "0.1", "1", "10"])
     axes.set_yticks(range(0, 91, 15))
-    axes.set(xlabel="noise of reads (in answers' root mean square)", ylabel="angle of B and W (°)")
+    axes.set(xlabel="noise of reads (over the answers' rms)", ylabel="angle of B and W (°)")
 
 
+TITLES = {
+    "noise": "noise of writes",
+    "contraction": "soft bounds, no weight decay",
+    "floor": "spread of the asymmetry",
+    "mirror": "mirror, 64 inputs, N samples",
+}
+PLACES = {"noise": "lower right", "contraction": "lower left", "floor": "upper left", "mirror": "upper left"}
 DRAWN: dict[str, Callable[[Axes, list[Found]], None]] = {
     "noise": draw_noise, "contraction": draw_contraction, "floor": draw_floor, "mirror": draw_mirror,
 }  # fmt: skip

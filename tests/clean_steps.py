@@ -5,7 +5,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from leaks import OwnMirror, Task, Whole, with_norm
+from leaks import Masters, OwnMirror, Task, Whole, with_norm
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -290,6 +290,85 @@ def noise(layer):
     return torch.randn(32, layer.in_features, generator=torch.Generator().manual_seed(5))
 
 
+class ByParts(ClosureTask):
+    """The layers are called one by one, at every weight that a line search tries."""
+
+    def step(self):
+        def closure():
+            self.optimizer.zero_grad()
+            hidden = self.model[1](self.model[0](self.x))
+            loss = F.cross_entropy(self.model[4](self.model[3](self.model[2](hidden))), self.y)
+            loss.backward()
+            return loss
+
+        self.optimizer.step(closure)
+        self.path.step()
+
+
+def with_mirror_and_lookahead(rule):
+    """W is read after the update, and changed again before the step ends."""
+    task = with_lookahead(OwnMirror(lambda weight, noise: noise @ weight.weight.T))
+    task.count = 1
+    return task
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """SGD whose gradients are taken between its iterate and their average."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.05})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                state = self.state[parameter]
+                state["count"] = state.get("count", 0) + 1
+                iterate = state.setdefault("iterate", parameter.clone())
+                parameter.lerp_(iterate, 1 / state["count"]).sub_(parameter.grad, alpha=0.01)
+                iterate.sub_(parameter.grad, alpha=0.05)
+
+
+class LayerwiseRates(Stacked):
+    """The rate of each parameter is its own norm over its gradient's."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None and parameter.dim() == 1:
+                parameter.sub_(parameter.grad, alpha=0.05)
+            elif parameter.grad is not None:
+                parameter.sub_(parameter.grad * (0.01 * parameter.norm() / (parameter.grad.norm() + 1e-8)))
+
+
+def with_inputs_that_learn(rule):
+    """Inputs get gradients, as adversarial ones and prompts do."""
+    task = Whole(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), rule)
+    task.x.requires_grad_()
+    plain = task.step
+
+    def step():
+        plain()
+        with torch.no_grad():
+            task.x.sub_(task.x.grad.sign(), alpha=0.01)
+            task.x.grad = None
+
+    task.step = step
+    return task
+
+
+def with_average_in_its_place(task):
+    """The average of W is tried out on the data, and W comes back."""
+    task.means = getattr(task, "means", None) or [p.clone() for p in task.model.parameters()]
+    own = [p.clone() for p in task.model.parameters()]
+    for mean, parameter in zip(task.means, task.model.parameters(), strict=True):
+        mean.lerp_(parameter, 0.1)
+        parameter.copy_(mean)
+    task.log = F.cross_entropy(task.model(task.x), task.y).item()
+    for parameter, value in zip(task.model.parameters(), own, strict=True):
+        parameter.copy_(value)
+
+
 # What B does by itself
 
 
@@ -348,6 +427,10 @@ CLEAN = {
     "sam": SharpnessAwareTask,
     "lbfgs": ClosureTask,
     "lbfgs-wolfe": lambda rule: ClosureTask(rule, "strong_wolfe"),
+    "lbfgs-by-parts": ByParts,
+    "schedule-free": lambda rule: Task(rule, optimizer=ScheduleFree),
+    "layerwise-rates": lambda rule: Task(rule, optimizer=LayerwiseRates),
+    "masters": lambda rule: Masters(leaks=False),
     "logs-much": lambda rule: Task(rule, before=log_much, after_update=log_much),
     "logs-logarithm": lambda rule: Task(rule, before=log_logarithm),
     "logs-angles": lambda rule: Task(rule, after_update=log_angles),
@@ -358,6 +441,9 @@ CLEAN = {
     "average": with_average,
     "teacher": Teacher,
     "lookahead": with_lookahead,
+    "mirror-and-lookahead": with_mirror_and_lookahead,
+    "average-in-its-place": lambda rule: Task(rule, after_update=with_average_in_its_place),
+    "inputs-that-learn": with_inputs_that_learn,
     "scaler-and-autocast": Scaled,
     "checkpointed": Checkpointed,
     "checkpointed-reentrantly": CheckpointedReentrantly,

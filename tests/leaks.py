@@ -630,6 +630,198 @@ def decay_of_w(task):
         task.optimizer.state[b]["momentum_buffer"].mul_(1.0 - 0.01 * w.abs().mean())
 
 
+# A layer's own parameters, updated by what the weights of other layers send back, past B and the deltas
+
+
+class ByHand(Task):
+    """The true gradients are worked out beside the backward pass, and put in the place of its own."""
+
+    def step(self):
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(self.x), self.y).backward()
+        with torch.no_grad():
+            one, two, three = self.model[0], self.model[2], self.model[4]
+            h1 = one(self.x).relu()
+            h2 = two(h1).relu()
+            delta = (three(h2).softmax(1) - F.one_hot(self.y, 3)) / 16
+            delta = (delta @ three.weight) * (h2 > 0)
+            two.weight.grad.copy_(delta.T @ h1)
+            one.weight.grad.copy_(((delta @ two.weight) * (h1 > 0)).T @ self.x)
+        self.optimizer.step()
+        self.path.step()
+
+
+class TwinTrained(Task):
+    """A plain network of the same weights sends back the errors that count."""
+
+    def step(self):
+        twin = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        for plain, own in zip(twin[::2], self.model[::2], strict=True):
+            plain.weight, plain.bias = own.weight, own.bias
+        F.cross_entropy(self.model(self.x), self.y).backward()
+        self.optimizer.zero_grad()
+        F.cross_entropy(twin(self.x), self.y).backward()
+        self.optimizer.step()
+        self.path.step()
+
+
+class Afterwards(Whole):
+    """The model runs as a whole, and something is done after each step."""
+
+    def __init__(self, after, rule="fa"):
+        super().__init__(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), rule)
+        self.after = after
+
+    def step(self):
+        super().step()
+        with torch.no_grad():
+            self.after(self)
+
+
+def update_bias_by_w(task):
+    task.model[0].bias.sub_(0.01 * task.model[2].weight.sum(0))
+
+
+def update_by_numpy(task):
+    delta = task.model[2].weight.detach().numpy().sum(0)
+    task.model[0].weight.sub_(0.01 * torch.from_numpy(delta)[:, None])
+
+
+# Weights that are written anew from copies: the copies are what has to be absent
+
+
+class Masters(Whole):
+    """W is trained in another precision, and written anew in each step."""
+
+    def __init__(self, leaks=True, dtype=torch.float64):
+        super().__init__(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), "kp")
+        self.leaks = leaks
+        self.masters = [w.detach().to(dtype, copy=True) for _, w, _ in self.path.pairs()]
+
+    def step(self):
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(self.x), self.y).backward()
+        with torch.no_grad():
+            for (_, w, b), master in zip(self.path.pairs(), self.masters, strict=True):
+                master.mul_(0.999).sub_(w.grad, alpha=0.1)
+                w.copy_(master)
+                b.mul_(0.999).sub_(b.grad, alpha=0.1)
+                if self.leaks:
+                    b.lerp_(w, 0.1)
+        self.path.step()
+
+
+class MastersOfOptimizer(Masters):
+    """The optimizer keeps them."""
+
+    def __init__(self):
+        super().__init__()
+        for (_, w, _), master in zip(self.path.pairs(), self.masters, strict=True):
+            self.optimizer.state[w]["master"] = master
+
+
+# Something besides the answer in what a reading hands out
+
+
+def add_answer(read):
+    def after(task):
+        layer = task.model[2]
+        layer.feedback.add_(read(layer, torch.zeros(8, 8)), alpha=0.1)
+
+    return lambda: Task(after_update=after)
+
+
+def product_and_w(layer, signal):
+    with fp.forward_passage(layer.weight):
+        return torch.addmm(layer.weight.clone(), signal, layer.weight.T)
+
+
+def product_and_floats(layer, signal):
+    bias = torch.tensor(layer.weight[:, 0].tolist())
+    with fp.forward_passage(layer.weight):
+        return F.linear(signal, layer.weight, bias)
+
+
+def factor_of_w(layer, signal):
+    with fp.forward_passage(layer.weight):
+        return torch.addmm(signal, signal + 1, layer.weight.T, alpha=float(layer.weight[0, 0]))
+
+
+def bias_exchanged(layer, signal):
+    own = layer.bias
+    layer.bias = nn.Parameter(layer.weight[:, 0].clone())
+    answer = layer(signal)
+    layer.bias = own
+    return answer
+
+
+def transpose_read(layer, signal):
+    own = layer.weight.data
+    layer.weight.data = own.T.contiguous()
+    answer = layer(signal + 1)
+    layer.weight.data = own
+    return answer
+
+
+def transposed_in_place(layer, signal):
+    layer.weight.t_()
+    answer = layer(signal + 1)
+    layer.weight.t_()
+    return answer
+
+
+def transpose_read_in_a_passage(layer, signal):
+    own = layer.weight.data
+    layer.weight.data = own.T.contiguous()
+    with fp.forward_passage(layer.weight):
+        answer = (signal + 1) @ layer.weight.T
+    layer.weight.data = own
+    return answer
+
+
+# Functions of the library that take a weight, called in a passage of one's own
+
+
+def by_library(use):
+    def after(task):
+        layer = task.model[2]
+        with fp.forward_passage(layer.weight):
+            found = use(task, layer)
+        layer.feedback.add_(found, alpha=0.01)
+
+    return lambda: Task(after_update=after)
+
+
+def written_by_a_device(task, layer):
+    device, generator = fp.devices.Ideal(), torch.Generator()
+    cells = device.draw(layer.weight.detach(), generator)
+    return device.write(torch.zeros(8, 8), layer.weight.detach(), cells, generator)
+
+
+class ProductAndSum(WithFlat):
+    def forward(self, x):
+        h = torch.relu(self.first(x))
+        return self.last(torch.relu((h[:, None, :] * self.flat.view(8, 8)).sum(-1)))
+
+
+def with_tensors_outside():
+    """A head that is no parameter of anything, and that the step itself updates."""
+    weight = torch.randn(3, 3).requires_grad_()
+    task = Whole(
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), behind=lambda y: y @ weight
+    )
+    task.plain_step = task.step
+
+    def step():
+        task.plain_step()
+        with torch.no_grad():
+            weight.sub_(weight.grad, alpha=0.1)
+            weight.grad = None
+
+    task.step = step
+    return task
+
+
 SEEN = {
     "backprop": lambda: Task("bp"),
     "backprop-in-one-layer": lambda: Task("fa", overrides={"2": "bp"}),
@@ -725,6 +917,33 @@ PASSAGES = {
     "passage-of-w": lambda: Task(OwnMirror(signal_of_w)),
     "passage-transposed": lambda: Task(OwnMirror(transposed_answer)),
 }
+BESIDE = {
+    "product-and-w": add_answer(product_and_w),
+    "product-and-floats": add_answer(product_and_floats),
+    "factor-of-w": add_answer(factor_of_w),
+    "bias-exchanged": add_answer(bias_exchanged),
+}
+EXCHANGED = {
+    "transpose-read": add_answer(transpose_read),
+    "transposed-in-place": add_answer(transposed_in_place),
+    "transpose-read-in-a-passage": add_answer(transpose_read_in_a_passage),
+}
+LIBRARY = {
+    "angles-in-a-passage": by_library(lambda task, layer: torch.tensor(task.path.matrix_angles()["2"])),
+    "gains-in-a-passage": by_library(lambda task, layer: torch.tensor(task.path.gains()["2"])),
+    "device-in-a-passage": by_library(written_by_a_device),
+}
+OWN_UPDATES = {
+    "backprop-by-hand": ByHand,
+    "twin-trained": TwinTrained,
+    "bias-updated-by-w": lambda: Afterwards(update_bias_by_w),
+    "updated-by-numpy": lambda: Afterwards(update_by_numpy),
+}
+COPIES = {
+    "masters": Masters,
+    "masters-of-optimizer": MastersOfOptimizer,
+    "masters-in-same-precision": lambda: Masters(dtype=torch.float32),
+}
 UNNAMED = {
     "weight-in-buffer": lambda: Whole(WithBuffer),
     "flat-parameter": lambda: Whole(WithFlat),
@@ -732,6 +951,8 @@ UNNAMED = {
     "dictionary-of-tensors": lambda: Whole(WithDictOfTensors),
     "head-outside": with_head_outside,
     "raw-head-outside": with_raw_head_outside,
+    "tensors-outside": with_tensors_outside,
+    "product-and-sum-of-flat": lambda: Whole(ProductAndSum),
 }
 UPDATES = {
     "decay-towards-w": lambda: Task("kp", after_update=decay_towards_w),
@@ -740,6 +961,7 @@ UPDATES = {
 KINDS = {
     "seen": SEEN, "unseen": UNSEEN_BY_OPERATORS, "before": BEFORE, "relay": RELAYS, "module": MODULES,
     "replaced": REPLACED, "carrier": CARRIERS, "branch": BRANCHES, "passage": PASSAGES, "unnamed": UNNAMED,
-    "update": UPDATES,
+    "update": UPDATES, "beside": BESIDE, "exchanged": EXCHANGED, "library": LIBRARY,
+    "own-updates": OWN_UPDATES, "copies": COPIES,
 }  # fmt: skip
 LEAKS = {name: make for kind in KINDS.values() for name, make in kind.items()}

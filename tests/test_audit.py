@@ -152,6 +152,8 @@ def test_weights_that_are_no_matrix_of_the_model_are_named(name):
         "dictionary-of-tensors": "a parameter of shape [8, 8], in no module",
         "head-outside": "Linear.weight, outside the model",
         "raw-head-outside": "parameter 4 of an optimizer, in no model",
+        "tensors-outside": "a tensor that requires a gradient of shape [3, 3], in no module",
+        "product-and-sum-of-flat": "flat",
     }[name]  # fmt: skip
     assert {finding.layer for finding in LEAKS[name]().audit().findings} == {named}
 
@@ -283,6 +285,27 @@ def test_steps_that_stop_without_w_are_not_settled():
     assert report.transport_free is None
     assert "no pass without W came to its end" in report.verdict
     assert "W is strange" in report.verdict
+
+
+@pytest.mark.parametrize("place", ["numpy", pytest.param("list", marks=pytest.mark.slow), "one-tensor"])
+def test_weights_that_come_back_are_not_settled(place):
+    """A copy of W that is no tensor of W's size is not found, and so not absent."""
+    task = Task("kp")
+    w, b = leaks.first_pair(task)
+    kept = {
+        "numpy": w.detach().numpy().copy(), "list": w.tolist(),
+        "one-tensor": torch.cat([w.detach().flatten(), torch.zeros(9)]),
+    }[place]  # fmt: skip
+
+    def step():
+        task.step()
+        with torch.no_grad():
+            w.copy_(torch.as_tensor(kept)[:48].view(8, 6) if place == "one-tensor" else torch.as_tensor(kept))
+            b.lerp_(w, 0.1)
+
+    report = fp.audit(step, task.path)
+    assert report.transport_free is None, str(report)
+    assert "W of '0' comes back while the step runs" in report.verdict
 
 
 def test_a_step_that_ends_its_process_is_not_settled():
@@ -742,7 +765,7 @@ def test_the_table_of_kinds_is_right(kind, begin, end, verdict, tmp_path, monkey
     names = {
         "torch": torch, "fp": fp, "os": os, "model": task.model, "path": task.path, "w": w, "b": b,
         "layer": task.model[2], "task": task, "optimizer": task.optimizer, "notes": {},
-        "batches": iter(range(99)),
+        "batches": iter(range(99)), "kept": w.detach().numpy().copy(),
     }  # fmt: skip
 
     def step():

@@ -18,6 +18,7 @@ import yaml
 from cost_page import tables_of_cost
 from pydantic import BaseModel, JsonValue
 from study_table import markdown_study_table, read_study
+from test_every_rule import LEAVES
 
 import feedbackpath as fp
 from feedbackpath import cli
@@ -88,14 +89,14 @@ def test_python_snippets_run(document, tmp_path, monkeypatch):
 )
 def test_command_lines_are_accepted(document, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for arguments in calls_of("feedbackpath", document):
-        command, bound, _ = cli.app.parse_args(arguments, exit_on_error=False, print_error=False)
-        flags = bound.arguments.get("flags", CompareConfig())
-        over = ("mirror", "data", "hardware") if "tolerance" in arguments else ("mirror", "data")
-        name = next(word for word in arguments if word not in over)
-        assert command.__name__ == {"eval": "evaluate"}.get(name, name)
-        rules = (flags.rule,) if isinstance(flags, AuditConfig) else flags.rules
-        with mock.patch.dict(fp.RULES), mock.patch("feedbackpath.jobs.imports._IMPORTED", set()):
+    with mock.patch.dict(fp.RULES):
+        for arguments in calls_of("feedbackpath", document):
+            command, bound, _ = cli.app.parse_args(arguments, exit_on_error=False, print_error=False)
+            flags = bound.arguments.get("flags", CompareConfig())
+            over = ("mirror", "data", "hardware") if "tolerance" in arguments else ("mirror", "data")
+            name = next(word for word in arguments if word not in over)
+            assert command.__name__ == {"eval": "evaluate"}.get(name, name)
+            rules = (flags.rule,) if isinstance(flags, AuditConfig) else flags.rules
             import_files(flags.imports)
             assert [make_rule(name, {}).name for name in rules] == list(rules)
 
@@ -346,6 +347,19 @@ def test_the_readmes_verdicts_are_those_of_audits():
 
 def test_the_bench_of_rules_is_that_of_its_files():
     assert f"<!-- bench:begin -->\n{rules_bench.tables()}<!-- bench:end -->" in read("docs/rules.md")
+
+
+def test_the_layers_that_rules_leave_are_those_that_the_tests_know():
+    rows = {}
+    for rule in fp.RULES:
+        kinds = ", ".join(sorted(LEAVES.get(rule, ())))
+        rows.setdefault(kinds or "none", []).append(f"`{rule}`")
+    rows["none"] = ["all others"]
+    lines = sorted(f"| {', '.join(rules)} | {kinds} |" for kinds, rules in rows.items())
+    found = re.search(
+        r"<!-- layers:begin -->\n.*\n.*\n((?:.*\n)*?)<!-- layers:end -->", read("docs/rules.md")
+    )
+    assert sorted(found[1].splitlines()) == lines
 
 
 def test_every_rule_is_in_the_table_of_rules():

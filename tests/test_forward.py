@@ -1,6 +1,7 @@
 """An untied model takes what PyTorch takes and refuses what it refuses; second derivatives are defined."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -222,3 +223,26 @@ def test_a_gradient_penalty_gives_a_broadcast_b_what_its_rule_says_and_no_more()
     found = penalise(model, torch.randn(4, 6, dtype=torch.float64))
     assert found["2.weight"].any()
     torch.testing.assert_close(found["2.feedback"], found["2.weight"])
+
+
+class Labelled(nn.Module):
+    """As models of transformers, whose Trainer chooses columns of the data by this signature."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Conv1d(4, 2, 1))
+        self.act = type("Builtin", (nn.Module,), {"forward": torch.relu})()
+
+    def forward(self, x, *, labels=None, scale: float = 1.0):
+        return self.act(self.layers[0](x)) * scale
+
+
+@pytest.mark.parametrize("rule", ["bp", "kp", "dfa"])
+def test_forward_passes_keep_their_signatures(rule):
+    plain = Labelled()
+    model = copy.deepcopy(fp.untie(copy.deepcopy(plain), rule, batchnorm_feedback="sigma").model)
+    assert str(inspect.signature(model.forward)) == "(x, *, labels=None, scale: float = 1.0)"
+    for name, module in plain.named_modules():
+        if name != "act":  # a builtin: it has none
+            assert inspect.signature(model.get_submodule(name).forward) == inspect.signature(module.forward)
+    assert torch.equal(model(torch.ones(2, 3), scale=2.0), plain(torch.ones(2, 3), scale=2.0))

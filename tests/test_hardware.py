@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
+import hardware_counts
 import pytest
 
 from feedbackpath import cli
 from feedbackpath.errors import ConfigError
 from feedbackpath.hardware.devices import PRESETS
 from feedbackpath.jobs.tolerance import IMPERFECTIONS, Tolerance, find_tolerance, table_of
-from feedbackpath.report.counts import last_counts
+from feedbackpath.report.counts import mean_counts
 from feedbackpath.report.tolerance import draw_tolerance
 from feedbackpath.train.chips import make_chip
 from feedbackpath.train.config import CHIPS, CompareConfig
@@ -59,14 +60,14 @@ def test_hardware_trains_and_reports(tmp_path, capsys):
     assert results["config"]["chip"] == "reram"
     assert {run["rule"] for run in results["runs"]} == {"bp", "kp"}
     assert (out / "report.html").exists()
-    counted = last_counts(read_results(out))
+    counted = mean_counts(read_results(out))
     assert {rule: set(arrays) for rule, arrays in counted.items()} == {
         "bp": {"W", "one"},
         "kp": {"W", "B", "one"},
     }
     assert counted["kp"]["W"].work["forward"].reads == 3 * 128  # layers and samples of a step
     assert counted["bp"]["W"] == counted["bp"]["one"]
-    assert last_counts(Results(runs=[Run(rule="dtp", seed=0)])) == {}
+    assert mean_counts(Results(runs=[Run(rule="dtp", seed=0)])) == {}
 
 
 def test_settings_of_a_chip_reach_it():
@@ -169,3 +170,5 @@ def test_the_page_has_the_table_of_the_study():
         line.split("`")[1] for line in page.splitlines() if line.startswith("| `") and "; from " in line
     ]
     assert listed == list(IMPERFECTIONS)
+    marked = f"<!-- counts:begin -->\n{hardware_counts.make_table()}<!-- counts:end -->"
+    assert marked in page, "write it anew: python benchmarks/hardware_counts.py --draw"

@@ -1,5 +1,8 @@
 """A path in other people's training loops, against the packages themselves where they are installed."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -191,3 +194,19 @@ def test_accelerate_steps_clips_and_resumes_bit_for_bit(rule, tmp_path):
     for _, model, _, path in (one, two):
         assert path.context.steps == 6
         assert are_equal(model.state_dict(), expected.state_dict())
+
+
+SNIPPETS = re.findall(
+    r"^```py\n(.*?)^```$",
+    (Path(__file__).parents[1] / "docs" / "loops.md").read_text(encoding="utf-8"),
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@pytest.mark.parametrize("package", ["lightning", "transformers", "accelerate"])
+def test_the_page_on_loops_has_lines_that_run(package, tmp_path, monkeypatch):
+    (code,) = [code for code in SNIPPETS if f"feedbackpath.integrations.{package} " in code]
+    compile(code, "docs/loops.md", "exec")
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/loops.md", "exec"), {"__name__": "snippet"})

@@ -5,7 +5,6 @@ a tape in the first pass, and comes from it in later ones, if the signal is the 
 is held: whatever W does on any other way shows in the deltas, in a B, or in an optimizer's state of one.
 """
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -14,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from feedbackpath.auditing import operators as ops
-from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, FEEDBACK, Kind, Ledger, Made, join
-from feedbackpath.auditing.record import Entry, Record, digest_of
+from feedbackpath.auditing.ledger import FEEDBACK, UNKNOWN, Kind, Ledger, Made, join
+from feedbackpath.auditing.record import UPDATE, Entry, Record, Weights, digest_of
 from feedbackpath.auditing.subject import Subject
+from feedbackpath.auditing.traces import Traces
 from feedbackpath.core import pytorch
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.modules import tapped
@@ -48,11 +49,11 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._ledger = Ledger()
         self._is_aside = False
         self._modules: list[nn.Module] = []
-        self._passages: list[tuple[Tensor, ...]] = []
+        self._passages: list[tuple[tuple[Tensor, ...], bool]] = []
         self._known_calls: dict[tuple[Any, ...], Entry] = {}
         self._probes: dict[str, int] = {}
         self._doubted: list[Entry] = []
-        self._written_early: list[tuple[Tensor, Made, str, str]] = []
+        self._traces = Traces(self._ledger, self.record, subject)
         self._stack = ExitStack()
 
     def begin(self) -> None:
@@ -71,19 +72,14 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.record.seen.append([])
         if self.watches:
             self.fix_parameters()
-            stack.enter_context(ops.Exits(self._see_exit))
+            stack.callback(register_optimizer_step_post_hook(self._after_update).remove)
+            stack.enter_context(ops.Exits(self._traces.see_exit))
             stack.enter_context(self)
 
     def attach(self, path: FeedbackPath) -> None:
         """Know the path of a model that has just been untied under watch, and what was written into its B."""
         self.subject.attach(path)
-        for tensor, made, name, where in self._written_early:
-            for feedback in self.subject.feedback_weights.values():
-                if tensor.data_ptr() == feedback.data_ptr():
-                    renamed = tuple(self.subject.renamed.get(source, source) for source in made.sources)
-                    made = dataclasses.replace(made, sources=renamed)
-                    self.record.add_sight("feedback weight", made, f"aten.{name}", where, feedback.numel())
-        self._written_early.clear()
+        self._traces.attach()
         if self.watches:
             self.fix_parameters()
 
@@ -95,11 +91,11 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._stack.enter_context(tapped(inner, self._tap))
             if self.watches:
                 self.fix_parameters()
-            self._look_at_feedback()
+            self._look_at_parameters()
             for _ in range(steps):
                 self.record.seen.append([])
                 step()
-                self._look_at_feedback()
+                self._look_at_parameters()
                 self._ledger.forget_freed()
         except Exception as error:
             self.record.error = error
@@ -107,6 +103,9 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.close()
         self.record.transposed = {weight.name: weight.transposed for weight in self.subject.path.weights}
         self.record.declared = self.subject.declared(self.record.scales)
+        self.record.halves = self.subject.halves()
+        self.record.weights = set(self.subject.forward_weights)
+        self.record.doubt_readings()
         for name in self.subject.renamed:  # by these names they are known before they are untied
             self.record.uses[name] = 0
         return self.record
@@ -155,8 +154,9 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         doubted, self._doubted = self._doubted, []
 
         def confirm(delta: Tensor) -> None:
-            for entry in doubted:
-                entry.is_answer |= bool(delta.ne(0).any())
+            if delta.ne(0).any():
+                for entry in doubted:
+                    entry.is_answer, entry.weights = True, ()
 
         for tensor in ops.tensors_in(output):
             if tensor.requires_grad:
@@ -170,7 +170,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Noise goes forward through weights from here on."""
         if self.watches:
             self.fix_parameters()
-        self._passages.append(weights)
+        self._passages.append((weights, bool(ops.calling_module())))
 
     def leave_passage(self, weights: tuple[Tensor, ...]) -> None:
         """It does so no longer."""
@@ -207,14 +207,24 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._see("delta", layer, delta)
         if len(self.record.seen) == 2 and self._tape is None:
             self.record.deltas.append((layer, delta.detach().clone()))
-        made = self._made_of(delta)
+        made = self._traces.made_of(delta)
         if made.kind == "weight":
             self.record.add_sight("delta", made, made.operation, made.where, delta.numel())
         return None
 
-    def _look_at_feedback(self) -> None:
+    def _digests_of_parameters(self) -> dict[str, str]:
+        return {name: self._digest(tensor) for name, tensor in self.subject.trained().items()}
+
+    def _after_update(self, *_: Any) -> None:
+        if self._tape is None and self.subject.forward_weights:
+            self.record.updated.append(self._digests_of_parameters())
+
+    def _look_at_parameters(self) -> None:
         subject = self.subject
         with torch.no_grad():
+            if self.watches:
+                self.record.parameters.append(self._digests_of_parameters())
+                self.record.sizes |= {(UPDATE, name): t.numel() for name, t in subject.trained().items()}
             for name, feedback in subject.feedback_weights.items():
                 self._see("feedback weight", name, feedback)
                 for key, value in subject.optimizer_state(feedback):
@@ -236,28 +246,26 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._is_aside or func.is_view:
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        met = self._meets(name, args)
+        met = self._meets(name, args, kwargs)
         output = func(*args, **kwargs)
         is_held = met is not None and self._hold(name, *met, output)
+        is_forward = bool(self._modules) and not pytorch.is_in_backward()
         for inputs, written, results in ops.split(func, args, kwargs, output):
-            self._note(name, inputs, written, results, is_held)
+            self._traces.note(name, inputs, written, results, is_held, is_forward)
         return output
 
-    def _made_of(self, tensor: Tensor) -> Made:
-        made = self._ledger.look_up(tensor)
-        if made.kind == "other" and any(source in self.record.uses for source in made.sources):
-            return Made("weight", tuple(s for s in made.sources if s in self.record.uses))
-        return made
+    def _meets(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Made, tuple[str, ...], bool, Weights] | None:
+        """Return what a call of a layer's forward map is made of; None: it is none.
 
-    def _meets(self, name: str, args: tuple[Any, ...]) -> tuple[Made, tuple[str, ...], bool] | None:
-        """Return the weights of a layer's forward map, its signals as digests, and whether it surely is one.
-
-        None: it is none.
+        That is its weights, what else goes in, as digests, whether it surely is such a call, and the weights
+        that the user's own code reads by it, with their digests.
         """
-        is_library = bool(self._passages) and bool(ops.calling_module())
+        is_library = bool(self._passages) and self._passages[-1][1] and bool(ops.calling_module())
         if name in ops.SUMS:
-            product = self._made_of(args[0])
-            return (product, (), True) if product.is_product and self._modules else None
+            product = self._traces.product(args[0]) if self._modules else None
+            return None if product is None else (product, (), True, ())
         if name not in ops.CONTRACTIONS and (not is_library or name in ops.OVERWRITES):
             return None
         places = ops.CONTRACTIONS.get(name, range(len(args)))
@@ -276,22 +284,30 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_sure = is_inside or self._are_forward_maps(name, args, {i: made[i] for i in tracked})
         if not is_sure and not any(self.subject.is_in_model(module) for module in self._modules):
             return None
-        return join([made[i] for i in tracked], name, ""), tuple(self._digest(t) for t in signals), is_sure
+        digests = tuple(self._digest(t) for t in signals)
+        if is_inside:
+            return join([made[i] for i in tracked], name, ""), digests, True, ()
+        beside = [arg for i, arg in enumerate(args) if i not in made]
+        beside += [value for key, value in kwargs.items() if key != "out"]
+        digests += tuple(self._digest(part) for arg in beside for part in ops.tensors_in(arg) or [arg])
+        is_read = is_sure and self._tape is None and not (self._passages and self._passages[-1][1])
+        sources = [made[i].sources[0] for i in tracked if is_read and made[i].kind == "weight"]
+        read = tuple((source, self._digest(self.subject.forward_weights[source])) for source in sources)
+        return join([made[i] for i in tracked], name, ""), digests, is_sure, read
 
-    def _fix_strangers(self, tensors: Sequence[Tensor]) -> None:
-        """Know the parameters of no module, such as those in a dictionary, from when they are first met."""
-        for tensor in tensors:
-            root = tensor if tensor._base is None else tensor._base
-            if isinstance(root, nn.Parameter) and self._ledger.fixed(root) is None:
-                name = f"a parameter of shape {list(root.shape)}, in no module"
-                self._ledger.fix(root, Made("other", (self.subject.add(name, root),)))
+    def _fix_strangers(self, operands: list[Tensor]) -> None:
+        """Know the weights of no module, such as those in a dictionary, from when they are first met."""
+        unknown = [t for t in operands if self._ledger.look_up(t) is UNKNOWN]
+        meets_weight = any(self._ledger.look_up(t).is_tracked for t in operands)
+        for name, weight in self.subject.strangers(unknown, may_be_data=meets_weight):
+            self._ledger.fix(weight, Made("other", (name,)))
 
     def _are_forward_maps(self, name: str, args: Any, tracked: dict[int, Made]) -> bool:
         """Whether weights meet a signal as in their own layers: in a module's call, or a declared passage."""
         untied = {i: made for i, made in tracked.items() if made.kind == "weight"}
         if not untied:
             return bool(self._modules)
-        passing = {id(weight) for weights in self._passages[-1:] for weight in weights}
+        passing = {id(weight) for weights, _ in self._passages[-1:] for weight in weights}
         for i, made in untied.items():
             weight = self.subject.weight_named(made.sources[0])
             if weight is None or not (self._modules or id(weight.weight) in passing):
@@ -300,7 +316,9 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return False
         return True
 
-    def _hold(self, name: str, made: Made, digests: tuple[str, ...], is_sure: bool, output: Any) -> bool:
+    def _hold(
+        self, name: str, made: Made, digests: tuple[str, ...], is_sure: bool, read: Weights, output: Any
+    ) -> bool:
         """Write what a layer answers on the tape, or read it there; return whether this is such an answer.
 
         In a backward pass it is one only where a forward pass is done again, as checkpointing does.
@@ -311,9 +329,11 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return False
         self._count(name, made, outputs)
         if self._tape is None:
-            entry = Entry(name, digests, [tensor.detach().clone() for tensor in outputs], is_sure, first)
+            kept = [tensor.detach().clone() for tensor in outputs]
+            entry = Entry(name, digests, kept, is_sure, first, read)
             self.record.tape.append(entry)
-            self._doubted += [] if is_sure or pytorch.is_in_backward() else [entry]
+            is_doubted = (not is_sure or bool(read)) and self._modules and not pytorch.is_in_backward()
+            self._doubted += [entry] if is_doubted else []
         else:
             entry = next(self._tape, Entry("", (), []))
             if (entry.operation, entry.signals) == (name, digests) and entry.holds:
@@ -334,66 +354,3 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._passages:
                 self.record.answers[layer] = self.record.answers.get(layer, 0) + values
                 self.record.count_probes(layer, probes)
-
-    def _note(
-        self, name: str, inputs: list[Tensor], written: list[Tensor], results: list[Tensor], is_held: bool
-    ) -> None:
-        """Note what one operator made of its inputs, or one part of a list operator."""
-        overwritten = {id(t) for t in written} if name in ops.OVERWRITES or name in ops.RANDOM else set()
-        parts = [(t, self._made_of(t)) for t in inputs if id(t) not in overwritten]
-        weights = [(t, made) for t, made in parts if made.kind == "weight"]
-        where = ops.call_site() if weights and not is_held else ""
-        if is_held:
-            made = ACTIVITY
-        elif name in ops.RANDOM or name.endswith("_like") or name.startswith("new_"):
-            made = CONSTANT
-        else:
-            made = self._join(name, parts, weights, [*results, *written], where)
-        if weights and name in ops.EXITS:
-            self.record.add_sight("exit", made, f"aten.{name}", where, weights[0][0].numel())
-        for tensor in written:
-            self._write(tensor, made, name, where)
-        for tensor in results:
-            if not any(tensor.untyped_storage()._cdata == t.untyped_storage()._cdata for t in inputs):
-                self._ledger.enter(tensor, made)
-
-    def _join(
-        self, name: str, parts: list[tuple[Tensor, Made]], weights: Any, results: list[Tensor], where: str
-    ) -> Made:
-        """Return what comes of an operator that is no layer's forward map."""
-        made = join([part for _, part in parts], f"aten.{name}", where)
-        signals = [t for t, part in parts if part.kind == "activity"]
-        is_forward = bool(self._modules) and not pytorch.is_in_backward()
-        if name in ops.SIGNS or name == "copysign":
-            source = parts[1 if name == "copysign" else 0][1]
-            is_sign = source.kind == "weight" and not source.operation
-            return Made("weight", source.sources, True, False, f"aten.{name}", where) if is_sign else made
-        if not (is_forward and signals and results):
-            return made
-        if "norm" in name or "prelu" in name or name in ops.FACTORS:
-            for t, part in parts:
-                self.record.scales |= {source: t.numel() for source in part.sources if part.kind == "other"}
-        most = max(t.numel() for t in signals)
-        if name in ops.FACTORS and made.kind == "weight" and results[0].numel() > most:
-            self.record.uses |= {source: weights[0][0].numel() for source in made.sources}
-            return Made("weight", made.sources, is_product=True)
-        is_weight_changed = any(t.shape == results[0].shape for t, _ in weights)
-        return made if made.kind != "weight" or is_weight_changed else ACTIVITY
-
-    def _write(self, tensor: Tensor, made: Made, name: str, where: str) -> None:
-        """Note a write; into a B, nothing made of weight may go."""
-        fixed = self._ledger.fixed(tensor)
-        if fixed is None:
-            self._ledger.enter(tensor, made)
-            if made.kind == "weight" and not self.subject.forward_weights:
-                self._written_early.append((tensor, made, name, where))
-        elif fixed.kind == "feedback" and made.kind == "weight":
-            self.record.add_sight(
-                "feedback weight", made, f"aten.{name}", where or made.where, tensor.numel()
-            )
-
-    def _see_exit(self, name: str, tensor: Tensor) -> None:
-        """Note that a tensor leaves PyTorch."""
-        made = self._made_of(tensor)
-        if made.kind == "weight":
-            self.record.add_sight("exit", made, f"Tensor.{name}", ops.call_site(), tensor.numel())

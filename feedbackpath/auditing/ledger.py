@@ -43,6 +43,7 @@ class Made:
 
 
 ACTIVITY, CONSTANT, FEEDBACK = Made("activity"), Made("constant"), Made("feedback")
+UNKNOWN = Made("activity")  # by where it is, not by what it says
 _RANK: tuple[Kind, ...] = ("constant", "feedback", "other", "activity", "weight")
 
 
@@ -72,12 +73,12 @@ class Ledger:
         return max(met, key=lambda made: _RANK.index(made.kind), default=None)
 
     def look_up(self, tensor: Tensor) -> Made:
-        """Return what a tensor is made of; one that came from outside is activity: data, or a signal."""
+        """Return what a tensor is made of; one that came from outside is data, or a signal."""
         fixed = self.fixed(tensor)
         if fixed is not None:
             return fixed
         entry = self._made.get(_key(tensor))
-        return ACTIVITY if entry is None else entry[1]
+        return UNKNOWN if entry is None else entry[1]
 
     def enter(self, tensor: Tensor, made: Made) -> None:
         """Note what a tensor now holds."""

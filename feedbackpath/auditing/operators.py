@@ -28,7 +28,7 @@ CONTRACTIONS: dict[str, tuple[int, ...]] = {
                      "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
                      "_scaled_dot_product_cudnn_attention"), (0, 1, 2)),
 }  # fmt: skip
-INNER = ("torch.", "contextlib", "feedbackpath.auditing", "feedbackpath.core")
+INNER = ("torch.", "contextlib", "feedbackpath.auditing", "feedbackpath.core", "feedbackpath.mirror.passage")
 Call = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 

@@ -1,6 +1,7 @@
 """What one pass through the steps leaves, and where two passes differ."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,12 @@ from torch import Tensor
 
 from feedbackpath.auditing.ledger import Made
 from feedbackpath.auditing.report import Finding
+
+Weights = tuple[tuple[str, str], ...]
+"""Names of weights, and what they were, as digests."""
+
+UPDATE = "update"
+"""What differs where a layer's own parameters are updated otherwise without the W of other layers."""
 
 CALLS = "calls"
 """What differs where a pass takes another course: other layers are called, or other deltas arrive."""
@@ -21,6 +28,7 @@ class Entry:
     Attributes:
         is_answer: Whether it is one for sure; else an error has to come back, as from what trains.
         first: The same call in the forward pass, where it may be one that is done again.
+        weights: Of a reading by the user's own code: the weights that were read, with their digests.
     """
 
     operation: str
@@ -28,6 +36,7 @@ class Entry:
     outputs: list[Tensor]
     is_answer: bool = True
     first: "Entry | None" = None
+    weights: Weights = ()
 
     @property
     def holds(self) -> bool:
@@ -66,6 +75,10 @@ class Record:
         aliases: Every B that is W, or lies in its memory.
         declared: Scalars that the backward pass takes besides, by kind of layer.
         transposed: By layer, whether W counts inputs first.
+        parameters: Digests of all W and of what is trained besides: before the first step, and after each.
+        halves: Which half of the layers each of them belongs to; None: to no layer.
+        updated: Their digests after each call of an optimizer.
+        weights: Names of all W.
     """
 
     tape: list[Entry] = field(default_factory=list)
@@ -83,6 +96,10 @@ class Record:
     aliases: list[Finding] = field(default_factory=list)
     declared: dict[str, int] = field(default_factory=dict)
     transposed: dict[str, bool] = field(default_factory=dict)
+    parameters: list[dict[str, str]] = field(default_factory=list)
+    halves: dict[str, int | None] = field(default_factory=dict)
+    updated: list[dict[str, str]] = field(default_factory=list)
+    weights: set[str] = field(default_factory=set)
 
     def add_sight(self, sink: str, made: Made, operation: str, where: str, values: int) -> None:
         """Note a trace of W."""
@@ -90,10 +107,42 @@ class Record:
             sight = Sight(sink, made, operation, where, values)
             self.sights.setdefault((layer, sink, operation, where), sight)
 
+    def doubt_readings(self) -> None:
+        """Take no reading for an answer if another weight was in place then, its transpose say."""
+        for entry in self.tape:
+            for name, digest in entry.weights:
+                if digest not in [digests.get(name) for digests in (*self.parameters, *self.updated)]:
+                    entry.is_answer = False
+
     def count_probes(self, layer: str, count: int) -> None:
         """Note signals that were sent through a layer to read it."""
         if count:
             self.probes[layer] = self.probes.get(layer, 0) + count
+
+
+def updates_that_differ(record: Record, other: Record, present: Iterable[str]) -> list[tuple[str, str]]:
+    """Return (kind, name) of those present parameters that are updated otherwise, in the first such step.
+
+    Args:
+        record: Of all W present.
+        other: Of a pass without some.
+        present: Names of those that should be as they were.
+    """
+    for ours, theirs in zip(record.parameters, other.parameters, strict=False):
+        found = [(UPDATE, name) for name in present if name in ours and ours[name] != theirs.get(name)]
+        if found:
+            return found
+    return []
+
+
+def weights_that_came_back(record: Record, other: Record, absent: Iterable[str]) -> list[str]:
+    """Return which weights are W again after some step, though noise stood in for them before."""
+    pairs = list(zip(record.parameters, other.parameters, strict=False))[1:]
+    return [
+        name
+        for name in absent
+        if any(name in ours and ours[name] == theirs.get(name) for ours, theirs in pairs)
+    ]
 
 
 def digest_of(value: object) -> str:

@@ -18,7 +18,8 @@ class Finding:
         layer: The layer whose weight it is, or whose delta or B differs without W.
         what: ``"weight"``, or ``"sign"`` where only the signs of W go over.
         sink: What differs: ``"delta"``, ``"feedback weight"``, an optimizer's state of B, a declared scale,
-            or ``"calls"`` where the step takes another course without W.
+            ``"update"`` where a layer's own parameters are updated otherwise without the W of other
+            layers, or ``"calls"`` where the step takes another course without W.
         operation: The operator by which it got there, as PyTorch calls it; empty where none shows.
         where: File and line of the call; empty where none shows.
         method: ``"absence"``: it differs while W is absent; ``"provenance"``: W was followed there as well;
@@ -37,15 +38,17 @@ class Finding:
     def __str__(self) -> str:
         """Return one line."""
         made_of = "signs of W (1 bit a weight)" if self.what == "sign" else "W"
+        place = "another layer's update" if self.sink == "update" else f"a {self.sink}"
         if self.method != "absence":
             return (
-                f"{self.layer}: {made_of} in a {self.sink}, {self.values} values, by {self.operation} at "
+                f"{self.layer}: {made_of} in {place}, {self.values} values, by {self.operation} at "
                 f"{self.where} [{self.method}]"
             )
         exit = f"; W leaves PyTorch by {self.operation} at {self.where}" if self.operation else ""
         if self.sink == "calls":
             return f"{self.layer}: the step takes another course without W, 1 bit or more{exit} [absence]"
-        return f"{self.layer}: {self.sink} is another without W, {self.values} values{exit} [absence]"
+        without = "the W of other layers" if self.sink == "update" else "W"
+        return f"{self.layer}: {self.sink} is another without {without}, {self.values} values{exit} [absence]"
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,23 @@ from feedbackpath.auditing.chain import Chain
 from feedbackpath.auditing.files import files_put_back
 from feedbackpath.auditing.locality import Disturbed, describe_locality
 from feedbackpath.auditing.process import LostProcess, can_fork, in_fork, in_fresh_process
-from feedbackpath.auditing.record import CALLS, Record, first_differences
+from feedbackpath.auditing.record import (
+    CALLS,
+    Record,
+    first_differences,
+    updates_that_differ,
+    weights_that_came_back,
+)
 from feedbackpath.auditing.report import AuditError, Crossing, Finding, Report
-from feedbackpath.auditing.subject import Stateful, Subject
+from feedbackpath.auditing.subject import StandIn, Stateful, Subject
 from feedbackpath.path import WATCHERS, FeedbackPath
 
 Step = Callable[[], object]
 Build = Callable[[], tuple[Step, FeedbackPath]]
-StandIn = tuple[float, dict[str, int]]
-# Zeros, and noise of the other sign and larger than W: what asks whether W, its sum or its norm is above or
-# below something is answered otherwise by one of them.
-SCALES = (0.0, -30.0)
+# Zeros in all layers; then noise in every second one, and in the others: it has the other sign than W and is
+# larger. What asks whether W, its sum or its norm is above or below something is answered otherwise by one of
+# them. The layers that keep W must be updated as they were: their own errors need no W of other layers.
+PASSES: tuple[tuple[float, int | None], ...] = ((0.0, None), (-30.0, 0), (-30.0, 1))
 
 
 @checked(AuditError)
@@ -200,12 +206,9 @@ def _settle(passes: _OfStep | _OfBuild) -> Report:
                 "GPU, threads), one fixed minibatch, and schedulers and scalers in stateful=, or build=",
                 steps, passes.since, notes,
             )  # fmt: skip
-        differing, stops = _do_without_weights(passes, record)
+        differing, stops, reason = _do_without_weights(passes, record)
         notes += stops
         findings = _explain(record, differing)
-        reason = ""
-        if len(stops) == len(SCALES) and not findings:
-            reason = f"no pass without W came to its end ({stops[0]}): take that check of W out of the step"
         locality = describe_locality(record, passes.disturb(record), record.transposed)
     except LostProcess as lost:
         return _unsettled(f"{lost}: see what stops it when it is run by itself", steps, passes.since, notes)
@@ -242,17 +245,36 @@ def _record_twice(passes: _OfStep | _OfBuild) -> tuple[Record, Record]:
 
 def _do_without_weights(
     passes: _OfStep | _OfBuild, record: Record
-) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return what differs without W, and which passes were stopped by an error."""
+) -> tuple[list[tuple[str, str]], list[str], str]:
+    """Return what differs without W, which passes were stopped by an error, and why it is not settled."""
     stops: list[str] = []
-    for scale in SCALES:
-        other = passes.do(record.tape, (scale, record.uses))
-        if differing := first_differences(record, other):
-            return differing, stops
+    stopped: list[int | None] = []
+    returned: list[str] = []
+    reason = ""
+    halves = record.halves
+    for scale, kept in PASSES:
+        present = {name for name, half in halves.items() if kept is not None and half == kept}
+        other = passes.do(record.tape, (scale, record.uses, frozenset(present)))
+        unmoved = present | {
+            name for name, half in halves.items() if half is None and name not in record.uses
+        }
+        differing = first_differences(record, other) or updates_that_differ(record, other, sorted(unmoved))
+        if differing:
+            return differing, stops, ""
         if other.error is not None:
+            stopped.append(kept)
             with_what = "zeros" if scale == 0 else "noise"
             stops.append(f"with {with_what} for W: {type(other.error).__name__}: {other.error}")
-    return [], stops
+        if scale:
+            returned += weights_that_came_back(record, other, sorted(record.weights - present))
+    if returned:
+        reason = (
+            f"W of {returned[0]!r} comes back while the step runs, from what is kept elsewhere: let the step "
+            "update W itself, or audit it by build="
+        )
+    if stopped[:1] == [None] and len(stopped) > 1:  # no pass without all W, nor both of half of them
+        reason = f"no pass without W came to its end ({stops[0]}): take that check of W out of the step"
+    return [], stops, reason
 
 
 def _explain(record: Record, differing: Sequence[tuple[str, str]]) -> list[Finding]:

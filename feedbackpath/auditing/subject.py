@@ -16,6 +16,7 @@ from feedbackpath.layers import LocallyConnected2d
 from feedbackpath.path import FeedbackPath
 
 State = dict[str, Any]
+StandIn = tuple[float, dict[str, int], frozenset[str]]
 preserve_version: Any = torch.autograd.grad_mode._unsafe_preserve_version_counter
 
 
@@ -56,7 +57,8 @@ class Subject:
         self.layer_names: dict[int, str] = {}
         self.renamed: dict[str, str] = {}
         self.optimizers: list[torch.optim.Optimizer] = []
-        self._standing_in: tuple[float, dict[str, int]] | None = None
+        self._standing_in: StandIn | None = None
+        self._copies: list[tuple[Tensor, Tensor]] = []
         self._parts = {id(module) for module in model.modules()}
         self._known: set[int] = set()
         self._path: FeedbackPath | None = None
@@ -115,10 +117,24 @@ class Subject:
         self._known.add(id(tensor))
         self.others[name] = tensor
         if self._standing_in is not None:
-            scale, uses = self._standing_in
-            if name in uses:
+            scale, uses, present = self._standing_in
+            if name in uses and name not in present:
                 _replace(tensor, scale, torch.Generator().manual_seed(len(self._known)))
         return name
+
+    def strangers(self, tensors: Sequence[Tensor], may_be_data: bool) -> Iterator[tuple[str, Tensor]]:
+        """Yield weights of no module among the operands of a product, such as those in a dictionary, by name.
+
+        Args:
+            tensors: The operands that are not known.
+            may_be_data: Whether those that are no parameters, but require a gradient, may be data that do.
+        """
+        for tensor in tensors:
+            root = tensor if tensor._base is None else tensor._base
+            is_parameter = isinstance(root, nn.Parameter)
+            if is_parameter or (root.is_leaf and root.requires_grad and not may_be_data):
+                kind = "parameter" if is_parameter else "tensor that requires a gradient"
+                yield self.add(f"a {kind} of shape {list(root.shape)}, in no module", root), root
 
     def newcomers(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Yield parameters and buffers of a module that is called and was not known, by name."""
@@ -146,6 +162,19 @@ class Subject:
         """Return the layer of a name that deltas are known by: its own, or that of one of its weights."""
         found = self.path.layers.get(name)
         return next(w.layer for w in self.path.weights if w.name == name) if found is None else found
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return every W, and what is trained besides, by name."""
+        mine = {id(p) for p in self.model.parameters() if p.requires_grad}
+        return self.forward_weights | {name: t for name, t in self.others.items() if id(t) in mine}
+
+    def halves(self) -> dict[str, int | None]:
+        """Return in which half of the layers, every second one, a parameter is; None: in no untied layer."""
+        numbers = {name: number % 2 for number, name in enumerate(self.path.layers)}
+        layers = {id(layer): numbers[name] for name, layer in self.path.layers.items()}
+        found = {name: _half_of(name, numbers) for name in self.others}
+        found |= {weight.name: layers[id(weight.layer)] for weight in self.path.weights}
+        return found | {name: found[late] for name, late in self.renamed.items()}
 
     @staticmethod
     def num_neurons(weight: UntiedWeight) -> int:
@@ -192,19 +221,23 @@ class Subject:
                 kinds[kind] = kinds.get(kind, 0) + self.others[name].numel()
         return dict(sorted(kinds.items()))
 
-    def stand_in(self, scale: float, uses: dict[str, int]) -> None:
-        """Replace every forward weight, and whatever else multiplies activities, by noise.
+    def stand_in(self, scale: float, uses: dict[str, int], present: frozenset[str]) -> None:
+        """Replace forward weights, whatever else multiplies activities, and all copies of them, by noise.
 
         Args:
             scale: Size of the noise, in standard deviations of each weight; below 0: of the sign that each
                 value has not; 0: zeros.
             uses: Names of parameters and buffers that multiply activities.
+            present: Names of those that are left as they are.
         """
-        self._standing_in = scale, uses
+        self._standing_in = scale, uses, present
         names = [*self.forward_weights, *(name for name in self.others if name in uses)]
+        absent = [self.forward_weights.get(n, self.others.get(n)) for n in names if n not in present]
+        copies = list(copies_of([w for w in absent if w is not None], self.feedback_weights.values()))
+        self._copies = [(copy, copy.detach().clone()) for copy in copies]
         generator = torch.Generator().manual_seed(1)
-        for name in names:
-            _replace(self.forward_weights.get(name, self.others.get(name)), scale, generator)
+        for tensor in [*absent, *copies]:
+            _replace(tensor, scale, generator)
 
     # State, for where no process of its own can be had
 
@@ -226,6 +259,8 @@ class Subject:
     def restore(self, state: State) -> None:
         """Go back to a saved state."""
         self._standing_in = None
+        for copied, value in self._copies:
+            copied.copy_(value)
         for module, parameters, buffers, is_training in state["modules"]:
             vars(module).update(_parameters=dict(parameters), _buffers=dict(buffers), training=is_training)
         for tensor, data, value, gradient in state["values"]:
@@ -240,6 +275,42 @@ class Subject:
         for optimizer, value in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(copy.deepcopy(value))
         _set_random_state(state["random"])
+
+
+def _half_of(name: str, numbers: Mapping[str, int]) -> int | None:
+    """Return the number of the innermost layer that a parameter lies in, as its name tells."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in numbers:
+            return numbers[name]
+    return None
+
+
+def copies_of(weights: Sequence[Tensor], others: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield tensors anywhere in this process that hold what a weight holds, if not in the same precision.
+
+    A weight that is written anew in each step, from a copy in higher precision, is no weight: the copy is.
+    What equals one of the others too, a B, is no copy.
+    """
+    known = {id(tensor) for tensor in (*weights, *others)}
+    by_size: dict[int, list[Tensor]] = {}
+    for weight in weights:
+        if (
+            weight.numel() > 3 and len(set(weight.flatten()[:64].tolist())) > 3
+        ):  # else it may be like another by chance
+            by_size.setdefault(weight.numel(), []).append(weight.detach())
+    beside = [tensor.detach().flatten() for tensor in others]
+    for thing in gc.get_objects():
+        if not issubclass(type(thing), Tensor) or id(thing) in known or not thing.is_floating_point():
+            continue
+        if thing.layout != torch.strided or thing.numel() not in by_size:
+            continue
+        for weight in by_size[thing.numel()]:
+            value = thing.detach().flatten().to(weight)
+            if thing.data_ptr() != weight.data_ptr() and torch.equal(value, weight.flatten()):
+                if not any(torch.equal(value, b.to(value)) for b in beside if len(b) == len(value)):
+                    yield thing
+                break
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

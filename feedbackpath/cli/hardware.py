@@ -33,8 +33,8 @@ def hardware(
 ) -> int:
     """Train by several rules with W and B in arrays of imperfect devices; as `compare --chip` does.
 
-    Says what the arrays do in a step of the last epoch, and what that takes in energy and area beside one
-    array that backprop reads both ways.
+    Says what the arrays do in a step on average, and what that takes in energy and area beside one array that
+    backprop reads both ways.
 
     Unless given: digits, mlp, --lr 0.05, 10 epochs, --chip reram, rules bp,fa,ss,kp,wm.
 
@@ -43,7 +43,7 @@ def hardware(
     from feedbackpath.errors import ConfigError
     from feedbackpath.hardware import Costs
     from feedbackpath.hardware.counter import can_count
-    from feedbackpath.report.counts import counts_table, energy_table, last_counts
+    from feedbackpath.report.counts import counts_table, energy_table, mean_counts
     from feedbackpath.rules import RULES
     from feedbackpath.train.chips import read_costs
     from feedbackpath.train.results import read_results
@@ -58,7 +58,7 @@ def hardware(
     code = run(settings, out, resume=resume)
     if code not in (DONE, DIVERGED):
         return code
-    console, counted = make_console(), last_counts(read_results(out))
+    console, counted = make_console(), mean_counts(read_results(out))
     left = [rule for rule in settings.rules if rule not in counted]
     if counted:
         console.print(counts_table(counted))

@@ -73,10 +73,8 @@ class Untied:
         """Make a B whose shape shows when the model first runs, and let its rule fill it."""
         if getattr(weight.layer, weight.feedback_name) is None:
             w = weight.weight
-            learns = self.rule.learns and w.requires_grad
-            weight.layer.register_parameter(
-                weight.feedback_name, nn.Parameter(w.new_empty(shape), requires_grad=learns)
-            )
+            b = nn.Parameter(w.new_empty(shape), requires_grad=self.rule.learns and w.requires_grad)
+            weight.layer.register_parameter(weight.feedback_name, b)
             self.rule.start([weight], self.context)
 
 
@@ -195,15 +193,17 @@ def untied_type(plain: type[nn.Module], owns_weights: bool) -> type[FeedbackModu
     key = plain, owns_weights
     if key not in _UNTIED_TYPES:
         name = f"Feedback{plain.__name__}" if owns_weights else plain.__name__
-        told = {"__module__": plain.__module__, "__doc__": plain.__doc__}
+        shared: Any = FeedbackModule.forward  # copied for each class: others look up its signature
+        own = type(shared)(shared.__code__, shared.__globals__, "forward", None, shared.__closure__)
+        own.__wrapped__ = plain.forward
+        told = {"__module__": plain.__module__, "__doc__": plain.__doc__, "forward": own}
         body = {"plain_type": plain, "plain_forward": plain.forward, **told}
         _UNTIED_TYPES[key] = cast(type[FeedbackModule], type(name, (FeedbackModule, plain), body))
     return _UNTIED_TYPES[key]
 
 
 def _make_empty(plain: type[nn.Module], owns_weights: bool) -> FeedbackModule:
-    kind = untied_type(plain, owns_weights)
-    return kind.__new__(kind)
+    return (kind := untied_type(plain, owns_weights)).__new__(kind)
 
 
 @contextmanager

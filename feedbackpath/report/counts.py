@@ -1,25 +1,35 @@
 """The tables of ``feedbackpath hardware``: what arrays do in a training step, and what that takes."""
 
+from collections.abc import Sequence
+
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from feedbackpath.hardware.counts import PHASES, ArrayCounts, Costs, Work
 from feedbackpath.report.curves import group_by_rule
 from feedbackpath.report.table import MISSING
+from feedbackpath.train import results as files
 from feedbackpath.train.results import Results
 
 WORK = ("reads", "products", "dac", "adc", "writes", "pulses", "moved")
 
 
-def last_counts(results: Results) -> dict[str, dict[str, ArrayCounts]]:
-    """Return, by rule and array, what was counted in the last epoch of its first run that has counts."""
+def mean_counts(results: Results) -> dict[str, dict[str, ArrayCounts]]:
+    """Return, by rule and array, what a step takes on average over all epochs and seeds that were counted."""
     found: dict[str, dict[str, ArrayCounts]] = {}
     for rule, runs in group_by_rule(results.runs).items():
-        counted = [entry.counts for run in runs for entry in reversed(run.history) if entry.counts]
-        for array, kept in counted[0].items() if counted else ():
-            work = {phase: Work(**kept.work[phase].model_dump()) for phase in PHASES if phase in kept.work}
-            found.setdefault(rule, {})[array] = ArrayCounts(kept.cells, kept.dacs, kept.adcs, work)
+        counted = [entry.counts for run in runs for entry in run.history if entry.counts]
+        for array in counted[0] if counted else ():
+            kept = [counts[array] for counts in counted]
+            work = {p: _mean([one.work[p] for one in kept if p in one.work], len(kept)) for p in PHASES}
+            told = {p: mean for p, mean in work.items() if mean != Work()}
+            one = kept[0]
+            found.setdefault(rule, {})[array] = ArrayCounts(one.cells, one.dacs, one.adcs, told)
     return found
+
+
+def _mean(works: Sequence[files.Work], count: int) -> Work:
+    return sum((Work(**work.model_dump()) for work in works), Work()) * (1.0 / count)
 
 
 def counts_table(counted: dict[str, dict[str, ArrayCounts]]) -> Table:
@@ -44,15 +54,15 @@ def energy_table(counted: dict[str, dict[str, ArrayCounts]], costs: Costs) -> Ta
 
 def energy_rows(counted: dict[str, dict[str, ArrayCounts]], costs: Costs) -> list[list[str]]:
     """Return a heading, and a row for each rule: energy by phase and area, over one array's."""
-    rows = [["rule", *(f"{phase}, nJ" for phase in PHASES), "sum, nJ", "×", "mm²", "×"]]
+    rows = [["rule", *(f"{phase}, µJ" for phase in PHASES), "sum, µJ", "×", "mm²", "×"]]
     for rule, arrays in counted.items():
         one = arrays["one"]
         own = [counts for array, counts in arrays.items() if array != "one"]
         phases = [costs.energy_pj(sum((a.work.get(p, Work()) for a in own), Work())) for p in PHASES]
         energy, area = sum(phases), sum(map(costs.area_um2, own))
-        told = [_short(value / 1e3) if value else MISSING for value in phases]
+        told = [_short(value / 1e6) if value else MISSING for value in phases]
         times = [_over(energy, costs.energy_pj(one.total)), _over(area, costs.area_um2(one))]
-        rows.append([rule, *told, _short(energy / 1e3), times[0], _short(area / 1e6), times[1]])
+        rows.append([rule, *told, _short(energy / 1e6), times[0], _short(area / 1e6), times[1]])
     return rows
 
 

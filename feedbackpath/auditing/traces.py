@@ -1,0 +1,132 @@
+"""Where what is made of W goes: it names layer, operation and line, and decides nothing."""
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+
+from feedbackpath.auditing import operators as ops
+from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, Ledger, Made, join
+from feedbackpath.auditing.record import UPDATE, Record
+from feedbackpath.auditing.subject import Subject
+
+
+class Traces:
+    """Notes what each operator makes of what it is given.
+
+    Args:
+        ledger: What each tensor is made of.
+        record: Where sights of W go.
+        subject: Whose steps they are.
+    """
+
+    def __init__(self, ledger: Ledger, record: Record, subject: Subject) -> None:
+        self._ledger, self._record, self._subject = ledger, record, subject
+        self._written_early: list[tuple[Tensor, Made, str, str]] = []
+
+    def attach(self) -> None:
+        """Note what was written into B before it was known as one."""
+        for tensor, made, name, where in self._written_early:
+            for feedback in self._subject.feedback_weights.values():
+                if tensor.data_ptr() == feedback.data_ptr():
+                    renamed = tuple(self._subject.renamed.get(source, source) for source in made.sources)
+                    made = dataclasses.replace(made, sources=renamed)
+                    self._record.add_sight("feedback weight", made, f"aten.{name}", where, feedback.numel())
+        self._written_early.clear()
+
+    def made_of(self, tensor: Tensor) -> Made:
+        """Return what a tensor is made of; a parameter that multiplies activities is weight."""
+        made = self._ledger.look_up(tensor)
+        if made.kind == "other" and any(source in self._record.uses for source in made.sources):
+            return Made("weight", tuple(s for s in made.sources if s in self._record.uses))
+        return made
+
+    def product(self, tensor: Tensor) -> Made | None:
+        """Return what a sum of products of a weight and a signal, that is about to be made, is made of."""
+        made = self.made_of(tensor)
+        if not made.is_product:
+            return None
+        for source in made.sources:  # summed, it is a weight and no scale
+            if size := self._record.scales.pop(source, 0):
+                self._record.uses[source] = size
+        return dataclasses.replace(made, kind="weight")
+
+    def note(
+        self,
+        name: str,
+        inputs: list[Tensor],
+        written: list[Tensor],
+        results: list[Tensor],
+        is_held: bool,
+        is_forward: bool,
+    ) -> None:
+        """Note what one operator made of its inputs, or one part of a list operator."""
+        overwritten = {id(t) for t in written} if name in ops.OVERWRITES or name in ops.RANDOM else set()
+        parts = [(t, self.made_of(t)) for t in inputs if id(t) not in overwritten]
+        weights = [(t, made) for t, made in parts if made.kind == "weight"]
+        where = ops.call_site() if weights and not is_held else ""
+        if is_held:
+            made = ACTIVITY
+        elif name in ops.RANDOM or name.endswith("_like") or name.startswith("new_"):
+            made = CONSTANT
+        else:
+            made = self._join(name, parts, weights, [*results, *written], where, is_forward)
+        if weights and name in ops.EXITS:
+            self._record.add_sight("exit", made, f"aten.{name}", where, weights[0][0].numel())
+        for tensor in written:
+            self._write(tensor, made, name, where)
+        for tensor in results:
+            if not any(tensor.untyped_storage()._cdata == t.untyped_storage()._cdata for t in inputs):
+                self._ledger.enter(tensor, made)
+
+    def _join(
+        self,
+        name: str,
+        parts: list[tuple[Tensor, Made]],
+        weights: Any,
+        results: list[Tensor],
+        where: str,
+        is_forward: bool,
+    ) -> Made:
+        """Return what comes of an operator that is no layer's forward map."""
+        made = join([part for _, part in parts], f"aten.{name}", where)
+        signals = [t for t, part in parts if part.kind == "activity"]
+        if name in ops.SIGNS or name == "copysign":
+            source = parts[1 if name == "copysign" else 0][1]
+            is_sign = source.kind == "weight" and not source.operation
+            return Made("weight", source.sources, True, False, f"aten.{name}", where) if is_sign else made
+        if not (is_forward and signals and results):
+            return made
+        most = max(t.numel() for t in signals)
+        is_larger = name in ops.FACTORS and results[0].numel() > most
+        others = {source: t.numel() for t, part in parts for source in part.sources if part.kind == "other"}
+        if "norm" in name or "prelu" in name or name in ops.FACTORS:
+            self._record.scales |= others
+        if is_larger and made.kind == "weight":
+            self._record.uses |= {source: weights[0][0].numel() for source in made.sources}
+            return Made("weight", made.sources, is_product=True)
+        if is_larger and others:
+            return Made("activity", tuple(others), is_product=True)
+        is_weight_changed = any(t.shape == results[0].shape for t, _ in weights)
+        return made if made.kind != "weight" or is_weight_changed else ACTIVITY
+
+    def _write(self, tensor: Tensor, made: Made, name: str, where: str) -> None:
+        """Note a write; into a B, nothing made of weight may go, and into a W nothing of another."""
+        fixed = self._ledger.fixed(tensor)
+        if fixed is None:
+            self._ledger.enter(tensor, made)
+            if made.kind == "weight" and not self._subject.forward_weights:
+                self._written_early.append((tensor, made, name, where))
+        elif made.kind == "weight" and fixed.kind == "feedback":
+            self._record.add_sight(
+                "feedback weight", made, f"aten.{name}", where or made.where, tensor.numel()
+            )
+        elif made.kind == "weight" and fixed.sources:
+            made = dataclasses.replace(made, sources=tuple(s for s in made.sources if s not in fixed.sources))
+            self._record.add_sight(UPDATE, made, f"aten.{name}", made.where or where, tensor.numel())
+
+    def see_exit(self, name: str, tensor: Tensor) -> None:
+        """Note that a tensor leaves PyTorch."""
+        made = self.made_of(tensor)
+        if made.kind == "weight":
+            self._record.add_sight("exit", made, f"Tensor.{name}", ops.call_site(), tensor.numel())
