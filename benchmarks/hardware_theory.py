@@ -207,7 +207,7 @@ PARTS: dict[str, Callable[[], list[Found]]] = {
 
 # The figure
 
-BLUE, ORANGE, GREEN, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
+INDIGO, WINE, TEAL = "#332288", "#882255", "#44AA99"  # none is a rule's
 GREY = "0.35"
 
 
@@ -237,29 +237,29 @@ def _ticks(axis: Any, *values: float) -> None:
 def draw_noise(axes: Axes, cells: list[Found]) -> None:
     """Draw the variance of W - B against the noise of a write."""
     looks = {
-        "both, λ a third": (GREEN, "^", "both, λ = 0.003", {}),
-        "both, soft bounds": (PINK, "v", "the same, soft bounds", {"fillstyle": "none"}),
-        "both sides": (BLUE, "o", "both, λ = 0.01", {}),
-        "both, momentum 0.9": (SKY, "D", "the same, momentum 0.9", {"fillstyle": "none"}),
-        "one side": (ORANGE, "s", "one array, λ = 0.01", {}),
+        "both, λ a third": (TEAL, "^", "both, λ = 0.003", {}),
+        "both, soft bounds": (TEAL, "v", "the same, soft bounds", {"fillstyle": "none"}),
+        "both sides": (INDIGO, "o", "both, λ = 0.01", {}),
+        "both, momentum 0.9": (INDIGO, "D", "the same, momentum 0.9", {"fillstyle": "none"}),
+        "one side": (WINE, "s", "one array, λ = 0.01", {}),
     }
     for series, (colour, marker, label, more) in looks.items():
         own = [cell for cell in cells if cell["series"] == series]
         _points(axes, [c["noise"] for c in own], [c["variance"] for c in own], colour, marker, label, **more)
     noises = [10 ** (-3.7 + 0.1 * k) for k in range(28)]
-    for shrink, sides, colour in ((0.003, 2, GREEN), (0.01, 2, BLUE), (0.01, 1, ORANGE)):
+    for shrink, sides, colour in ((0.003, 2, TEAL), (0.01, 2, INDIGO), (0.01, 1, WINE)):
         lines = [theory.gap_variance(s, 1.0, shrink, sides=sides) for s in noises]
         axes.plot(noises, lines, color=colour, linewidth=0.8, zorder=1)
     axes.set(xscale="log", yscale="log")
     _ticks(axes.xaxis, 0.001, 0.01, 0.1)
     _ticks(axes.yaxis, 0.00001, 0.0001, 0.001, 0.01, 0.1, 1)
     axes.set(xlim=(noises[0], noises[-1]), ylim=(3e-6, 2))
-    axes.set(xlabel="noise of a write, s (units of weight)", ylabel="variance of W − B")
+    axes.set(xlabel="noise of a write, s (units of weight), log scale", ylabel="variance of W − B, log scale")
 
 
 def draw_contraction(axes: Axes, cells: list[Found]) -> None:
     """Draw what is left of W - B against what was written, in bounds."""
-    for bound, colour, marker in ((0.5, BLUE, "o"), (1.0, ORANGE, "s"), (2.0, GREEN, "^")):
+    for bound, colour, marker in ((0.5, INDIGO, "o"), (1.0, WINE, "s"), (2.0, TEAL, "^")):
         for is_least in (False, True):
             own = [c for c in cells if c["bound"] == bound and c["part"] and (c["part"] == 1) == is_least]
             _points(axes, [c["written"] for c in own], [c["left"] for c in own], colour, marker,
@@ -273,14 +273,16 @@ def draw_contraction(axes: Axes, cells: list[Found]) -> None:
               label="theory")  # fmt: skip
     axes.set(yscale="log", xlim=(0, 6), ylim=(0.005, 1.2))
     _ticks(axes.yaxis, 0.01, 0.03, 0.1, 0.3, 1)
-    axes.set(xlabel="written changes of a weight (in bounds)", ylabel="size of W − B over its start")
+    axes.set(
+        xlabel="written changes of a weight (in bounds)", ylabel="size of W − B over its start, log scale"
+    )
 
 
 def draw_floor(axes: Axes, cells: list[Found]) -> None:
     """Draw the spread of W - B against the spread of up and of down pulses."""
     for series, colour, marker, label in (
-        ("arrays", BLUE, "o", "arrays, ups and downs in turn"),
-        ("network", ORANGE, "s", "network, 3,000 steps"),
+        ("arrays", INDIGO, "o", "arrays, ups and downs in turn"),
+        ("network", WINE, "s", "network, 3,000 steps"),
     ):
         own = [cell for cell in cells if cell["series"] == series]
         _points(axes, [c["spread"] for c in own], [c["left"] for c in own], colour, marker, label)
@@ -288,7 +290,9 @@ def draw_floor(axes: Axes, cells: list[Found]) -> None:
     floor = [math.sqrt(2.0) * theory.symmetry_spread(1.0, spread) for spread in spreads]
     axes.plot(spreads, floor, color="black", linewidth=0.9, label="theory")
     axes.set(xscale="log", yscale="log", xlim=tuple(spreads), ylim=tuple(spreads))
-    axes.set(xlabel="spread of up and of down pulses", ylabel="spread of W − B (in bounds)")
+    axes.set(
+        xlabel="spread of up and of down pulses, log scale", ylabel="spread of W − B (in bounds), log scale"
+    )
     for axis in (axes.xaxis, axes.yaxis):
         _ticks(axis, 0.03, 0.1, 0.3, 1)
 
@@ -297,7 +301,7 @@ def draw_mirror(axes: Axes, cells: list[Found]) -> None:
     """Draw the angle of B and W against the noise of reads."""
     least = 0.05  # where noise 0 is drawn
     noises = [least * 10 ** (0.05 * k) for k in range(50)]
-    for samples, colour in ((512, BLUE), (2048, ORANGE), (8192, GREEN)):
+    for samples, colour in ((512, INDIGO), (2048, WINE), (8192, TEAL)):
         for series, filled, spread in (("linear", "full", 1.0), ("ReLU", "none", RELU_SPREAD)):
             own = [c for c in cells if c["samples"] == samples and c["series"] == series]
             _points(axes, [max(least, c["noise"]) for c in own], [c["angle_deg"] for c in own], colour, "o",
@@ -309,7 +313,7 @@ def draw_mirror(axes: Axes, cells: list[Found]) -> None:
     axes.set(xscale="log", xlim=(0.9 * least, noises[-1]), ylim=(0, 90))
     axes.set_xticks([least, 0.1, 1.0, 10.0], ["0", "0.1", "1", "10"])
     axes.set_yticks(range(0, 91, 15))
-    axes.set(xlabel="noise of reads (over the answers' rms)", ylabel="angle of B and W (°)")
+    axes.set(xlabel="noise of reads (over the answers' rms), log scale", ylabel="angle of B and W (°)")
 
 
 TITLES = {
