@@ -84,6 +84,9 @@ HELD = {
         "`kh` changes": "test_hidden_units_compete_as_is_written",
         "`rdd` and `stdwi` simulate": "test_cells_leak_and_spike_as_is_written",
     },
+    "test_update_first": {
+        "`KolenPollack(order": "test_what_it_cannot_know_or_do_is_said",
+    },
     "test_moments": {
         "Moments are kept once": "test_where_nothing_can_be_shared_it_is_said_why",
     },

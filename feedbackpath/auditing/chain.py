@@ -297,10 +297,16 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _fix_strangers(self, operands: list[Tensor]) -> None:
         """Know the weights of no module, such as those in a dictionary, from when they are first met."""
-        unknown = [t for t in operands if self._ledger.look_up(t) is UNKNOWN]
+        unknown = [t for t in operands if self._is_new(t)]
         meets_weight = any(self._ledger.look_up(t).is_tracked for t in operands)
         for name, weight in self.subject.strangers(unknown, may_be_data=meets_weight):
             self._ledger.fix(weight, Made("other", (name,)))
+
+    def _is_new(self, tensor: Tensor) -> bool:
+        """Whether nobody has said what a tensor is; a parameter may have been made in this step."""
+        root = tensor if tensor._base is None else tensor._base
+        made_now = isinstance(root, nn.Parameter) and self._ledger.fixed(root) is None
+        return made_now or self._ledger.look_up(tensor) is UNKNOWN
 
     def _are_forward_maps(self, name: str, args: Any, tracked: dict[int, Made]) -> bool:
         """Whether weights meet a signal as in their own layers: in a module's call, or a declared passage."""
