@@ -15,8 +15,9 @@ from feedbackpath.core import pytorch
 from feedbackpath.rules import activity_rule
 
 STEPS, BATCH = 4, 8
-IN_ORDER = fp.KolenPollack(order="update-first")
-RULES = {rule: rule for rule in fp.RULES} | {"update-first": IN_ORDER}
+RULES = {rule: rule for rule in fp.RULES} | {
+    f"update-first, {rate}": fp.KolenPollack(order="update-first", feedback_rate=rate) for rate in (1.0, 0.5)
+}
 AVERAGED = fp.Mirror(noise="gaussian", samples=64, across_devices="averaged")
 
 

@@ -21,6 +21,8 @@ from torch import nn
 from zoo import make_zoo, zoo_input
 
 import feedbackpath as fp
+from feedbackpath import cli
+from feedbackpath.auditing import Finding
 from feedbackpath.auditing.locality import OWN, UNMOVED
 from feedbackpath.mirror.noise import NOISES
 from feedbackpath.models import build_model
@@ -306,6 +308,18 @@ def test_weights_that_come_back_are_not_settled(place):
     report = fp.audit(step, task.path)
     assert report.transport_free is None, str(report)
     assert "W of '0' comes back while the step runs" in report.verdict
+
+
+@pytest.mark.parametrize(
+    ("unsettled", "is_found", "code"), [("", False, 0), ("", True, 4), ("why", False, 5)]
+)
+def test_the_command_exits_by_the_verdict(unsettled, is_found, code, monkeypatch):
+    finding = Finding("2", "weight", "delta", "aten.mm", "file.py:1", "provenance", 8)
+    report = fp.Report((finding,) * is_found, {}, {}, {}, unsettled=unsettled)
+    monkeypatch.setattr("feedbackpath.jobs.audit.audit_run", lambda settings: report)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["audit", "--rule", "kp"])
+    assert ended.value.code == code
 
 
 def test_a_step_that_ends_its_process_is_not_settled():

@@ -146,6 +146,11 @@ def test_a_mirrors_angle_is_the_largest_after_some_steps():
     assert step.num_steps == len(seen) - 1 == ANGLE_STEPS
 
 
+def test_a_rule_that_broadcasts_has_no_angle_to_w():
+    step = TrainingStep(find_workload("mlp"), "dfa", 2, Arithmetic())
+    assert _largest_angle(step, step.path, seconds=60) is None
+
+
 def test_waiting_is_not_work():
     seconds = time_in_turns({"sleep": lambda: time.sleep(0.05)}, rounds=2)
     assert max(seconds["sleep"]) < 0.04

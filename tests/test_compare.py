@@ -64,7 +64,7 @@ def test_result_files(tmp_path, capsys):
     assert (tmp_path / "config.yaml").exists()
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 12
     assert (tmp_path / "report.html").stat().st_size > 1e6
-    assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".png", ".pdf"}
+    assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".png", ".pdf", ".svg"}
     assert not list(tmp_path.glob("checkpoints/*"))
     printed = capsys.readouterr().out
     assert "kp" in printed

@@ -1,6 +1,7 @@
 """The commands that train on chips, and the search for what is tolerated."""
 
 import json
+import math
 from pathlib import Path
 
 import hardware_counts
@@ -9,8 +10,10 @@ from matplotlib import rc_context
 
 from feedbackpath import cli
 from feedbackpath.errors import ConfigError
+from feedbackpath.hardware import theory
 from feedbackpath.hardware.devices import PRESETS
 from feedbackpath.jobs.tolerance import IMPERFECTIONS, Tolerance, find_tolerance, table_of
+from feedbackpath.mirror.noise import RELU_SPREAD
 from feedbackpath.report.counts import mean_counts
 from feedbackpath.report.figures import FIGURE_STYLE
 from feedbackpath.report.tolerance import draw_errors, draw_tolerance
@@ -163,6 +166,27 @@ def test_a_search_bisects_between_what_passes_and_what_fails(tmp_path, monkeypat
     )
     kept = search(tmp_path, margin=0.1, rules=("kp",))
     assert kept.found["kp"] == {"step": pytest.approx(0.0316), "swapped": 0.02}
+
+
+def test_theory_and_measurement_part_where_the_page_says():
+    file = Path(__file__).parent.parent / "benchmarks" / "hardware-theory" / "theory.json"
+    found = json.loads(file.read_text())
+    for cell in found["noise"]:
+        own = cell["written"] if "soft" in cell["series"] else 0.0  # soft bounds contract as well
+        expected = theory.gap_variance(cell["noise"], 1.0, cell["shrink"] + own, sides=cell["sides"])
+        if cell["variance"] < 0.1 or own:
+            momentum = 1.09 if "momentum" in cell["series"] else 1.0
+            assert cell["variance"] == pytest.approx(momentum * expected, rel=0.095)
+    for cell in found["contraction"]:
+        if cell["part"] > 1 and cell["written"] < 2.0:  # all but whole layers and the cells that write least
+            assert cell["left"] == pytest.approx(theory.soft_contraction(cell["written"], 1.0), rel=0.1)
+    for cell in found["floor"]:
+        expected = math.sqrt(2.0) * theory.symmetry_spread(1.0, cell["spread"])
+        assert cell["left"] == pytest.approx(expected, rel=0.145)
+    for cell in found["mirror"]:
+        spread = 1.0 if cell["series"] == "linear" else RELU_SPREAD
+        expected = theory.mirror_angle_deg(64, cell["samples"], cell["noise"], spread)
+        assert cell["angle_deg"] == pytest.approx(expected, rel=0.03)
 
 
 def test_the_page_has_the_table_of_the_study():

@@ -203,7 +203,7 @@ def test_any_text_is_settings_or_a_line(tmp_path_factory, content):
 )
 def test_any_settings_of_a_rule_make_a_rule_or_a_line(rule, data):
     names = st.sampled_from(
-        ["every", "rank", "share", "rate", "decay", "mirror", "magnitude", "feedback_rate", "x"]
+        ["every", "rank", "share", "rate", "decay", "mirror", "magnitude", "feedback_rate", "order", "x"]
     )
     inner = st.dictionaries(st.sampled_from([*fp.Mirror.__dataclass_fields__]), plain, max_size=3)
     settings = data.draw(st.dictionaries(names, st.one_of(plain, inner), max_size=2))

@@ -250,6 +250,14 @@ def test_recorders_take_numbers_of_any_kind(tmp_path, value):
     assert read_results(tmp_path).runs[0].test == 2.5
 
 
+def test_a_recorder_takes_a_loss_that_is_still_in_autograds_graph(tmp_path):
+    loss = nn.Linear(3, 1)(torch.ones(2, 3)).square().mean()
+    with fp.Recorder(tmp_path, rule="kp") as record:
+        record.epoch(1, value=loss, train_loss=loss, validation=loss)
+    (run,) = read_results(tmp_path).runs
+    assert run.test == run.history[0].train_loss == run.history[0].validation == loss.item()
+
+
 @pytest.mark.parametrize(
     "misuse",
     [

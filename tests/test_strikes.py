@@ -30,7 +30,7 @@ def plain_outputs(monkeypatch):
     monkeypatch.setattr(
         figures, "render_figures", lambda panels: {"one.png": str(len(panels[0].runs)).encode()}
     )
-    monkeypatch.setattr(page, "render_page", lambda panels: str([run.status for run in panels[0].runs]))
+    monkeypatch.setattr(page, "render_page", lambda panels, **_: str([run.status for run in panels[0].runs]))
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a kill loses nothing that is written
     monkeypatch.setattr(book, "PAGE_SHARE", math.inf)  # else the clock decides how often the page is written
 

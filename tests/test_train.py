@@ -196,8 +196,8 @@ def test_make_rule_takes_nested_settings_and_names_wrong_ones():
     assert make_rule("wm", {"mirror": PAPER_MIRROR}).mirror == fp.Mirror.paper()
     with pytest.raises(ConfigError, match="mirror must map settings to values, not 5"):
         make_rule("wm", {"mirror": 5})
-    with pytest.raises(ConfigError, match="fa has no setting 'scale'; it has none"):
-        make_rule("fa", {"scale": "he"})
+    with pytest.raises(ConfigError, match="bp has no setting 'scale'; it has none"):
+        make_rule("bp", {"scale": "he"})
 
 
 def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):

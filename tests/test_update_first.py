@@ -200,6 +200,10 @@ def test_what_it_cannot_know_or_do_is_said():
     path = fp.untie(model, RULE)
     with pytest.raises(fp.RuleError, match=r"which optimizer updates .* '4': call path.check_optimizer"):
         F.cross_entropy(model(torch.randn(5, 6).double()), TARGET).backward()
+    loaded, _ = prepare(make_mlp())
+    loaded.model.load_state_dict(model.state_dict(), assign=True)
+    with pytest.raises(fp.RuleError, match=r"and after load_state_dict\(assign=True\)"):
+        F.cross_entropy(loaded.model(torch.randn(5, 6).double()), TARGET).backward()
     wrapper = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
     wrapper.inner = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(fp.RuleError, match="SGD wraps another"):

@@ -108,7 +108,7 @@ class Record:
             self.sights.setdefault((layer, sink, operation, where), sight)
 
     def doubt_readings(self) -> None:
-        """Take no reading for an answer if another weight was in place then, its transpose say."""
+        """Take no reading for an answer if the weight was another at the time: its transpose, say."""
         for entry in self.tape:
             for name, digest in entry.weights:
                 if digest not in [digests.get(name) for digests in (*self.parameters, *self.updated)]:

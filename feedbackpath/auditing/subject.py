@@ -295,13 +295,12 @@ def copies_of(weights: Sequence[Tensor], others: Iterable[Tensor]) -> Iterator[T
     known = {id(tensor) for tensor in (*weights, *others)}
     by_size: dict[int, list[Tensor]] = {}
     for weight in weights:
-        if (
-            weight.numel() > 3 and len(set(weight.flatten()[:64].tolist())) > 3
-        ):  # else it may be like another by chance
+        # one of few values may be like another by chance
+        if weight.numel() > 3 and len(set(weight.flatten()[:64].tolist())) > 3:
             by_size.setdefault(weight.numel(), []).append(weight.detach())
     beside = [tensor.detach().flatten() for tensor in others]
     for thing in gc.get_objects():
-        if not issubclass(type(thing), Tensor) or id(thing) in known or not thing.is_floating_point():
+        if type(thing) not in (Tensor, nn.Parameter) or id(thing) in known or not thing.is_floating_point():
             continue
         if thing.layout != torch.strided or thing.numel() not in by_size:
             continue

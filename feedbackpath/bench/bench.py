@@ -162,8 +162,8 @@ def describe(name: str, found: dict[str, Any]) -> str:
     )
 
 
-def _largest_angle(step: TrainingStep, path: FeedbackPath, seconds: float) -> float:
-    """Return the worst layer's angle between B and W; where rules mirror, over some steps.
+def _largest_angle(step: TrainingStep, path: FeedbackPath, seconds: float) -> float | None:
+    """Return the worst layer's angle between B and W; where rules mirror, over some steps. None: no angle.
 
     Args:
         step: The network's step.
@@ -177,7 +177,7 @@ def _largest_angle(step: TrainingStep, path: FeedbackPath, seconds: float) -> fl
             break
         step()
         angles += path.matrix_angles().values()
-    return max(angles)
+    return max(angles, default=None)
 
 
 def _time_delta_angles(steps: dict[str, TrainingStep], settings: BenchSettings) -> dict[str, float]:

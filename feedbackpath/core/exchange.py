@@ -60,11 +60,8 @@ class Exchange(TorchFunctionMode):
             w = getattr(weight.layer, weight.weight_name)
             if w is not None and self.look_up(w) is None:
                 is_local = weight.layer.__dict__["untied"].send_back.is_local
-                b = (
-                    getattr(weight.layer, weight.feedback_name)
-                    if is_local and not RUNNING.is_backprop
-                    else None
-                )
+                takes_b = is_local and not RUNNING.is_backprop
+                b = getattr(weight.layer, weight.feedback_name) if takes_b else None
                 if b is not None and b.shape != w.shape:
                     shapes = f"the weight of {weight.name!r} has shape {list(w.shape)}, its B {list(b.shape)}"
                     raise UntieError(f"{shapes}: path.retie(), and untie the model in its final form")

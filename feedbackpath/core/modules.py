@@ -6,6 +6,7 @@ watched as well, for they may read a layer's weight by themselves.
 """
 
 import copyreg
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -195,9 +196,9 @@ def untied_type(plain: type[nn.Module], owns_weights: bool) -> type[FeedbackModu
         name = f"Feedback{plain.__name__}" if owns_weights else plain.__name__
         shared: Any = FeedbackModule.forward  # copied for each class: others look up its signature
         own = type(shared)(shared.__code__, shared.__globals__, "forward", None, shared.__closure__)
-        own.__wrapped__ = plain.forward
-        told = {"__module__": plain.__module__, "__doc__": plain.__doc__, "forward": own}
-        body = {"plain_type": plain, "plain_forward": plain.forward, **told}
+        own.__signature__ = inspect.signature(plain.forward)
+        body = {"plain_type": plain, "plain_forward": plain.forward, "forward": own}
+        body |= {"__module__": plain.__module__, "__doc__": plain.__doc__}
         _UNTIED_TYPES[key] = cast(type[FeedbackModule], type(name, (FeedbackModule, plain), body))
     return _UNTIED_TYPES[key]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import ValidationError
 
 from feedbackpath.arguments import checked, checked_methods
@@ -103,6 +104,7 @@ class Recorder:
         if not self.run.history and number not in (0, 1) and self.run.start is None:
             raise ConfigError(f"the first epoch of {self.run.name} is {number}: begin with 1, or with 0")
         now, of_layer = time.perf_counter(), (deltas or {}).items()
+        value, train_loss, validation = map(_detached, (value, train_loss, validation))
         with _refusing_bad_values():
             entry = Entry(
                 epoch=number,
@@ -191,3 +193,8 @@ def _refusing_bad_values() -> Iterator[None]:
         raise ConfigError(f"{first_fault(error)}; nothing was recorded") from None
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror or error}; choose another folder") from None
+
+
+def _detached(number: Any) -> Any:
+    """Return a number; of a tensor, one that autograd does not warn of when it is read."""
+    return number.detach() if isinstance(number, torch.Tensor) else number

@@ -40,12 +40,13 @@ class LookAhead:
     def update(self, weight: UntiedWeight, b: nn.Parameter, gradient: Tensor) -> Tensor:
         """Return what the optimizer will make of B with this gradient."""
         optimizer = self._optimizers.get(id(b))
-        if optimizer is None:
+        groups = [] if optimizer is None else optimizer.param_groups
+        group = next((g for g in groups if any(p is b for p in g["params"])), None)
+        if optimizer is None or group is None:
             raise RuleError(
                 f"{SETTING} has to know which optimizer updates the feedback weight of {weight.name!r}: "
                 "call path.check_optimizer(optimizer) before training, and after load_state_dict(assign=True)"
             )
-        group = next(g for g in optimizer.param_groups if any(p is b for p in g["params"]))
         twin = nn.Parameter(b.detach().clone())
         twin.grad = gradient
         ahead = copy.copy(optimizer)  # its settings and state, and none of its hooks
