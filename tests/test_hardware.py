@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hardware_counts
 import pytest
+from matplotlib import rc_context
 
 from feedbackpath import cli
 from feedbackpath.errors import ConfigError
@@ -14,7 +15,8 @@ from feedbackpath.hardware.devices import PRESETS
 from feedbackpath.jobs.tolerance import IMPERFECTIONS, Tolerance, find_tolerance, table_of
 from feedbackpath.mirror.noise import RELU_SPREAD
 from feedbackpath.report.counts import mean_counts
-from feedbackpath.report.tolerance import draw_tolerance
+from feedbackpath.report.figures import FIGURE_STYLE
+from feedbackpath.report.tolerance import draw_errors, draw_tolerance
 from feedbackpath.train.chips import make_chip
 from feedbackpath.train.config import CHIPS, CompareConfig
 from feedbackpath.train.results import Results, Run, read_results
@@ -143,6 +145,12 @@ def test_a_search_is_kept_resumed_and_drawn(tmp_path):
     assert "swapped" not in wider.found["bp"]  # its B gets no updates
     assert table_of(wider)[1][0] == ["kp", "≥ 1", "≥ 1"]
     draw_tolerance(wider.model_dump(), tmp_path)
+    with rc_context(FIGURE_STYLE):
+        figure = draw_errors(wider.model_dump())
+        figure.draw_without_rendering()
+        ticks = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+    assert "0.1" in ticks
+    assert not any("$" in tick for tick in ticks)  # text in place of mathematics
     assert (tmp_path / "figures" / "tolerance.png").stat().st_size > 1000
     with pytest.raises(ConfigError, match="--resume"):
         search(tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from feedbackpath.report.figures import (
     COLUMN_WIDTH,
@@ -87,6 +88,8 @@ def draw_errors(kept: Mapping[str, Any]) -> Figure:
                 axes.plot(*zip(*points, strict=True), **looks_of(style))
                 shown += [error for _, error in points]
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(name.replace("_", " ") + "\nlog scale")
     for axes in grid[len(names) :]:
         axes.set_axis_off()
