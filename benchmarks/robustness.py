@@ -15,6 +15,8 @@ in every column.
 import argparse
 import math
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +76,8 @@ def run() -> None:
         keep(WORK / "tuned" / name, OUT / "tuned")
     for noise, read in NOISE.items():
         chip = {"chip": "ideal", "chip_settings": {"read": {"forward": read}}} if read else {}
-        seeds = {"seed": FIRST_SEED, "seeds": SEEDS, "equivalence": MARGIN}
-        config = CompareConfig(**tuned | chip | seeds)
+        study = {"rules": RULES, "seed": FIRST_SEED, "seeds": SEEDS, "equivalence": MARGIN}
+        config = CompareConfig(**tuned | chip | study)
         folder = WORK / folder_of(noise)
         view = LiveView(Console(quiet=True))
         run_job(config, folder, resume=True, command="python benchmarks/robustness.py run", view=view)
@@ -140,7 +142,15 @@ def write_page() -> None:
     PAGE.write_text(marked.sub(lambda found: f"{found[1]}{table()}\n{found[2]}", text), encoding="utf-8")
 
 
-if __name__ == "__main__":
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return what a command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("part", choices=("tune", "run", "page"))
-    {"tune": tune, "run": run, "page": write_page}[parser.parse_args().part]()
+    parser.add_argument("part", choices=PARTS)
+    return parser.parse_args(arguments)
+
+
+PARTS = {"tune": tune, "run": run, "page": write_page}
+
+
+if __name__ == "__main__":
+    PARTS[parse(sys.argv[1:]).part]()

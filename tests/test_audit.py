@@ -218,7 +218,7 @@ def test_signs_are_told_from_weights():
     report = Task("ss").audit()
     assert {finding.what for finding in report.findings} == {"sign"}
     assert report.verdict == "transports weights: their signs, 1 bit each"
-    assert "1 bit a weight" in str(report.findings[0])
+    assert "1 bit per weight" in str(report.findings[0])
 
 
 # In a fresh process
@@ -253,7 +253,7 @@ def test_only_a_fresh_process_sees_what_was_kept_before():
     step()
     report = fp.audit(step, path)
     assert report.transport_free
-    assert "from now on; not what W made before" in str(report)
+    assert "from now on (what it made before is not covered)" in str(report)
 
 
 def test_what_cannot_be_built_is_refused():

@@ -37,7 +37,7 @@ class Finding:
 
     def __str__(self) -> str:
         """Return one line."""
-        made_of = "signs of W (1 bit a weight)" if self.what == "sign" else "W"
+        made_of = "signs of W (1 bit per weight)" if self.what == "sign" else "W"
         place = "another layer's update" if self.sink == "update" else f"a {self.sink}"
         if self.method != "absence":
             return (
@@ -121,7 +121,9 @@ class Report:
 
     def __str__(self) -> str:
         """Return the verdict, the findings, what crosses and what each update takes, line by line."""
-        since = "from untie on" if self.since == "untie" else "from now on; not what W made before"
+        since = (
+            "from untie on" if self.since == "untie" else "from now on (what it made before is not covered)"
+        )
         lines = [self.verdict, *(f"  {finding}" for finding in self.findings), f"  W was absent {since}"]
         lines += [f"  note: {note}" for note in self.notes]
         for layer, crossing in self.crossings.items():

@@ -20,7 +20,7 @@ def bench(
         "mlp,lenet,transformer,resnet8,resnet18,resnet50"
     ),
     rules: Annotated[str, Parameter(help="rules, by commas")] = "bp,fa,ss,kp,mirror-kp,wm",
-    rounds: Annotated[int, Parameter(help="timed steps of each network, at least")] = 10,
+    rounds: Annotated[int, Parameter(help="timed steps of each network, at least; 2 or more")] = 10,
     seconds: Annotated[
         float,
         Parameter(help="that a network's timed steps take at least, all rules together"),
