@@ -20,7 +20,7 @@ import torch
 from feedbackpath.auditing import audit
 from feedbackpath.bench.workloads import Arithmetic, TrainingStep, find_workload
 
-MODEL, BATCH_SIZE, REPETITIONS = "resnet18", 8, 1
+MODEL, BATCH_SIZE, REPETITIONS = "resnet18", 8, 3
 OUT = Path(__file__).parent / "audit-cost" / "cost.json"
 
 

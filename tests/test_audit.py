@@ -87,7 +87,7 @@ CLEAN_FIRST = {
     "stacked", "logs-much", "counter-and-minibatches", "muon", "sam", "lbfgs", "average",
     "scaler-and-autocast", "checkpointed", "read-by-one-hot",
 }  # fmt: skip
-SOON = {"numpy-before", "relay-buffer", "relay-file", "module-in-hook", "replaced-data", "passage-times-one"}
+SOON = {"numpy-before", "relay-buffer", "module-in-hook"}
 
 
 @pytest.mark.parametrize("clip", [None, 0.1], ids=["unclipped", "clipped"])
@@ -547,7 +547,7 @@ def test_training_goes_on_as_if_there_had_been_no_audit():
     assert_same(state_of(audited), state_of(other))
 
 
-@pytest.mark.parametrize("rule", FREE)
+@pytest.mark.parametrize("rule", fast_and_slow(FREE, {"kp", "wm"}))
 def test_batchnorms_scale_is_declared(rule):
     torch.manual_seed(0)
     model = build_model("resnet8", sample_shape=(1, 16, 16), num_classes=4)
@@ -770,7 +770,13 @@ TABLE = re.compile(r"^\| ([^|]+) \| `([^|]+)` \| `([^|]+)` \| ([a-z -]+) \|$", r
 ROWS = TABLE.findall((Path(__file__).parents[1] / "docs" / "audit.md").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(("kind", "begin", "end", "verdict"), ROWS, ids=[row[0] for row in ROWS])
+@pytest.mark.parametrize(
+    ("kind", "begin", "end", "verdict"),
+    [
+        pytest.param(*row, id=row[0], marks=[pytest.mark.slow] * (number % 3 > 0))
+        for number, row in enumerate(ROWS)
+    ],
+)
 def test_the_table_of_kinds_is_right(kind, begin, end, verdict, tmp_path, monkeypatch):
     """Each row has a line that runs when a step begins, and one that runs when it ends."""
     monkeypatch.chdir(tmp_path)

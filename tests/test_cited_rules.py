@@ -526,7 +526,15 @@ def audit(rule):
 
 
 @pytest.mark.parametrize(
-    "rule", ["pfa", "pal", "dtp", fp.DifferenceTargetPropagation(loss="difference"), *FEW_SPIKES, "kh"]
+    "rule",
+    [
+        "pal",
+        "dtp",
+        *(
+            pytest.param(rule, marks=pytest.mark.slow)
+            for rule in ("pfa", fp.DifferenceTargetPropagation(loss="difference"), *FEW_SPIKES, "kh")
+        ),
+    ],
 )
 def test_the_audit_finds_no_transport(rule):
     report = audit(rule)

@@ -115,7 +115,12 @@ def runs_so_far(out: Path) -> list:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_job_keeps_its_epochs_and_resumes_to_the_same_results(tmp_path, unbroken, number):
     code, output = kill_after_epochs(tmp_path, 3, number)

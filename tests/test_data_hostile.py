@@ -131,7 +131,7 @@ HOSTILE_IMAGES = {
 }
 
 
-@pytest.mark.parametrize("view", ["centre", "random"])
+@pytest.mark.parametrize("view", ["centre", pytest.param("random", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", HOSTILE_IMAGES)
 def test_a_hostile_image_is_one_line_or_an_image_in_bounds(name, view):
     make, message = HOSTILE_IMAGES[name]

@@ -31,7 +31,8 @@ def test_of_two_chips_the_line_carries_signals_alone_and_b_goes_to_w(rule):
     assert all(float(first) > 80 and float(last) < 40 for first, last in angles)
 
 
-@pytest.mark.parametrize("rule", ["kp", pytest.param("wm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["kp", "wm"])
 def test_devices_of_their_own_change_what_is_written_and_nothing_on_the_line(rule):
     ideal, real = (two_chips(rule, 40, *flags) for flags in ((), ("--chip", "reram")))
     assert ideal.returncode == real.returncode == 0

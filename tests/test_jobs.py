@@ -326,7 +326,7 @@ def spoil(image):
     image.write_bytes(raw[: len(raw) // 2])
 
 
-@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("part", ["train", pytest.param("val", marks=pytest.mark.slow)])
 def test_a_run_that_a_bad_image_stopped_goes_on_as_its_message_says(tmp_path, capsys, part):
     data = make_class_folders(tmp_path / "data", classes=3, train=8, val=4)
     spoil(min((data / part).rglob("*.JPEG")))

@@ -55,7 +55,10 @@ def test_a_comparison_of_ones_own_task_network_and_rule(tmp_path):
 
 @pytest.mark.parametrize(
     ("example", "data", "model", "metric"),
-    [("digits_by_row", "digit-rows", "row-lstm", "error"), ("regression", "sine", "curve", "mse")],
+    [
+        pytest.param("digits_by_row", "digit-rows", "row-lstm", "error", marks=pytest.mark.slow),
+        ("regression", "sine", "curve", "mse"),
+    ],
 )
 def test_the_examples_run_as_their_first_line_says(tmp_path, example, data, model, metric):
     text = (EXAMPLES / f"{example}.py").read_text()

@@ -90,6 +90,7 @@ def test_a_distributed_model_is_refused_with_the_remedy(tmp_path):
 def test_torchscript_is_refused_with_the_remedy():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # from torch 2.14 on
         model = torch.jit.script(make_mlp())
     with pytest.raises(fp.UntieError, match="TorchScript .* untie the Python model"):
         fp.untie(model, "fa")

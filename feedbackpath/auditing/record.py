@@ -153,7 +153,7 @@ def digest_of(value: object) -> str:
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     tensor = tensor + 0 if tensor.is_floating_point() else tensor
     memory: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{tuple(tensor.shape)}{tensor.dtype}{hashlib.blake2b(memory, digest_size=12).hexdigest()}"
+    return f"{tuple(tensor.shape)}{tensor.dtype}{hashlib.sha256(memory).hexdigest()}"
 
 
 def first_differences(record: Record, other: Record) -> list[tuple[str, str]]:
