@@ -87,7 +87,10 @@ def watch(process: int, folder: str, line: Connection) -> None:
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
         family = [str(process), *(child for child in children if int(child) != os.getpid())]
         memory = max(memory, sum(resident(member) for member in family))
-        files = max(files, sum(size(file) for file in Path(folder).rglob("*")))
+        found = [
+            Path(where, name) for where, _, names in os.walk(folder) for name in names
+        ]  # some go meanwhile
+        files = max(files, sum(map(size, found)))
     line.send((memory, files))
 
 

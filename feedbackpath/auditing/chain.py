@@ -178,15 +178,15 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # What must be the same in every pass
 
-    def _digest(self, value: object) -> str:
+    def _digest(self, value: object, *, with_signs: bool = False) -> str:
         before, self._is_aside = self._is_aside, True
         try:
-            return digest_of(value)
+            return digest_of(value, with_signs=with_signs)
         finally:
             self._is_aside = before
 
-    def _see(self, kind: str, layer: str, value: object) -> None:
-        self.record.seen[-1].append((kind, layer, self._digest(value)))
+    def _see(self, kind: str, layer: str, value: object, *, with_signs: bool = False) -> None:
+        self.record.seen[-1].append((kind, layer, self._digest(value, with_signs=with_signs)))
         self.record.sizes[kind, layer] = value.numel() if isinstance(value, Tensor) else 1
 
     def _see_output(self, layer: str, output: Tensor, probes: int = 0) -> None:
@@ -213,7 +213,8 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return None
 
     def _digests_of_parameters(self) -> dict[str, str]:
-        return {name: self._digest(tensor) for name, tensor in self.subject.trained().items()}
+        trained = self.subject.trained().items()
+        return {name: self._digest(tensor, with_signs=True) for name, tensor in trained}
 
     def _after_update(self, *_: Any) -> None:
         if self._tape is None and self.subject.forward_weights:
@@ -222,11 +223,11 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _look_at_parameters(self) -> None:
         subject = self.subject
         with torch.no_grad():
-            if self.watches:
+            if self.watches and not subject.is_all_zero:  # zeros stay zeros: they tell nothing of updates
                 self.record.parameters.append(self._digests_of_parameters())
                 self.record.sizes |= {(UPDATE, name): t.numel() for name, t in subject.trained().items()}
             for name, feedback in subject.feedback_weights.items():
-                self._see("feedback weight", name, feedback)
+                self._see("feedback weight", name, feedback, with_signs=True)
                 for key, value in subject.optimizer_state(feedback):
                     self._see(f"optimizer state {key} of B", name, value)
             for name in self.record.scales:
@@ -292,7 +293,8 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         digests += tuple(self._digest(part) for arg in beside for part in ops.tensors_in(arg) or [arg])
         is_read = is_sure and self._tape is None and not (self._passages and self._passages[-1][1])
         sources = [made[i].sources[0] for i in tracked if is_read and made[i].kind == "weight"]
-        read = tuple((source, self._digest(self.subject.forward_weights[source])) for source in sources)
+        weights = self.subject.forward_weights
+        read = tuple((source, self._digest(weights[source], with_signs=True)) for source in sources)
         return join([made[i] for i in tracked], name, ""), digests, is_sure, read
 
     def _fix_strangers(self, operands: list[Tensor]) -> None:

@@ -37,7 +37,7 @@ class Disturbed(Chain):  # type: ignore[no-untyped-call]
         super().__init__(subject)
         self._deltas = iter(deltas)
 
-    def _see(self, kind: str, layer: str, value: object) -> None:
+    def _see(self, kind: str, layer: str, value: object, *, with_signs: bool = False) -> None:
         """Nothing is compared bit by bit."""
 
     def _see_delta(self, layer: str, delta: Tensor) -> Tensor | None:

@@ -145,13 +145,19 @@ def weights_that_came_back(record: Record, other: Record, absent: Iterable[str])
     ]
 
 
-def digest_of(value: object) -> str:
-    """Return what tells two values apart to the last bit; a tensor's zeros may have either sign."""
+def digest_of(value: object, *, with_signs: bool = False) -> str:
+    """Return what tells two values apart to the last bit; a tensor's zeros may have either sign.
+
+    Args:
+        value: A tensor, or something that has a repr.
+        with_signs: Whether zeros count with their sign: where an update of 0 of either sign changes no bit,
+            that of parameters, and a copy is saved.
+    """
     if not isinstance(value, Tensor):
         return repr(value)
     tensor = value.detach().to_dense() if value.layout != torch.strided else value.detach()
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    tensor = tensor + 0 if tensor.is_floating_point() else tensor
+    tensor = tensor + 0 if tensor.is_floating_point() and not with_signs else tensor
     memory: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return f"{tuple(tensor.shape)}{tensor.dtype}{hashlib.sha256(memory).hexdigest()}"
 

@@ -198,7 +198,7 @@ def _settle(passes: _OfStep | _OfBuild) -> Report:
     steps, notes = passes.steps, list(passes.notes)
     try:
         record, again = _record_twice(passes)
-        if differing := first_differences(record, again):
+        if differing := _differences_with_weights(record, again):
             kind, layer = differing[0]
             return _unsettled(
                 f"done again with W as it was, the steps do something else ({kind} of {layer!r} first): let "
@@ -238,9 +238,15 @@ def _record_twice(passes: _OfStep | _OfBuild) -> tuple[Record, Record]:
                 "audit: step sent no delta through a layer of this path: let it train its own model"
             )
         again = passes.do(record.tape)
-        if not first_differences(record, again):
+        if not _differences_with_weights(record, again):
             break
     return record, again
+
+
+def _differences_with_weights(record: Record, again: Record) -> list[tuple[str, str]]:
+    """Return what two passes with W present do otherwise: then the steps are not repeatable."""
+    names = record.parameters[0] if record.parameters else ()
+    return first_differences(record, again) or updates_that_differ(record, again, sorted(names))
 
 
 def _do_without_weights(

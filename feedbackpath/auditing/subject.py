@@ -163,6 +163,11 @@ class Subject:
         found = self.path.layers.get(name)
         return next(w.layer for w in self.path.weights if w.name == name) if found is None else found
 
+    @property
+    def is_all_zero(self) -> bool:
+        """Whether zeros stand in for all forward weights."""
+        return self._standing_in is not None and self._standing_in[0] == 0
+
     def trained(self) -> dict[str, Tensor]:
         """Return every W, and what is trained besides, by name."""
         mine = {id(p) for p in self.model.parameters() if p.requires_grad}
