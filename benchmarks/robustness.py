@@ -13,7 +13,6 @@ in every column.
 """
 
 import argparse
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -27,9 +26,9 @@ from feedbackpath import cli
 from feedbackpath.jobs import run_job
 from feedbackpath.report.equivalence import compare_with_backprop
 from feedbackpath.report.live import LiveView
-from feedbackpath.report.table import format_with_error
+from feedbackpath.report.table import summary_rows
 from feedbackpath.train.config import CompareConfig
-from feedbackpath.train.results import Results, Run, read_results
+from feedbackpath.train.results import Results, read_results
 
 HERE = Path(__file__).parent
 OUT, WORK, PAGE = HERE / "robustness", Path("runs") / "robustness", HERE.parent / "docs" / "results.md"
@@ -91,38 +90,21 @@ def keep(file: Path, folder: Path) -> None:
     (folder / file.name).write_text(file.read_text().replace(f"{HERE.parent}/", ""))
 
 
-def worst_angle(runs: list[Run]) -> float:
-    """Return the largest angle of B to W in any layer after any epoch, in degrees."""
-    return max(
-        (
-            angle
-            for run in runs
-            for entry in run.history[1:]
-            for angle in entry.matrix_angle_deg.values()
-            if angle
-        ),
-        default=0.0,
-    )
-
-
-def cell(results: Results, rule: str) -> str:
-    """Return what came of a rule: error, its difference to bp with its 90% interval, worst angle, gains."""
-    runs = [run for run in results.runs if run.rule == rule and run.test is not None]
-    errors = [run.test for run in runs if run.test is not None]
-    if not errors:
-        return "not run"
-    mean = sum(errors) / len(errors)
-    spread = math.sqrt(sum((e - mean) ** 2 for e in errors) / max(1, len(errors) - 1) / len(errors))
-    parts = [format_with_error(mean, spread)]
-    if rule != "bp":
-        gains = [gain for run in runs for gain in run.history[-1].gain.values() if gain is not None]
-        parts += [
-            f"{v.difference:+.2f} ({v.low:+.2f} to {v.high:+.2f})"
-            for v in compare_with_backprop(results, MARGIN)
-            if v.rule == rule
-        ]
-        parts += [f"{worst_angle(runs):.0f}°", f"gain {min(gains):.2f}–{max(gains):.2f}"]
-    return ", ".join(parts)
+def cells(results: Results) -> list[str]:
+    """Return what came of each rule: error, its difference to bp with its interval, worst angle, gains."""
+    rows = {row["rule"]: row for row in summary_rows(results.runs, results.metric)}
+    intervals = {
+        found.rule: f"{found.difference:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+        for found in compare_with_backprop(results, MARGIN)
+    }
+    told = []
+    for rule in RULES:
+        row = rows.get(rule, {})
+        parts = [row.get(results.metric.label, "not run"), intervals.get(rule, "")]
+        if rule != "bp" and row:
+            parts += [row["angle, worst epoch"], f"gain {row['gain']}"]
+        told.append(", ".join(filter(None, parts)))
+    return told
 
 
 def table() -> str:
@@ -131,7 +113,7 @@ def table() -> str:
     for noise in NOISE:
         folder = OUT / folder_of(noise)
         results = read_results(folder) if (folder / "results.json").exists() else Results(runs=[])
-        lines.append(f"| {noise} | {' | '.join(cell(results, rule) for rule in RULES)} |")
+        lines.append(f"| {noise} | {' | '.join(cells(results))} |")
     return "\n".join(lines)
 
 

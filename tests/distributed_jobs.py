@@ -3,7 +3,7 @@
 import os
 
 import torch
-from problems import COVERING_RULES, EXACT_START
+from problems import COVERING_RULES, settings_that_start_at_once
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from feedbackpath.tasks import load_task
@@ -27,7 +27,7 @@ def train_all_rules(world_size=1, rank=0):
     """Train by every rule for 50 steps; return losses, final state and bytes of gradients sent a step."""
     found = {}
     for rule in COVERING_RULES:
-        settings = {"rule_settings": {rule: EXACT_START[rule]}} if rule in EXACT_START else {}
+        settings = settings_that_start_at_once(rule)
         config = RunConfig(
             **SETTINGS, **settings, rule=rule, max_steps=STEPS, devices=world_size, select_best=False
         )

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from problems import EXACT_START
+from problems import settings_that_start_at_once
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -97,11 +97,7 @@ def main(folder: Path, world_size: int, kills: int, rules: list[str]) -> None:
     epochs = 2 * (kills + 1)
     for number, rule in enumerate(rules):
         config = RunConfig(
-            **SETTINGS,
-            epochs=epochs,
-            rule=rule,
-            devices=world_size,
-            rule_settings={name: told for name, told in EXACT_START.items() if name == rule},
+            **SETTINGS, **settings_that_start_at_once(rule), epochs=epochs, rule=rule, devices=world_size
         )
         started = time.perf_counter()
         assert wait_all(start_all(config, folder / f"{rule}-whole"))

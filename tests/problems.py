@@ -17,6 +17,11 @@ EXACT_START = {"mirror-kp": {"start": "exact"}, "mirror-fa": {"start": "exact"}}
 """Settings of rules that mirror once, for tests of other things: noise takes seconds for it."""
 
 
+def settings_that_start_at_once(rule: str) -> dict[str, Any]:
+    """Return settings of a job by which a rule is exact in its start, where it mirrors once."""
+    return {"rule_settings": {rule: EXACT_START[rule]}} if rule in EXACT_START else {}
+
+
 def rule_that_starts_at_once(name: str | None) -> str | fp.Rule | None:
     """Return a rule, exact in its start where it mirrors once."""
     return fp.RULES[name](**EXACT_START[name]) if name in EXACT_START else name

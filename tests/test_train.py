@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import COVERING_RULES, EXACT_START
+from problems import COVERING_RULES, settings_that_start_at_once
 
 import feedbackpath as fp
 from feedbackpath.data import UNREADABLE
@@ -27,8 +27,7 @@ SMALL = {"data": "digits", "model": "mlp", "epochs": 3, "samples_per_epoch": 256
 
 
 def events(rule: str, state=None, must_stop=lambda: False, **settings):
-    exact = {"rule_settings": {rule: EXACT_START[rule]}} if rule in EXACT_START else {}
-    config = CompareConfig(**(SMALL | exact | settings))
+    config = CompareConfig(**(SMALL | settings_that_start_at_once(rule) | settings))
     task = load_task("digits", samples_per_epoch=config.samples_per_epoch)
     return train(config, rule, 0, task, Engine(config), state=state, must_stop=must_stop)
 
