@@ -197,8 +197,8 @@ def _settle(passes: _OfStep | _OfBuild) -> Report:
     """Do the passes and come to a verdict."""
     steps, notes = passes.steps, list(passes.notes)
     try:
-        record, again = _record_twice(passes)
-        if differing := _differences_with_weights(record, again):
+        record, differing = _record_twice(passes)
+        if differing:
             kind, layer = differing[0]
             return _unsettled(
                 f"done again with W as it was, the steps do something else ({kind} of {layer!r} first): let "
@@ -223,8 +223,8 @@ def _settle(passes: _OfStep | _OfBuild) -> Report:
     )  # fmt: skip
 
 
-def _record_twice(passes: _OfStep | _OfBuild) -> tuple[Record, Record]:
-    """Return what two passes with W present left.
+def _record_twice(passes: _OfStep | _OfBuild) -> tuple[Record, list[tuple[str, str]]]:
+    """Return what a pass with W present left, and what a second one did otherwise.
 
     What outlives a pass, such as a thread's memory, holds something else before the first than before all
     others: then the second is taken for the first.
@@ -238,9 +238,9 @@ def _record_twice(passes: _OfStep | _OfBuild) -> tuple[Record, Record]:
                 "audit: step sent no delta through a layer of this path: let it train its own model"
             )
         again = passes.do(record.tape)
-        if not _differences_with_weights(record, again):
+        if not (differing := _differences_with_weights(record, again)):
             break
-    return record, again
+    return record, differing
 
 
 def _differences_with_weights(record: Record, again: Record) -> list[tuple[str, str]]:
