@@ -18,11 +18,13 @@ def plan(
     noise: Annotated[Noise, Parameter(help="gaussian, uniform, signs, orthogonal or hadamard")] = "gaussian",
     target_angle_deg: Annotated[
         float | None,
-        Parameter(help="angle that independent noise may leave, in degrees; else the minibatch decides"),
+        Parameter(
+            help="angle that independent noise may leave, in degrees (default: what the minibatch leaves)"
+        ),
     ] = None,
     cost_share: Annotated[
         float | None,
-        Parameter(help="share of a step's FLOPs that mirroring may take; else all layers, every step"),
+        Parameter(help="share of a step's FLOPs that mirroring may take (default: all layers, every step)"),
     ] = None,
     batch_size: Annotated[int | None, Parameter(help="samples of a training step")] = None,
     imports: Annotated[
