@@ -234,7 +234,7 @@ class FeedbackPath(Measures):
 
     def _refuse_retied(self) -> None:
         if self._is_retied:
-            raise UntieError("this path has been retied already: untie the model again for a new one")
+            raise UntieError("this path was already retied: untie the model again for a new path")
 
     def _check(self) -> None:
         """See that the path may be asked something: it is not retied, and its model still what was untied."""

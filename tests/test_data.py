@@ -181,7 +181,7 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_sklearn)
-    with pytest.raises(DataError, match=r"digits: .*pip install 'feedbackpath\[data\]'"):
+    with pytest.raises(DataError, match=r"digits: .*pip install scikit-learn"):
         load_dataset("digits")
 
 

@@ -57,7 +57,7 @@ HELD = {
         "A change of the model after": "test_a_change_is_noticed_by_the_next_step_whatever_the_rule",
     },
     "test_faults": {
-        "Rules that broadcast errors need": "test_broadcasting_into_a_checkpointed_part_trains_all_layers_or_is_refused",
+        "Rules that broadc": "test_broadcasting_into_a_checkpointed_part_trains_all_layers_or_is_refused",
         "Save `state_dict()`s": "test_subclassed_layers_pickle_and_copy",
     },
     "test_broadcast_rules": {
@@ -102,7 +102,7 @@ HELD = {
     },
     "test_schedule": {
         "A share of FLOPs": "test_what_a_layer_costs_is_the_same_on_every_kind_of_device",
-        "Each device fires": "test_the_minibatch_is_that_of_all_devices_so_that_their_number_makes_no_difference",
+        "Each device": "test_the_minibatch_is_that_of_all_devices_so_that_their_number_makes_no_difference",
     },
     "test_one_input": {
         "One noisy input": "test_feedback_goes_to_the_weights_times_the_covariance_of_the_inputs",

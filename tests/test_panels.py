@@ -154,7 +154,7 @@ def test_report_of_several_folders_prints_the_table(folders, tmp_path, monkeypat
     [
         (["bp", "kp", "--out", "kp"], "--out kp holds a run"),
         (["bp", "kp", "bp"], "bp and bp both hold bp, seed 0"),
-        (["bp", "nowhere"], "nowhere holds no results.json"),
+        (["bp", "nowhere"], "nowhere has no results.json"),
         ([], "FOLDERS"),
     ],
 )

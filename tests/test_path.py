@@ -262,7 +262,7 @@ def test_a_retied_path_says_so():
 
 
 @pytest.mark.parametrize(
-    ("rule", "message"), [(fp.KolenPollack, r"pass KolenPollack\(\)"), (None, "None is no rule")]
+    ("rule", "message"), [(fp.KolenPollack, r"pass KolenPollack\(\)"), (None, "None is not a rule")]
 )
 def test_what_is_no_rule_is_named(rule, message):
     with pytest.raises(fp.RuleError, match=message):

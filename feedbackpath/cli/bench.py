@@ -51,7 +51,7 @@ def bench(
     if not 1 <= num_threads <= MOST_THREADS:
         raise ConfigError(f"--num-threads is {num_threads}; give 1 to {MOST_THREADS}")
     if out.exists() and not out.read_bytes().startswith(b'{\n "command": "feedbackpath'):
-        raise ConfigError(f"--out {out} is there, and no figures of bench's; choose another file")
+        raise ConfigError(f"--out {out} exists, and was not written by bench; choose another file")
     torch.set_num_threads(num_threads)
     arithmetic = Arithmetic(device, bf16, channels_last, compile)
     settings = BenchSettings(

@@ -55,8 +55,8 @@ def hardware(
     settings = merge_config(flags, config, FIRST)
     if costs is not None and not any(can_count(RULES[rule]) for rule in settings.rules if rule in RULES):
         raise ConfigError(
-            f"--costs has no effect here: what arrays do under {', '.join(settings.rules)} is not modelled; "
-            "leave it out"
+            f"--costs has no effect here: the work of arrays under {', '.join(settings.rules)} is not "
+            "modelled; leave it out"
         )
     code = run(settings, out, resume=resume)
     if code not in (DONE, DIVERGED):

@@ -67,7 +67,7 @@ class RuleContext:
         """The untied model."""
         model = None if self._model is None else self._model()
         if model is None:
-            raise RuntimeError("the model of this feedback path is gone")
+            raise RuntimeError("the model of this feedback path no longer exists: keep a reference to it")
         return model
 
     @property

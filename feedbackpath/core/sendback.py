@@ -173,8 +173,8 @@ def _shape_for(x: Tensor, output: Tensor, weight: UntiedWeight) -> torch.Size:
     if x.shape[:samples] != output.shape[:samples]:
         raise RuleError(
             f"the input of {weight.name!r} has shape {list(x.shape)} and the model's output "
-            f"{list(output.shape)}: a "
-            "broadcast error needs the same samples in front; give this layer another rule by overrides="
+            f"{list(output.shape)}: a broadcast error needs the same samples in the first dimension; give "
+            "this layer another rule by overrides="
         )
     return torch.Size((output.shape[-1], *x.shape[samples:]))
 

@@ -17,7 +17,7 @@ def load_digits(*, seed: int = 0, samples_per_epoch: int | None = None) -> Datas
         from sklearn.datasets import load_digits as read_digits
     except ImportError as error:
         raise DataError(
-            "digits: scikit-learn carries these data and is not installed: pip install 'feedbackpath[data]'"
+            "digits: these data come with scikit-learn, which is not installed: pip install scikit-learn"
         ) from error
     scans = read_digits()
     order = permutation(len(scans.target), SPLIT_SEED)

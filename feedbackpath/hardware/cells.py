@@ -115,7 +115,9 @@ class Device:
             if not getattr(self, name) > 0.0:
                 raise ChipError(f"{kind}: {name} must be above 0, not {getattr(self, name)}")
         if not 0.0 <= self.stuck <= 1.0:
-            raise ChipError(f"{kind}: stuck is a share of the cells, between 0 and 1, not {self.stuck}")
+            raise ChipError(
+                f"{kind}: stuck is the share of cells that never change, between 0 and 1, not {self.stuck}"
+            )
         if not self.lowest < self.bound:
             raise ChipError(f"{kind}: low must be below bound {self.bound}, not {self.low}")
 

@@ -114,9 +114,9 @@ class Chip:
         """
         try:
             if self._groups:
-                raise ChipError("Chip: it holds another model already: make a chip for each model")
+                raise ChipError("Chip: it already has another model: make a chip for each model")
             if not (self.wiring.is_ideal or any(rule.learns for rule, _ in path.groups)):
-                raise ChipError("Chip: wiring= has no effect here: no B gets updates of W's; leave it out")
+                raise ChipError("Chip: wiring= has no effect here: no B gets the updates of W; leave it out")
             if not (self.reads_ideally and self.update == "net"):
                 self._put_ports(path)
         except ChipError:
@@ -181,10 +181,10 @@ class Chip:
                 SGD where single samples are written.
         """
         if not self._groups:
-            raise ChipError("chip.attach: the chip holds no model: untie(model, rule, chip=chip) comes first")
+            raise ChipError("chip.attach: the chip has no model: call untie(model, rule, chip=chip) first")
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(weight.weight) in own for _, group in self._groups for weight in group):
-            raise ChipError("chip.attach: the optimizer has no weight of this chip: make it of this model")
+            raise ChipError("chip.attach: the optimizer has no weight of this chip: make it of its model")
         is_plain = type(optimizer) is torch.optim.SGD and not any(
             g["momentum"] for g in optimizer.param_groups
         )

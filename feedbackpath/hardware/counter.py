@@ -58,7 +58,7 @@ class Counter:
         self._chip, self._weights = chip, list(weights)
         if unknown := unknown_in(weights):
             raise ChipError(
-                f"chip.counting: what arrays do under {unknown} is not modelled: leave counts out"
+                f"chip.counting: the work of arrays under {unknown} is not modelled; do not count it"
             )
         self._names = {id(weight.weight): weight.name for weight in reversed(self._weights)}
         context = self._weights[0].layer.untied.context

@@ -39,7 +39,9 @@ class Measured(Device):
         super().__post_init__()
         up, down = list(self.rising), list(self.falling)
         if min(len(up), len(down)) < 2 or up != sorted(set(up)) or down[::-1] != sorted(set(down)):
-            raise ChipError("Measured: give a rising and a falling train of at least two pulses, each steady")
+            raise ChipError(
+                "Measured: give at least two pulses that raise the conductance, and two that lower it"
+            )
 
     @classmethod
     def from_csv(cls, file: str | Path, *, bound: float = 1.0, **settings: Any) -> "Measured":

@@ -54,7 +54,7 @@ def follow(
     """
     if not holds(optimizer, path):
         raise RuleError(
-            f"{type(optimizer).__name__} holds no weight of the path's model: make it from "
+            f"{type(optimizer).__name__} has no weight of the path's model: make it from "
             "model.parameters(), after untie"
         )
     path.check_optimizer(optimizer)

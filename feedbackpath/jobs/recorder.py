@@ -100,7 +100,9 @@ class Recorder:
             deltas: What ``path.deltas`` returned.
         """
         if self.run.status != "running":
-            raise ConfigError(f"the recorder of {self.run.name} is closed: make another, with resume=True")
+            raise ConfigError(
+                f"the recorder of {self.run.name} is closed: to continue, make another with resume=True"
+            )
         if not self.run.history and number not in (0, 1) and self.run.start is None:
             raise ConfigError(f"the first epoch of {self.run.name} is {number}: begin with 1, or with 0")
         now, of_layer = time.perf_counter(), (deltas or {}).items()

@@ -104,7 +104,7 @@ def _twice(name: str, measure: Callable[[], tuple[Gradients, Tensor]]) -> tuple[
     if not ours:
         raise UntieError(
             f"{name}: compute_loss ran no untied layer of this path (or ran it under "
-            "reentrant checkpointing): run its own model"
+            "reentrant checkpointing): let it run the model of this path"
         )
     with as_backprop():
         exact, again = measure()

@@ -42,7 +42,9 @@ class When(CheckedArguments):
         if self.cost_share is not None:
             refuse_no_size("When: cost_share", self.cost_share)
         if self.cost_share is not None and self.layers != "all":
-            raise RuleError(f"When: cost_share is for layers='all'; {self.layers!r} has a turn of its own")
+            raise RuleError(
+                f"When: cost_share is for layers='all'; {self.layers!r} is another schedule; give one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Mirror(CheckedArguments):
         if self.target_angle_deg is not None and not self.target_angle_deg < 90:
             raise RuleError(f"Mirror: target_angle_deg must be below 90, not {self.target_angle_deg}")
         if (share := self.share_for(1, 1.0)) > 1:
-            raise RuleError(f"Mirror: a pass would replace {share:g} of B; at most 1 makes sense")
+            raise RuleError(f"Mirror: a pass would replace {share:g} of B; at most 1 is possible")
         if self.samples is not None:
             refuse_no_count("Mirror: samples", self.samples, least=2)
             if self.target_angle_deg is not None:
@@ -122,8 +124,8 @@ class Mirror(CheckedArguments):
                 )
         if self.across_devices == "averaged" and self.fires_codes:
             raise RuleError(
-                f"Mirror: across_devices='averaged' is for independent noise; {self.noise!r} codes tell all "
-                "on one device, so leave it at 'same'"
+                f"Mirror: across_devices='averaged' is for independent noise; {self.noise!r} codes are "
+                "already exact on one device; leave it at 'same'"
             )
 
     @classmethod

@@ -118,7 +118,7 @@ class CompetingUnits(ActivityRule):
         if drive.shape[units] < self.k:
             raise RuleError(
                 f"kh: {weight.name!r} has {drive.shape[units]} units, and the one of rank k={self.k} is to "
-                "be pushed off: set a smaller k, or give this layer another rule by overrides="
+                "be weakened: set a smaller k, or give this layer another rule by overrides="
             )
         ranked = drive.topk(self.k, dim=units).indices
         g = torch.zeros_like(drive)

@@ -87,7 +87,7 @@ class DirectKolenPollack(DirectFeedbackAlignment):
         if undecayed:
             warnings.warn(
                 f"direct Kolen-Pollack without weight decay: the random start of {', '.join(undecayed)} will "
-                "not be forgotten; give the optimizer weight_decay > 0",
+                "not decay; give the optimizer weight_decay > 0",
                 KolenPollackWarning,
                 stacklevel=level_outside(),
             )

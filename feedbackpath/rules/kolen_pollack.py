@@ -94,7 +94,7 @@ class KolenPollack(Rule):
         if shared:
             warnings.warn(
                 f"the weights of {', '.join(repr(w.name) for w in shared)} are shared with layers that "
-                "cannot be untied: W gets gradients there that B does not, and Kolen-Pollack will not bring "
+                "cannot be untied: W gets gradients there that B does not, so Kolen-Pollack will not bring "
                 "them together; untie the weights, or override the rule for these layers",
                 KolenPollackWarning,
                 stacklevel=level_outside(),

@@ -89,8 +89,8 @@ class PhaselessAlignment(ActivityRule):
             sharing = [repr(other.name) for other in everywhere if other.weight is weight.weight]
             if len(sharing) > 1:
                 raise RuleError(
-                    f"pal: {', '.join(sharing)} share a weight, and what their noises tell cannot be held "
-                    "apart; untie the weights, or give these layers another rule by overrides="
+                    f"pal: {', '.join(sharing)} share a weight, and their noises cannot be "
+                    "separated; untie the weights, or give these layers another rule by overrides="
                 )
         super().start(weights, context)
         for weight in weights:

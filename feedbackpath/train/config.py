@@ -33,7 +33,7 @@ IN_A_FILE = Parameter(parse=False)  # no flag: it takes a mapping
 
 def _refuse_separators(name: str) -> str:
     if os.sep in name:
-        raise ValueError(f"files are called after it, so that it cannot have a {os.sep!r}")
+        raise ValueError(f"files get this name, so it cannot have a {os.sep!r}")
     return name
 
 
@@ -267,7 +267,7 @@ class TrainConfig(
         for rule, settings in value.items():
             for name in settings:
                 if name not in OptimizerSettings.model_fields | {"warmup_epochs": None}:
-                    raise ValueError(f"{rule} may have optimizer settings of its own, and {name} is none")
+                    raise ValueError(f"{rule} may have its own optimizer settings, but {name} is not one")
         return value
 
     @model_validator(mode="after")

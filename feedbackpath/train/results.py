@@ -20,9 +20,7 @@ SCHEMA = 1
 
 def _refuse_other_names(name: str) -> str:
     if not name.isprintable() or "/" in name:
-        raise ValueError(
-            "files are called after it, so that it can have no '/' and nothing that is not printed"
-        )
+        raise ValueError("files get this name, so it cannot have a '/' or characters that cannot be printed")
     return name
 
 
@@ -271,7 +269,7 @@ def parse_results(content: Any, where: str) -> Results:
     """
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         layout = content.get("schema") if isinstance(content, dict) else None
-        raise ConfigError(f"{where} has layout {layout!r} and this version reads {SCHEMA}; make it anew")
+        raise ConfigError(f"{where} has layout {layout!r} and this version reads {SCHEMA}; run the job again")
     try:
         metric = Metric(**content.get("metric", {}))
         names = {theirs: ours for ours, theirs in names_in_files(metric).items()}
@@ -291,7 +289,7 @@ def read_results(folder: Path) -> Results:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{folder} holds no results.json; give the --out folder of a run") from None
+        raise ConfigError(f"{folder} has no results.json; give the --out folder of a run") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); choose another folder") from None
     return parse_results(content, str(file))
