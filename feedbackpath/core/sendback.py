@@ -124,7 +124,7 @@ class Broadcast(_OneInput, CheckedArguments):
 
 @dataclass(frozen=True)
 class Target(_OneInput, CheckedArguments):
-    """Give each layer a target for its output, and its input the target that g makes of it.
+    """Give each layer a target for its output, and its input the target that g computes from it.
 
     The target of y is ``y - delta``. Difference target propagation (Lee et al. 2015, equation 15) takes
     ``x - g(y) + g(y - delta)`` for the target of x, so that the error at x is ``g(y) - g(y - delta)``. With

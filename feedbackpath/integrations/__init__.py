@@ -22,7 +22,7 @@ class Following:
         self._handles = handles
 
     def stop(self) -> None:
-        """Follow no longer."""
+        """Stop calling ``path.step()``."""
         while self._handles:
             self._handles.pop().remove()
 

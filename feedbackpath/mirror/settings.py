@@ -52,10 +52,10 @@ class Mirror(CheckedArguments):
     """Settings of mirror mode.
 
     Args:
-        noise: What neurons fire, all of a layer at once. Independent noise: ``"gaussian"`` (the paper's),
+        noise: What all neurons of a layer fire at once. Independent noise: ``"gaussian"`` (the paper's),
             ``"uniform"``, ``"signs"``. Or codes that are orthogonal to each other: ``"orthogonal"``, the
             exact read-out, which assumes that W is read without noise; ``"hadamard"``, the same codes at
-            sigma 1, through the real layer, which average over noise.
+            sigma 1, always through the layer's own call, which average over noise.
         sigma: Standard deviation of the noise; None: 1, or 0.01 for ``"orthogonal"``: so weak that any
             smooth activation is linear to it.
         samples: Examples of independent noise a pass, on each device. In a convolution an example is a whole
@@ -70,12 +70,12 @@ class Mirror(CheckedArguments):
             ``"printed"``: B <- (1 - lambda) B + eta cov, as in Algorithm 1, settles at
             sigma^2 s eta / lambda times W: a tenth of W's size behind a ReLU, with the paper's numbers;
             ``"scaled"``: B <- B + eta cov, and then back to the norm that it had (synaptic scaling).
-        forgetting: d, the share of B that a ``"calibrated"`` pass replaces, once the first passes have been
-            averaged plainly (d = 1/n for pass n, until that falls to ``forgetting``). None: in each layer as
-            much as leaves 10 degrees of sampling noise, but between 2% and 10%.
+        forgetting: d, the share of B that a ``"calibrated"`` pass replaces, after the first passes, which are
+            a plain average (d = 1/n for pass n, until that falls to ``forgetting``). None: in each layer the
+            share that leaves 10 degrees of sampling noise, but between 2% and 10%.
         rate: eta_B of the paper, for the other readings.
         decay: lambda_WM of the paper, for ``"inside"`` and ``"printed"``.
-        block_bias: Whether neurons close off their biases in mirror mode (equation 12).
+        block_bias: Whether neurons leave out their biases in mirror mode (equation 12).
         rates: How signals travel: ``"signed"`` numbers, rates about a ``"baseline"`` (equations 23, 24), or
             by cells in ``"push-pull"`` (Appendix C.2).
         baseline: beta, for rates about a baseline.

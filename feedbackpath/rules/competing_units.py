@@ -43,8 +43,8 @@ class CompetingUnits(ActivityRule):
     Args:
         rate: The largest change of a weight in a step, between 0 and 2.
         p: The exponent of the norm that weights come to have; at least 2.
-        k: Which unit is pushed off, counted from the one of largest drive; at least 2.
-        delta: How much it is pushed off.
+        k: Rank of the unit that is weakened, counted from the one of largest drive; at least 2.
+        delta: How much it is weakened.
 
     Example:
         >>> import torch

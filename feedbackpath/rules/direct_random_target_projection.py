@@ -51,8 +51,8 @@ def negative_target(error: Tensor) -> Tensor:
 class DirectRandomTargetProjection(DirectFeedbackAlignment):
     """Send the target straight to each layer's input, through a fixed random matrix.
 
-    For classification by cross entropy, averaged over samples, with one class a sample. A loss that is scaled
-    (by a gradient scaler, or for accumulation) scales what the last layer learns, and no other.
+    For classification by cross entropy, averaged over samples, with one class per sample. If the loss is
+    scaled (by a gradient scaler, or for accumulation), only the last layer's update is scaled.
 
     Example:
         >>> import feedbackpath as fp

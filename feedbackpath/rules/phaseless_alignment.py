@@ -1,4 +1,4 @@
-"""Phaseless alignment learning (PAL): noise that rides on activity shows B what W is, while W learns.
+"""Phaseless alignment learning (PAL): B learns W from noise that is added to activity, while W learns.
 
 Max et al. 2024, "Learning efficient backprojections across cortical hierarchies in real time". There is no
 mirror mode: each neuron adds noise xi of variance sigma^2 to what it sends, and B hears all of the answer::

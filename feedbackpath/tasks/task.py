@@ -36,8 +36,8 @@ class Task(Dataset):
         loss: Returns the mean loss of a minibatch, given the network's output and the targets.
         score: Returns a number for each sample, ``[N]``, given output and targets. The metric is its mean.
         metric: What the metric is called: ``error`` gives ``test_error`` in result files.
-        unit: What follows its numbers.
-        lower_is_better: Which end is good.
+        unit: The unit, printed after its numbers.
+        lower_is_better: Whether smaller numbers are better.
         chance: The metric of guesses at random; None: not known, but for `wrong_percent` told by the classes.
     """
 
@@ -144,7 +144,7 @@ class TensorSplit(Split):
 
 @checked(DataError)
 def register_task(name: str, make: Callable[..., Dataset]) -> None:
-    """Give a task of one's own a name, so that ``--data NAME`` finds it.
+    """Give your own task a name, so that ``--data NAME`` finds it.
 
     Args:
         name: Its name.
