@@ -36,8 +36,8 @@ def hardware(
 ) -> int:
     """Train by several rules with W and B in arrays of imperfect devices; as `compare --chip` does.
 
-    Says what the arrays do in a step on average, and what that takes in energy and area beside one array that
-    backprop reads both ways.
+    Prints what the arrays do in a step on average, and its energy and area, compared with one array that
+    backprop reads in both directions.
 
     Unless given: digits, mlp, --lr 0.05, 10 epochs, --chip reram, rules bp,fa,ss,kp,wm.
 

@@ -108,7 +108,9 @@ def _conductances(file: Path) -> list[float]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ChipError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
+        raise ChipError(
+            f"cannot read {file} ({getattr(error, 'strerror', None) or error}): give a CSV file"
+        ) from None
     values = []
     for number, line in enumerate(lines, 1):
         parts = line.replace(";", ",").split(",")

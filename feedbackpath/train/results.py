@@ -129,7 +129,8 @@ class Entry(_Typed):
         None, description="images left out of the metric on that split, with `on_bad_image: skip`"
     )
     counts: dict[str, ArrayCounts] | None = Field(
-        None, description="with a chip: the arrays of `W`, of `B`, and `one` that backprop reads both ways"
+        None,
+        description="with a chip: arrays of `W`, of `B`, and `one` that backprop reads in both directions",
     )
 
 
