@@ -81,7 +81,7 @@ class Subject:
                 self._known.add(id(weight.feedback))
                 self.others.pop(names.get(id(weight.feedback), ""), None)
         mine = {id(parameter) for parameter in self.model.parameters()}
-        # One look at all of Python's objects, before processes are forked: in each it would copy their memory.
+        # One look at all objects, before processes are forked: there it would copy all of Python's memory.
         objects = gc.get_objects()
         self._tensors = [thing for thing in objects if type(thing) in (Tensor, nn.Parameter)]
         self.optimizers = [
