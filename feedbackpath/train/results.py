@@ -120,7 +120,7 @@ class Entry(_Typed):
     )
     delta_norm_ratio: Layers = Field(
         default_factory=dict,
-        description="length of the error sent back through B, divided by that through W; near 0, angles mean nothing",
+        description="length of the error through B, divided by that through W; near 0, angles mean nothing",
     )
     gain: Layers = Field(default_factory=dict, description="⟨B,W⟩/⟨W,W⟩")
     seconds: float = Field(0.0, description="time of the epoch, measuring included")
