@@ -18,7 +18,7 @@ def audit(
 ) -> int:
     """Check whether a training step transports weights: verdict, findings, and signals that cross.
 
-    Exit codes: 0 transport-free, 2 bad input, 4 weights are transported, 5 that could not be settled.
+    Exit codes: 0 transport-free, 2 bad input, 4 weights are transported, 5 not settled.
     """
     from feedbackpath.jobs.audit import audit_run
 

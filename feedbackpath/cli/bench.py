@@ -37,7 +37,7 @@ def bench(
     num_threads: Annotated[int, Parameter(help="CPU threads of torch")] = 1,
     out: Annotated[Path, Parameter(help="file for the results")] = Path("runs/bench.json"),
 ) -> int:
-    """Measure what each rule costs beside plain PyTorch: time, memory, traffic and start-up.
+    """Measure what each rule costs compared with plain PyTorch: time, memory, traffic and start-up.
 
     Exit codes: 0 done, 2 bad input.
     """
