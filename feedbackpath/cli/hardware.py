@@ -96,7 +96,7 @@ def tolerance(
         bool, Parameter(help="continue the job in --out, if there is one", negative="")
     ] = False,
 ) -> int:
-    """Find the worst value of each imperfection at which a rule's error stays near its error on an ideal chip.
+    """Find the worst value of each imperfection at which a rule's error stays near that on an ideal chip.
 
     Unless given: digits, mlp, --lr 0.05, 10 epochs, three seeds, rules bp,fa,ss,kp,wm.
 
