@@ -17,10 +17,10 @@ from feedbackpath.cli.output import complain, write_out_what_cannot_be_encoded
 from feedbackpath.errors import UserError
 
 _NEXT_STEPS = {
-    errno.ENOSPC: "; make room, and go on with --resume",
-    errno.EDQUOT: "; make room, and go on with --resume",
-    errno.EACCES: "; ask for the right to it, or choose another place",
-    errno.EPERM: "; ask for the right to it, or choose another place",
+    errno.ENOSPC: "; free some space, and continue with --resume",
+    errno.EDQUOT: "; free some space, and continue with --resume",
+    errno.EACCES: "; get permission to write there, or choose another place",
+    errno.EPERM: "; get permission to write there, or choose another place",
     errno.EROFS: "; choose another --out",
     errno.ENOENT: "; choose another place",
     errno.ENOTDIR: "; choose another --out",

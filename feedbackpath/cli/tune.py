@@ -62,7 +62,7 @@ def tune(
         )
         table.add_row(rule, str(count), *shown)
     console.print(table)
-    console.print(f"every trial is in {out}; to go on, with seeds of its own:")
+    console.print(f"every trial is in {out}; now compare the rules with these settings and new seeds:")
     console.print(
         shlex.join(["feedbackpath", "compare", "--config", str(out / "chosen.yaml")])
         + f" --rules {','.join(search.spaces)} --seed {search.seed + 100}",

@@ -1,4 +1,4 @@
-"""A chip: W and B in arrays of their own, each written by its own devices and read through converters."""
+"""A chip: W and B in separate arrays, each written by its own devices and read through converters."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,21 +26,21 @@ Groups = Sequence[tuple[Any, Sequence[UntiedWeight]]]
 class Chip:
     """The arrays that hold W and B: how they are written (devices) and read (converters, noise).
 
-    W and B of every untied weight are in arrays of their own, with cells drawn independently. Biases,
-    norms and layers that are not untied stay in digital memory. Under ``bp`` there is one array, read both
-    ways. Cells begin with the weights that the network has.
+    W and B of every untied weight are in separate arrays, with cells drawn independently. Biases,
+    norms and layers that are not untied stay in digital memory. Under ``bp`` there is one array, read in
+    both directions. Cells start with the weights of the network.
 
     Args:
         device: The cells of both arrays.
         read: How arrays are read: one ``Read`` for the forward and the backward pass, or a mapping with any
-            of ``"forward"``, ``"backward"``, ``"update"`` (each array takes up x and delta by itself) and
+            of ``"forward"``, ``"backward"``, ``"update"`` (each array receives x and delta separately) and
             ``"mirror"`` (as ``"forward"`` unless given). Left out: ideal.
-        feedback_device: The cells of B, where they are others.
-        wiring: What reaches B of an update that W gets, and when (Kolen-Pollack and its kin).
-        update: ``"net"``: what the optimizer asks for is written once a step. ``"samples"``: each sample's
-            product is written in pulses, in a mean-field form that keeps ups and downs apart; plain SGD.
+        feedback_device: The cells of B, if they differ.
+        wiring: Which part of an update of W reaches B, and when (Kolen-Pollack and related rules).
+        update: ``"net"``: the optimizer's change is written once per step. ``"samples"``: each sample's
+            product is written in pulses, with means of up and of down pulses; plain SGD.
             ``"samples-exact"``: one sample after another.
-        verify: How often a write is read and corrected.
+        verify: How many times a write is read and corrected.
         seed: Seed of the cells and of all noise of the chip.
 
     Example:
@@ -160,7 +160,7 @@ class Chip:
         return not unknown_in(self._weights)
 
     def counting(self) -> Counter:
-        """Count what the arrays do from now on, as a context manager or until ``stop``: see ``Counter``.
+        """Count the work of the arrays from now on, as a context manager or until ``stop``: see ``Counter``.
 
         Raises:
             ChipError: The chip holds no model yet, counts already, or a rule does what is not modelled.
@@ -174,7 +174,7 @@ class Chip:
         return self.counter
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let devices write what an optimizer asks for, from its next step on.
+        """From the optimizer's next step on, let devices write the changes that it asks for.
 
         Raises:
             ChipError: The chip holds no model yet, the optimizer has none of its weights, or it is no plain

@@ -38,7 +38,7 @@ def unknown_in(weights: Sequence[UntiedWeight]) -> str:
 
 
 class Counter:
-    """What the arrays of a chip do from now on, a training step, until ``stop``; ``chip.counting`` makes it.
+    """The work of a chip's arrays per training step, from now until ``stop``; ``chip.counting`` makes it.
 
     Reads are counted as the model runs, pulses where they arrive at cells, and mirror mode by what it has
     fired (``feedbackpath.mirror.cost``). Evaluation is not counted, nor what the digital side computes.

@@ -47,8 +47,8 @@ class Measured(Device):
     def from_csv(cls, file: str | Path, *, bound: float = 1.0, **settings: Any) -> "Measured":
         """Read a response from a file: lines ``pulse,conductance``, up pulses first, then down pulses.
 
-        The largest conductance becomes the weight ``bound``, the smallest ``-bound``. A train that is not
-        steady, because a measurement is noisy, is made so: values that fall back are left out.
+        The largest conductance becomes the weight ``bound``, the smallest ``-bound``. If a train is not
+        monotonic, because a measurement is noisy, values that go back are left out.
 
         Args:
             file: The file; a first line without numbers is a heading.
