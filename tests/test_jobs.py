@@ -298,7 +298,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_its_cause(tmp_path, capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compare", "--mirror-epochs", "3", "--epochs", "1"], "leaves none to train in"),
+        (["compare", "--mirror-epochs", "3", "--epochs", "1"], "leaves none for training"),
         (["compare", "--rules", "bp,kp", "--mirror-epochs", "1"], "no rule of this job mirrors"),
         (["compare", "--norm", "before"], "mlp has no BatchNorm"),
         (["compare", "--optimizer", "adamw", "--momentum", "0.9"], "belongs to --optimizer sgd"),
