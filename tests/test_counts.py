@@ -266,7 +266,7 @@ def test_what_cannot_be_counted_is_refused():
         chip.counting()
     fp.untie(make_mlp(), "kp", chip=chip)
     counter = chip.counting()
-    with pytest.raises(fp.ChipError, match="counts already"):
+    with pytest.raises(fp.ChipError, match="is counting already"):
         chip.counting()
     with pytest.raises(fp.ChipError, match="no training step"):
         counter.counts()

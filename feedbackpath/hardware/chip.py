@@ -166,7 +166,7 @@ class Chip:
             ChipError: The chip holds no model yet, counts already, or a rule does what is not modelled.
         """
         if not self._groups or self.counter is not None:
-            why = "it counts already" if self._groups else "untie(model, rule, chip=chip) comes first"
+            why = "it is counting already" if self._groups else "call untie(model, rule, chip=chip) first"
             raise ChipError(f"chip.counting: {why}")
         self.counter = Counter(self, self._weights)
         for array in self._arrays.values():
