@@ -205,7 +205,7 @@ def test_a_file_of_the_users_is_not_overwritten(tmp_path, capsys, name):
         assert f"{name} exists, is not from a job" in capsys.readouterr().err
     assert (tmp_path / name).read_text() == "epochs: 1\n"
     if name in ("history.jsonl", "report.html"):
-        with pytest.raises(ConfigError, match="no job's"):
+        with pytest.raises(ConfigError, match="not from a job"):
             fp.Recorder(tmp_path, rule="kp")
 
 
