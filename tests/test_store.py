@@ -160,7 +160,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_the_difference_named(tmp_pat
     Checkpoints(tmp_path, RUN).save_best(STATE)
     (name,) = other
     for load in (Checkpoints.load_newest, Checkpoints.load_best):
-        with pytest.raises(ConfigError, match=rf"of another run: {name} \("):
+        with pytest.raises(ConfigError, match=rf"to another run: {name} \("):
             load(Checkpoints(tmp_path, RUN | other))
 
 

@@ -191,7 +191,7 @@ class Checkpoints:
         """Return the newest state that is whole, or None, and the damaged files that came before it.
 
         Raises:
-            ConfigError: It is of another run.
+            ConfigError: It belongs to another run.
         """
         damaged: list[Path] = []
         for path in self.list_newest_first():
@@ -206,7 +206,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: It is damaged.
-            ConfigError: It is of another run.
+            ConfigError: It belongs to another run.
         """
         files = list(self.folder.glob("best-*.pt"))
         return self._load(files[0]) if files else None
@@ -235,7 +235,7 @@ class Checkpoints:
         differing = differences(content.get("fingerprint", {}), self.fingerprint)
         if differing:
             raise ConfigError(
-                f"checkpoint {path} is of another run: {', '.join(differing)}; choose another --out, or "
+                f"checkpoint {path} belongs to another run: {', '.join(differing)}; choose another --out, or "
                 "delete it"
             )
         try:
