@@ -40,7 +40,7 @@ HELD = {
         "Penalties on weights": "test_a_penalty_in_the_loss_reaches_the_weight_alone",
         "The weight mirror leaves": "test_a_wide_layer_and_a_small_minibatch_leave_20_degrees",
         "The first mirroring": "test_a_first_mirroring_is_50_passes_of_2048_examples",
-        "What is not through": "test_a_hook_on_attention_is_not_felt_by_the_mirror",
+        "Some layers are not mirrored": "test_a_hook_on_attention_is_not_felt_by_the_mirror",
         "`B` is one more tensor": "test_feedback_weights_take_the_memory_of_the_forward_ones",
         "`torch.compile(t": "test_grad_of_torch_func_goes_through_feedback_where_it_is_not_compiled",
         "`torch.fx.symbolic_trace`": "test_an_untied_model_cannot_be_traced_and_a_retied_one_can",
