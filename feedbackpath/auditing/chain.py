@@ -88,8 +88,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def run(self, step: Callable[[], object], steps: int) -> Record:
         """Do the steps, and look at B after each."""
         inner = [one for one in self.subject.path.layers.values() if not one.untied.is_one_product]
-        read = self.record.answers | self.record.probes
-        self.record.aliases = self.subject.find_aliases() or self.subject.find_equals(read)
+        self.record.aliases = self.subject.find_aliases()
         try:
             self._stack.enter_context(tapped(inner, self._tap))
             if self.watches:
@@ -225,6 +224,8 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _look_at_parameters(self) -> None:
         subject = self.subject
+        if self._tape is None and not self.record.aliases:
+            self.record.aliases = subject.find_equals(self.record.answers | self.record.probes)
         with torch.no_grad():
             if self.watches and not subject.is_all_zero:  # zeros stay zeros: they tell nothing of updates
                 self.record.parameters.append(self._digests_of_parameters())

@@ -82,7 +82,7 @@ def _parts(value: Any) -> Iterator[Any]:
     elif isinstance(value, types.MethodType):
         yield from (value.__func__, value.__self__)
     elif isinstance(value, types.FunctionType):
-        if not value.__module__.startswith(OURS):
+        if not (value.__module__ or "").startswith(OURS):
             yield from (cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell))
             yield from (value.__defaults__, value.__kwdefaults__)
             yield from (value.__globals__.get(name) for name in value.__code__.co_names)

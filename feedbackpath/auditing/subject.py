@@ -61,6 +61,7 @@ class Subject:
         self._standing_in: StandIn | None = None
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._absent: dict[int, list[Tensor]] = {}
+        self._begun: dict[str, Tensor] = {}
         self._parts = {id(module) for module in model.modules()}
         self._known: set[int] = set()
         self._path: FeedbackPath | None = None
@@ -77,6 +78,7 @@ class Subject:
             self.forward_weights[weight.name] = weight.weight
             if id(weight.weight) in names:
                 self.renamed[names[id(weight.weight)]] = weight.name
+                self._begun[weight.name] = weight.weight.detach().clone()
                 self.others.pop(names[id(weight.weight)], None)
             if not weight.is_tied and weight.has_feedback:
                 self._known.add(id(weight.feedback))
@@ -217,15 +219,15 @@ class Subject:
         ]
 
     def find_equals(self, read: Container[str]) -> list[Finding]:
-        """Find every B that begins as W's equal, though no layer of those has been read: by W's own seed.
+        """Find every B that is what W was when it was untied, though W has not been read: by W's own seed.
 
         Only from ``untie`` on is it known what has been read.
         """
         return [
-            Finding(name, "weight", "feedback weight", "beginning as W", "build", "storage", b.numel())
+            Finding(name, "weight", "feedback weight", "being made as W was", "build", "storage", b.numel())
             for name, b in self.feedback_weights.items()
-            if self.renamed and name not in read and by_size([b]) and b.shape == self.forward_weights[name].shape
-            and holds(b, self.forward_weights[name])
+            if name in self._begun and name not in read and by_size([b])
+            if b.shape == self._begun[name].shape and holds(b, self._begun[name])
         ]  # fmt: skip
 
     def declared(self, used: Mapping[str, int]) -> dict[str, int]:
