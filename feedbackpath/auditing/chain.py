@@ -263,7 +263,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _see_copies(self, args: tuple[Any, ...]) -> None:
         """Let copies of absent weights be absent, too, that come from a list, an array or a file."""
         before, self._is_aside = self._is_aside, True
-        for tensor in ops.tensors_in(args) if self.subject.misses_weights else ():
+        for tensor in filter(self.subject.may_be_copy, ops.tensors_in(args)):
             made = self._ledger.look_up(tensor)
             if made is UNKNOWN or made.kind == "constant":
                 self.subject.stand_in_for_copy(tensor)

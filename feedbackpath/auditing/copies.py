@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 
-def copies_of(weights: Sequence[Tensor], others: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield tensors anywhere in this process that hold what a weight holds, if not in the same precision.
+def copies_of(
+    weights: Sequence[Tensor], others: Iterable[Tensor], tensors: Iterable[Any] | None = None
+) -> Iterator[Tensor]:
+    """Yield tensors, of all in this process, that hold what a weight holds, if not in the same precision.
 
     A weight that is written anew in each step, from a copy in higher precision, is no weight: the copy is.
     What equals one of the others too, a B, is no copy.
@@ -17,7 +19,7 @@ def copies_of(weights: Sequence[Tensor], others: Iterable[Tensor]) -> Iterator[T
     known = {id(tensor) for tensor in (*weights, *others)}
     wanted = by_size(weights)
     beside = [tensor.detach().flatten() for tensor in others]
-    for thing in things():
+    for thing in things() if tensors is None else tensors:
         if type(thing) not in (Tensor, nn.Parameter) or id(thing) in known or not thing.is_floating_point():
             continue
         if thing.layout != torch.strided or thing.numel() not in wanted:

@@ -62,6 +62,7 @@ class Subject:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._absent: dict[int, list[Tensor]] = {}
         self._begun: dict[str, Tensor] = {}
+        self._tensors: list[Tensor] | None = None  # of the whole process
         self._parts = {id(module) for module in model.modules()}
         self._known: set[int] = set()
         self._path: FeedbackPath | None = None
@@ -84,9 +85,13 @@ class Subject:
                 self._known.add(id(weight.feedback))
                 self.others.pop(names.get(id(weight.feedback), ""), None)
         mine = {id(parameter) for parameter in self.model.parameters()}
+        # One look at all objects, before processes are forked: there it would copy all of Python's memory.
+        objects = things()
+        if self._standing_in is None:
+            self._tensors = [thing for thing in objects if type(thing) in (Tensor, nn.Parameter)]
         self.optimizers = [
             thing
-            for thing in things()
+            for thing in objects
             if issubclass(type(thing), torch.optim.Optimizer)
             and any(id(p) in mine for group in thing.param_groups for p in group["params"])
         ]
@@ -254,18 +259,20 @@ class Subject:
         self._standing_in = scale, uses, present
         names = [*self.forward_weights, *(name for name in self.others if name in uses)]
         absent = [self.forward_weights.get(n, self.others.get(n)) for n in names if n not in present]
-        weights = [w for w in absent if w is not None]
-        copies = list(copies_of(weights, self.feedback_weights.values()))
+        tensors, self._tensors = self._tensors, None  # not to keep in memory what steps let go of
+        weights = [weight for weight in absent if weight is not None]
+        copies = list(copies_of(weights, self.feedback_weights.values(), tensors))
         self._copies = [(copy, copy.detach().clone()) for copy in copies]
-        self._absent = {size: [w.clone() for w in found] for size, found in by_size(weights).items()}
+        others = list(self.feedback_weights.values())  # a copy of such a B may be taken for one of W
+        told = [w for w in weights if not any(b.numel() == w.numel() and holds(b, w) for b in others)]
+        self._absent = {size: [w.clone() for w in found] for size, found in by_size(told).items()}
         generator = torch.Generator().manual_seed(1)
         for tensor in [*weights, *copies]:
             replace(tensor, scale, generator)
 
-    @property
-    def misses_weights(self) -> bool:
-        """Whether stand-ins are in the places of weights."""
-        return bool(self._absent)
+    def may_be_copy(self, tensor: Tensor) -> bool:
+        """Whether a tensor is as large as some absent weight."""
+        return tensor.numel() in self._absent
 
     def stand_in_for_copy(self, tensor: Tensor) -> None:
         """Replace a tensor that has come from outside, if it holds what an absent weight held."""
