@@ -289,7 +289,7 @@ CLEAN = {
     "as-long-as-at-the-start": as_long_as_at_the_start,
     "counted": lambda: make(before=lambda model: sum(p.numel() for p in model.parameters())),
     "evaluated": lambda: make(before=lambda model: model(torch.randn(3, 6)).argmax(1).tolist()),
-    "moved-to-another-type": lambda: make(before=lambda model: model.double().float()),
+    "cast-and-trained": lambda: make(before=lambda model: pretrained(model.double().float())),
 }
 
 BUILDS = {

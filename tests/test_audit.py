@@ -241,7 +241,7 @@ def test_signs_are_told_from_weights():
 def test_steps_that_are_built_in_a_fresh_process(name, is_free):
     report = fp.audit(build=getattr(built_steps, name))
     assert report.transport_free is is_free, str(report)
-    assert "absent from untie on" in str(report)
+    assert "absent from the making of the model on" in str(report)
     if name == "copied_at_the_start":
         assert {finding.where.rpartition("/")[2].split(":")[0] for finding in report.findings} == {
             "built_steps.py"

@@ -58,8 +58,9 @@ class Early(TorchDispatchMode):  # type: ignore[no-untyped-call]
             options = {"always_call": True} if ends is register_module_forward_hook else {}
             stack.callback(ends(lambda *_: self._leave(), **options).remove)
         self._exchange(torch.autograd, "_engine_run_backward", self._in_place)
+        self._exchange(nn.Module, "_apply", self._in_place)  # it moves and casts
         self._exchange(nn.Parameter, "__deepcopy__", self._copied)
-        stack.enter_context(_Setter(self._take_all))
+        stack.enter_context(_Setter(self._see_set))
         stack.enter_context(self)
 
     def end(self) -> None:
@@ -102,6 +103,10 @@ class Early(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._numbers[id(parameter)] = len(self._numbers), parameter
             if self._scale is not None and not self._depth:
                 self._take(parameter)
+
+    def _see_set(self, parameter: Any) -> None:
+        if id(parameter) in self._numbers and not self._depth:
+            self._take(parameter)
 
     # What is in memory
 
@@ -182,21 +187,22 @@ class _Setter(TorchFunctionMode):
     """Tells when ``parameter.data`` has been set: no operator does that.
 
     Args:
-        tell: Is called after it.
+        tell: Is called with the parameter after it.
     """
 
-    def __init__(self, tell: Callable[[], None]) -> None:
+    def __init__(self, tell: Callable[[Any], None]) -> None:
         super().__init__()
         self._tell = tell
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a method or function."""
         result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") == "__set__":
-            self._tell()
+        if getattr(func, "__name__", "") == "__set__" and getattr(func, "__self__", None) is Tensor.data:
+            self._tell(args[0])
         return result
 
 
 def _is_same(one: Tensor, other: Tensor | None) -> bool:
-    is_alike = other is not None and one.shape == other.shape and one.dtype == other.dtype
-    return is_alike and torch.equal(one, other)
+    if other is None or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other)
