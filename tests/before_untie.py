@@ -156,12 +156,14 @@ def drawn_again():
     return make("fa", untied=untied)
 
 
-def drawn_alike():
-    def draw(weight):
+def drawn_alike(size=1.0):
+    def draw(weight, size=1.0):
         with torch.no_grad():
-            weight.normal_(generator=torch.Generator().manual_seed(7))
+            weight.normal_(std=size, generator=torch.Generator().manual_seed(7))
 
-    return make("fa", lambda model: draw(model[2].weight), untied=lambda layers, _: draw(layers[1].feedback))
+    return make(
+        "fa", lambda model: draw(model[2].weight), untied=lambda layers, _: draw(layers[1].feedback, size)
+    )
 
 
 def uniform_alike():
@@ -176,10 +178,36 @@ SOURCES = {
     "lists": from_source(lambda: ARRAY.tolist(), torch.tensor),
     "bytes": from_source(lambda: np.frombuffer(bytearray(ARRAY.tobytes()), "float32").reshape(8, 8)),
     "drawn-again": drawn_again,
+    "resumed-with-w-for-b": lambda: resumed("weight")(),
     "drawn-alike": drawn_alike,
+    "drawn-alike-and-smaller": lambda: drawn_alike(0.3),
     "orthogonal-alike": uniform_alike,
 }
 """B is made of what W was made of."""
+
+
+def trained():
+    step, path = make("kp")
+    step()
+    file = io.BytesIO()
+    torch.save(path.model.state_dict(), file)
+    return file.getvalue()
+
+
+CHECKPOINT = trained()
+
+
+def resumed(feedback, *, twice=False):
+    """What was trained earlier is loaded after ``untie``: W, and B or what is put in its place."""
+
+    def untied(layers, _):
+        state = torch.load(io.BytesIO(CHECKPOINT))
+        source = torch.load(io.BytesIO(CHECKPOINT)) if twice else state
+        for number, layer in zip((0, 2, 4), layers, strict=True):
+            own = {name: state[f"{number}.{name}"] for name in ("weight", "bias")}
+            layer.load_state_dict(own | {"feedback": source[f"{number}.{feedback}"]})
+
+    return lambda: make(untied=untied)
 
 
 def carried_by(carry, take):
@@ -200,6 +228,7 @@ CARRIED = {
         lambda model: model.register_buffer("kept", 2 * model[2].weight),
         lambda b, model: blend(b, model.kept),
     ),
+    "resumed-alike": resumed("weight", twice=True),
     "bias-of-another-layer": carried_by(
         lambda model: model[0].bias.fill_(float(model[2].weight.norm())),
         lambda b, model: b.add_(model[0].bias),
@@ -284,6 +313,7 @@ CLEAN = {
     ),
     "seed-of-its-own": lambda: make("wm-exact", seed=lambda _: 17),
     "two-models": of_two_models,
+    "resumed": resumed("feedback"),
     "teacher": of_a_teacher,
     "pulled-to-the-start": pulled_to_the_start,
     "as-long-as-at-the-start": as_long_as_at_the_start,

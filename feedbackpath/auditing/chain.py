@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from feedbackpath.auditing import operators as ops
 from feedbackpath.auditing.constants import Constants
-from feedbackpath.auditing.ledger import FEEDBACK, UNKNOWN, Kind, Ledger, Made, join
+from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, FEEDBACK, UNKNOWN, Kind, Ledger, Made, join
 from feedbackpath.auditing.record import UPDATE, Entry, Record, digest_of
 from feedbackpath.auditing.subject import Subject
 from feedbackpath.auditing.traces import Traces
@@ -251,7 +251,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._is_aside or func.is_view:
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        self._see_copies(args)
+        self._see_copies(name, args)
         met = self._meets(name, args, kwargs)
         output = func(*args, **kwargs)
         is_held = met is not None and self._hold(*met, output)
@@ -260,12 +260,20 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._traces.note(name, inputs, written, results, is_held, is_forward)
         return output
 
-    def _see_copies(self, args: tuple[Any, ...]) -> None:
+    def _see_copies(self, name: str, args: tuple[Any, ...]) -> None:
         """Let copies of absent weights be absent, too, that come from a list, an array or a file."""
         before, self._is_aside = self._is_aside, True
-        for tensor in filter(self.subject.may_be_copy, ops.tensors_in(args)):
-            made = self._ledger.look_up(tensor)
-            if made is UNKNOWN or made.kind == "constant":
+        tensors = ops.tensors_in(args)
+        target = self._ledger.look_up(tensors[0]) if name == "copy_" else CONSTANT
+        for tensor in tensors:
+            made = self._ledger.look_up(tensor) if self.subject.misses_weights else ACTIVITY
+            if not (made is UNKNOWN or made.kind == "constant"):
+                continue
+            if target.kind == "weight":
+                self.subject.load(target.sources[0], tensor)
+            if target is FEEDBACK and self.subject.is_loaded(tensor):
+                self.record.alike = True
+            else:
                 self.subject.stand_in_for_copy(tensor)
         self._is_aside = before
 

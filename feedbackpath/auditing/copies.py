@@ -47,6 +47,12 @@ def holds(tensor: Tensor, weight: Tensor) -> bool:
     return torch.equal(own[:4].to(other), other[:4]) and torch.equal(own.to(other), other)
 
 
+def are_parallel(one: Tensor, other: Tensor) -> bool:
+    """Whether one tensor is a multiple of the other, to rounding."""
+    a, b = one.detach().double().flatten(), other.double().flatten()
+    return a.shape == b.shape and bool(abs(a @ b) > (1 - 1e-9) * a.norm() * b.norm())
+
+
 _frozen: list[Any] = []
 
 

@@ -101,6 +101,7 @@ class Record:
         start: What the model was when it was untied, in the first pass with ``build``.
         numbers: The numbers by which ``Early`` knows its parameters.
         carriers: What of it was another then while W was absent.
+        alike: Whether what was loaded into a W was loaded into a B as well.
         matrices: Matrices that the model holds besides its parameters and buffers, by the line where they
             multiply signals, with their shapes.
     """
@@ -127,6 +128,7 @@ class Record:
     start: dict[str, Tensor] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
     carriers: list[str] = field(default_factory=list)
+    alike: bool = False
     matrices: dict[str, list[int]] = field(default_factory=dict)
 
     def add_sight(self, sink: str, made: Made, operation: str, where: str, values: int) -> None:

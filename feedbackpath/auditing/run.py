@@ -171,6 +171,11 @@ def _do_without_weights(
             with_what = "zeros" if scale == 0 else "noise"
             stops.append(f"with {with_what} for W: {type(other.error).__name__}: {other.error}")
         carriers += other.carriers
+        if other.alike:
+            reason = (
+                "a W and a B are loaded, and are the same, so that it does not show where B comes from: load "
+                "an earlier state, or let B learn in build"
+            )
         if scale:
             returned += weights_that_came_back(record, other, sorted(record.weights - present))
     if returned:

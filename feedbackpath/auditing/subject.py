@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from feedbackpath.auditing.copies import by_size, copies_of, holds, things
+from feedbackpath.auditing.copies import are_parallel, by_size, copies_of, holds, things
 from feedbackpath.auditing.report import Finding
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.operations import is_matrix
@@ -61,6 +61,7 @@ class Subject:
         self._standing_in: StandIn | None = None
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._absent: dict[int, list[Tensor]] = {}
+        self._loaded: list[Tensor] = []
         self._begun: dict[str, Tensor] = {}
         self._tensors: list[Tensor] | None = None  # of the whole process
         self._parts = {id(module) for module in model.modules()}
@@ -232,7 +233,7 @@ class Subject:
             Finding(name, "weight", "feedback weight", "being made as W was", "build", "storage", b.numel())
             for name, b in self.feedback_weights.items()
             if name in self._begun and name not in read and by_size([b])
-            if b.shape == self._begun[name].shape and holds(b, self._begun[name])
+            if are_parallel(b, self._begun[name])
         ]  # fmt: skip
 
     def declared(self, used: Mapping[str, int]) -> dict[str, int]:
@@ -270,9 +271,22 @@ class Subject:
         for tensor in [*weights, *copies]:
             replace(tensor, scale, generator)
 
-    def may_be_copy(self, tensor: Tensor) -> bool:
-        """Whether a tensor is as large as some absent weight."""
-        return tensor.numel() in self._absent
+    @property
+    def misses_weights(self) -> bool:
+        """Whether stand-ins are in the places of weights."""
+        return bool(self._absent)
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        """Let what is about to be written into a weight, from outside, be absent if the weight is."""
+        known = self._absent.get(tensor.numel(), [])
+        is_absent = self._standing_in is not None and name not in self._standing_in[2]
+        if is_absent and by_size([tensor]) and not any(holds(tensor, weight) for weight in known):
+            self._loaded.append(tensor.detach().clone())
+            self._absent.setdefault(tensor.numel(), []).append(self._loaded[-1])
+
+    def is_loaded(self, tensor: Tensor) -> bool:
+        """Whether a tensor holds what was written into an absent weight."""
+        return any(w.numel() == tensor.numel() and holds(tensor, w) for w in self._loaded)
 
     def stand_in_for_copy(self, tensor: Tensor) -> None:
         """Replace a tensor that has come from outside, if it holds what an absent weight held."""
@@ -316,7 +330,7 @@ class Subject:
     @torch.no_grad()
     def restore(self, state: State) -> None:
         """Go back to a saved state."""
-        self._standing_in, self._absent = None, {}
+        self._standing_in, self._absent, self._loaded = None, {}, []
         for copied, value in self._copies:
             copied.copy_(value)
         for module, parameters, buffers, is_training in state["modules"]:
