@@ -251,6 +251,7 @@ def test_steps_that_are_built_in_a_fresh_process(name, is_free):
 def test_only_a_fresh_process_sees_what_was_kept_before():
     step, path = built_steps.cached()
     step()
+    step()  # what is kept is no longer what W is
     report = fp.audit(step, path)
     assert report.transport_free
     assert "from now on (what it made before is not covered)" in str(report)
@@ -337,7 +338,7 @@ def test_a_step_that_ends_its_process_is_not_settled():
 
 @pytest.fixture
 def in_one_process(monkeypatch):
-    monkeypatch.setattr("feedbackpath.auditing.run.can_fork", lambda: False)
+    monkeypatch.setattr("feedbackpath.auditing.passes.can_fork", lambda: False)
 
 
 IN_ONE = ("numpy-before", "relay-buffer", "by-a-hook", "scale-of-layernorm")
@@ -381,7 +382,7 @@ def test_threads_of_ones_own_keep_the_audit_in_one_process():
 
 @pytest.mark.parametrize("is_forked", [True, False])
 def test_files_are_put_back(is_forked, tmp_path, monkeypatch):
-    monkeypatch.setattr("feedbackpath.auditing.run.can_fork", lambda: is_forked)
+    monkeypatch.setattr("feedbackpath.auditing.passes.can_fork", lambda: is_forked)
     task = Task("kp", after_update=write_log)
     task.place = tmp_path / "log"
     task.place.write_text("begun\n")
@@ -416,7 +417,7 @@ def test_a_file_that_is_open_already_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("is_forked", [True, False])
 def test_an_interrupt_leaves_everything_as_it_was(is_forked, tmp_path, monkeypatch):
-    monkeypatch.setattr("feedbackpath.auditing.run.can_fork", lambda: is_forked)
+    monkeypatch.setattr("feedbackpath.auditing.passes.can_fork", lambda: is_forked)
     task = Task("kp", after_update=write_log)
     task.place = tmp_path / "log"
     before = copy.deepcopy(state_of(task))

@@ -319,9 +319,9 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return met, Entry(name, digests, [], is_sure, None, read, is_sure, met.sources, form, where)
 
     def _form_of(self, args: tuple[Any, ...], tracked: list[int]) -> tuple[object, ...]:
-        """Return how weights lie in a product: what tells one with W from one with its transpose."""
+        """Return how weights lie in a module's product: what tells one with W from one with its transpose."""
         found: list[object] = []
-        for i in tracked:
+        for i in tracked if self._modules and not self._passages else ():
             for tensor in ops.tensors_in(args[i]):
                 layout = (
                     tuple(tensor.shape[-2:]),

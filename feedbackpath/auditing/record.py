@@ -48,14 +48,9 @@ class Entry:
 
     def is_feint(self, others: "Sequence[Entry]") -> bool:
         """Whether it is taken for an answer though the same weights answer in another form elsewhere."""
-        return (
-            not self.is_sure
-            and self.is_answer
-            and any(
-                other.is_answer and other.sources == self.sources and other.form != self.form
-                for other in others
-            )
-        )
+        alike = [other for other in others if other.is_answer and other.sources == self.sources]
+        forms = {other.form for other in alike if other.form} | {self.form}
+        return not self.is_sure and self.is_answer and len(forms) > 1
 
     @property
     def holds(self) -> bool:
