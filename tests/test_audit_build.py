@@ -106,7 +106,7 @@ def fast_and_slow(names, fast):
 def test_a_matrix_that_the_model_holds_is_not_settled(name):
     report = Whole(lambda: HELD[name](torch.randn(8, 8) / 3), "kp").audit()
     assert report.transport_free is None, str(report)
-    assert "no parameter and no buffer multiplies signals in the model at" in report.verdict
+    assert "no parameter and no buffer multiplies signals of the model at" in report.verdict
     assert "test_audit_build.py" in report.verdict
 
 

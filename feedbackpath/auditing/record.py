@@ -144,7 +144,7 @@ class Record:
         """Why this pass leaves something open, whatever others do; empty: it does not."""
         for where, shape in self.matrices.items():
             return (
-                f"a matrix of shape {shape} that is no parameter and no buffer multiplies signals in the "
+                f"a matrix of shape {shape} that is no parameter and no buffer multiplies signals of the "
                 f"model at {where}, and errors come back through it: make it a buffer if it is a weight, or "
                 "hand it to the model as an argument if it is data"
             )
