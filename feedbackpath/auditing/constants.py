@@ -30,7 +30,7 @@ class Constants:
         self._is_held: dict[int, bool] = {}
 
     def see(self, operands: Sequence[tuple[Tensor, Made]]) -> None:
-        """Look at the operands of a product in the model's forward pass."""
+        """Look at the operands of a product that is in no backward pass."""
         if not any(
             made.kind == "activity" and made is not UNKNOWN and t.requires_grad for t, made in operands
         ):
