@@ -17,8 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from feedbackpath.auditing import operators as ops
-from feedbackpath.auditing.ledger import FEEDBACK, UNKNOWN, Kind, Ledger, Made, join
-from feedbackpath.auditing.record import UPDATE, Entry, Record, Weights, digest_of
+from feedbackpath.auditing.constants import Constants
+from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, FEEDBACK, UNKNOWN, Kind, Ledger, Made, join
+from feedbackpath.auditing.record import UPDATE, Entry, Record, digest_of
 from feedbackpath.auditing.subject import Subject
 from feedbackpath.auditing.traces import Traces
 from feedbackpath.core import pytorch
@@ -54,6 +55,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._probes: dict[str, int] = {}
         self._doubted: list[Entry] = []
         self._traces = Traces(self._ledger, self.record, subject)
+        self._constants = Constants(subject.model, self.record)
         self._stack = ExitStack()
 
     def begin(self) -> None:
@@ -222,6 +224,8 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _look_at_parameters(self) -> None:
         subject = self.subject
+        if self._tape is None and not self.record.aliases:
+            self.record.aliases = subject.find_equals(self.record.answers | self.record.probes)
         with torch.no_grad():
             if self.watches and not subject.is_all_zero:  # zeros stay zeros: they tell nothing of updates
                 self.record.parameters.append(self._digests_of_parameters())
@@ -247,26 +251,38 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._is_aside or func.is_view:
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
+        self._see_copies(name, args)
         met = self._meets(name, args, kwargs)
         output = func(*args, **kwargs)
-        is_held = met is not None and self._hold(name, *met, output)
+        is_held = met is not None and self._hold(*met, output)
         is_forward = bool(self._modules) and not pytorch.is_in_backward()
         for inputs, written, results in ops.split(func, args, kwargs, output):
             self._traces.note(name, inputs, written, results, is_held, is_forward)
         return output
 
-    def _meets(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Made, tuple[str, ...], bool, Weights] | None:
-        """Return what a call of a layer's forward map is made of; None: it is none.
+    def _see_copies(self, name: str, args: tuple[Any, ...]) -> None:
+        """Let copies of absent weights be absent, too, that come from a list, an array or a file."""
+        before, self._is_aside = self._is_aside, True
+        tensors = ops.tensors_in(args)
+        target = self._ledger.look_up(tensors[0]) if name == "copy_" else CONSTANT
+        for tensor in tensors:
+            made = self._ledger.look_up(tensor) if self.subject.misses_weights else ACTIVITY
+            if not (made is UNKNOWN or made.kind == "constant"):
+                continue
+            if target.kind == "weight":
+                self.subject.load(target.sources[0], tensor)
+            if target is FEEDBACK and self.subject.is_loaded(tensor):
+                self.record.alike = True
+            else:
+                self.subject.stand_in_for_copy(tensor)
+        self._is_aside = before
 
-        That is its weights, what else goes in, as digests, whether it surely is such a call, and the weights
-        that the user's own code reads by it, with their digests.
-        """
+    def _meets(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Made, Entry] | None:
+        """Return what the weights of a call of a layer's forward map are, and the call; None: it is none."""
         is_library = bool(self._passages) and self._passages[-1][1] and bool(ops.calling_module())
         if name in ops.SUMS:
             product = self._traces.product(args[0]) if self._modules else None
-            return None if product is None else (product, (), True, ())
+            return None if product is None else (product, Entry(name, (), []))
         if name not in ops.CONTRACTIONS and (not is_library or name in ops.OVERWRITES):
             return None
         places = ops.CONTRACTIONS.get(name, range(len(args)))
@@ -274,6 +290,8 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not pytorch.is_in_backward():
             self._fix_strangers([t for _, t in operands])
         made = {i: self._ledger.look_up(t) for i, t in operands}
+        if self._tape is None and not pytorch.is_in_backward():
+            self._constants.see([(t, made[i]) for i, t in operands])
         tracked = [i for i, m in made.items() if m.is_tracked and not m.operation]
         signals = [t for i, t in operands if not made[i].is_tracked]
         if not tracked or not signals:
@@ -286,8 +304,10 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not is_sure and not any(self.subject.is_in_model(module) for module in self._modules):
             return None
         digests = tuple(self._digest(t) for t in signals)
+        met = join([made[i] for i in tracked], name, "")
+        form = self._form_of(args, tracked)
         if is_inside:
-            return join([made[i] for i in tracked], name, ""), digests, True, ()
+            return met, Entry(name, digests, [], sources=met.sources, form=form)
         beside = [arg for i, arg in enumerate(args) if i not in made]
         beside += [value for key, value in kwargs.items() if key != "out"]
         digests += tuple(self._digest(part) for arg in beside for part in ops.tensors_in(arg) or [arg])
@@ -295,7 +315,20 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         sources = [made[i].sources[0] for i in tracked if is_read and made[i].kind == "weight"]
         weights = self.subject.forward_weights
         read = tuple((source, self._digest(weights[source], with_signs=True)) for source in sources)
-        return join([made[i] for i in tracked], name, ""), digests, is_sure, read
+        where = "" if is_sure else ops.call_site()
+        return met, Entry(name, digests, [], is_sure, None, read, is_sure, met.sources, form, where)
+
+    def _form_of(self, args: tuple[Any, ...], tracked: list[int]) -> tuple[object, ...]:
+        """Return how weights lie in a module's product: what tells one with W from one with its transpose."""
+        found: list[object] = []
+        for i in tracked if self._modules and not self._passages else ():
+            for tensor in ops.tensors_in(args[i]):
+                layout = (
+                    tuple(tensor.shape[-2:]),
+                    tensor.dim() > 1 and tensor.stride(-1) >= tensor.stride(-2),
+                )
+                found.append((i, *layout))
+        return tuple(found)
 
     def _fix_strangers(self, operands: list[Tensor]) -> None:
         """Know the weights of no module, such as those in a dictionary, from when they are first met."""
@@ -324,30 +357,30 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return False
         return True
 
-    def _hold(
-        self, name: str, made: Made, digests: tuple[str, ...], is_sure: bool, read: Weights, output: Any
-    ) -> bool:
+    def _hold(self, made: Made, entry: Entry, output: Any) -> bool:
         """Write what a layer answers on the tape, or read it there; return whether this is such an answer.
 
         In a backward pass it is one only where a forward pass is done again, as checkpointing does.
         """
         outputs = [tensor for tensor in ops.tensors_in(output) if tensor.numel()]
-        first = self._known_calls.get((name, made.sources, digests))
-        if pytorch.is_in_backward() and first is None:
+        name, call = entry.operation, (entry.operation, made.sources, entry.signals)
+        entry.first = self._known_calls.get(call)
+        if pytorch.is_in_backward() and entry.first is None:
             return False
         self._count(name, made, outputs)
         if self._tape is None:
-            kept = [tensor.detach().clone() for tensor in outputs]
-            entry = Entry(name, digests, kept, is_sure, first, read)
+            entry.outputs = [tensor.detach().clone() for tensor in outputs]
             self.record.tape.append(entry)
-            is_doubted = (not is_sure or bool(read)) and self._modules and not pytorch.is_in_backward()
+            is_doubted = not entry.is_sure or bool(entry.weights)
+            is_doubted = is_doubted and bool(self._modules) and not pytorch.is_in_backward()
             self._doubted += [entry] if is_doubted else []
         else:
-            entry = next(self._tape, Entry("", (), []))
-            if (entry.operation, entry.signals) == (name, digests) and entry.holds:
-                for tensor, held in zip(outputs, entry.outputs, strict=True):
+            taped = next(self._tape, Entry("", (), []))
+            if (taped.operation, taped.signals) == (name, entry.signals) and taped.holds:
+                for tensor, held in zip(outputs, taped.outputs, strict=True):
                     tensor.copy_(held)
-        self._known_calls.setdefault((name, made.sources, digests), entry)
+            entry = taped
+        self._known_calls.setdefault(call, entry)
         return True
 
     def _count(self, name: str, made: Made, outputs: list[Tensor]) -> None:

@@ -95,7 +95,8 @@ def join(parts: Iterable[Made], operation: str, where: str) -> Made:
     kinds: list[Kind] = [made.kind for made in inputs]
     kind: Kind = max(kinds, key=_RANK.index, default="constant")
     if kind not in ("weight", "other"):
-        return Made(kind)
+        is_data = kind == "activity" and all(made is UNKNOWN or made.kind == "constant" for made in inputs)
+        return UNKNOWN if is_data else Made(kind)
     tracked = [made for made in inputs if made.kind == kind]
     met = next((made for made in tracked if made.operation), None)
     if met is None and any(made.kind in ("activity", "feedback") for made in inputs):

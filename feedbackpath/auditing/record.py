@@ -1,7 +1,7 @@
 """What one pass through the steps leaves, and where two passes differ."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,10 @@ class Entry:
         is_answer: Whether it is one for sure; else an error has to come back, as from what trains.
         first: The same call in the forward pass, where it may be one that is done again.
         weights: Of a reading by the user's own code: the weights that were read, with their digests.
+        is_sure: Whether it was one for sure when it was made.
+        sources: The names of the weights.
+        form: How they are laid out in the product.
+        where: File and line of the call.
     """
 
     operation: str
@@ -37,6 +41,16 @@ class Entry:
     is_answer: bool = True
     first: "Entry | None" = None
     weights: Weights = ()
+    is_sure: bool = True
+    sources: tuple[str, ...] = ()
+    form: tuple[object, ...] = ()
+    where: str = ""
+
+    def is_feint(self, others: "Sequence[Entry]") -> bool:
+        """Whether it is taken for an answer though the same weights answer in another form elsewhere."""
+        alike = [other for other in others if other.is_answer and other.sources == self.sources]
+        forms = {other.form for other in alike if other.form} | {self.form}
+        return not self.is_sure and self.is_answer and len(forms) > 1
 
     @property
     def holds(self) -> bool:
@@ -79,6 +93,12 @@ class Record:
         halves: Which half of the layers each of them belongs to; None: to no layer.
         updated: Their digests after each call of an optimizer.
         weights: Names of all W.
+        start: What the model was when it was untied, in the first pass with ``build``.
+        numbers: The numbers by which ``Early`` knows its parameters.
+        carriers: What of it was another then while W was absent.
+        alike: Whether what was loaded into a W was loaded into a B as well.
+        matrices: Matrices that the model holds besides its parameters and buffers, by the line where they
+            multiply signals, with their shapes.
     """
 
     tape: list[Entry] = field(default_factory=list)
@@ -100,6 +120,11 @@ class Record:
     halves: dict[str, int | None] = field(default_factory=dict)
     updated: list[dict[str, str]] = field(default_factory=list)
     weights: set[str] = field(default_factory=set)
+    start: dict[str, Tensor] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
+    carriers: list[str] = field(default_factory=list)
+    alike: bool = False
+    matrices: dict[str, list[int]] = field(default_factory=dict)
 
     def add_sight(self, sink: str, made: Made, operation: str, where: str, values: int) -> None:
         """Note a trace of W."""
@@ -113,6 +138,23 @@ class Record:
             for name, digest in entry.weights:
                 if digest not in [digests.get(name) for digests in (*self.parameters, *self.updated)]:
                     entry.is_answer = False
+
+    @property
+    def doubt(self) -> str:
+        """Why this pass leaves something open, whatever others do; empty: it does not."""
+        for where, shape in self.matrices.items():
+            return (
+                f"a matrix of shape {shape} that is no parameter and no buffer multiplies signals of the "
+                f"model at {where}, and errors come back through it: make it a buffer if it is a weight, or "
+                "hand it to the model as an argument if it is data"
+            )
+        for entry in self.tape:
+            if entry.is_feint(self.tape):
+                return (
+                    f"a part of the model that is called by itself multiplies by W of {entry.sources[0]!r} "
+                    f"at {entry.where}, in another way than elsewhere: let the model's own forward pass do it"
+                )
+        return ""
 
     def count_probes(self, layer: str, count: int) -> None:
         """Note signals that were sent through a layer to read it."""

@@ -122,7 +122,9 @@ class Report:
     def __str__(self) -> str:
         """Return the verdict, the findings, what crosses and what each update takes, line by line."""
         since = (
-            "from untie on" if self.since == "untie" else "from now on (what it made before is not covered)"
+            "from the making of the model on"
+            if self.since == "untie"
+            else "from now on (what it made before is not covered)"
         )
         lines = [self.verdict, *(f"  {finding}" for finding in self.findings), f"  W was absent {since}"]
         lines += [f"  note: {note}" for note in self.notes]

@@ -1,17 +1,12 @@
 """``audit``: do the steps with the forward weights absent, and say whether they go through."""
 
-import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
 from feedbackpath.arguments import checked
-from feedbackpath.auditing.chain import Chain
-from feedbackpath.auditing.files import files_put_back
-from feedbackpath.auditing.locality import Disturbed, describe_locality
-from feedbackpath.auditing.process import LostProcess, can_fork, in_fork, in_fresh_process
+from feedbackpath.auditing.locality import describe_locality
+from feedbackpath.auditing.passes import Build, OfBuild, OfStep, Step
+from feedbackpath.auditing.process import LostProcess, in_fresh_process
 from feedbackpath.auditing.record import (
     CALLS,
     Record,
@@ -20,11 +15,9 @@ from feedbackpath.auditing.record import (
     weights_that_came_back,
 )
 from feedbackpath.auditing.report import AuditError, Crossing, Finding, Report
-from feedbackpath.auditing.subject import StandIn, Stateful, Subject
-from feedbackpath.path import WATCHERS, FeedbackPath
+from feedbackpath.auditing.subject import Stateful
+from feedbackpath.path import FeedbackPath
 
-Step = Callable[[], object]
-Build = Callable[[], tuple[Step, FeedbackPath]]
 # Zeros in all layers; then noise in every second one, and in the others: it has the other sign than W and is
 # larger. What asks whether W, its sum or its norm is above or below something is answered otherwise by one of
 # them. The layers that keep W must be updated as they were: their own errors need no W of other layers.
@@ -52,8 +45,9 @@ def audit(
         step: Does one whole training step: forward pass, backward pass, the optimizer's update,
             ``path.step()``.
         path: The model's feedback path.
-        build: Instead of both: returns (step, path). It runs in a fresh process, with W absent from ``untie``
-            on, so that nothing can be left of what W made before. Another process must be able to import it.
+        build: Instead of both: returns (step, path). It runs in a fresh process, with W absent from when its
+            model is made, so that nothing is left of what W made before. Another process must be able to
+            import it.
         steps: Training steps in a row: a leak that waits for k steps takes k + 1 to be seen.
         stateful: What else a step changes, a scheduler or a scaler: it has ``state_dict`` and
             ``load_state_dict``. Needed where no process can be forked, as with a GPU.
@@ -89,111 +83,14 @@ def audit(
             return _unsettled(f"{lost}: see what stops it when it is run by itself", steps)
     if step is None or path is None:
         raise AuditError("audit: give a step and its path, or build=, which returns them")
-    return _settle(_OfStep(step, path, steps, stateful))
-
-
-class _OfStep:
-    """Passes of a step that is there already, each from the same state.
-
-    Args:
-        step: The step.
-        path: Its path.
-        steps: How many to do.
-        stateful: What else they change.
-    """
-
-    since: Any = "now"
-
-    def __init__(self, step: Step, path: FeedbackPath, steps: int, stateful: Sequence[Stateful]) -> None:
-        self.steps, self._step = steps, step
-        self.subject = Subject(path.model, path, stateful)
-        self.notes = ["compiled code was run eagerly"] if _is_compiled(path.model, step) else []
-        self._forks = can_fork()
-        self._start = None if self._forks else self.subject.save()
-
-    def do(self, tape: Any = None, stand_in: StandIn | None = None) -> Record:
-        """Do one pass."""
-        return self._apart(lambda: self._pass(Chain(self.subject, tape), self.steps, stand_in))
-
-    def disturb(self, record: Record) -> Record:
-        """Do the first step with some neurons disturbed."""
-        return self._apart(lambda: self._pass(Disturbed(self.subject, record.deltas), 1, None))
-
-    def _pass(self, chain: Chain, steps: int, stand_in: StandIn | None) -> Record:
-        if stand_in is not None:
-            self.subject.stand_in(*stand_in)
-        chain.begin()
-        return chain.run(self._step, steps)
-
-    def _apart(self, run: Callable[[], Record]) -> Record:
-        if self._start is None:
-            return in_fork(run)
-        try:
-            with files_put_back():
-                return run()
-        finally:
-            self.subject.restore(self._start)
-
-
-class _OfBuild:
-    """Passes that begin with ``build``, each in a process of its own, with W absent from ``untie`` on.
-
-    Args:
-        build: Returns the step and its path.
-        steps: How many to do.
-    """
-
-    since: Any = "untie"
-
-    def __init__(self, build: Build, steps: int) -> None:
-        import torch._dynamo  # noqa: F401 (once, and not in every pass)
-
-        self.steps, self._build = steps, build
-        self.notes: list[str] = []
-
-    def do(self, tape: Any = None, stand_in: StandIn | None = None) -> Record:
-        """Do one pass."""
-        return in_fork(lambda: self._pass(lambda subject: Chain(subject, tape), self.steps, stand_in))
-
-    def disturb(self, record: Record) -> Record:
-        """Do the first step with some neurons disturbed."""
-        return in_fork(lambda: self._pass(lambda subject: Disturbed(subject, record.deltas), 1, None))
-
-    def _pass(self, make: Callable[[Subject], Chain], steps: int, stand_in: StandIn | None) -> Record:
-        chains: list[Chain] = []
-
-        def watch(model: nn.Module, path: FeedbackPath | None) -> None:
-            if not chains:
-                subject = Subject(model, None)
-                if stand_in is not None:
-                    subject.stand_in(*stand_in)
-                chains.append(make(subject))
-                chains[0].begin()
-            elif path is not None and chains[0].subject.model is model:
-                chains[0].attach(path)
-
-        WATCHERS.append(watch)
-        try:
-            step, path = self._build()
-        except Exception as error:
-            if not chains:
-                raise
-            chains[0].record.error = error
-            chains[0].close()
-            return chains[0].record
-        finally:
-            WATCHERS.remove(watch)
-        if not chains or chains[0].subject.model is not path.model:
-            raise AuditError("audit: build has to untie its model, and return that path")
-        chains[0].attach(path)  # once more: optimizers have come
-        return chains[0].run(step, steps)
+    return _settle(OfStep(step, path, steps, stateful))
 
 
 def _audit_build(build: Build, steps: int) -> Report:
-    return _settle(_OfBuild(build, steps))
+    return _settle(OfBuild(build, steps))
 
 
-def _settle(passes: _OfStep | _OfBuild) -> Report:
+def _settle(passes: OfStep | OfBuild) -> Report:
     """Do the passes and come to a verdict."""
     steps, notes = passes.steps, list(passes.notes)
     try:
@@ -209,7 +106,8 @@ def _settle(passes: _OfStep | _OfBuild) -> Report:
         differing, stops, reason = _do_without_weights(passes, record)
         notes += stops
         findings = _explain(record, differing)
-        locality = describe_locality(record, passes.disturb(record), record.transposed)
+        locality, untold = _locality(passes, record)
+        notes += untold
     except LostProcess as lost:
         return _unsettled(f"{lost}: see what stops it when it is run by itself", steps, passes.since, notes)
     locality |= {
@@ -223,7 +121,7 @@ def _settle(passes: _OfStep | _OfBuild) -> Report:
     )  # fmt: skip
 
 
-def _record_twice(passes: _OfStep | _OfBuild) -> tuple[Record, list[tuple[str, str]]]:
+def _record_twice(passes: OfStep | OfBuild) -> tuple[Record, list[tuple[str, str]]]:
     """Return what a pass with W present left, and what a second one did otherwise.
 
     What outlives a pass, such as a thread's memory, holds something else before the first than before all
@@ -250,13 +148,14 @@ def _differences_with_weights(record: Record, again: Record) -> list[tuple[str, 
 
 
 def _do_without_weights(
-    passes: _OfStep | _OfBuild, record: Record
+    passes: OfStep | OfBuild, record: Record
 ) -> tuple[list[tuple[str, str]], list[str], str]:
     """Return what differs without W, which passes were stopped by an error, and why it is not settled."""
     stops: list[str] = []
     stopped: list[int | None] = []
     returned: list[str] = []
-    reason = ""
+    carriers: list[str] = []
+    reason = record.doubt
     halves = record.halves
     for scale, kept in PASSES:
         present = {name for name, half in halves.items() if kept is not None and half == kept}
@@ -271,6 +170,12 @@ def _do_without_weights(
             stopped.append(kept)
             with_what = "zeros" if scale == 0 else "noise"
             stops.append(f"with {with_what} for W: {type(other.error).__name__}: {other.error}")
+        carriers += other.carriers
+        if other.alike:
+            reason = (
+                "a W and a B are loaded, and are the same, so that it does not show where B comes from: load "
+                "an earlier state, or let B learn in build"
+            )
         if scale:
             returned += weights_that_came_back(record, other, sorted(record.weights - present))
     if returned:
@@ -278,9 +183,28 @@ def _do_without_weights(
             f"W of {returned[0]!r} comes back while the step runs, from what is kept elsewhere: let the step "
             "update W itself, or audit it by build="
         )
+    if carriers:
+        reason = (
+            f"build reads W before untie, and {carriers[0]!r} of the model is another then: untie first, or "
+            "train by an optimizer of PyTorch's until then"
+        )
     if stopped[:1] == [None] and len(stopped) > 1:  # no pass without all W, nor both of half of them
         reason = f"no pass without W came to its end ({stops[0]}): take that check of W out of the step"
     return [], stops, reason
+
+
+def _locality(passes: OfStep | OfBuild, record: Record) -> tuple[dict[str, str], list[str]]:
+    """Return, by layer, what its B's update takes; or a note that says why that was not measured."""
+    try:
+        disturbed = passes.disturb(record)
+    except LostProcess as lost:
+        return {}, [f"locality was not measured: with neurons disturbed, {lost}"]
+    if disturbed.error is None:
+        return describe_locality(record, disturbed, record.transposed), []
+    error = disturbed.error
+    return {}, [
+        f"locality was not measured: with neurons disturbed, {type(error).__name__} ended the step: {error}"
+    ]
 
 
 def _explain(record: Record, differing: Sequence[tuple[str, str]]) -> list[Finding]:
@@ -321,13 +245,3 @@ def _crossings(record: Record, steps: int) -> dict[str, Crossing]:
 
 def _unsettled(reason: str, steps: int, since: Any = "now", notes: Sequence[str] = ()) -> Report:
     return Report((), {}, {}, {}, tuple(notes), steps, reason, since)
-
-
-def _is_compiled(model: nn.Module, step: Step) -> bool:
-    """Whether the model, or the step, runs under ``torch.compile`` where the user calls it."""
-    if getattr(step, "_torchdynamo_orig_callable", None) or getattr(model, "_compiled_call_impl", None):
-        return True
-    return any(
-        type(thing) is torch._dynamo.eval_frame.OptimizedModule and thing._orig_mod is model
-        for thing in gc.get_objects()
-    )

@@ -1,17 +1,18 @@
 """Whose steps are audited: the weights, which of them are absent, and all state that a step may change."""
 
 import copy
-import gc
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from feedbackpath.auditing.copies import are_parallel, by_size, copies_of, holds, things
 from feedbackpath.auditing.report import Finding
 from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.core.operations import is_matrix
 from feedbackpath.layers import LocallyConnected2d
 from feedbackpath.path import FeedbackPath
 
@@ -59,6 +60,9 @@ class Subject:
         self.optimizers: list[torch.optim.Optimizer] = []
         self._standing_in: StandIn | None = None
         self._copies: list[tuple[Tensor, Tensor]] = []
+        self._absent: dict[int, list[Tensor]] = {}
+        self._loaded: list[Tensor] = []
+        self._begun: dict[str, Tensor] = {}
         self._tensors: list[Tensor] | None = None  # of the whole process
         self._parts = {id(module) for module in model.modules()}
         self._known: set[int] = set()
@@ -76,14 +80,16 @@ class Subject:
             self.forward_weights[weight.name] = weight.weight
             if id(weight.weight) in names:
                 self.renamed[names[id(weight.weight)]] = weight.name
+                self._begun[weight.name] = weight.weight.detach().clone()
                 self.others.pop(names[id(weight.weight)], None)
             if not weight.is_tied and weight.has_feedback:
                 self._known.add(id(weight.feedback))
                 self.others.pop(names.get(id(weight.feedback), ""), None)
         mine = {id(parameter) for parameter in self.model.parameters()}
         # One look at all objects, before processes are forked: there it would copy all of Python's memory.
-        objects = gc.get_objects()
-        self._tensors = [thing for thing in objects if type(thing) in (Tensor, nn.Parameter)]
+        objects = things()
+        if self._standing_in is None:
+            self._tensors = [thing for thing in objects if type(thing) in (Tensor, nn.Parameter)]
         self.optimizers = [
             thing
             for thing in objects
@@ -123,7 +129,7 @@ class Subject:
         if self._standing_in is not None:
             scale, uses, present = self._standing_in
             if name in uses and name not in present:
-                _replace(tensor, scale, torch.Generator().manual_seed(len(self._known)))
+                replace(tensor, scale, torch.Generator().manual_seed(len(self._known)))
         return name
 
     def strangers(self, tensors: Sequence[Tensor], may_be_data: bool) -> Iterator[tuple[str, Tensor]]:
@@ -218,6 +224,18 @@ class Subject:
             for name, w in tied.items()
         ]
 
+    def find_equals(self, read: Container[str]) -> list[Finding]:
+        """Find every B that is what W was when it was untied, though W has not been read: by W's own seed.
+
+        Only from ``untie`` on is it known what has been read.
+        """
+        return [
+            Finding(name, "weight", "feedback weight", "being made as W was", "build", "storage", b.numel())
+            for name, b in self.feedback_weights.items()
+            if name in self._begun and name not in read and by_size([b])
+            if are_parallel(b, self._begun[name])
+        ]  # fmt: skip
+
     def declared(self, used: Mapping[str, int]) -> dict[str, int]:
         """Add up scalars by the kind of layer that they belong to: ``BatchNorm scale``."""
         kinds: dict[str, int] = {}
@@ -246,9 +264,52 @@ class Subject:
         weights = [weight for weight in absent if weight is not None]
         copies = list(copies_of(weights, self.feedback_weights.values(), tensors))
         self._copies = [(copy, copy.detach().clone()) for copy in copies]
+        others = list(self.feedback_weights.values())  # a copy of such a B may be taken for one of W
+        told = [w for w in weights if not any(b.numel() == w.numel() and holds(b, w) for b in others)]
+        self._absent = {size: [w.clone() for w in found] for size, found in by_size(told).items()}
         generator = torch.Generator().manual_seed(1)
-        for tensor in [*absent, *copies]:
-            _replace(tensor, scale, generator)
+        for tensor in [*weights, *copies]:
+            replace(tensor, scale, generator)
+
+    @property
+    def misses_weights(self) -> bool:
+        """Whether stand-ins are in the places of weights."""
+        return bool(self._absent)
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        """Let what is about to be written into a weight, from outside, be absent if the weight is."""
+        known = self._absent.get(tensor.numel(), [])
+        is_absent = self._standing_in is not None and name not in self._standing_in[2]
+        if is_absent and by_size([tensor]) and not any(holds(tensor, weight) for weight in known):
+            self._loaded.append(tensor.detach().clone())
+            self._absent.setdefault(tensor.numel(), []).append(self._loaded[-1])
+
+    def is_loaded(self, tensor: Tensor) -> bool:
+        """Whether a tensor holds what was written into an absent weight."""
+        return any(w.numel() == tensor.numel() and holds(tensor, w) for w in self._loaded)
+
+    def stand_in_for_copy(self, tensor: Tensor) -> None:
+        """Replace a tensor that has come from outside, if it holds what an absent weight held."""
+        for weight in self._absent.get(tensor.numel(), ()):
+            if tensor.is_floating_point() and tensor.layout == torch.strided and holds(tensor, weight):
+                self._copies.append((tensor, tensor.detach().clone()))
+                assert self._standing_in is not None
+                replace(tensor, self._standing_in[0], torch.Generator().manual_seed(1))
+                return
+
+    @torch.no_grad()
+    def put_back(self, start: Mapping[str, Tensor]) -> list[str]:
+        """Make the model what it was; return what had changed but for matrices that are parameters."""
+        changed = []
+        for name, value in start.items():
+            tensor = self.others.get(name)
+            if tensor is None or tensor.shape != value.shape or not torch.equal(tensor, value):
+                if not (isinstance(tensor, nn.Parameter) and is_matrix(value)):
+                    changed.append(name)
+                if tensor is not None and tensor.shape == value.shape:
+                    with preserve_version(tensor):
+                        tensor.copy_(value)
+        return changed
 
     # State, for where no process of its own can be had
 
@@ -269,7 +330,7 @@ class Subject:
     @torch.no_grad()
     def restore(self, state: State) -> None:
         """Go back to a saved state."""
-        self._standing_in = None
+        self._standing_in, self._absent, self._loaded = None, {}, []
         for copied, value in self._copies:
             copied.copy_(value)
         for module, parameters, buffers, is_training in state["modules"]:
@@ -297,34 +358,6 @@ def _half_of(name: str, numbers: Mapping[str, int]) -> int | None:
     return None
 
 
-def copies_of(
-    weights: Sequence[Tensor], others: Iterable[Tensor], tensors: Iterable[Any] | None = None
-) -> Iterator[Tensor]:
-    """Yield tensors, of all in this process, that hold what a weight holds, if not in the same precision.
-
-    A weight that is written anew in each step, from a copy in higher precision, is no weight: the copy is.
-    What equals one of the others too, a B, is no copy.
-    """
-    known = {id(tensor) for tensor in (*weights, *others)}
-    by_size: dict[int, list[Tensor]] = {}
-    for weight in weights:
-        # one of few values may be like another by chance
-        if weight.numel() > 3 and len(set(weight.flatten()[:64].tolist())) > 3:
-            by_size.setdefault(weight.numel(), []).append(weight.detach())
-    beside = [tensor.detach().flatten() for tensor in others]
-    for thing in gc.get_objects() if tensors is None else tensors:
-        if type(thing) not in (Tensor, nn.Parameter) or id(thing) in known or not thing.is_floating_point():
-            continue
-        if thing.layout != torch.strided or thing.numel() not in by_size:
-            continue
-        for weight in by_size[thing.numel()]:
-            value = thing.detach().flatten().to(weight)
-            if thing.data_ptr() != weight.data_ptr() and torch.equal(value, weight.flatten()):
-                if not any(torch.equal(value, b.to(value)) for b in beside if len(b) == len(value)):
-                    yield thing
-                break
-
-
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     own: Iterable[tuple[str, Tensor]] = [
         *module.named_parameters(recurse=False),
@@ -334,8 +367,8 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def _replace(tensor: Any, scale: float, generator: torch.Generator) -> None:
-    """Fill a tensor with noise, unseen by autograd."""
+def replace(tensor: Any, scale: float, generator: torch.Generator) -> None:
+    """Fill a tensor with noise, unseen by autograd; a scale below 0 is of the other sign, 0 makes zeros."""
     noise = torch.randn(tensor.shape, generator=generator).to(tensor)
     noise = torch.where(tensor == 0, noise, noise.abs() * tensor.sign())
     size = tensor.detach().float().std(correction=0).clamp_min(1e-3).to(tensor)

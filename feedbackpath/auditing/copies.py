@@ -1,0 +1,68 @@
+"""Copies of weights, wherever in this process they are."""
+
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def copies_of(
+    weights: Sequence[Tensor], others: Iterable[Tensor], tensors: Iterable[Any] | None = None
+) -> Iterator[Tensor]:
+    """Yield tensors, of all in this process, that hold what a weight holds, if not in the same precision.
+
+    A weight that is written anew in each step, from a copy in higher precision, is no weight: the copy is.
+    What equals one of the others too, a B, is no copy.
+    """
+    known = {id(tensor) for tensor in (*weights, *others)}
+    wanted = by_size(weights)
+    beside = [tensor.detach().flatten() for tensor in others]
+    for thing in things() if tensors is None else tensors:
+        if type(thing) not in (Tensor, nn.Parameter) or id(thing) in known or not thing.is_floating_point():
+            continue
+        if thing.layout != torch.strided or thing.numel() not in wanted:
+            continue
+        for weight in wanted[thing.numel()]:
+            if thing.data_ptr() != weight.data_ptr() and holds(thing, weight):
+                value = thing.detach().flatten()
+                if not any(torch.equal(value, b.to(value)) for b in beside if len(b) == len(value)):
+                    yield thing
+                break
+
+
+def by_size(weights: Sequence[Tensor]) -> dict[int, list[Tensor]]:
+    """Return weights by their size, but for those of few values: another may be like them by chance."""
+    found: dict[int, list[Tensor]] = {}
+    for weight in weights:
+        if weight.numel() > 3 and len(set(weight.flatten()[:64].tolist())) > 3:
+            found.setdefault(weight.numel(), []).append(weight.detach())
+    return found
+
+
+def holds(tensor: Tensor, weight: Tensor) -> bool:
+    """Whether a tensor holds the values of a weight, if not in the same precision."""
+    own, other = tensor.detach().flatten(), weight.flatten()
+    return torch.equal(own[:4].to(other), other[:4]) and torch.equal(own.to(other), other)
+
+
+def are_parallel(one: Tensor, other: Tensor) -> bool:
+    """Whether one tensor is a multiple of the other, to rounding."""
+    a, b = one.detach().double().flatten(), other.double().flatten()
+    return a.shape == b.shape and bool(abs(a @ b) > (1 - 1e-9) * a.norm() * b.norm())
+
+
+_frozen: list[Any] = []
+
+
+def things() -> list[Any]:
+    """Return all objects of this process, but for those that ``freeze`` has seen to be of no interest."""
+    return [*gc.get_objects(), *_frozen]
+
+
+def freeze() -> None:
+    """Let nothing look again at what there is already, in a process of our own: it is large, and stays."""
+    gc.collect()
+    _frozen.extend(t for t in gc.get_objects() if issubclass(type(t), (Tensor, torch.optim.Optimizer)))
+    gc.freeze()
