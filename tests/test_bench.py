@@ -26,7 +26,7 @@ def run_cli(*arguments):
 def found():
     lines = []
     settings = BenchSettings(
-        models=("mlp", "lenet"), rules=("bp", "fa", "kp", "wm"), rounds=2, batch_size=8, least_seconds=0.0
+        models=("lenet",), rules=("bp", "fa", "kp", "wm"), rounds=2, batch_size=8, least_seconds=0.0
     )
     results = run_bench(settings, lines.append)
     assert lines == [describe(name, network) for name, network in results["networks"].items()]

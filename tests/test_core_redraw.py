@@ -23,6 +23,7 @@ def run(folder, command):
     return results
 
 
+@pytest.mark.slow
 def test_a_tree_trains_as_itself_in_two_processes(tmp_path):
     results = run(tmp_path, "losses --networks mlp --rules kp --steps 2 --processes 2 --fill-feedback")
     assert "--old OLD --new NEW" in results["command"]

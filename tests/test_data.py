@@ -1,6 +1,6 @@
 """The table of datasets, minibatches, counter-based random numbers, and the digits."""
 
-import builtins
+import importlib.util
 import json
 import random
 import subprocess
@@ -8,11 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
 
 from feedbackpath.data import DATASETS, UNREADABLE, load_dataset, minibatches
 from feedbackpath.data.counter import permutation, uniform
 from feedbackpath.data.dataset import ArraySplit, stream_positions
+from feedbackpath.data.digits import MEAN, STD
 from feedbackpath.errors import DataError
 
 
@@ -172,15 +174,19 @@ def test_samples_per_epoch_sets_the_length_of_the_training_split_only():
     assert not torch.equal(*(digits.train.batch(torch.arange(100), epoch)[0] for epoch in (0, 1)))
 
 
+def test_digits_are_those_that_scikit_learn_loads():
+    theirs = sklearn.datasets.load_digits()
+    scans = theirs.images.astype(np.uint8)
+    labels_of_scans = {scan.tobytes(): label for scan, label in zip(scans, theirs.target, strict=True)}
+    digits = load_dataset("digits")
+    for part in (digits.train, digits.validation, digits.test):
+        images, labels = part.batch(torch.arange(len(part)), 0)
+        scans = (images * STD + MEAN).round().to(torch.uint8).numpy()
+        assert [labels_of_scans[scan[0].tobytes()] for scan in scans] == labels.tolist()
+
+
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
-    real_import = builtins.__import__
-
-    def without_sklearn(name, *args, **kwargs):
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_sklearn)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"digits: .*pip install 'feedbackpath\[data\]'"):
         load_dataset("digits")
 

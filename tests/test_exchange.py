@@ -487,9 +487,11 @@ class Blocks(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("rule", [None, "fa", "kp", "bp"])
+@pytest.mark.parametrize(
+    "rule", [None, "kp", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("fa", "bp"))]
+)
 @pytest.mark.parametrize("kind", ["plain", "reentrant", "non-reentrant"])
-@pytest.mark.parametrize("shape", [(5, 8), (2, 5, 8)])
+@pytest.mark.parametrize("shape", [pytest.param((5, 8), marks=pytest.mark.slow), (2, 5, 8)])
 def test_checkpointing_frees_what_it_is_meant_to_free(rule, kind, shape):
     """What a block computes inside is gone after the forward pass: in plain torch, and untied."""
     model = Blocks(kind)

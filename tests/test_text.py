@@ -101,7 +101,10 @@ def test_a_gpt_sees_no_byte_that_comes_later():
     assert torch.allclose(model(tokens)[:, :5], model(changed)[:, :5], atol=1e-6)
 
 
-@pytest.mark.parametrize(("model", "rule"), [("gpt", "kp"), ("gpt", "mirror-kp"), ("lstm", "fa")])
+@pytest.mark.parametrize(
+    ("model", "rule"),
+    [("gpt", "kp"), ("lstm", "fa"), pytest.param("gpt", "mirror-kp", marks=pytest.mark.slow)],
+)
 def test_text_trains_through_the_one_loop(folder, model, rule):
     config = CompareConfig(
         data="text", data_dir=folder, model=model, epochs=1, samples_per_epoch=64, batch_size=16,

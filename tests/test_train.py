@@ -62,8 +62,16 @@ def last_weights(seen) -> dict:
     return measured(seen)[-1].state["model"]
 
 
-@pytest.mark.parametrize("rule", COVERING_RULES)
-@pytest.mark.parametrize("stop_after", [4, 5])  # at an epoch's end, where none is left of it, and within one
+@pytest.mark.parametrize(
+    ("rule", "stop_after"),  # at an epoch's end, where none is left of it, and within one
+    [
+        *((rule, 5) for rule in COVERING_RULES),
+        *(
+            pytest.param(rule, 4, marks=pytest.mark.slow) if rule == "wm" else (rule, 4)
+            for rule in COVERING_RULES
+        ),
+    ],
+)
 def test_a_resumed_run_ends_bit_identical_to_an_unbroken_one(rule, stop_after):
     whole = run(rule)
     steps = iter(range(1, 100))

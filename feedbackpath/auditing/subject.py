@@ -59,6 +59,7 @@ class Subject:
         self.optimizers: list[torch.optim.Optimizer] = []
         self._standing_in: StandIn | None = None
         self._copies: list[tuple[Tensor, Tensor]] = []
+        self._tensors: list[Tensor] | None = None  # of the whole process
         self._parts = {id(module) for module in model.modules()}
         self._known: set[int] = set()
         self._path: FeedbackPath | None = None
@@ -80,9 +81,12 @@ class Subject:
                 self._known.add(id(weight.feedback))
                 self.others.pop(names.get(id(weight.feedback), ""), None)
         mine = {id(parameter) for parameter in self.model.parameters()}
+        # One look at all objects, before processes are forked: there it would copy all of Python's memory.
+        objects = gc.get_objects()
+        self._tensors = [thing for thing in objects if type(thing) in (Tensor, nn.Parameter)]
         self.optimizers = [
             thing
-            for thing in gc.get_objects()
+            for thing in objects
             if issubclass(type(thing), torch.optim.Optimizer)
             and any(id(p) in mine for group in thing.param_groups for p in group["params"])
         ]
@@ -238,7 +242,9 @@ class Subject:
         self._standing_in = scale, uses, present
         names = [*self.forward_weights, *(name for name in self.others if name in uses)]
         absent = [self.forward_weights.get(n, self.others.get(n)) for n in names if n not in present]
-        copies = list(copies_of([w for w in absent if w is not None], self.feedback_weights.values()))
+        tensors, self._tensors = self._tensors, None  # not to keep in memory what steps let go of
+        weights = [weight for weight in absent if weight is not None]
+        copies = list(copies_of(weights, self.feedback_weights.values(), tensors))
         self._copies = [(copy, copy.detach().clone()) for copy in copies]
         generator = torch.Generator().manual_seed(1)
         for tensor in [*absent, *copies]:
@@ -291,8 +297,10 @@ def _half_of(name: str, numbers: Mapping[str, int]) -> int | None:
     return None
 
 
-def copies_of(weights: Sequence[Tensor], others: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield tensors anywhere in this process that hold what a weight holds, if not in the same precision.
+def copies_of(
+    weights: Sequence[Tensor], others: Iterable[Tensor], tensors: Iterable[Any] | None = None
+) -> Iterator[Tensor]:
+    """Yield tensors, of all in this process, that hold what a weight holds, if not in the same precision.
 
     A weight that is written anew in each step, from a copy in higher precision, is no weight: the copy is.
     What equals one of the others too, a B, is no copy.
@@ -304,7 +312,7 @@ def copies_of(weights: Sequence[Tensor], others: Iterable[Tensor]) -> Iterator[T
         if weight.numel() > 3 and len(set(weight.flatten()[:64].tolist())) > 3:
             by_size.setdefault(weight.numel(), []).append(weight.detach())
     beside = [tensor.detach().flatten() for tensor in others]
-    for thing in gc.get_objects():
+    for thing in gc.get_objects() if tensors is None else tensors:
         if type(thing) not in (Tensor, nn.Parameter) or id(thing) in known or not thing.is_floating_point():
             continue
         if thing.layout != torch.strided or thing.numel() not in by_size:

@@ -339,12 +339,13 @@ def _warn_of_product(met: Sequence[Known], name: str) -> None:
 def tell_rule(weight: UntiedWeight, x: Tensor, output: Tensor, rows: slice) -> None:
     """Tell a rule of the error that arrives at an output, when it does."""
     untied, version = weight.layer.untied, None if pytorch.is_traced() else pytorch.version_of(output)
+    x, y = x.detach(), output.detach()  # a hook that held the output would keep it for ever
 
     def tell(delta: Tensor) -> None:
-        if untied.rule.reads_output and version not in (None, pytorch.version_of(output)):
+        if untied.rule.reads_output and version not in (None, pytorch.version_of(y)):
             why = "was changed in place: use ReLU() in place of ReLU(inplace=True), or the like"
             raise RuleError(f"the output of {weight.name!r}, which {untied.rule.name} reads, {why}")
-        untied.rule.after_backward(weight, x.detach(), output.detach(), delta, untied.context)
+        untied.rule.after_backward(weight, x, y, delta, untied.context)
 
     if output.requires_grad:
         output.register_hook(tell)  # type: ignore[no-untyped-call]

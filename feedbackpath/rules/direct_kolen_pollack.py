@@ -80,8 +80,8 @@ class DirectKolenPollack(DirectFeedbackAlignment):
         if missing or not made:
             raise RuleError(
                 f"direct Kolen-Pollack: the optimizer lacks the feedback weights of "
-                f"{', '.join(missing) or 'all layers'}; untie the model, run it once, so that they are made, "
-                "and then make the optimizer from model.parameters()"
+                f"{', '.join(missing) or 'all layers'}; untie the model, run it once with "
+                "gradients, so that they are made, and then make the optimizer from model.parameters()"
             )
         undecayed = [repr(w.name) for w in learning if not groups[id(w.feedback)].get("weight_decay")]
         if undecayed:

@@ -7,6 +7,7 @@ W's gradient when that has been averaged. Every replica draws the same B from it
 On one device the same is done where a layer shares its weight with an embedding: B gets what W gets at both.
 """
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,13 +80,19 @@ class SharedReduction:
         """Hook on to weights that are new: those of a model that was untied, copied or loaded."""
         once = [w for w in weights if w.weight_name in w.layer.untied.memo.get("reduced_once", ())]
         self._weights |= {(id(weight.layer), weight.weight_name): weight for weight in once}
+        mine = weakref.WeakMethod(self._hand_over_later)  # the garbage collector does not see these hooks
+
+        def hand_over_later(_: Tensor) -> None:
+            if (method := mine()) is not None:
+                method()
+
         self._hooks += [
-            weight.weight.register_post_accumulate_grad_hook(self._hand_over_later)  # type: ignore[no-untyped-call]
+            weight.weight.register_post_accumulate_grad_hook(hand_over_later)  # type: ignore[no-untyped-call]
             for weight in once
             if weight.weight.requires_grad
         ]
 
-    def _hand_over_later(self, _: Tensor) -> None:
+    def _hand_over_later(self) -> None:
         """Hand gradients over once this backward pass has ended: of several devices, or of a table."""
         number = pytorch.backward_id()
         if any(map(_is_due, self._weights.values())) and (number is None or number != self._waits_for):

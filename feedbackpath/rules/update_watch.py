@@ -6,6 +6,7 @@ version counter counts a write through ``.data``; and whether a norm that counts
 
 import math
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -49,9 +50,13 @@ class UpdateWatch:
                 self._watches[_key_of(weight)] = self._watch(weight)
 
     def _watch(self, weight: UntiedWeight) -> RemovableHandle:
+        # The garbage collector does not see these hooks: what they held would never be freed.
+        watch, layer, name = weakref.ref(self), weakref.ref(weight.layer), weight.weight_name
+
         def note(_: Tensor) -> None:
-            if self._context.has_model:  # a layer that was copied by itself has nobody who asks
-                self.note(weight)
+            mine, held = watch(), layer()
+            if mine and held is not None and mine._context.has_model:  # else nobody asks
+                mine.note(next(w for w in held.untied.weights if w.weight_name == name))
 
         return weight.feedback.register_post_accumulate_grad_hook(note)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -59,21 +64,16 @@ class UpdateWatch:
         """Note W, B, and B's gradient, which is as it ought to be: what scales it next is something else."""
         key, gradient = _key_of(weight), weight.feedback.grad
         if key in self._watches and gradient is not None and not hasattr(gradient, "full_tensor"):
-            first = self._noted.get(key)
-            w = _digest(weight.weight) if first is None else first.weight
-            b = _digest(weight.feedback) if first is None else first.feedback
+            w, b, *_ = self._noted.get(key) or (_digest(weight.weight), _digest(weight.feedback))
             self._noted[key] = _Noted(
                 w, b, gradient, version_of(gradient), torch.stack([gradient.norm(), gradient.sum()])
             )
 
     def check(self, weights: Weights) -> None:
-        """Refuse an optimizer that has updated one of W and B alone.
+        """Refuse an optimizer that has updated one of W and B alone, and warn of a norm that counts B.
 
         Raises:
             RuleError: Names the weights of which one was left out.
-
-        Warns:
-            KolenPollackWarning: The gradients were scaled, and not by ``path.clip_grad_norm_``.
         """
         if not self._watches or self._context.writes_apart:
             return
