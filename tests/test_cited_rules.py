@@ -5,6 +5,7 @@ import json
 import math
 import re
 
+import competing_units
 import estimating_w
 import numpy as np
 import pytest
@@ -600,3 +601,16 @@ def test_the_page_on_estimating_w_is_that_of_its_result_file():
         ends = [run[-1] for run in found["points"][method]]
         angle = np.mean([end["angle_deg"] for end in ends])
         assert angle == pytest.approx(estimating_w.theory(method, ends[0]["events"]), rel=0.05)
+
+
+def test_the_page_on_competing_units_is_that_of_its_result_file():
+    found, page = json.loads(competing_units.RESULTS.read_text()), competing_units.PAGE.read_text()
+    assert competing_units.make_table(found) in page
+    for kind, tried in found["tried"].items():
+        best = min(tried, key=lambda run: run["validation"])
+        assert found["chosen"][kind].items() <= best.items()
+        assert found["runs"][kind][0]["train"] == best["train"]
+    by_power = {n: min(run["validation"] for run in found["tried"]["kh"] if run["n"] == n) for n in (1, 4.5)}
+    assert f"{by_power[1]:.1f}% with $n = 1$, and {by_power[4.5]:.1f}% with $n = 4.5$" in page
+    assert f"{found['epochs']['competition']} epochs" in page
+    assert f"{found['runs']['kh'][0]['untrained']} of the 2,000 units" in page
