@@ -5,8 +5,9 @@
     python benchmarks/rules_bench.py page
 
 ``run`` tunes each rule (8 trials of a quarter of the epochs, judged by validation data), then trains it with
-its best settings on three other seeds. Each rule has a folder of its own: stopped at any time, in any order,
-the same command goes on. ``cost`` times a step beside plain PyTorch's. ``page`` writes the tables anew.
+its best settings on three other seeds. If one of them diverges, which training data alone tell, the next best
+settings are taken, and the table says so. Each rule has a folder of its own: stopped at any time, in any
+order, the same command goes on. ``cost`` times a step beside plain PyTorch's. ``page`` writes the tables.
 
 All rules search the same learning rates and decays (one Sobol sequence) and start from the same weights. A
 rule with settings of its own searches these in the same 8 trials. Test data are measured, and decide nothing.
@@ -36,6 +37,8 @@ RESULTS = ROOT / "benchmarks" / "rules"
 PAGE = ROOT / "docs" / "rules.md"
 TRIALS, SEEDS, SHARE = 8, 3, 4  # of tuning, of the runs that count, and how many times longer these are
 FIRST_SEED = 100  # of the runs that count; the search has seed 0
+CHOICES = 3  # settings that a rule may try at full length, as long as a run diverges
+DIVERGED = 3  # what compare exits with if a run has
 TASKS = {  # flags, and epochs of a run that counts
     "digits-mlp": (["--data", "digits", "--model", "mlp", "--batch-size", "32"], 20),
     "fashion-mnist-lenet": (["--data", "fashion-mnist", "--model", "lenet", "--batch-size", "32"], 8),
@@ -115,34 +118,43 @@ def _run_rule(task: str, data_dir: Path | None, rule: str) -> bool:
         short = ["--epochs", max(1, epochs // SHARE), "--trials", TRIALS]
         if call("tune", *own, *short, "--out", RESULTS / task / rule / "tuned", "--resume") != 0:
             return False
-    settings = choose(task, rule)
-    if settings is None:
-        return False
     seeds = ["--seed", FIRST_SEED, "--seeds", SEEDS]
-    whole = ["--config", settings, "--epochs", epochs, *seeds, "--out", RESULTS / task / rule, "--resume"]
-    return call("compare", *own, *whole) in (0, 3)  # 3: a run diverged, which is a result
+    code = 1
+    for settings, folder in zip(choices(task, rule), folders_of(task, rule), strict=False):
+        whole = ["--config", settings, "--epochs", epochs, *seeds, "--out", folder, "--resume"]
+        if (code := call("compare", *own, *whole)) != DIVERGED:
+            break
+    return code in (0, DIVERGED)  # that all of them diverge is a result
 
 
-def choose(task: str, rule: str) -> Path | None:
-    """Write the settings that a rule's search has found, and no others; None: it has found none."""
+def folders_of(task: str, rule: str) -> list[Path]:
+    """Return where a rule's runs go with its best settings, with its second best, and so on."""
+    folder = RESULTS / task / rule
+    return [folder, *(folder / f"choice-{number}" for number in range(2, CHOICES + 1))]
+
+
+def choices(task: str, rule: str) -> list[Path]:
+    """Write the settings of a rule's trials that finished, each into a file, the best first."""
     folder = RESULTS / TUNED_ON.get(task, task) / rule / "tuned"
-    if _trials_of(folder) < TRIALS:
+    file = folder / "tune.json"
+    trials = json.loads(file.read_text(encoding="utf-8"))["trials"] if file.exists() else []
+    if len(trials) < TRIALS:
         sys.stderr.write(
             f"{rule} has not been tuned: {folder} lacks trials; run {folder.parent.parent.name} first\n"
         )
-        return None
-    chosen = yaml.safe_load((folder / "chosen.yaml").read_text(encoding="utf-8"))
-    if rule not in chosen["by_rule"]:
+        return []
+    ended = sorted((t for t in trials if t["status"] == "finished"), key=lambda trial: trial["validation"])
+    if not ended:
         sys.stderr.write(f"{rule}: none of {TRIALS} trials has finished\n")
-        return None
-    own = {name: chosen[name] for name in ("by_rule", "rule_settings") if name in chosen}
-    (folder / "settings.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
-    return folder / "settings.yaml"
-
-
-def _trials_of(folder: Path) -> int:
-    file = folder / "tune.json"
-    return len(json.loads(file.read_text(encoding="utf-8"))["trials"]) if file.exists() else 0
+    written = []
+    for number, trial in enumerate(ended[:CHOICES], start=1):
+        shared = {name: value for name, value in trial["settings"].items() if "." not in name}
+        rest = trial["settings"].keys() - shared.keys()
+        own = {name.removeprefix(f"{rule}."): trial["settings"][name] for name in sorted(rest)}
+        settings = {"by_rule": {rule: shared}} | ({"rule_settings": {rule: own}} if own else {})
+        written.append(folder / f"choice-{number}.yaml")
+        written[-1].write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return written
 
 
 def time_steps() -> None:
@@ -156,10 +168,18 @@ def time_steps() -> None:
             raise SystemExit(f"the steps of {model} could not be timed; what stands above says why")
 
 
+def last_choices(task: str) -> dict[str, tuple[int, Path]]:
+    """Return which choice of settings each rule that was run has ended with, and its folder."""
+    tried = {
+        rule: [at for at in enumerate(folders_of(task, rule), start=1) if (at[1] / "results.json").exists()]
+        for rule in RULES
+    }
+    return {rule: found[-1] for rule, found in tried.items() if found}
+
+
 def read_runs(task: str) -> tuple[list[Run], Metric]:
     """Return a task's runs under all rules that have been run, and what they are judged by."""
-    folders = [RESULTS / task / rule for rule in RULES if (RESULTS / task / rule / "results.json").exists()]
-    found = [read_results(folder) for folder in folders]
+    found = [read_results(folder) for _, folder in last_choices(task).values()]
     return [run for results in found for run in results.runs], found[0].metric if found else Metric()
 
 
@@ -167,11 +187,13 @@ def table(task: str) -> str:
     """Return a task's table: what was measured, and which rules were not run."""
     runs, metric = read_runs(task)
     rows = {row["rule"]: row for row in summary_rows(runs, metric)}
-    times = _times_of(task)
+    times, chosen = _times_of(task), last_choices(task)
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for name, row in ((name, rows.get(name, dict.fromkeys(COLUMNS, "not run"))) for name in RULES):
         if name in rows:
             row["δ angle, worst epoch"] = _worst_delta([run for run in runs if run.rule == name])
+            if chosen[name][0] > 1:
+                row["n"] += f", choice {chosen[name][0]}"
         facts = RULES[name].facts
         known = {
             "group": group_of(RULES[name]),

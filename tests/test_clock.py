@@ -101,7 +101,12 @@ def test_fewer_than_three_are_named_and_enough_are_not():
     assert path.check_optimizer(optimizer, steps=3001) == pytest.approx(dict.fromkeys("024", 3.001))
 
 
-@pytest.mark.parametrize("rule", ["bp", "fa", "wm", "mirror-kp"])
+def test_a_b_that_was_mirrored_first_has_a_clock_and_needs_no_warning():
+    path, optimizer = untied(fp.MirrorKolenPollack(start="exact"))
+    assert path.check_optimizer(optimizer, steps=100) == pytest.approx(dict.fromkeys("024", 0.1))
+
+
+@pytest.mark.parametrize("rule", ["bp", "fa", "wm"])
 def test_rules_that_do_not_depend_on_decay_have_no_clock(rule):
     path, optimizer = untied(rule)
     assert path.check_optimizer(optimizer, steps=5) == {}

@@ -12,7 +12,7 @@ from feedbackpath.train.results import Results, Run
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     """A bench in an empty folder, whose commands are noted and write what the real ones would."""
-    calls = []
+    calls, diverging = [], {"digits-mlp/wm": 3, "digits-mlp/wm/choice-2": 3}
 
     def call(command, *arguments):
         words = [command, *map(str, arguments)]
@@ -20,15 +20,13 @@ def bench(tmp_path, monkeypatch):
         rule, out = words[words.index("--rules") + 1], tmp_path / words[words.index("--out") + 1]
         if command == "tune":
             out.mkdir(parents=True)
-            trials = [{}] * int(words[words.index("--trials") + 1])
+            status = "diverged" if rule == "ss" else "finished"
+            trials = [
+                {"settings": {"lr": lr, f"{rule}.rate": 0.1}, "status": status, "validation": 10 * lr}
+                for lr in (0.5, 0.3, 0.7, 0.4, 0.6, 0.8, 0.9, 1.0)
+            ]
             (out / "tune.json").write_text(json.dumps({"trials": trials}))
-            chosen = {
-                "batch_size": 7,
-                "data_dir": "x",
-                "by_rule": {} if rule == "ss" else {rule: {"lr": 0.3}},
-            }
-            (out / "chosen.yaml").write_text(yaml.safe_dump(chosen))
-        return 2 if rule == "dfa" else 0
+        return 2 if rule == "dfa" else diverging.get(str(out.relative_to(tmp_path)), 0)
 
     monkeypatch.setattr(rules_bench, "RESULTS", tmp_path)
     monkeypatch.setattr(rules_bench, "call", call)
@@ -44,7 +42,10 @@ def test_glyphs_take_what_was_found_on_fashion_mnist_and_nothing_else_of_it(benc
     assert [words[0] for words in bench] == ["tune", "compare", "compare"]
     config = bench[2][bench[2].index("--config") + 1]
     assert config == bench[1][bench[1].index("--config") + 1]
-    assert yaml.safe_load((tmp_path / config).read_text()) == {"by_rule": {"kp": {"lr": 0.3}}}
+    assert yaml.safe_load((tmp_path / config).read_text()) == {
+        "by_rule": {"kp": {"lr": 0.3}},
+        "rule_settings": {"kp": {"rate": 0.1}},
+    }
     assert all("--resume" in words for words in bench)
     assert "--seed" not in bench[0]
     assert bench[1][bench[1].index("--seed") + 1] == "100"
@@ -55,6 +56,16 @@ def test_a_rule_that_fails_or_never_finishes_stops_no_other_and_is_named(bench):
         rules_bench.run("digits-mlp", None, ["dfa", "ss", "kp"])
     done = [(words[0], words[words.index("--rules") + 1]) for words in bench]
     assert done == [("tune", "dfa"), ("tune", "ss"), ("tune", "kp"), ("compare", "kp")]
+
+
+def test_where_a_run_diverges_the_next_best_settings_are_taken(bench, tmp_path):
+    rules_bench.run("digits-mlp", None, ["wm"])
+    tried = [
+        yaml.safe_load((tmp_path / words[words.index("--config") + 1]).read_text()) for words in bench[1:]
+    ]
+    assert [settings["by_rule"]["wm"]["lr"] for settings in tried] == [0.3, 0.4, 0.5]
+    folders = [tmp_path / words[words.index("--out") + 1] for words in bench[1:]]
+    assert folders == rules_bench.folders_of("digits-mlp", "wm")
 
 
 def test_known_orders_are_told_from_the_result_files(tmp_path, monkeypatch):

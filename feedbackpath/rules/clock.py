@@ -30,7 +30,7 @@ def count_efolds(
     steps: int,
     schedule: Schedule = None,
 ) -> dict[str, float]:
-    """Count the e-folds of a run for every B that depends on decay; see the equation above.
+    """Count the e-folds of a run for every B that Kolen-Pollack learning governs; see the equation above.
 
     Args:
         groups: Rules, and the weights that each governs.
@@ -41,13 +41,14 @@ def count_efolds(
             groups. None: rates stay as they are.
 
     Returns:
-        E-folds by the weight's name; empty where no rule depends on decay.
+        E-folds by the weight's name; empty under rules without this decay.
 
     Raises:
         RuleError: ``steps`` is no count, or the e-folds of this optimizer or schedule cannot be told.
 
     Warns:
-        KolenPollackWarning: Names the weights with fewer than three, and what to do.
+        KolenPollackWarning: Names the weights with fewer than three, and what to do; not those whose B was
+            mirrored first.
 
     Example:
         >>> import feedbackpath as fp
@@ -61,19 +62,19 @@ def count_efolds(
         raise RuleError(f"check_optimizer: steps must be a whole number of at least 1, not {steps!r}")
     places = {id(p): at for at, group in enumerate(optimizer.param_groups) for p in group["params"]}
     slow = {
-        weight.name: places[id(weight.weight)]
+        weight.name: (places[id(weight.weight)], rule.needs_decay)
         for rule, weights in groups
         for weight in weights
-        if getattr(rule, "needs_decay", False) and weight.has_feedback and id(weight.weight) in places
+        if hasattr(rule, "needs_decay") and weight.has_feedback and id(weight.weight) in places
     }
     if not slow:
         return {}
     totals = [0.0] * len(optimizer.param_groups)
     for settings in _settings_of_run(optimizer, steps, schedule):
-        for at in set(slow.values()):
+        for at in {at for at, _ in slow.values()}:
             totals[at] += _efolds_of_step(optimizer, settings[at])
-    efolds = {name: totals[at] for name, at in slow.items()}
-    short = {name: count for name, count in efolds.items() if count < LEAST_EFOLDS}
+    efolds = {name: totals[at] for name, (at, _) in slow.items()}
+    short = {name: count for name, count in efolds.items() if slow[name][1] and count < LEAST_EFOLDS}
     if short:
         warnings.warn(
             f"Kolen-Pollack: in {steps} steps W - B shrinks by {min(short.values()):.2g} e-folds in "
