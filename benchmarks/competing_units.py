@@ -1,7 +1,7 @@
 """Competing hidden units on MNIST, trained as Krotov & Hopfield (2019) do it, for docs/estimating-w.md.
 
-    python benchmarks/competing_units.py run --data-dir DIR     # goes on where it was broken off
-    python benchmarks/competing_units.py page                   # the table of the page, and the picture
+    python benchmarks/competing_units.py run --data-dir DIR --seeds 2     # goes on where it was broken off
+    python benchmarks/competing_units.py page                             # the table of the page
 
 A network 784-2000-10 on pixels from 0 to 1. Under `kh` hidden units compete for 55,000 images first, without
 labels; then their weights stay as they are, and the read-out learns. `random` leaves hidden weights as they
@@ -199,7 +199,10 @@ def run(data_dir: Path, seeds: int) -> None:
 
 
 def make_table(found: dict[str, Any]) -> str:
-    """Return errors by kind: mean over seeds, and the standard error that 10,000 test images leave."""
+    """Return errors by kind: mean over seeds, and the standard error that the 10,000 test images leave.
+
+    All seeds see the same test images, so that more seeds do not make this smaller.
+    """
     rows = [
         "| | n | training error (%) | test error (%) | published (%) |",
         "| --- | --- | --- | --- | --- |",
@@ -207,7 +210,7 @@ def make_table(found: dict[str, Any]) -> str:
     for kind, name in NAMES.items():
         runs = found["runs"][kind]
         training, test = (mean(run[split] for run in runs) for split in ("train", "test"))
-        spread = 100 * math.sqrt(test / 100 * (1 - test / 100) / (10_000 * len(runs)))
+        spread = 100 * math.sqrt(test / 100 * (1 - test / 100) / 10_000)
         label = name if kind == "random" else f"`{kind}`: {name}"
         published = PUBLISHED.get(kind, "–")
         rows.append(f"| {label} | {len(runs)} | {training:.2f} | {test:.2f} ± {spread:.2f} | {published} |")
