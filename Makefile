@@ -8,7 +8,7 @@ DEVELOP := $(VENV)/.develop
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test test-slow check bench format docs clean
+.PHONY: help install compare test test-slow check bench format docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,6 +22,8 @@ $(CORE): pyproject.toml constraints.txt
 $(DEVELOP): $(CORE)
 	$(PIP_INSTALL) --editable '.[data,test,lint,docs]'
 	@touch $@
+
+install: $(DEVELOP)  ## the library and all that these targets need, into .venv
 
 compare: $(CORE)  ## the main job: five rules on built-in data, at most 12 minutes on two cores
 	$(BIN)/feedbackpath compare --out runs/compare --resume

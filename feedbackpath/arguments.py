@@ -185,7 +185,7 @@ def refusing(error: type[UserError], message: str) -> Iterator[None]:
 def refuse_name(name: str, what: str, error: type[UserError]) -> None:
     """Refuse a name that cannot be one of a file, nor one of several that commas part."""
     if not name or not name.isprintable() or {os.sep, ","} & set(name):
-        raise error(f"{what} cannot be called {name!r}: files are called after it, and commas part names")
+        raise error(f"{what} cannot be called {name!r}: files get this name, and commas separate names")
 
 
 def _refuse_misfits(

@@ -5,23 +5,23 @@ import sys
 
 
 class UserError(ValueError):
-    """Something the user can mend; the command line prints it as one line and exits with code 2."""
+    """An error that the user can correct; the command line prints one line and exits with code 2."""
 
 
 class UntieError(UserError):
-    """A model that cannot be untied as it stands, or a path that does not fit its model any more."""
+    """A model that cannot be untied as it is, or a path that no longer fits its model."""
 
 
 class RuleError(UserError):
-    """A rule that does not exist, or that is given settings or a network it cannot work with."""
+    """A rule that does not exist, or that cannot work with the given settings or network."""
 
 
 class ChipError(UserError):
-    """A device, a read-out or a chip that cannot be, or does not fit the network on it."""
+    """A device, a read-out or a chip that is impossible, or does not fit the network."""
 
 
 class DataError(UserError):
-    """A dataset that is missing, damaged or not what was asked for; one line, whatever its files' names."""
+    """A dataset that is missing, damaged or not as expected; the message is one line."""
 
     def __init__(self, message: object) -> None:
         super().__init__(printable(str(message)))
@@ -36,7 +36,7 @@ class CheckpointError(UserError):
 
 
 class UnconvertedLayerWarning(UserWarning):
-    """Layers that own weights but have no untied form, so that their backward pass still uses W."""
+    """Layers with weights that have no untied form, so their backward pass still uses W."""
 
 
 class MirrorWarning(UserWarning):

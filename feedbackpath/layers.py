@@ -27,7 +27,7 @@ class RectifiedTanh(nn.Module):
 
 
 class SynapticScaling(nn.Module):
-    """Scale each neuron's rate by what its own rate has been: a norm that needs no other neuron or sample.
+    """Scale each neuron's rate by its own past rates: a norm that needs no other neuron or sample.
 
     With y the rate that a neuron fires, ``m`` and ``v`` running means of it and of its squared deviation::
 
@@ -37,9 +37,9 @@ class SynapticScaling(nn.Module):
         dL/dy = g delta
 
     Means are over the samples of a step; r is 1 over the number of steps, and later ``rate``. Nothing is
-    learned. Errors do not pass through ``m`` and ``g``: they are slow. Whoever receives a neuron's rate, a
-    cell of the feedback path among them, can keep the same averages, so that nothing but the rate has to
-    reach it. Put it behind the activation, where rates are what neurons fire.
+    learned. Errors do not pass through ``m`` and ``g``, because these are slow. A cell that receives the
+    neuron's rate, such as one of the feedback path, can keep the same averages, so only the rate has to
+    reach it. Put this layer behind the activation, where signals are rates.
 
     Differs from Turrigiano (2008): presynaptic, where each target scales what it receives, and it takes the
     mean off (Appendix C.2 of Akrout et al. 2019: rates about a baseline that is estimated locally).

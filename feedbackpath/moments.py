@@ -46,10 +46,10 @@ class Pair(NamedTuple):
 
 
 def share_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Keep the moments of W and of a B that learns once, where an optimizer makes them of the same gradients.
+    """Keep one set of moments for W and B, if B learns from the same gradients.
 
-    Training stays the same: bit for bit, or to rounding where the optimizer is fused. A weight whose
-    gradient is not its B's in some step has moments of its own from then on.
+    Training stays the same: bit for bit, or to rounding if the optimizer is fused. If W and B have different
+    gradients in a step, they have separate moments from then on.
 
     Args:
         path: The feedback path.
@@ -57,7 +57,7 @@ def share_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
             after a checkpoint was loaded.
 
     Raises:
-        RuleError: Nothing can be shared; it is said why.
+        RuleError: Nothing can be shared; the message says why.
 
     Example:
         >>> import feedbackpath as fp

@@ -43,23 +43,23 @@ def untie(
     chip: "Chip | None" = None,
     seed: int = 0,
 ) -> "FeedbackPath":
-    """Give a model's layers feedback weights of their own, in place, and a rule that governs them.
+    """Give a model's layers their own feedback weights, in place, and a rule by which these change.
 
     Forward outputs stay bit-identical and parameters keep their identity. Make the optimizer, and wrap in
     DDP or ``torch.compile``, afterwards.
 
     Args:
-        model: Any model. Each parameter with two dimensions larger than 1 gets a feedback weight, but for
+        model: Any model. Each parameter with two dimensions larger than 1 gets a feedback weight, except
             embeddings and norms.
         rule: A rule or its name: ``"bp"``, ``"fa"``, ``"kp"``, ``"mirror-kp"``, ...; all are in ``fp.RULES``.
         overrides: Glob patterns of layer paths to rules, such as ``{"fc": "bp"}``; the last match counts.
-        strict: Refuse a model with layers that the rule cannot govern, instead of warning; and one with
-            weights that are no matrix among its parameters: buffers, flat parameters, layers in a plain list.
-        activations: Glob patterns of layer paths to the activation that follows (mirror mode needs it);
-            where not given it is found by tracing the model.
+        strict: Raise an error, instead of a warning, if the rule cannot run some layers; also if the model
+            has weights that are no matrices among its parameters: buffers, flat parameters, plain lists.
+        activations: Glob patterns of layer paths to the activation after the layer (for mirror mode);
+            activations that are not given are found by tracing the model.
         batchnorm_feedback: What BatchNorm sends back in training: the whole gradient, as autograd does, or
             ``"sigma"``: delta times gamma / sigma, as in the paper's Appendix D.3.
-        chip: The arrays that hold W and B; ``chip.attach(optimizer)`` follows. None: no devices.
+        chip: The arrays that hold W and B; call ``chip.attach(optimizer)`` afterwards. None: no devices.
         seed: Seed of everything random in the feedback path.
 
     Returns:
@@ -104,15 +104,15 @@ def untie(
 
 @checked_methods(RuleError)
 class FeedbackPath(Measures):
-    """The feedback path of an untied model: its feedback weights, their rules, and what can be asked of them.
+    """The feedback path of an untied model: its feedback weights, their rules, and measurements.
 
     Attributes:
         model: The untied model.
         rules: Layer paths to rules.
-        context: What the rules may know of this path.
+        context: What the rules may know about this path.
         layers: Layer paths to untied layers.
         weights: Every untied weight; one parameter in several layers appears once for each of them.
-        groups: The rules and the weights that each governs, each parameter once.
+        groups: The rules, each with its weights; each parameter appears once.
         chip: The arrays that hold W and B; None: ordinary memory.
     """
 
@@ -126,7 +126,7 @@ class FeedbackPath(Measures):
         self.chip: Chip | None = None
 
     def step(self) -> None:
-        """Do what the rules do after an update, ``optimizer.step()``: mirror, take signs, or nothing.
+        """Do what the rules do after ``optimizer.step()``: mirror, copy signs, or nothing.
 
         Raises:
             RuleError: The optimizer has left out feedback weights that learn, or ``requires_grad`` of one was
@@ -150,7 +150,7 @@ class FeedbackPath(Measures):
         until_angle_deg: float | None = None,
         most_steps: int | None = None,
     ) -> None:
-        """Go into mirror mode by hand, at any time: see ``feedbackpath.mirror.by_hand.mirror``."""
+        """Run mirror mode now: see ``feedbackpath.mirror.by_hand.mirror``."""
         from feedbackpath.mirror import by_hand
 
         self._check()
@@ -175,7 +175,7 @@ class FeedbackPath(Measures):
         return any(getattr(rule, "mirror", None) is not None for rule, _ in self.groups)
 
     def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-        """Yield (name, forward weight, feedback weight) of every untied weight that has one by now.
+        """Yield (name, forward weight, feedback weight) of every untied weight that has a feedback weight.
 
         B is laid out as W; where errors are broadcast it is ``[outputs, *input]``, made by the first run.
         """
@@ -185,9 +185,9 @@ class FeedbackPath(Measures):
                 yield weight.name, weight.weight, weight.feedback
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Clip gradients by the norm of the forward ones alone, as in backprop; return it, before clipping.
+        """Clip gradients by the norm of the forward weights' gradients, as in backprop; return that norm.
 
-        All gradients are scaled alike, those of feedback weights that learn among them.
+        All gradients are scaled by the same factor, also those of feedback weights that learn.
         """
         self._check()
         return clip_by_forward_norm(self.model, self.groups, self.context, max_norm, norm_type)
@@ -195,9 +195,9 @@ class FeedbackPath(Measures):
     def check_optimizer(
         self, optimizer: torch.optim.Optimizer, *, steps: int | None = None, schedule: clock.Schedule = None
     ) -> dict[str, float]:
-        """See that an optimizer suits the rules; what they raise and warn of is said there.
+        """Check that an optimizer suits the rules; see each rule for its errors and warnings.
 
-        Told a run's ``steps``, return the e-folds of Kolen-Pollack's W - B: ``rules.clock.count_efolds``.
+        Given a run's ``steps``, return the e-folds of Kolen-Pollack's W - B: ``rules.clock.count_efolds``.
         """
         self._check()
         for rule, group in self.groups:
@@ -205,12 +205,12 @@ class FeedbackPath(Measures):
         return {} if steps is None else clock.count_efolds(self.groups, optimizer, steps, schedule)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what resuming needs beyond the model's own state: how far the rules have come."""
+        """Return what a resume needs besides the model's state: the state of the rules."""
         chip = {} if self.chip is None else {"chip": self.chip.state_dict()}
         return self.context.state_dict() | chip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the state that ``state_dict`` returned."""
+        """Restore the state that ``state_dict`` returned."""
         with refusing(UntieError, "this is no state of a path"):
             self.context.load_state_dict(state)
             if self.chip is not None and "chip" in state:
@@ -222,7 +222,7 @@ class FeedbackPath(Measures):
         self.context.attach(self.model)
 
     def retie(self) -> nn.Module:
-        """Give back plain torch modules, with the forward weights as they are now; return the model."""
+        """Turn the model back into plain torch modules with the present forward weights; return it."""
         self._refuse_retied()
         self._guard.refuse_other_classes()
         self._is_retied = True
@@ -234,7 +234,7 @@ class FeedbackPath(Measures):
 
     def _refuse_retied(self) -> None:
         if self._is_retied:
-            raise UntieError("this path has been retied already: untie the model again for a new one")
+            raise UntieError("this path was already retied: untie the model again for a new path")
 
     def _check(self) -> None:
         """See that the path may be asked something: it is not retied, and its model still what was untied."""

@@ -117,7 +117,7 @@ def test_a_shared_layer_with_one_kind_of_activation_is_found():
 def test_what_a_trace_cannot_tell_is_named_and_may_be_given(model):
     path = fp.untie(model, "wm")
     with pytest.warns(
-        fp.MirrorWarning, match=r"what follows 'layer'.* cannot be told, and is taken as linear"
+        fp.MirrorWarning, match=r"the activation after 'layer'.* is unknown, and is taken as linear"
     ):
         path.mirror(1)
     path.retie()

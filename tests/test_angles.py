@@ -183,7 +183,8 @@ def test_delta_angles_with_activation_checkpointing():
 def test_a_loss_of_another_model_is_refused():
     path, other = fp.untie(MLP.build(), "fa"), MLP.build()
     with pytest.raises(
-        fp.UntieError, match="compute_loss ran no untied layer of this path .*: run its own model"
+        fp.UntieError,
+        match="compute_loss ran no untied layer of this path .*: let it run the model of this path",
     ):
         path.delta_angles(lambda: other(MLP.inputs()[0]).sum())
 

@@ -123,7 +123,7 @@ def test_an_optimizer_without_the_matrices_of_direct_kolen_pollack_is_refused():
     early.step()
     with pytest.raises(fp.RuleError, match="not the feedback weights of '2', '4'; .* has run once"):
         path.step()
-    with pytest.warns(fp.KolenPollackWarning, match="the random start of '2', '4' will not be forgotten"):
+    with pytest.warns(fp.KolenPollackWarning, match="the random start of '2', '4' will not decay"):
         path.check_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
 
 

@@ -115,8 +115,8 @@ def test_rules_that_do_not_depend_on_decay_have_no_clock(rule):
 @pytest.mark.parametrize(
     ("kind", "steps", "message"),
     [
-        (torch.optim.Adam, 5, "the e-folds of Adam cannot be told"),
-        (torch.optim.RMSprop, 5, "the e-folds of RMSprop cannot be told"),
+        (torch.optim.Adam, 5, "the e-folds of Adam cannot be computed"),
+        (torch.optim.RMSprop, 5, "the e-folds of RMSprop cannot be computed"),
         (torch.optim.SGD, 0, "steps must be a whole number of at least 1, not 0"),
         (torch.optim.SGD, 2.5, "not 2.5"),
     ],
@@ -138,7 +138,7 @@ def test_a_schedule_that_cannot_be_run_ahead_is_refused(case):
     }[case]()
     rate = optimizer.param_groups[0]["lr"]
     with pytest.raises(
-        fp.RuleError, match="belongs to another" if case == "another's" else "cannot be run ahead"
+        fp.RuleError, match="belongs to another" if case == "another's" else "cannot be simulated"
     ):
         path.check_optimizer(optimizer, steps=50, schedule=schedule)
     assert optimizer.param_groups[0]["lr"] == rate

@@ -42,7 +42,7 @@ def run(capsys, *arguments):
         ("report", "feedbackpath report needs FOLDERS: folders that hold a results.json each"),
         ("eval", "feedbackpath eval needs FOLDER: folder of a run, made by feedbackpath train"),
         ("data check", "feedbackpath data check needs FOLDER"),
-        ("train --resume", "feedbackpath train needs a value after --resume: folder of a run to go on with"),
+        ("train --resume", "feedbackpath train needs a value after --resume: folder of a run to continue"),
         ("compare --lr", "feedbackpath compare needs a value after --lr"),
         ("compare --lr fast", "--lr is 'fast': it must be a number"),
         ("tune --trials two", 'unable to convert "two" into int; feedbackpath tune --help'),

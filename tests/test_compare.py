@@ -212,7 +212,7 @@ def test_report_renders_a_folder_anew(tmp_path):
         (["compare", "--device", "gpu"], "gpu"),
         (["compare", "--data", "digits", "--model", "lenet"], "lenet"),
         (["compare", "--data", "digits", "--classes", "5"], "digits takes no"),
-        (["report", "."], "holds no results.json"),
+        (["report", "."], "has no results.json"),
         (["compare", "--rules", ""], "name at least one rule"),
         (["compare", "--seed", str(10**14)], "--seed"),
         (["compare", "--data", "digits", "--model", "mlp", "--device", "meta"], "meta"),

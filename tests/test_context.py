@@ -66,7 +66,7 @@ def test_a_copy_belongs_to_no_model_and_keeps_the_state(copied):
     context.part(Part).count = 7
     twin = copied(context)
     assert twin.part(Part).count == 7
-    with pytest.raises(RuntimeError, match="model of this feedback path is gone"):
+    with pytest.raises(RuntimeError, match="model of this feedback path no longer exists"):
         _ = twin.model
     assert twin.attach(model).model is model
 

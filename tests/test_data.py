@@ -187,7 +187,7 @@ def test_digits_are_those_that_scikit_learn_loads():
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"digits: .*pip install 'feedbackpath\[data\]'"):
+    with pytest.raises(DataError, match=r"digits: .*pip install scikit-learn"):
         load_dataset("digits")
 
 

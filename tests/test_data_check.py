@@ -172,10 +172,10 @@ def test_shrink_refuses_other_settings_or_a_folder_in_use(tmp_path, capsys):
     root, out = make_class_folders(tmp_path / "in", **SMALL), tmp_path / "out"
     call(capsys, "shrink", root, out, "--size", 40)
     for arguments, message in [
-        ((root, out, "--size", 41), "holds a copy made otherwise"),
-        ((root, tmp_path), "cannot lie within"),
-        ((root, root / "train" / "small"), "cannot lie within"),
-        ((root, make_class_folders(tmp_path / "other", **SMALL)), "holds other files"),
+        ((root, out, "--size", 41), "has a copy with other settings"),
+        ((root, tmp_path), "cannot be inside"),
+        ((root, root / "train" / "small"), "cannot be inside"),
+        ((root, make_class_folders(tmp_path / "other", **SMALL)), "has other files"),
         ((tmp_path / "nowhere", out), "there is no folder"),
         ((root, out, "--size", 0), "Must be >= 1"),
     ]:

@@ -682,6 +682,6 @@ def test_what_hides_a_copy_of_a_weight_is_refused_or_goes_through_feedback(run):
     try:
         _, found = gradients(model, x)
     except fp.UntieError as error:
-        assert "cannot be led through a feedback weight here: leave the layer to backprop" in str(error)  # noqa: PT017
+        assert "errors cannot be sent through a feedback weight there" in str(error)  # noqa: PT017
     else:
         assert difference(found["x"], expected["x"]) > 0.05

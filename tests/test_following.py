@@ -166,10 +166,10 @@ def test_what_cannot_be_told_is_linear_and_named_once(follow, rule):
     path = fp.untie(model, rule)
     found, told = train(path, model)
     assert found["nets.1.layer"] is identity
-    named = [message for message in told if "cannot be told" in message]
+    named = [message for message in told if "is unknown" in message]
     assert len(named) == 1
-    assert "'nets.*.layer' (3) cannot be told, and is taken as linear; give it where it is not" in named[0]
-    assert not any("cannot be told" in message for message in train(path, model)[1])
+    assert "'nets.*.layer' (3) is unknown, and is taken as linear; if it is not, give it" in named[0]
+    assert not any("is unknown" in message for message in train(path, model)[1])
 
 
 def test_what_is_given_goes_before_what_is_seen():
@@ -183,7 +183,7 @@ def test_what_is_seen_goes_before_what_a_trace_found():
     """Before the first step a trace has to do, which takes a norm of one's own for opaque."""
     model = Net(lambda net, y, x: net.parts[0](y), 4, NormAct(4, nn.SiLU()))
     path = fp.untie(model, "wm")
-    with pytest.warns(fp.MirrorWarning, match=r"what follows 'layer' cannot be told.* train one step first"):
+    with pytest.warns(fp.MirrorWarning, match=r"the activation after 'layer' is unknown.* take one first"):
         path.mirror(1)
     found, _ = train(path, model)
     torch.testing.assert_close(found["layer"](PROBE), F.silu(PROBE))

@@ -79,7 +79,7 @@ CHANGES = {
     "of another path": (lambda m: m.append(untied_elsewhere()), "'4' is a copy .* or of another path"),
     "shared later": (
         lambda m: setattr(m[2], "weight", m[0].weight),
-        "that were shared are so no more, or others",
+        "other weights are shared now than before",
     ),
 }
 

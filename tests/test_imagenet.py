@@ -249,7 +249,7 @@ def empty_val(root):
         (remove_all, "holds no layout that is known.*class folders .*Kaggle's download .*Parquet"),
         (remove_val, r"val cannot be read \(No such file"),
         (add_parquet, "holds class folders and parquet"),
-        (add_class_to_val, "val has classes that .*train has not: n99"),
+        (add_class_to_val, "val has classes that .*train does not have: n99"),
         (empty_class, "1 classes of .* have no training images, such as n00000001: .*data check"),
         (empty_val, "at least one test image"),
     ],
@@ -353,5 +353,5 @@ def test_other_datasets_refuse_the_options_of_photographs(option):
 def test_without_pyarrow_the_error_says_what_to_install(tmp_path, monkeypatch):
     make_parquet_folder(tmp_path, **SMALL)
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"pip install 'feedbackpath\[data\]'"):
+    with pytest.raises(DataError, match=r"pip install pyarrow"):
         load(tmp_path)

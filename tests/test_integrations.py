@@ -67,7 +67,7 @@ def test_a_path_steps_with_its_optimizer_and_stops_when_told():
 
 def test_an_optimizer_of_something_else_is_refused():
     _, path = make("fa")
-    with pytest.raises(fp.RuleError, match="SGD holds no weight of the path's model: make it from"):
+    with pytest.raises(fp.RuleError, match="SGD has no weight of the path's model: make it from"):
         follow(make_optimizer(nn.Linear(2, 2)), path)
 
 

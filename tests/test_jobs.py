@@ -144,10 +144,10 @@ def test_print_config_shows_every_value_and_runs_nothing(tmp_path, monkeypatch, 
         (["train", "--recipe", "glyph-resnet8"], "did you mean 'glyphs-resnet8'"),
         (["train", "--rul", "kp"], "--rule"),
         (["train", "--rule", "kq"], "unknown rule 'kq'"),
-        (["train", "--resume", "."], "holds no run"),
+        (["train", "--resume", "."], "has no run"),
         (["train", "--resume", ".", "--recipe", "glyphs-resnet8"], "leave --recipe"),
         (["train", "--schedule", "step"], "--schedule is 'step': choose 'cosine', 'constant' or 'steps'"),
-        (["eval", "."], "holds no run"),
+        (["eval", "."], "has no run"),
         (["eval"], "folder"),
     ],
 )
@@ -240,7 +240,7 @@ def test_two_processes_in_one_folder_one_runs_and_one_is_refused(tmp_path):
     winner, loser = (both[codes.index(code)] for code in (0, 2))
     refusal = errors[codes.index(2)]
     # Where one has ended before the other looks, its results are in the way, not its lock.
-    assert f"is in use by process {winner.pid} on " in refusal or "holds results already" in refusal
+    assert f"is in use by process {winner.pid} on " in refusal or "already has results" in refusal
     assert loser.pid != winner.pid
     assert len(read_results(tmp_path / "run").runs) == 1
 
@@ -275,7 +275,7 @@ def test_a_checkpoint_of_other_settings_is_refused(interrupted, capsys, changes,
     arguments = ["--rule", "kp", "--epochs", 3, *SMALL, *changes]
     assert run_cli("train", *arguments, "--out", interrupted) == 2
     printed = capsys.readouterr().err
-    assert "is of another run" in printed
+    assert "belongs to another run" in printed
     assert message in printed
 
 
@@ -284,7 +284,7 @@ def test_a_checkpoint_of_another_rule_or_seed_is_refused(interrupted, capsys, ow
     (folder,) = interrupted.glob("checkpoints/*")
     folder.rename(folder.with_name("fa-seed0" if own[1] == "fa" else "kp-seed1"))
     assert run_cli("train", *SMALL, *own, "--epochs", 3, "--out", interrupted) == 2
-    assert "is of another run" in capsys.readouterr().err
+    assert "belongs to another run" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_named_with_its_cause(tmp_path, capsys):
@@ -298,7 +298,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_its_cause(tmp_path, capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compare", "--mirror-epochs", "3", "--epochs", "1"], "leaves none to train in"),
+        (["compare", "--mirror-epochs", "3", "--epochs", "1"], "leaves none for training"),
         (["compare", "--rules", "bp,kp", "--mirror-epochs", "1"], "no rule of this job mirrors"),
         (["compare", "--norm", "before"], "mlp has no BatchNorm"),
         (["compare", "--optimizer", "adamw", "--momentum", "0.9"], "belongs to --optimizer sgd"),
@@ -333,7 +333,7 @@ def test_a_run_that_a_bad_image_stopped_goes_on_as_its_message_says(tmp_path, ca
     run = [*ON_FOLDERS, "--data-dir", data, "--rule", "kp", "--epochs", 2]
     assert run_cli("train", *run, "--out", tmp_path / "stopped") == 2
     message = capsys.readouterr().err
-    assert "go on without such images by --resume RUN --on-bad-image skip" in message
+    assert "continue without such images by --resume RUN --on-bad-image skip" in message
     assert "begin a new run" in message
     assert run_cli("train", "--resume", tmp_path / "stopped", "--on-bad-image", "skip") == 0
     assert run_cli("train", *run, "--out", tmp_path / "whole", "--on-bad-image", "skip") == 0
@@ -392,7 +392,7 @@ def test_a_comparison_does_not_take_over_the_folder_of_a_trained_network(tmp_pat
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
     job = ["compare", *SMALL, "--rules", "kp", "--epochs", 3, "--select-best", "--out", out, "--resume"]
     assert run_cli(*job) == 2
-    assert "was made by train, and compare cannot go on with it" in capsys.readouterr().err
+    assert "was made by train, and compare cannot continue it" in capsys.readouterr().err
     assert all(path.read_bytes() == content for path, content in before.items())
 
 

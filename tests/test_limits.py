@@ -29,7 +29,7 @@ HELD = {
         "A matrix that is only added": "test_parameters_that_are_only_added_get_no_feedback_weight",
     },
     "test_limits": {
-        "The model's own forward pass": "test_a_product_outside_the_model_goes_back_through_the_weight",
+        "Products outside the model's own": "test_a_product_outside_the_model_goes_back_through_the_weight",
         "A table of positions": "test_positions_that_another_function_adds_get_a_b_that_nothing_uses",
         "An average of weights made before": "test_an_average_of_a_list_made_beforehand_is_not_seen",
         "Recurrent layers run": "test_recurrent_layers_run_without_cudnn",
@@ -41,20 +41,20 @@ HELD = {
         "The weight mirror leaves": "test_a_wide_layer_and_a_small_minibatch_leave_20_degrees",
         "The first mirroring": "test_a_first_mirroring_is_50_passes_of_2048_examples",
         "What is not through": "test_a_hook_on_attention_is_not_felt_by_the_mirror",
-        "One more tensor": "test_feedback_weights_take_the_memory_of_the_forward_ones",
+        "`B` is one more tensor": "test_feedback_weights_take_the_memory_of_the_forward_ones",
         "`torch.compile(t": "test_grad_of_torch_func_goes_through_feedback_where_it_is_not_compiled",
         "`torch.fx.symbolic_trace`": "test_an_untied_model_cannot_be_traced_and_a_retied_one_can",
         "`path` belongs": "test_a_copy_of_a_model_is_not_measured_by_its_path",
         "A plain model refuses": "test_a_plain_model_refuses_feedback_keys",
         "GPUs are not": "test_no_measured_result_comes_from_a_gpu",
         "It does not download": "test_no_file_of_the_package_opens_a_connection",
-        "It reads data within": "test_the_bounds_of_data_are_those_that_are_stated",
+        "It limits the size of data": "test_the_bounds_of_data_are_those_that_are_stated",
     },
     "test_usage": {
         "An embedding's table": "test_a_table_that_is_read_back_is_named",
     },
     "test_guard": {
-        "What is done to a model after": "test_a_change_is_noticed_by_the_next_step_whatever_the_rule",
+        "A change of the model after": "test_a_change_is_noticed_by_the_next_step_whatever_the_rule",
     },
     "test_faults": {
         "Rules that broadc": "test_broadcasting_into_a_checkpointed_part_trains_all_layers_or_is_refused",
@@ -76,10 +76,10 @@ HELD = {
         "`torch.save((model": "test_a_model_and_its_path_are_saved_together",
     },
     "test_following": {
-        "One activation a layer": "test_what_cannot_be_told_is_linear_and_named_once",
+        "A layer has one activation": "test_what_cannot_be_told_is_linear_and_named_once",
     },
     "test_cited_rules": {
-        "`pal` makes": "test_phaseless_noise_rides_on_training_alone",
+        "`pal` adds noise": "test_phaseless_noise_rides_on_training_alone",
         "`pfa` needs": "test_product_feedback_alignment_says_what_it_cannot_do",
         "`kh` changes": "test_hidden_units_compete_as_is_written",
         "`rdd` and `stdwi` simulate": "test_cells_leak_and_spike_as_is_written",
@@ -98,11 +98,11 @@ HELD = {
         "`until_angle_deg`": "test_the_angle_is_told_by_the_passes_own_agreement_and_never_by_the_weights",
     },
     "test_distributed": {
-        "On several devices": "test_feedback_is_the_same_on_all_ranks_bit_for_bit_and_after_resuming",
+        "`Mirror(across_devices": "test_feedback_is_the_same_on_all_ranks_bit_for_bit_and_after_resuming",
     },
     "test_schedule": {
         "A share of FLOPs": "test_what_a_layer_costs_is_the_same_on_every_kind_of_device",
-        "Many device": "test_the_minibatch_is_that_of_all_devices_so_that_their_number_makes_no_difference",
+        "Each device": "test_the_minibatch_is_that_of_all_devices_so_that_their_number_makes_no_difference",
     },
     "test_one_input": {
         "One noisy input": "test_feedback_goes_to_the_weights_times_the_covariance_of_the_inputs",
@@ -111,14 +111,14 @@ HELD = {
         "Only the layer and its": "test_norms_and_dropout_are_passed_over",
     },
     "test_exact": {
-        "Codes tell `W` exactly": "test_weak_codes_are_nearly_exact_behind_smooth_activations",
+        "The exact read-out is exact": "test_weak_codes_are_nearly_exact_behind_smooth_activations",
     },
     "test_angles": {
         "`delta_angles` runs": "test_another_minibatch_the_second_time_is_refused",
     },
     "test_replicas": {
         "FSDP and tensor": "test_weights_that_are_sharded_after_untie_are_refused_by_every_use",
-        "DDP starts": "test_a_checkpoint_that_the_first_process_loads_counts_for_all_from_the_first_step",
+        "DDP copies `B`": "test_a_checkpoint_that_the_first_process_loads_counts_for_all_from_the_first_step",
     },
     "test_forward": {
         "Second derivatives": "test_a_gradient_penalty_trains_w_and_b_of_kolen_pollack_alike",

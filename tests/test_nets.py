@@ -54,7 +54,7 @@ def refused(capsys, *arguments):
 
 HOPELESS = {
     "no such device": (["train", "--device", "hpu", *SMALL], "device 'hpu' cannot be used"),
-    "a CPU's number": (["train", "--device", "cpu:3", *SMALL], "a CPU has no number"),
+    "a CPU's number": (["train", "--device", "cpu:3", *SMALL], "CPUs have no numbers"),
     "no such device, audit": (["audit", "--device", "xpu", *SMALL[:4]], "device 'xpu' cannot be used"),
     "no such device, bench": (["bench", "--models", "mlp", "--device", "hpu"], "device 'hpu' cannot be used"),
     "no number of devices": (["train", "--devices", "cpu:0", *SMALL], "must be a whole number"),
@@ -152,8 +152,7 @@ def test_ctrl_c_before_a_job_has_begun_is_one_line(monkeypatch, capsys):
 def test_names_are_text_and_no_command_to_the_terminal(capsys):
     told = refused(capsys, "eval", "\x1b[2J\udce9[/x]")
     assert (
-        told
-        == "feedbackpath: \\x1b[2J\\udce9[/x] holds no run: give the --out folder of feedbackpath train\n"
+        told == "feedbackpath: \\x1b[2J\\udce9[/x] has no run: give the --out folder of feedbackpath train\n"
     )
     from feedbackpath.cli.output import make_console
 
@@ -409,7 +408,7 @@ def test_what_was_taken_for_something_else_is_refused(case):
 @pytest.mark.parametrize("name", ["a/b", "../x", "", "a,b", "\x1b[31m"])
 def test_a_rule_whose_name_files_cannot_have_is_refused_when_it_is_registered(name):
     kind = type("Own", (fp.Rule,), {"name": name})
-    with pytest.raises(fp.RuleError, match="files are called after it"):
+    with pytest.raises(fp.RuleError, match="files get this name"):
         fp.register_rule(kind)
     assert name not in RULES
 

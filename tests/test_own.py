@@ -216,7 +216,7 @@ def run_own(folder, *arguments, **changes):
         ({"parts": "{'validation': (x[:0], x[:0])}"}, "validation has 0 inputs and 0 targets"),
         ({"more": "sys.exit(0)"}, "own.py, line 20: SystemExit: 0"),
         ({"more": "fp.register_task('a/b', make)"}, "cannot be called 'a/b'"),
-        ({"more": "fp.register_task('c', lambda: 3)"}, "is called with seed=0, and cannot be"),
+        ({"more": "fp.register_task('c', lambda: 3)"}, "must accept seed=0"),
         ({"more": "fp.register_model('own', None)"}, "register_model: make must be a function, not None"),
     ],
 )

@@ -152,9 +152,9 @@ def test_report_of_several_folders_prints_the_table(folders, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bp", "kp", "--out", "kp"], "--out kp holds a run"),
+        (["bp", "kp", "--out", "kp"], "--out kp has its own run"),
         (["bp", "kp", "bp"], "bp and bp both hold bp, seed 0"),
-        (["bp", "nowhere"], "nowhere holds no results.json"),
+        (["bp", "nowhere"], "nowhere has no results.json"),
         ([], "FOLDERS"),
     ],
 )

@@ -343,7 +343,9 @@ def test_what_only_looks_like_a_rule_is_refused():
     for given in (Duck, Duck(), type("Nameless", (fp.Rule,), {})):
         with pytest.raises(fp.RuleError, match="derive a class from fp.Rule and give it a name"):
             fp.register_rule(given)
-    with pytest.raises(fp.RuleError, match=r"Duck object .* is no rule: .* an object of a subclass of Rule"):
+    with pytest.raises(
+        fp.RuleError, match=r"Duck object .* is not a rule: .* an object of a subclass of Rule"
+    ):
         fp.untie(make_mlp(), Duck())
     assert "duck" not in fp.RULES
 

@@ -202,10 +202,10 @@ def test_a_file_of_the_users_is_not_overwritten(tmp_path, capsys, name):
     more = ["--config", tmp_path / name] if name == "config.yaml" else []
     for command in ("train", "compare"):
         assert run(command, *SMALL, *more, "--out", tmp_path) == 2
-        assert f"{name} is there, and no job's" in capsys.readouterr().err
+        assert f"{name} exists, is not from a job" in capsys.readouterr().err
     assert (tmp_path / name).read_text() == "epochs: 1\n"
     if name in ("history.jsonl", "report.html"):
-        with pytest.raises(ConfigError, match="no job's"):
+        with pytest.raises(ConfigError, match="not from a job"):
             fp.Recorder(tmp_path, rule="kp")
 
 

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 from feedbackpath.errors import CheckpointError, ConfigError
 from feedbackpath.train.store import (
@@ -55,6 +56,24 @@ def test_the_newest_are_kept_and_the_best(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
     checkpoints.remove()
     assert not tmp_path.exists()
+
+
+def test_bytes_of_a_checkpoint_follow_from_its_values_alone(tmp_path):
+    state = nn.BatchNorm1d(2).state_dict()
+    own = {"model": state, "tally": {"model": 1, "names": ("model", ["model"])}}
+    loaded = {
+        "model": state,
+        "tally": {"".join("model"): 1, "names": ("".join("model"), ["".join("model")])},
+    }
+    assert loaded["tally"]["names"][1][0] is not own["tally"]["names"][1][0]
+    paths = [
+        Checkpoints(tmp_path / name, {}).save_best(content) for name, content in (("a", own), ("b", loaded))
+    ]
+    assert paths[0].name == paths[1].name
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    read = Checkpoints(tmp_path / "a", {}).load_best()
+    assert read["tally"] == own["tally"]
+    assert read["model"]._metadata == state._metadata
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "text"])
@@ -141,7 +160,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_the_difference_named(tmp_pat
     Checkpoints(tmp_path, RUN).save_best(STATE)
     (name,) = other
     for load in (Checkpoints.load_newest, Checkpoints.load_best):
-        with pytest.raises(ConfigError, match=rf"of another run: {name} \("):
+        with pytest.raises(ConfigError, match=rf"to another run: {name} \("):
             load(Checkpoints(tmp_path, RUN | other))
 
 

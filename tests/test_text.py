@@ -56,7 +56,7 @@ def test_parts_share_no_file_and_depend_on_names_alone(folder, tmp_path):
     (tmp_path / "one.txt").write_text("short")
     with pytest.raises(DataError, match="give a folder of more text files"):
         load_task("text", data_dir=tmp_path)
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         load_task("text", data_dir=tmp_path / "one.txt")
 
 

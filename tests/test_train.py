@@ -234,12 +234,12 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
         ("warmup_epochs: .nan", "warmup-epochs is nan: it must be a number"),
         ("by_rule: {kp: {lr: -1}}", "by_rule, kp: lr is -1: it must be more than 0"),
         ("by_rule: {kp: {momentum: 1}}", "by_rule, kp: momentum is 1: it must be less than 1"),
-        ("by_rule: {'{x}': {foo: 1}}", "{x} may have optimizer settings of its own, and foo is none"),
+        ("by_rule: {'{x}': {foo: 1}}", "{x} may have its own optimizer settings, but foo is not one"),
         ("imports: a.py", "imports is 'a.py': it must be a list"),
         ("batch_size: 99999999999999999999", "batch-size is 99999999999999999999: it must be less than"),
         ("equivalence: 0.5\nrules: [kp]", "c.yaml: --equivalence compares rules with bp"),
-        ("rules: [../x]", "rules.0 is '../x': files are called after it"),
-        ("model: a/b", "model is 'a/b': files are called after it"),
+        ("rules: [../x]", "rules.0 is '../x': files get this name"),
+        ("model: a/b", "model is 'a/b': files get this name"),
     ],
 )
 def test_a_faulty_file_is_named(tmp_path, text, message):

@@ -53,7 +53,7 @@ def test_the_test_split_is_never_looked_at(tmp_path, monkeypatch):
 def test_a_search_goes_on_where_it_was_and_more_trials_leave_the_first_as_they_are(tmp_path):
     whole = search(tmp_path / "whole", trials=3)
     search(tmp_path / "broken", trials=1)
-    with pytest.raises(ConfigError, match="holds a search already"):
+    with pytest.raises(ConfigError, match="already has a search"):
         search(tmp_path / "broken", trials=3)
     found = search(tmp_path / "broken", trials=3, resume=True)
 
@@ -130,7 +130,9 @@ def test_what_was_searched_with_is_what_is_chosen(tmp_path):
 def test_every_rule_of_a_folder_gets_as_many_trials(tmp_path):
     search(tmp_path, trials=2, rules=("bp",))
     for rules in (("bp",), ("fa",)):
-        with pytest.raises(ConfigError, match="holds 2 trials of a rule, and all get as many"):
+        with pytest.raises(
+            ConfigError, match="holds 2 trials of a rule, and every rule needs the same number"
+        ):
             search(tmp_path, trials=1, rules=rules, resume=True)
     found = search(tmp_path, trials=3, rules=("fa",), resume=True)
     assert sorted(trial.rule for trial in found.trials) == ["bp"] * 3 + ["fa"] * 3

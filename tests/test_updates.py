@@ -171,7 +171,7 @@ def test_clipping_to_a_norm_that_counts_feedback_weights_is_named_once(clip, zer
     optimizer.step()
     if zeroes_first:
         model.zero_grad()
-    with pytest.warns(fp.KolenPollackWarning, match="has counted feedback weights too") as caught:
+    with pytest.warns(fp.KolenPollackWarning, match="counts feedback weights too") as caught:
         path.step()
     assert caught[0].filename == __file__
     run_backward(model)

@@ -80,7 +80,7 @@ def peak_bytes(run: Call, device: str) -> int:
         run()
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         run()
     results: Any = profile.profiler.kineto_results
     events = [event for event in results.events() if event.name() == "[memory]"]

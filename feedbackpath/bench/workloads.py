@@ -71,7 +71,7 @@ def find_workload(model: str) -> Workload:
         return WORKLOADS[model]
     if model in READ_TOKENS:
         raise ConfigError(
-            f"{model} reads tokens, and has no workload of images; choose from {', '.join(WORKLOADS)}"
+            f"{model} reads tokens, but bench has only images; choose from {', '.join(WORKLOADS)}"
         )
     try:
         find_builder(model)

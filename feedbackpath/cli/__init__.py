@@ -17,10 +17,10 @@ from feedbackpath.cli.output import complain, write_out_what_cannot_be_encoded
 from feedbackpath.errors import UserError
 
 _NEXT_STEPS = {
-    errno.ENOSPC: "; make room, and go on with --resume",
-    errno.EDQUOT: "; make room, and go on with --resume",
-    errno.EACCES: "; ask for the right to it, or choose another place",
-    errno.EPERM: "; ask for the right to it, or choose another place",
+    errno.ENOSPC: "; free some space, and continue with --resume",
+    errno.EDQUOT: "; free some space, and continue with --resume",
+    errno.EACCES: "; get permission to write there, or choose another place",
+    errno.EPERM: "; get permission to write there, or choose another place",
     errno.EROFS: "; choose another --out",
     errno.ENOENT: "; choose another place",
     errno.ENOTDIR: "; choose another --out",
@@ -51,32 +51,32 @@ app.command(
 )
 app.command(
     "feedbackpath.cli.tune:tune",
-    help="Search settings for each rule: as many trials for every one, on validation data alone.\n\n"
+    help="Search settings for each rule on validation data, with equally many trials for every rule.\n\n"
     "Example: feedbackpath tune --data digits --model mlp --rules bp,kp --trials 16",
 )
 app.command(
     "feedbackpath.cli.evaluate:evaluate",
     name="eval",
-    help="Measure a trained network anew: errors on validation and test data, angles and gains.\n\n"
+    help="Measure a trained network again: errors on validation and test data, angles and gains.\n\n"
     "Example: feedbackpath eval runs/kp --which best",
 )
 app.command(
     "feedbackpath.cli.report:report",
-    help="Write the figures and report.html of a run anew, or lay several runs side by side.\n\n"
+    help="Draw the figures and report.html of a run again, or put several runs side by side.\n\n"
     "Example: feedbackpath report runs/kp runs/bp --out runs/both",
 )
 app.command(
     "feedbackpath.cli.audit:audit",
-    help="Say whether a training step transports weights: verdict, findings, and what crosses.\n\n"
+    help="Check whether a training step transports weights: verdict, findings, and signals that cross.\n\n"
     "Example: feedbackpath audit --rule kp --model mlp --data digits",
 )
 app.command(
     "feedbackpath.cli.bench:bench",
-    help="Measure what each rule costs beside plain PyTorch: time, memory and start-up.\n\n"
+    help="Measure what each rule costs compared with plain PyTorch: time, memory and start-up.\n\n"
     "Example: feedbackpath bench --models mlp,lenet --rules fa,kp",
 )
 
-mirror_app = App(name="mirror", help="Look at mirror mode before it is run.")
+mirror_app = App(name="mirror", help="Show what mirror mode will do, before a run.")
 mirror_app.command(
     "feedbackpath.cli.mirror:plan",
     help="Print what mirror mode will do with each layer: samples, predicted angle, FLOPs, and how often.",
@@ -90,15 +90,15 @@ app.command(
     "Example: feedbackpath hardware --chip reram --read-bits 8 --rules bp,fa,ss,kp,wm",
 )
 
-app.command("feedbackpath.cli.rules:rules", help="List the rules.")
+app.command("feedbackpath.cli.rules:rules", help="List the rules: paper, equation, needs, verdict and cost.")
 
-data_app = App(name="data", help="Look after the images that imagenet is read from.")
+data_app = App(name="data", help="Check or shrink image folders for --data imagenet.")
 data_app.command(
     "feedbackpath.cli.data:check", help="Decode every image of a folder, and list what is wrong."
 )
 data_app.command(
     "feedbackpath.cli.data:shrink",
-    help="Write a copy of an image folder with the short sides at 256 pixels; list what could not be read.",
+    help="Write a copy of an image folder with short sides of 256 pixels; list what could not be read.",
 )
 app.command(data_app)
 

@@ -16,9 +16,9 @@ def audit(
     flags: Annotated[AuditConfig, Parameter(name="*")] = AuditConfig(),  # noqa: B008 (frozen)
     config: Annotated[Path | None, Parameter(help="YAML file of settings; flags override it")] = None,
 ) -> int:
-    """Say whether a training step transports weights: verdict, findings, and what crosses.
+    """Check whether a training step transports weights: verdict, findings, and signals that cross.
 
-    Exit codes: 0 transport-free, 2 bad input, 4 weights are transported, 5 that could not be settled.
+    Exit codes: 0 transport-free, 2 bad input, 4 weights are transported, 5 not settled.
     """
     from feedbackpath.jobs.audit import audit_run
 

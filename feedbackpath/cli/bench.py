@@ -16,14 +16,14 @@ from feedbackpath.train.config import MOST_THREADS
 
 def bench(
     *,
-    models: Annotated[str, Parameter(help="networks, by commas")] = (
+    models: Annotated[str, Parameter(help="networks, separated by commas")] = (
         "mlp,lenet,transformer,resnet8,resnet18,resnet50"
     ),
-    rules: Annotated[str, Parameter(help="rules, by commas")] = "bp,fa,ss,kp,mirror-kp,wm",
-    rounds: Annotated[int, Parameter(help="timed steps of each network, at least; 2 or more")] = 10,
+    rules: Annotated[str, Parameter(help="rules, separated by commas")] = "bp,fa,ss,kp,mirror-kp,wm",
+    rounds: Annotated[int, Parameter(help="least number of timed steps of each network (2 or more)")] = 10,
     seconds: Annotated[
         float,
-        Parameter(help="that a network's timed steps take at least, all rules together"),
+        Parameter(help="least time for the timed steps of a network, all rules together"),
     ] = 20.0,
     batch_size: Annotated[
         int | None, Parameter(help="samples per step (each network's own unless given)")
@@ -35,9 +35,9 @@ def bench(
         bool, Parameter(help="run under torch.compile, no graph break allowed", negative="")
     ] = False,
     num_threads: Annotated[int, Parameter(help="CPU threads of torch")] = 1,
-    out: Annotated[Path, Parameter(help="file for the figures")] = Path("runs/bench.json"),
+    out: Annotated[Path, Parameter(help="file for the results")] = Path("runs/bench.json"),
 ) -> int:
-    """Measure what each rule costs beside plain PyTorch: time, memory, traffic and start-up.
+    """Measure what each rule costs compared with plain PyTorch: time, memory, traffic and start-up.
 
     Exit codes: 0 done, 2 bad input.
     """
@@ -51,7 +51,7 @@ def bench(
     if not 1 <= num_threads <= MOST_THREADS:
         raise ConfigError(f"--num-threads is {num_threads}; give 1 to {MOST_THREADS}")
     if out.exists() and not out.read_bytes().startswith(b'{\n "command": "feedbackpath'):
-        raise ConfigError(f"--out {out} is there, and no figures of bench's; choose another file")
+        raise ConfigError(f"--out {out} exists, and was not written by bench; choose another file")
     torch.set_num_threads(num_threads)
     arithmetic = Arithmetic(device, bf16, channels_last, compile)
     settings = BenchSettings(

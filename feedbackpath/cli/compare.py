@@ -17,7 +17,9 @@ def compare(
     out: Annotated[Path, Parameter(help="folder for results, figures and report.html")] = Path(
         "runs/compare"
     ),
-    resume: Annotated[bool, Parameter(help="go on with what --out holds, if anything", negative="")] = False,
+    resume: Annotated[
+        bool, Parameter(help="continue the job in --out, if there is one", negative="")
+    ] = False,
 ) -> int:
     """Train the same network by several rules; write a table, figures and one HTML page.
 

@@ -48,7 +48,7 @@ def shrink(
     quality: Annotated[int, Parameter(help="quality of the JPEGs", validator=Number(gte=1, lte=95))] = 95,
     num_workers: Workers = 0,
 ) -> int:
-    """Write a copy of an image folder with the short sides at 256 pixels; list what could not be read.
+    """Write a copy of an image folder with short sides of 256 pixels; list what could not be read.
 
     Parquet files become class folders. Exit codes: 0 all were copied, 2 some could not be read, 130 or 143
     interrupted: the same command goes on.

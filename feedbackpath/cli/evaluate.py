@@ -16,7 +16,7 @@ def evaluate(
     data_dir: Annotated[Path | None, Parameter(help="folder of the data files, if not the run's")] = None,
     device: Annotated[str, Parameter(help="torch device")] = "cpu",
 ) -> int:
-    """Measure a trained network anew: errors on validation and test data, angles and gains."""
+    """Measure a trained network again: errors on validation and test data, angles and gains."""
     from feedbackpath.jobs.evaluate import evaluate as job
 
     changes: dict[str, Any] = {"data_dir": data_dir} if data_dir else {}

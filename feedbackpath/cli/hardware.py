@@ -26,15 +26,18 @@ def hardware(
     out: Annotated[Path, Parameter(help="folder for results, figures and report.html")] = Path(
         "runs/hardware"
     ),
-    resume: Annotated[bool, Parameter(help="go on with what --out holds, if anything", negative="")] = False,
+    resume: Annotated[
+        bool, Parameter(help="continue the job in --out, if there is one", negative="")
+    ] = False,
     costs: Annotated[
-        Path | None, Parameter(help="YAML file of what operations take, in pJ, and parts, in um2")
+        Path | None,
+        Parameter(help="YAML file of the energy of operations, in pJ, and the area of parts, in um2"),
     ] = None,
 ) -> int:
     """Train by several rules with W and B in arrays of imperfect devices; as `compare --chip` does.
 
-    Says what the arrays do in a step on average, and what that takes in energy and area beside one array that
-    backprop reads both ways.
+    Prints what the arrays do in a step on average, and its energy and area, compared with one array that
+    backprop reads in both directions.
 
     Unless given: digits, mlp, --lr 0.05, 10 epochs, --chip reram, rules bp,fa,ss,kp,wm.
 
@@ -52,8 +55,8 @@ def hardware(
     settings = merge_config(flags, config, FIRST)
     if costs is not None and not any(can_count(RULES[rule]) for rule in settings.rules if rule in RULES):
         raise ConfigError(
-            f"--costs has no effect here: what arrays do under {', '.join(settings.rules)} is not modelled; "
-            "leave it out"
+            f"--costs has no effect here: the work of arrays under {', '.join(settings.rules)} is not "
+            "modelled; leave it out"
         )
     code = run(settings, out, resume=resume)
     if code not in (DONE, DIVERGED):
@@ -73,20 +76,27 @@ def hardware(
 def tolerance(
     *,
     flags: Annotated[CompareConfig, Parameter(name="*")] = CompareConfig(),  # noqa: B008 (frozen)
-    imperfections: Annotated[str, Parameter(help="imperfections to search, by commas")] = (
+    imperfections: Annotated[str, Parameter(help="imperfections to search, separated by commas")] = (
         "step,noise,asymmetry_spread,read_noise"
     ),
     margin: Annotated[
-        float, Parameter(help="points of error above the rule's ideal that pass", validator=Number(gt=0))
+        float,
+        Parameter(
+            help="largest tolerated error, in points above the rule's error on an ideal chip",
+            validator=Number(gt=0),
+        ),
     ] = 1.0,
     bisections: Annotated[
-        int, Parameter(help="values tried between the mildest and the worst", validator=Number(gte=1))
+        int,
+        Parameter(help="number of values to try between the mildest and the worst", validator=Number(gte=1)),
     ] = 5,
     config: Annotated[Path | None, Parameter(help="YAML file of settings; flags override it")] = None,
     out: Annotated[Path, Parameter(help="folder for tolerance.json and the figure")] = Path("runs/tolerance"),
-    resume: Annotated[bool, Parameter(help="go on with what --out holds, if anything", negative="")] = False,
+    resume: Annotated[
+        bool, Parameter(help="continue the job in --out, if there is one", negative="")
+    ] = False,
 ) -> int:
-    """Find the worst value of each imperfection at which each rule's error stays near its ideal.
+    """Find the worst value of each imperfection at which a rule's error stays near that on an ideal chip.
 
     Unless given: digits, mlp, --lr 0.05, 10 epochs, three seeds, rules bp,fa,ss,kp,wm.
 

@@ -18,11 +18,13 @@ def plan(
     noise: Annotated[Noise, Parameter(help="gaussian, uniform, signs, orthogonal or hadamard")] = "gaussian",
     target_angle_deg: Annotated[
         float | None,
-        Parameter(help="angle that independent noise may leave, in degrees; else the minibatch decides"),
+        Parameter(
+            help="angle that independent noise may leave, in degrees (default: what the minibatch leaves)"
+        ),
     ] = None,
     cost_share: Annotated[
         float | None,
-        Parameter(help="share of a step's FLOPs that mirroring may take; else all layers, every step"),
+        Parameter(help="share of a step's FLOPs that mirroring may take (default: all layers, every step)"),
     ] = None,
     batch_size: Annotated[int | None, Parameter(help="samples of a training step")] = None,
     imports: Annotated[
@@ -32,7 +34,7 @@ def plan(
 ) -> int:
     """Print what mirror mode will do with each layer: samples, predicted angle, costs, and how often.
 
-    Costs are told twice: FLOPs of the simulation, and reads, writes and signals of a network that is there.
+    Prints two kinds of costs: FLOPs of the simulation, and reads, writes and signals of a brain or a chip.
 
     Exit codes: 0 done, 2 bad input.
     """
@@ -63,12 +65,12 @@ def plan(
     every = layers[0].steps_between
     reads, spikes = (sum(getattr(layer.dues, what) for layer in layers) for what in ("reads", "spikes"))
     console.print(
-        f"the simulation: all layers once take {plain(100 * total)}% of a training step's FLOPs (Appendix B "
-        f"has the count); each is mirrored every {plain(every)} steps on average; angles are what noise "
-        "leaves, W at rest"
+        f"In the simulation, to mirror all layers once takes {plain(100 * total)}% of a training step's "
+        f"FLOPs (counted as in the paper's Appendix B). Each layer is mirrored every {plain(every)} steps on "
+        "average. Angles are what noise leaves if W does not change."
     )
     console.print(
-        f"a brain or a chip: all layers once take {plain(reads)} reads of an array of W, as many writes of "
-        f"each synapse of B beside it, and {plain(spikes)} signals of neurons"
+        f"In a brain or a chip, it takes {plain(reads)} reads of an array of W, as many writes of each "
+        f"synapse of B, and {plain(spikes)} signals of neurons."
     )
     return DONE

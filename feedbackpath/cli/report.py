@@ -15,10 +15,12 @@ def report(
     *,
     out: Annotated[
         Path | None,
-        Parameter(help="folder for the report (a single run's own, else runs/report)"),
+        Parameter(
+            help="folder for the report (default: the run's own folder; for several runs, runs/report)"
+        ),
     ] = None,
 ) -> int:
-    """Write the figures and report.html of a run anew, or lay several runs side by side."""
+    """Draw the figures and report.html of a run again, or put several runs side by side."""
     from feedbackpath.report import rich_error_table, rich_table, write_report, write_side_by_side
     from feedbackpath.report.equivalence import describe
     from feedbackpath.train.results import read_results

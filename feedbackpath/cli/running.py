@@ -27,7 +27,7 @@ def run(settings: CompareConfig | RunConfig, out: Path, *, resume: bool) -> int:
             if isinstance(settings, RunConfig)
             else ("the same command with --resume")
         )
-        console.print(f"{stop.reason}: what was done is kept in {out}; {onward} goes on")
+        console.print(f"{stop.reason}: what was done is kept in {out}; {onward} continues it")
         return stop.exit_code
     console.print(rich_table(results))
     for line in describe(results):

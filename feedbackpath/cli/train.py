@@ -19,13 +19,11 @@ def train(
     *,
     flags: Annotated[RunConfig, Parameter(name="*")] = RunConfig(),  # noqa: B008 (frozen)
     recipe: Annotated[
-        str | None, Parameter(help="recipe to begin from; a file and flags override it")
+        str | None, Parameter(help="recipe to start from; a file and flags override it")
     ] = None,
     config: Annotated[Path | None, Parameter(help="YAML file of settings; flags override it")] = None,
-    out: Annotated[
-        Path | None, Parameter(help="folder for what the run leaves; runs/ and a name by default")
-    ] = None,
-    resume: Annotated[Path | None, Parameter(help="folder of a run to go on with, its settings too")] = None,
+    out: Annotated[Path | None, Parameter(help="folder for the results; by default runs/ and a name")] = None,
+    resume: Annotated[Path | None, Parameter(help="folder of a run to continue, with its settings")] = None,
     print_config: Annotated[bool, Parameter(help="print the whole config and stop", negative="")] = False,
 ) -> int:
     """Train one network by one rule; keep checkpoints, the network, its history and a page.

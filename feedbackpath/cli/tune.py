@@ -24,9 +24,11 @@ def tune(
     trials: Annotated[int, Parameter(help="training runs of each rule", validator=Number(gte=1))] = 16,
     config: Annotated[Path | None, Parameter(help="YAML file of settings; flags override it")] = None,
     out: Annotated[Path, Parameter(help="folder for tune.json and chosen.yaml")] = Path("runs/tune"),
-    resume: Annotated[bool, Parameter(help="go on with what --out holds, if anything", negative="")] = False,
+    resume: Annotated[
+        bool, Parameter(help="continue the job in --out, if there is one", negative="")
+    ] = False,
 ) -> int:
-    """Search settings for each rule: as many trials for every one, judged by validation data alone.
+    """Search settings for each rule on validation data, with equally many trials for every rule.
 
     Exit codes: 0 done, 2 bad input, 130 or 143 interrupted (finished trials are kept).
     """
@@ -60,7 +62,7 @@ def tune(
         )
         table.add_row(rule, str(count), *shown)
     console.print(table)
-    console.print(f"every trial is in {out}; to go on, with seeds of its own:")
+    console.print(f"every trial is in {out}; now compare the rules with these settings and new seeds:")
     console.print(
         shlex.join(["feedbackpath", "compare", "--config", str(out / "chosen.yaml")])
         + f" --rules {','.join(search.spaces)} --seed {search.seed + 100}",

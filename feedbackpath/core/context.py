@@ -1,4 +1,4 @@
-"""What a rule may know of its path: seed, steps, activations, and the parts that rules share."""
+"""What a rule may know about its path: seed, steps, activations, and the parts that rules share."""
 
 import weakref
 import zlib
@@ -41,7 +41,7 @@ class RuleContext:
 
     Attributes:
         seed: The seed.
-        steps: How many times ``path.step()`` has been called, the call that is going on included.
+        steps: How many times ``path.step()`` has been called, including a present call.
         activations: What was given.
         state: What rules have to remember, by the name of the weight: plain values and tensors.
         is_measuring: Whether the model runs to be measured at the moment, and not to be trained.
@@ -67,7 +67,7 @@ class RuleContext:
         """The untied model."""
         model = None if self._model is None else self._model()
         if model is None:
-            raise RuntimeError("the model of this feedback path is gone")
+            raise RuntimeError("the model of this feedback path no longer exists: keep a reference to it")
         return model
 
     @property
@@ -81,9 +81,9 @@ class RuleContext:
         return self
 
     def generator(self, weight: UntiedWeight, purpose: str) -> torch.Generator:
-        """Return random numbers of this weight, purpose and step alone, apart from the global ones.
+        """Return random numbers that depend only on seed, weight, purpose and step.
 
-        The same on every process, and after a resume the same again.
+        They are the same on every process and after a resume.
         """
         key = f"{self.seed}/{purpose}/{self.steps}/{weight.name}/{weight.feedback_name}"
         return generator_of(key, weight.weight.device)

@@ -149,7 +149,7 @@ def register_layer(
     fan_out: Callable[[nn.Module, Tensor], int] | None = None,
     as_matrix: Callable[[nn.Module, Tensor], Tensor] | None = None,
 ) -> None:
-    """Tell what cannot be seen of a kind of layer of one's own; most layers need nothing.
+    """Describe your own kind of layer; most layers need no description.
 
     Args:
         layer_type: The class. It holds for subclasses that are not registered themselves.
@@ -160,7 +160,7 @@ def register_layer(
             ...]``, as in torch.
         fan_out: Returns the outputs of one input neuron.
         as_matrix: Views a tensor laid out as W as ``[groups, neurons, inputs]``, so that mirror mode can run
-            the layer; without it, mirror mode leaves the layer alone and says so. ``fan_in`` and ``fan_out``
+            the layer; without it, mirror mode does not run the layer, and warns. ``fan_in`` and ``fan_out``
             follow from it where they are not given and there is one group.
 
     Raises:

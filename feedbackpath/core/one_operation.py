@@ -143,8 +143,8 @@ def write_twice(func: Call, name: str, args: Args, kwargs: Kwargs, pairs: Sequen
     if name not in ops.LINEAR_IN_EACH:
         names = ", ".join([repr(origin.name) for one in pairs for origin in one.origins])
         raise UntieError(
-            f"the weight of {names} goes into {name}, whose backward pass cannot be led through a feedback "
-            "weight here: leave the layer to backprop, untie(..., overrides={path: 'bp'}), or run it "
+            f"the weight of {names} goes into {name}, and errors cannot be sent through a feedback "
+            "weight there: leave the layer to backprop, untie(..., overrides={path: 'bp'}), or run it "
             "eagerly, without torch.compile, torch.func or autocast"
         )
     with torch.no_grad():

@@ -124,7 +124,7 @@ class Broadcast(_OneInput, CheckedArguments):
 
 @dataclass(frozen=True)
 class Target(_OneInput, CheckedArguments):
-    """Give each layer a target for its output, and its input the target that g makes of it.
+    """Give each layer a target for its output, and its input the target that g computes from it.
 
     The target of y is ``y - delta``. Difference target propagation (Lee et al. 2015, equation 15) takes
     ``x - g(y) + g(y - delta)`` for the target of x, so that the error at x is ``g(y) - g(y - delta)``. With
@@ -173,8 +173,8 @@ def _shape_for(x: Tensor, output: Tensor, weight: UntiedWeight) -> torch.Size:
     if x.shape[:samples] != output.shape[:samples]:
         raise RuleError(
             f"the input of {weight.name!r} has shape {list(x.shape)} and the model's output "
-            f"{list(output.shape)}: a "
-            "broadcast error needs the same samples in front; give this layer another rule by overrides="
+            f"{list(output.shape)}: a broadcast error needs the same samples in the first dimension; give "
+            "this layer another rule by overrides="
         )
     return torch.Size((output.shape[-1], *x.shape[samples:]))
 

@@ -107,8 +107,8 @@ def send_back_sigma(model: nn.Module) -> list[SigmaBatchNorm]:
     ]
     if refused:
         raise UntieError(
-            f"batchnorm_feedback='sigma': {', '.join(refused)} compute more than BatchNorm does, in a "
-            "forward pass of their own; replace them by torch's, or leave batchnorm_feedback at 'autograd'"
+            f"batchnorm_feedback='sigma': {', '.join(refused)} have their own forward pass, which is more "
+            "than BatchNorm; replace them by torch's, or leave batchnorm_feedback at 'autograd'"
         )
     for norm in norms.values():
         norm.__class__ = sigma_type(type(norm))  # type: ignore[assignment]

@@ -184,12 +184,12 @@ def _check_size(raw: bytes, width: int, height: int) -> None:
         )
     if max(width, height) > MAX_RATIO * min(width, height):
         raise UnreadableImageError(
-            f"it is {width} x {height} pixels, one side more than {MAX_RATIO} times the other: cut it"
+            f"it is {width} x {height} pixels, one side is more than {MAX_RATIO} times the other: crop it"
         )
     max_scans = MAX_SCANNED // max(width * height, 1)
     # Most files are too short for so many, and need not be searched.
     if raw.startswith(JPEG_MAGIC) and len(raw) > 10 * max_scans < 10 * raw.count(START_OF_SCAN):
-        raise UnreadableImageError(f"its {width} x {height} pixels come in too many scans: save it anew")
+        raise UnreadableImageError(f"its {width} x {height} pixels come in too many scans: save it again")
 
 
 def _check_values(image: "ImageFile") -> None:
@@ -203,7 +203,9 @@ def _check_values(image: "ImageFile") -> None:
     if image.mode.startswith("I;16") and is_sixteen_bits:
         return
     if image.mode[0] == "F" or (image.mode[0] == "I" and image.format not in ("PNG", "PPM")):
-        raise UnreadableImageError("its grey values have no agreed white: save it with 8 or 16 unsigned bits")
+        raise UnreadableImageError(
+            "no standard says which of its grey values is white: save it with 8 or 16 unsigned bits"
+        )
 
 
 def _to_rgb(image: "Image") -> "Image":

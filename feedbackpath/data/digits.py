@@ -38,7 +38,7 @@ def _read_table() -> NDArray[np.uint8]:
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
         raise DataError(
-            "digits: scikit-learn carries these data and is not installed: pip install 'feedbackpath[data]'"
+            "digits: these data come with scikit-learn, which is not installed: pip install scikit-learn"
         )
     path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
     return np.loadtxt(path, delimiter=",", dtype=np.uint8)

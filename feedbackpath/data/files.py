@@ -231,7 +231,7 @@ class _ArrayUnpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ARRAY_GLOBALS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR batch needs")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which CIFAR batches do not contain")
         return _Pickled
 
 
@@ -263,7 +263,7 @@ def _read_bytes(path: Path) -> bytes:
 def _check_labels(path: Path, labels: npt.NDArray[Any], num_images: int, num_classes: int) -> None:
     if labels.shape != (num_images,) or not num_images:
         raise DataError(
-            f"{path}: {labels.size} labels for {num_images} images, expected as many, and at least one"
+            f"{path}: {labels.size} labels for {num_images} images, expected equal numbers, and at least one"
         )
     if not 0 <= labels.min() <= labels.max() < num_classes:
         raise DataError(f"{path}: labels {labels.min()} to {labels.max()}, expected 0 to {num_classes - 1}")

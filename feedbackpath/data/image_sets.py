@@ -103,7 +103,7 @@ def open_parquet(split: str, files: Sequence[Path]) -> ParquetSet:
         from pyarrow import parquet
     except ImportError as error:
         raise DataError(
-            "Parquet files are read by pyarrow, which is not installed: pip install 'feedbackpath[data]'"
+            "Parquet files are read by pyarrow, which is not installed: pip install pyarrow"
         ) from error
     groups, labels, num_rows = [], [], 0
     for place, path in enumerate(files):
@@ -118,7 +118,7 @@ def open_parquet(split: str, files: Sequence[Path]) -> ParquetSet:
             if len(labels[-1]) != file.metadata.num_rows:
                 raise OSError("its row groups have another number of rows than it claims")
         except (arrow.ArrowException, OSError) as error:
-            raise DataError(f"{path}: cannot be read as Parquet ({error}): fetch it again") from error
+            raise DataError(f"{path}: cannot be read as Parquet ({error}): download it again") from error
         if not np.issubdtype(labels[-1].dtype, np.integer) or not (
             0 <= labels[-1].min(initial=0) <= labels[-1].max(initial=0) < MAX_LABEL
         ):
@@ -153,7 +153,7 @@ def _check_claims(path: Path, metadata: Any) -> None:
     """Refuse what would take much memory, before it is read."""
     if metadata.num_rows * MIN_IMAGE_BYTES > path.stat().st_size:
         raise DataError(
-            f"{path}: it claims {metadata.num_rows:,} rows, more than its bytes can hold: fetch it again"
+            f"{path}: it claims {metadata.num_rows:,} rows, more than its bytes can hold: download it again"
         )
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -161,7 +161,7 @@ def _check_claims(path: Path, metadata: Any) -> None:
         if size > MAX_GROUP_BYTES:
             raise DataError(
                 f"{path}: row group {number} has {size:,} bytes, more than the {MAX_GROUP_BYTES:,} that are "
-                "read at once: write it anew with smaller groups"
+                "read at once: write it again with smaller groups"
             )
 
 

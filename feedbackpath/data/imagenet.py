@@ -84,9 +84,9 @@ class ImageSplit(Split):
                 if self.on_bad_image == "error":
                     reason = getattr(error, "strerror", None) or error
                     raise DataError(
-                        f"{self.images.locate(number)}: cannot be read ({reason}): go on without such images "
-                        "by --resume RUN --on-bad-image skip, or mend or remove it and begin a new run; "
-                        "feedbackpath data check DIR lists all of them"
+                        f"{self.images.locate(number)}: cannot be read ({reason}): continue without such "
+                        "images by --resume RUN --on-bad-image skip, or repair or remove it and begin a new "
+                        "run; feedbackpath data check DIR lists all of them"
                     ) from error
                 view.zero_()
                 label.fill_(UNREADABLE)

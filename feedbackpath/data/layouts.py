@@ -74,7 +74,7 @@ def _open_class_folders(root: Path) -> ImageFolder:
     strangers = sorted(set(_list_folders(root / "val")) - set(classes))
     if strangers:
         raise DataError(
-            f"imagenet: {root / 'val'} has classes that {root / 'train'} has not: {_shorten(strangers)}"
+            f"imagenet: {root / 'val'} has classes that {root / 'train'} does not have: {_shorten(strangers)}"
         )
     train, test = (_list_classes(root, root / part, classes) for part in ("train", "val"))
     return ImageFolder(root, "class folders", classes, Path("train"), train, test)
@@ -140,7 +140,7 @@ def _read_kaggle_labels(path: Path, classes: Mapping[str, int]) -> dict[str, int
         {image for image, name in rows if found.setdefault(image, classes[name]) != classes[name]}
     )
     if doubled:
-        raise DataError(f"{path}: two classes for {_shorten(doubled)}: leave the right one")
+        raise DataError(f"{path}: two classes for {_shorten(doubled)}: keep only the right one")
     return found
 
 
@@ -165,7 +165,7 @@ def _list_folders(folder: Path) -> tuple[str, ...]:
     names = [entry.name for entry in _list_visible(folder) if _leads_nowhere(entry)]
     if names:
         raise DataError(
-            f"imagenet: {folder} has links that lead nowhere: {_shorten(names)}: mend or remove them"
+            f"imagenet: {folder} has links without a target: {_shorten(names)}: repair or remove them"
         )
     return tuple(entry.name for entry in _list_visible(folder) if entry.is_dir())
 
@@ -209,7 +209,7 @@ def _check_shards(root: Path, split: str, files: Sequence[Path]) -> None:
     if numbers and numbers != [(len(numbers), number) for number in range(len(numbers))]:
         raise DataError(
             f"imagenet: {root} has not each {split} file of {numbers[-1][0]} once, but "
-            f"{_shorten([file.name for file in files])}: add what is missing, and remove what is doubled"
+            f"{_shorten([file.name for file in files])}: add missing files, and remove duplicates"
         )
 
 

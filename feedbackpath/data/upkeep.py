@@ -78,7 +78,7 @@ def prepare_copy(folder: ImageFolder, out: Path, shrinking: Shrinking) -> None:
     source, target = folder.root.resolve(), out.resolve()
     if source.is_relative_to(target) or target.is_relative_to(source):
         raise DataError(
-            f"{out}: the copy cannot lie within {folder.root}, nor around it: choose another folder"
+            f"{out}: the copy cannot be inside {folder.root}, nor contain it: choose another folder"
         )
     note = {"source": str(source), "size": shrinking.size, "quality": shrinking.quality}
     path = out / NOTE
@@ -86,10 +86,10 @@ def prepare_copy(folder: ImageFolder, out: Path, shrinking: Shrinking) -> None:
         begun = read_file(path).decode(errors="replace").strip()
         if begun != json.dumps(note):
             raise DataError(
-                f"{out} holds a copy made otherwise ({begun}): go on with the same, or choose another folder"
+                f"{out} has a copy with other settings ({begun}): use the same, or choose another folder"
             )
     elif out.exists() and any(entry.name != f".{NOTE}{PARTIAL}" for entry in out.iterdir()):
-        raise DataError(f"{out} holds other files: choose an empty folder, or one that does not exist")
+        raise DataError(f"{out} has other files: choose an empty folder, or one that does not exist")
     # First of all: a copy that is killed from here on is known for one.
     _write_whole(path, (json.dumps(note) + "\n").encode())
     for left_over in out.rglob(f".*{PARTIAL}"):

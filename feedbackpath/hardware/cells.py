@@ -1,4 +1,4 @@
-"""Cells: what a cell of an array does to a weight when it is asked to change it.
+"""Cells: how a cell of an array changes its weight when a change is asked for.
 
 A cell gets pulses. With g the ``step``, w the weight and f(w) in [0, ...) its response, one pulse does::
 
@@ -6,7 +6,7 @@ A cell gets pulses. With g the ``step``, w the weight and f(w) in [0, ...) its r
     down    w <- w - g c_down f_down(w) (1 + noise xi)      xi ~ N(0, 1): drawn for each pulse
 
 A change d is asked for as ``n = |d| / g`` pulses; the fraction is rounded up or down at random, so that the
-mean is right. Who asks knows g, and not what a cell makes of it. n pulses are done at once, in closed form;
+mean is right. The writer knows g, but not the cell's response. n pulses are done at once, in closed form;
 ``tests/test_devices.py`` compares that with pulses one by one. Weights are in the network's own units.
 
 Sources: Gokmen & Vlasov 2016; Rasch et al. 2021 (the package aihwkit), whose names stand beside the settings.
@@ -80,14 +80,14 @@ class Device:
         noise: Standard deviation of a pulse from one to the next, in its own size (``dw_min_std``).
         spread: Standard deviation of the step from cell to cell, the same up and down (``dw_min_dtod``).
         asymmetry: How much larger an up pulse is than a down pulse, as a share (``up_down``).
-        asymmetry_spread: Its standard deviation from cell to cell, drawn for up and for down apart
+        asymmetry_spread: Its standard deviation from cell to cell, drawn separately for up and for down
             (``up_down_dtod``).
         bound: The largest weight (``w_max``).
         low: The smallest (``w_min``); None: ``-bound``.
         bound_spread: Standard deviation of both from cell to cell, as a share (``w_max_dtod``).
-        lifetime: Updates in which a weight that is left alone leaks away e-fold (``lifetime``).
+        lifetime: Updates in which an unwritten weight leaks away by a factor of e (``lifetime``).
         drift: Exponent nu: a weight that was written t updates ago has shrunk by ``t^-nu``.
-        stuck: Share of cells that keep the weight they begin with.
+        stuck: Share of cells that keep their initial weight.
     """
 
     step: float = 1e-3
@@ -115,7 +115,9 @@ class Device:
             if not getattr(self, name) > 0.0:
                 raise ChipError(f"{kind}: {name} must be above 0, not {getattr(self, name)}")
         if not 0.0 <= self.stuck <= 1.0:
-            raise ChipError(f"{kind}: stuck is a share of the cells, between 0 and 1, not {self.stuck}")
+            raise ChipError(
+                f"{kind}: stuck is the share of cells that never change, between 0 and 1, not {self.stuck}"
+            )
         if not self.lowest < self.bound:
             raise ChipError(f"{kind}: low must be below bound {self.bound}, not {self.low}")
 
@@ -209,7 +211,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Ideal(Device):
-    """A cell that does what it is asked: a chip of these, without ``read=``, changes no bit of a run.
+    """A perfect cell: with a chip of these, without ``read=``, a run is bit-identical to one without a chip.
 
     Example:
         >>> import feedbackpath as fp

@@ -1,4 +1,4 @@
-"""A chip: W and B in arrays of their own, each written by its own devices and read through converters."""
+"""A chip: W and B in separate arrays, each written by its own devices and read through converters."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,21 +26,21 @@ Groups = Sequence[tuple[Any, Sequence[UntiedWeight]]]
 class Chip:
     """The arrays that hold W and B: how they are written (devices) and read (converters, noise).
 
-    W and B of every untied weight are in arrays of their own, with cells drawn independently. Biases,
-    norms and layers that are not untied stay in digital memory. Under ``bp`` there is one array, read both
-    ways. Cells begin with the weights that the network has.
+    W and B of every untied weight are in separate arrays, with cells drawn independently. Biases,
+    norms and layers that are not untied stay in digital memory. Under ``bp`` there is one array, read in
+    both directions. Cells start with the weights of the network.
 
     Args:
         device: The cells of both arrays.
         read: How arrays are read: one ``Read`` for the forward and the backward pass, or a mapping with any
-            of ``"forward"``, ``"backward"``, ``"update"`` (each array takes up x and delta by itself) and
+            of ``"forward"``, ``"backward"``, ``"update"`` (each array receives x and delta separately) and
             ``"mirror"`` (as ``"forward"`` unless given). Left out: ideal.
-        feedback_device: The cells of B, where they are others.
-        wiring: What reaches B of an update that W gets, and when (Kolen-Pollack and its kin).
-        update: ``"net"``: what the optimizer asks for is written once a step. ``"samples"``: each sample's
-            product is written in pulses, in a mean-field form that keeps ups and downs apart; plain SGD.
+        feedback_device: The cells of B, if they differ.
+        wiring: Which part of an update of W reaches B, and when (Kolen-Pollack and related rules).
+        update: ``"net"``: the optimizer's change is written once per step. ``"samples"``: each sample's
+            product is written in pulses, with means of up and of down pulses; plain SGD.
             ``"samples-exact"``: one sample after another.
-        verify: How often a write is read and corrected.
+        verify: How many times a write is read and corrected.
         seed: Seed of the cells and of all noise of the chip.
 
     Example:
@@ -114,9 +114,9 @@ class Chip:
         """
         try:
             if self._groups:
-                raise ChipError("Chip: it holds another model already: make a chip for each model")
+                raise ChipError("Chip: it already has another model: make a chip for each model")
             if not (self.wiring.is_ideal or any(rule.learns for rule, _ in path.groups)):
-                raise ChipError("Chip: wiring= has no effect here: no B gets updates of W's; leave it out")
+                raise ChipError("Chip: wiring= has no effect here: no B gets the updates of W; leave it out")
             if not (self.reads_ideally and self.update == "net"):
                 self._put_ports(path)
         except ChipError:
@@ -160,13 +160,13 @@ class Chip:
         return not unknown_in(self._weights)
 
     def counting(self) -> Counter:
-        """Count what the arrays do from now on, as a context manager or until ``stop``: see ``Counter``.
+        """Count the work of the arrays from now on, as a context manager or until ``stop``: see ``Counter``.
 
         Raises:
             ChipError: The chip holds no model yet, counts already, or a rule does what is not modelled.
         """
         if not self._groups or self.counter is not None:
-            why = "it counts already" if self._groups else "untie(model, rule, chip=chip) comes first"
+            why = "it is counting already" if self._groups else "call untie(model, rule, chip=chip) first"
             raise ChipError(f"chip.counting: {why}")
         self.counter = Counter(self, self._weights)
         for array in self._arrays.values():
@@ -174,17 +174,17 @@ class Chip:
         return self.counter
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let devices write what an optimizer asks for, from its next step on.
+        """From the optimizer's next step on, let devices write the changes that it asks for.
 
         Raises:
             ChipError: The chip holds no model yet, the optimizer has none of its weights, or it is no plain
                 SGD where single samples are written.
         """
         if not self._groups:
-            raise ChipError("chip.attach: the chip holds no model: untie(model, rule, chip=chip) comes first")
+            raise ChipError("chip.attach: the chip has no model: call untie(model, rule, chip=chip) first")
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(weight.weight) in own for _, group in self._groups for weight in group):
-            raise ChipError("chip.attach: the optimizer has no weight of this chip: make it of this model")
+            raise ChipError("chip.attach: the optimizer has no weight of this chip: make it of its model")
         is_plain = type(optimizer) is torch.optim.SGD and not any(
             g["momentum"] for g in optimizer.param_groups
         )

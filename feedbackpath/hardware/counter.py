@@ -38,7 +38,7 @@ def unknown_in(weights: Sequence[UntiedWeight]) -> str:
 
 
 class Counter:
-    """What the arrays of a chip do from now on, a training step, until ``stop``; ``chip.counting`` makes it.
+    """The work of a chip's arrays per training step, from now until ``stop``; ``chip.counting`` makes it.
 
     Reads are counted as the model runs, pulses where they arrive at cells, and mirror mode by what it has
     fired (``feedbackpath.mirror.cost``). Evaluation is not counted, nor what the digital side computes.
@@ -58,7 +58,7 @@ class Counter:
         self._chip, self._weights = chip, list(weights)
         if unknown := unknown_in(weights):
             raise ChipError(
-                f"chip.counting: what arrays do under {unknown} is not modelled: leave counts out"
+                f"chip.counting: the work of arrays under {unknown} is not modelled; do not count it"
             )
         self._names = {id(weight.weight): weight.name for weight in reversed(self._weights)}
         context = self._weights[0].layer.untied.context

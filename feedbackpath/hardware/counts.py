@@ -1,4 +1,4 @@
-"""Counts of what arrays do in a training step, and what that takes in energy and area.
+"""Counts of what arrays do in a training step, and its energy and area.
 
 An array of V cells that n inputs drive and m outputs leave is read vector by vector. With u vectors a step::
 

@@ -1,8 +1,8 @@
-"""Devices for ``fp.Chip``: what a cell makes of a write. ``fp.devices.SoftBounds(step=1e-3, noise=0.3)``.
+"""Devices for ``fp.Chip``: how a cell answers a write. ``fp.devices.SoftBounds(step=1e-3, noise=0.3)``.
 
 The classes are in ``cells``, ``responses`` and ``measured``. Presets are functions whose keyword arguments
 change a setting. Their numbers are those of the package aihwkit (IBM, ``simulator/presets/devices.py``),
-which fitted them to the measurements named here. What that package adds to them and this one has not: noise
+which fitted them to the measurements named here. What that package has in addition: noise
 between what is stored and what is read (``write_noise_std``), and spread of slopes and lifetimes.
 """
 

@@ -39,14 +39,16 @@ class Measured(Device):
         super().__post_init__()
         up, down = list(self.rising), list(self.falling)
         if min(len(up), len(down)) < 2 or up != sorted(set(up)) or down[::-1] != sorted(set(down)):
-            raise ChipError("Measured: give a rising and a falling train of at least two pulses, each steady")
+            raise ChipError(
+                "Measured: give at least two pulses that raise the conductance, and two that lower it"
+            )
 
     @classmethod
     def from_csv(cls, file: str | Path, *, bound: float = 1.0, **settings: Any) -> "Measured":
         """Read a response from a file: lines ``pulse,conductance``, up pulses first, then down pulses.
 
-        The largest conductance becomes the weight ``bound``, the smallest ``-bound``. A train that is not
-        steady, because a measurement is noisy, is made so: values that fall back are left out.
+        The largest conductance becomes the weight ``bound``, the smallest ``-bound``. If a train is not
+        monotonic, because a measurement is noisy, values that go back are left out.
 
         Args:
             file: The file; a first line without numbers is a heading.
@@ -106,7 +108,9 @@ def _conductances(file: Path) -> list[float]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ChipError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
+        raise ChipError(
+            f"cannot read {file} ({getattr(error, 'strerror', None) or error}): give a CSV file"
+        ) from None
     values = []
     for number, line in enumerate(lines, 1):
         parts = line.replace(";", ",").split(",")

@@ -1,4 +1,4 @@
-"""Read-out: what converters and noise make of the signals that enter and leave an array.
+"""Read-out: how converters and noise change the signals that enter and leave an array.
 
 An array is read by driving its inputs and sensing its outputs. With Q a converter's rounding::
 
@@ -28,11 +28,11 @@ SIGNALS = ("forward", "backward", "update", "mirror")
 
 @dataclass(frozen=True)
 class Read:
-    """How one array is read, or one signal is taken up.
+    """How one array is read, or one signal is received.
 
     Args:
         bits: Bits of the converters, in and out; None: no rounding.
-        out_bits: Bits of the converters of the outputs, where they differ.
+        out_bits: Bits of the converters of the outputs, if they differ.
         in_range: Largest input, in the signal's own units; None: the largest of each call.
         out_range: Largest output, likewise.
         noise: Standard deviation of noise added to the outputs, as a share of their root mean square.

@@ -75,7 +75,7 @@ class SoftBounds(LinearStep):
         f_up(w) = 1 - w / bound        f_down(w) = 1 - w / low
 
     An up and a down pulse together pull a weight towards the cell's symmetry point, 0 where the cell is
-    symmetric. W and B, which get the same pulses, so come together without weight decay.
+    symmetric. So W and B, which get the same pulses, converge without weight decay.
 
     Example:
         >>> import feedbackpath as fp, torch
@@ -210,8 +210,8 @@ class Power(Device):
 class Reference(SoftBounds):
     """Soft bounds, and a reference column that holds each cell's symmetry point (zero shifting).
 
-    A weight is what a cell has beyond its reference: ups and downs then pull it to 0 whatever the cell's
-    asymmetry (Kim et al. 2019). aihwkit's SoftBoundsReferenceDevice.
+    A weight is the difference of a cell and its reference: up and down pulses then pull it to 0 for any
+    asymmetry of the cell (Kim et al. 2019). aihwkit's SoftBoundsReferenceDevice.
 
     Args:
         error: Standard deviation of the references, in units of weight (``reference_std``).
@@ -241,8 +241,8 @@ class Reference(SoftBounds):
 class Pair(Device):
     """A weight that is the difference of two cells, each of which only gets up pulses.
 
-    For devices that can be raised in small steps and not lowered, such as phase-change memory. Where one cell
-    of a pair is nearly full, both are written anew, with the same difference (a refresh).
+    For devices that can be raised in small steps and not lowered, such as phase-change memory. If one cell
+    of a pair is nearly full, both are written again, with the same difference (a refresh).
 
     Args:
         cell: What each of the two cells is; its weights run from 0 to ``bound``.

@@ -1,4 +1,4 @@
-"""Wiring: what of an update arrives at the feedback array, where, and when."""
+"""Wiring: which part of an update arrives at the feedback array, where, and when."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,15 @@ from feedbackpath.errors import ChipError
 
 @dataclass(frozen=True)
 class Wiring:
-    """How the feedback array hears of updates; by default as the forward array does.
+    """How updates reach the feedback array; by default as they reach the forward array.
 
     Args:
-        swapped: Share of the inputs of each layer whose feedback cells hear another forward cell than their
-            own partner (Akrout et al. 2019, Appendix C.1, asks whether strict pairing is needed).
+        swapped: Share of the inputs of each layer whose feedback cells get the signal of another forward cell
+            than their partner (Akrout et al. 2019, Appendix C.1, asks whether strict pairing is needed).
         delay: Steps that an update takes to reach B.
         arrives: Probability that an update reaches a cell of B.
-        rate: What B gets of an update, as a factor.
-        decay: Weight decay of B over that of W, as a factor.
+        rate: A factor for the updates of B.
+        decay: Weight decay of B, divided by that of W.
 
     Example:
         >>> import feedbackpath as fp

@@ -22,7 +22,7 @@ class Following:
         self._handles = handles
 
     def stop(self) -> None:
-        """Follow no longer."""
+        """Stop calling ``path.step()``."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -54,7 +54,7 @@ def follow(
     """
     if not holds(optimizer, path):
         raise RuleError(
-            f"{type(optimizer).__name__} holds no weight of the path's model: make it from "
+            f"{type(optimizer).__name__} has no weight of the path's model: make it from "
             "model.parameters(), after untie"
         )
     path.check_optimizer(optimizer)

@@ -37,7 +37,9 @@ class StepPath(Callback):
             )
         chosen = [optimizer for optimizer in trainer.optimizers if holds(optimizer, self._path)]
         if not chosen:
-            raise RuleError("no optimizer of the module holds a weight of the path's model")
+            raise RuleError(
+                "no optimizer of the module has a weight of the path's model: untie the module's own network"
+            )
         self._following = [follow(optimizer, self._path) for optimizer in chosen]
 
     def on_before_optimizer_step(

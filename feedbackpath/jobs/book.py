@@ -91,7 +91,7 @@ class ResultsBook:
         old = read_results(out) if (out / "results.json").exists() else None
         if old is not None and not resume:
             raise ConfigError(
-                f"{out} holds results already: go on with them by --resume, or choose another --out"
+                f"{out} already has results: continue them by --resume, or choose another --out"
             )
         if old is None and not (out / "checkpoints").exists():
             refuse_to_overwrite(out, FILES, {"config.yaml": config.to_yaml()})
@@ -258,9 +258,9 @@ def _check_content(rule: str, seed: int, content: dict[str, Any]) -> None:
     """Fail where a checkpoint is whole and yet not one that a run can go on from."""
     run, state = Run.model_validate(content["run"]), content["state"]
     if (run.rule, run.seed) != (rule, seed):
-        raise ValueError(f"its entry is of {run.rule!r}, seed {run.seed}")
+        raise ValueError(f"it belongs to {run.rule!r}, seed {run.seed}")
     if not all(isinstance(state[name], kind) for name, kind in STATE.items()):
-        raise ValueError("its state is none of a run")
+        raise ValueError("its state is not that of a run")
 
 
 def refuse_to_overwrite(folder: Path, names: Iterable[str], ours: Mapping[str, str] | None = None) -> None:
@@ -277,7 +277,9 @@ def refuse_to_overwrite(folder: Path, names: Iterable[str], ours: Mapping[str, s
     for name in names:
         file = folder / name
         if file.exists() and not (ours and name in ours and file.read_bytes() == ours[name].encode()):
-            raise ConfigError(f"{file} is there, and no job's: it would be overwritten; choose another --out")
+            raise ConfigError(
+                f"{file} exists, is not from a job, and would be overwritten; choose another --out"
+            )
 
 
 def launch_of_torchrun() -> str | None:
@@ -339,7 +341,7 @@ def _refuse_other_settings(
     """Refuse to mix results of different settings or data in one folder."""
     if ("rule" in old.config) != isinstance(config, RunConfig):
         made, now = ("train", "compare") if "rule" in old.config else ("compare", "train")
-        raise ConfigError(f"{out} was made by {made}, and {now} cannot go on with it; choose another --out")
+        raise ConfigError(f"{out} was made by {made}, and {now} cannot continue it; choose another --out")
     new = config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
     there = type(config)().model_dump(mode="json") | old.config  # an older version had fewer settings
     differing = differences({name: there[name] for name in new}, new)

@@ -56,8 +56,8 @@ def evaluate(folder: Path, which: Which = "last", **changes: Any) -> Evaluation:
     kept = checkpoints.load_best() if which == "best" else checkpoints.load_newest()[0]
     if kept is None and which == "best":
         raise ConfigError(
-            f"{folder} holds no best checkpoint: select_best keeps it while the run goes on, and later it "
-            "cannot be made; evaluate --which last"
+            f"{folder} has no best checkpoint: only a run with --select-best keeps it, and it cannot be "
+            "made later; evaluate --which last"
         )
     if kept is None:
         raise ConfigError(f"{folder} holds no last checkpoint; run feedbackpath train --resume {folder}")

@@ -27,7 +27,7 @@ def import_files(files: Iterable[Path]) -> None:
         name = f"feedbackpath_import_{len(_IMPORTED)}_{place.stem}"
         spec = importlib.util.spec_from_file_location(name, place)
         if spec is None or spec.loader is None:
-            raise ConfigError(f"--import {file}: it is no Python file; give one whose name ends in .py")
+            raise ConfigError(f"--import {file}: it is not a Python file; give one whose name ends in .py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # what it defines can then be pickled
         with naming_faults(f"--import {file}", [place]):
@@ -54,4 +54,4 @@ def naming_faults(what: str, files: Iterable[Path]) -> Iterator[None]:
         if not places or (isinstance(error, UserError | OSError) and not own):
             raise
         line = f", {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
-        raise ConfigError(f"{what}{line}: {type(error).__name__}: {error}; mend it there") from error
+        raise ConfigError(f"{what}{line}: {type(error).__name__}: {error}; correct it there") from error

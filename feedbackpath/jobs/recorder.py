@@ -1,4 +1,4 @@
-"""Numbers of a training loop of one's own, in the same table, figures and page as the library's runs."""
+"""Records your own training loop, in the same table, figures and page as the library's runs."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ from feedbackpath.train.store import locked
 
 @checked_methods(ConfigError)
 class Recorder:
-    """Writes what a loop of one's own measures into a folder: ``results.json``, a page, figures.
+    """Writes the measurements of your own loop into a folder: ``results.json``, a page, figures.
 
     Runs of several rules and seeds share a folder, one recorder each; ``feedbackpath report`` reads it.
 
@@ -32,13 +32,13 @@ class Recorder:
         rule: The run's rule.
         seed: The run's seed.
         metric: What the run is judged by, such as ``"test_error"``.
-        unit: What follows its numbers.
-        lower_is_better: Which end is good.
+        unit: The unit, printed after its numbers.
+        lower_is_better: Whether smaller numbers are better.
         model: The network's name, for titles.
         data: The data's name, for titles.
         config: Settings that the page should show.
-        resume: Go on with this rule and seed if the folder holds them; an epoch that comes again replaces the
-            one that was there, and all after it.
+        resume: Continue this rule and seed if the folder has them; an epoch that is recorded again
+            replaces the earlier one and all after it.
 
     Raises:
         ConfigError: The folder is in use, holds this rule and seed already, or numbers of another metric.
@@ -89,18 +89,20 @@ class Recorder:
         path: FeedbackPath | None = None,
         deltas: Mapping[str, Delta] | None = None,
     ) -> None:
-        """Enter what was measured after an epoch, or with number 0 before the first.
+        """Record what was measured after an epoch; number 0 is before the first.
 
         Args:
             number: The epoch.
             value: The metric on the test split.
             train_loss: Mean training loss of the epoch.
             validation: The metric on the validation split.
-            path: Whose matrix angles and gains are entered.
+            path: The path whose matrix angles and gains are recorded.
             deltas: What ``path.deltas`` returned.
         """
         if self.run.status != "running":
-            raise ConfigError(f"the recorder of {self.run.name} is closed: make another, with resume=True")
+            raise ConfigError(
+                f"the recorder of {self.run.name} is closed: to continue, make another with resume=True"
+            )
         if not self.run.history and number not in (0, 1) and self.run.start is None:
             raise ConfigError(f"the first epoch of {self.run.name} is {number}: begin with 1, or with 0")
         now, of_layer = time.perf_counter(), (deltas or {}).items()

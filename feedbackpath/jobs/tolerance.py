@@ -147,7 +147,7 @@ def find_tolerance(
             f"--imperfections: {', '.join(unknown) or 'none given'}; there are {', '.join(IMPERFECTIONS)}"
         )
     if config.chip is not None:
-        raise ConfigError("--chip has no effect here: each imperfection is tried by itself; leave it out")
+        raise ConfigError("--chip has no effect here: each imperfection is tried alone; leave it out")
     import_files(config.imports)
     engine = Engine(config)
     task, _ = prepare(config, engine)
@@ -178,10 +178,10 @@ class _Search:
             before = Tolerance.model_validate_json(self.file.read_text(encoding="utf-8"))
             if not resume:
                 raise ConfigError(
-                    f"{out} holds a search already: go on with --resume, or choose another --out"
+                    f"{out} already has a search: continue it by --resume, or choose another --out"
                 )
             if (before.config, before.margin, before.bisections) != (told, margin, bisections):
-                raise ConfigError(f"{out} holds a search with other settings: choose another --out")
+                raise ConfigError(f"{out} has a search with other settings: choose another --out")
             self.kept = before
 
     def bisect(self, rule: str, name: str) -> None:

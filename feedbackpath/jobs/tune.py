@@ -147,7 +147,9 @@ def tune(
     import_files(config.imports)
     engine = Engine(config) if config.devices * config.num_nodes == 1 else None  # it would start the others
     if engine is None or engine.world_size > 1:
-        raise ConfigError("tune trains on one device: start several, each with rules and a folder of its own")
+        raise ConfigError(
+            "tune uses one device: on several, start one search on each, with its own rules and folder"
+        )
     kept = _read_search(out, trials, resume=resume)
     if kept is not None:  # rules that an earlier call has searched stay part, so that all get as many trials
         config = config.model_copy(update={"rules": tuple(dict.fromkeys([*kept.spaces, *config.rules]))})
@@ -232,7 +234,7 @@ def _read_search(out: Path, trials: int, *, resume: bool) -> Search | None:
         refuse_to_overwrite(out, ["chosen.yaml"])
         return None
     if not resume:
-        raise ConfigError(f"{out} holds a search already: go on with it by --resume, or choose another --out")
+        raise ConfigError(f"{out} already has a search: continue it by --resume, or choose another --out")
     try:
         kept = Search.model_validate_json(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8, not JSON, or not a search
@@ -241,7 +243,7 @@ def _read_search(out: Path, trials: int, *, resume: bool) -> Search | None:
     most = max((trial.number + 1 for trial in kept.trials), default=0)
     if trials < most:
         raise ConfigError(
-            f"{out} holds {most} trials of a rule, and all get as many: ask for --trials {most}"
+            f"{out} holds {most} trials of a rule, and every rule needs the same number: give --trials {most}"
         )
     return kept
 
@@ -254,7 +256,7 @@ def _refuse_another_search(out: Path, search: Search, kept: Search) -> None:
             there = {key: value for key, value in there.items() if key not in free}
             now = {key: value for key, value in now.items() if key not in free}
         if there != now:
-            raise ConfigError(f"{out} holds a search with another {name}; choose another --out")
+            raise ConfigError(f"{out} has a search with another {name}; choose another --out")
     for rule, space in kept.spaces.items():
         if search.spaces.setdefault(rule, space) != space:
             raise ConfigError(f"{out} holds a search of {rule} over another space; choose another --out")

@@ -27,10 +27,10 @@ def angle_deg(one: Tensor, other: Tensor) -> float:
 
 
 def chance_angle_deg(size: int) -> float:
-    """Return the angle that one pair in twenty of random vectors of a size comes below, in degrees.
+    """Return the angle, in degrees, that one in twenty pairs of random vectors of a size is below.
 
     The cosine of two random vectors of n values has mean 0 and standard deviation 1/√n, so the angle is
-    ``acos(1.645 / √n)``: what lies above it cannot be told from chance.
+    ``acos(1.645 / √n)``: an angle above it cannot be distinguished from chance.
 
     Example:
         >>> [round(chance_angle_deg(size)) for size in (10, 100, 10_000)]
@@ -48,7 +48,7 @@ def matrix_angles(weights: Sequence[UntiedWeight]) -> dict[str, float]:
 
 
 def gains(weights: Sequence[UntiedWeight]) -> dict[str, float]:
-    """Return each weight's gain <B, W> / <W, W>: 1 when B has W's size along W."""
+    """Return each weight's gain <B, W> / <W, W>: 1 if B is as large as W along the direction of W."""
     found = {}
     for weight in _alike(weights):
         w, b = (x.detach().double().flatten() for x in (weight.weight, weight.feedback))

@@ -23,13 +23,13 @@ Gradients = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Delta:
-    """A layer's delta, dL/d(layer output), through B, beside the delta that W would have given.
+    """A layer's delta, dL/d(layer output), through B, compared with the delta that W would have given.
 
     Attributes:
         angle_deg: The angle between the two, in degrees.
         chance_deg: One pair in twenty of random vectors of delta's size has a smaller angle.
         norm: The length of delta through B.
-        backprop_norm: The length of delta through W. Where either length is near 0, the angle says nothing.
+        backprop_norm: The length of delta through W. If either length is near 0, the angle means nothing.
     """
 
     angle_deg: float
@@ -104,7 +104,7 @@ def _twice(name: str, measure: Callable[[], tuple[Gradients, Tensor]]) -> tuple[
     if not ours:
         raise UntieError(
             f"{name}: compute_loss ran no untied layer of this path (or ran it under "
-            "reentrant checkpointing): run its own model"
+            "reentrant checkpointing): let it run the model of this path"
         )
     with as_backprop():
         exact, again = measure()

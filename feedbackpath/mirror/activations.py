@@ -197,7 +197,7 @@ def refuse_no_activation(name: str, activation: Activation) -> None:
     if not isinstance(answer, Tensor) or answer.shape != z.shape or not answer.isfinite().all():
         raise RuleError(
             f"mirror mode: the activation given for {name!r} does not return a finite number for each "
-            "one between -3 and 3; give what follows the layer, as in activations={'0': torch.relu}"
+            "input between -3 and 3; give the activation after the layer, as in activations={'0': torch.relu}"
         )
 
 

@@ -47,9 +47,9 @@ def mirror(
     until_angle_deg: float | None = None,
     most_steps: int | None = None,
 ) -> None:
-    """Go into mirror mode: before training, in a pause, at any time.
+    """Run mirror mode: before training, in a pause, at any time.
 
-    Where some layers' rule mirrors by itself, only those are mirrored, unless ``settings`` are given.
+    If the rule of some layers uses mirror mode, only these are mirrored, unless ``settings`` are given.
 
     Args:
         context: What a rule may know of the path.
@@ -58,8 +58,8 @@ def mirror(
             replaces the share d of B; or, of a rule that mirrors once, as many as bring B to the angle that
             it asks for.
         settings: How to mirror; None: as the layer's rule does, or by default settings.
-        until_angle_deg: Begin anew, and go on with each layer until its B is so near to W, in degrees,
-            judged by how much passes differ among themselves; instead of ``steps``.
+        until_angle_deg: Instead of ``steps``: start again, and mirror each layer until the angle of its B to
+            W is at most this, in degrees, as estimated from the differences between passes.
         most_steps: Passes after which to give up on that, with a warning that names the layers; None: 1000.
 
     Raises:
@@ -67,8 +67,8 @@ def mirror(
             of passes is no whole number of at least 1.
 
     Warns:
-        MirrorWarning: Neurons do not answer, or a layer is too wide to get to ``until_angle_deg``, or it
-            cannot be told how near it came.
+        MirrorWarning: Neurons do not answer, or a layer is too wide to reach ``until_angle_deg``, or its
+            angle cannot be estimated.
     """
     mode = context.part(MirrorMode)
     if most_steps is not None:

@@ -83,9 +83,9 @@ class MirrorContext:
             self.warn_once(
                 "untold",
                 "",
-                f"what follows {', '.join(by_pattern(untold))} cannot be told, and is taken as linear; "
-                "give it where it is not, as in untie(..., activations={'encoder.*': torch.relu}); if no "
-                "forward pass has been seen yet, train one step first",
+                f"the activation after {', '.join(by_pattern(untold))} is unknown, and is taken as linear; "
+                "if it is not, give it, as in untie(..., activations={'encoder.*': torch.relu}); if no "
+                "training step was taken yet, take one first",
             )
         self.activations |= {name: found.get(name) or identity for name in unknown}
         self.odd_slopes |= {name: odd_slope(self.activations[name]) for name in unknown}

@@ -43,7 +43,7 @@ def mirror_flops(weight: UntiedWeight, samples: float) -> float:
 
 @dataclass(frozen=True)
 class Dues:
-    """What one pass through one layer costs a network that is there in neurons and synapses, not simulated.
+    """What one pass through one layer costs a network of real neurons and synapses.
 
     Attributes:
         samples: Patterns of noise that the layer's neurons fire.

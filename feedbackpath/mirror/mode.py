@@ -128,7 +128,7 @@ class MirrorMode(MirrorContext):
         messages = [
             f"{most_passes} passes leave more than {angle_deg:g} degrees in {short}; allow more passes or "
             "more samples",
-            f"the angle of {untold} cannot be told: its passes do not differ, or tell nothing",
+            f"the angle of {untold} cannot be estimated: its passes do not differ, or show nothing",
         ]
         for names, message in zip((short, untold), messages, strict=True):
             if names:

@@ -30,10 +30,10 @@ LISTENERS: list[Listener] = []
 @checked(RuleError)
 @contextmanager
 def forward_passage(*weights: Tensor) -> Iterator[None]:
-    """Say that what happens meanwhile sends signals forward through ``weights``.
+    """Mark a block of code that sends signals forward through ``weights``.
 
-    A rule of one's own that mirrors puts this round the products of its noise and W; ``audit`` then knows
-    these answers for activity. Without anyone watching it does nothing.
+    If your own rule mirrors, put this around the products of its noise and W; ``audit`` then counts
+    these answers as activity. Outside an audit it does nothing.
 
     Args:
         weights: The forward weights that signals pass.

@@ -25,8 +25,8 @@ class LayerPlan:
         inputs: n, the inputs that drive one of its neurons in mirror mode.
         samples: Examples of noise a pass, on each device.
         positions: Answers of a channel to each of them.
-        angle_deg: Angle that noise leaves between B and W when B's memory is full; 0 with codes, whose only
-            error is how far W has moved since.
+        angle_deg: Angle that noise leaves between B and W after enough passes; 0 with codes, whose only
+            error is the change of W since.
         flops: What the simulation computes a pass, as Appendix B counts: two for each product that is added
             up.
         share: Those FLOPs over a training step's of the whole network.

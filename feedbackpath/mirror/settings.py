@@ -42,7 +42,9 @@ class When(CheckedArguments):
         if self.cost_share is not None:
             refuse_no_size("When: cost_share", self.cost_share)
         if self.cost_share is not None and self.layers != "all":
-            raise RuleError(f"When: cost_share is for layers='all'; {self.layers!r} has a turn of its own")
+            raise RuleError(
+                f"When: cost_share is for layers='all'; {self.layers!r} is another schedule; give one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ class Mirror(CheckedArguments):
     """Settings of mirror mode.
 
     Args:
-        noise: What neurons fire, all of a layer at once. Independent noise: ``"gaussian"`` (the paper's),
+        noise: What all neurons of a layer fire at once. Independent noise: ``"gaussian"`` (the paper's),
             ``"uniform"``, ``"signs"``. Or codes that are orthogonal to each other: ``"orthogonal"``, the
             exact read-out, which assumes that W is read without noise; ``"hadamard"``, the same codes at
-            sigma 1, through the real layer, which average over noise.
+            sigma 1, always through the layer's own call, which average over noise.
         sigma: Standard deviation of the noise; None: 1, or 0.01 for ``"orthogonal"``: so weak that any
             smooth activation is linear to it.
         samples: Examples of independent noise a pass, on each device. In a convolution an example is a whole
@@ -68,12 +70,12 @@ class Mirror(CheckedArguments):
             ``"printed"``: B <- (1 - lambda) B + eta cov, as in Algorithm 1, settles at
             sigma^2 s eta / lambda times W: a tenth of W's size behind a ReLU, with the paper's numbers;
             ``"scaled"``: B <- B + eta cov, and then back to the norm that it had (synaptic scaling).
-        forgetting: d, the share of B that a ``"calibrated"`` pass replaces, once the first passes have been
-            averaged plainly (d = 1/n for pass n, until that falls to ``forgetting``). None: in each layer as
-            much as leaves 10 degrees of sampling noise, but between 2% and 10%.
+        forgetting: d, the share of B that a ``"calibrated"`` pass replaces, after the first passes, which are
+            a plain average (d = 1/n for pass n, until that falls to ``forgetting``). None: in each layer the
+            share that leaves 10 degrees of sampling noise, but between 2% and 10%.
         rate: eta_B of the paper, for the other readings.
         decay: lambda_WM of the paper, for ``"inside"`` and ``"printed"``.
-        block_bias: Whether neurons close off their biases in mirror mode (equation 12).
+        block_bias: Whether neurons leave out their biases in mirror mode (equation 12).
         rates: How signals travel: ``"signed"`` numbers, rates about a ``"baseline"`` (equations 23, 24), or
             by cells in ``"push-pull"`` (Appendix C.2).
         baseline: beta, for rates about a baseline.
@@ -109,7 +111,7 @@ class Mirror(CheckedArguments):
         if self.target_angle_deg is not None and not self.target_angle_deg < 90:
             raise RuleError(f"Mirror: target_angle_deg must be below 90, not {self.target_angle_deg}")
         if (share := self.share_for(1, 1.0)) > 1:
-            raise RuleError(f"Mirror: a pass would replace {share:g} of B; at most 1 makes sense")
+            raise RuleError(f"Mirror: a pass would replace {share:g} of B; at most 1 is possible")
         if self.samples is not None:
             refuse_no_count("Mirror: samples", self.samples, least=2)
             if self.target_angle_deg is not None:
@@ -122,8 +124,8 @@ class Mirror(CheckedArguments):
                 )
         if self.across_devices == "averaged" and self.fires_codes:
             raise RuleError(
-                f"Mirror: across_devices='averaged' is for independent noise; {self.noise!r} codes tell all "
-                "on one device, so leave it at 'same'"
+                f"Mirror: across_devices='averaged' is for independent noise; {self.noise!r} codes are "
+                "already exact on one device; leave it at 'same'"
             )
 
     @classmethod

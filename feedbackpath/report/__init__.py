@@ -65,9 +65,7 @@ def write_side_by_side(folders: Sequence[Path], out: Path) -> list[Panel]:
             or are judged by different metrics.
     """
     if (out / "results.json").exists():
-        raise ConfigError(
-            f"--out {out} holds a run of its own, whose report this would replace; choose another"
-        )
+        raise ConfigError(f"--out {out} has its own run, whose report would be replaced; choose another")
     from feedbackpath.train.store import write_text  # needs torch, which tables alone do not
 
     panels = lay_side_by_side([(str(folder), read_results(folder)) for folder in folders])

@@ -48,7 +48,9 @@ def energy_table(counted: dict[str, dict[str, ArrayCounts]], costs: Costs) -> Ta
     table = _table("energy of a training step, and area", *heading)
     for row in rows:
         table.add_row(*row)
-    table.caption = "×: over one array that backprop reads both ways; mirroring before training is left out"
+    table.caption = (
+        "×: over one array that backprop reads in both directions; without mirroring before training"
+    )
     return table
 
 

@@ -1,4 +1,4 @@
-"""Backprop (BP), the ruler: B is W itself.
+"""Backprop (BP), to compare with: B is W itself.
 
 Akrout et al. 2019, equation 2 (Rumelhart, Hinton & Williams 1986): delta_l = phi'(y_l) W_{l+1}^T delta_{l+1}.
 """

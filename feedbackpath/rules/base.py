@@ -38,30 +38,30 @@ class Facts:
 
 
 class Rule(CheckedArguments):
-    """How the feedback weights come about. A subclass has a ``name`` and whichever hooks it needs.
+    """How feedback weights get their values. A subclass has a ``name`` and the hooks that it needs.
 
-    Make it a frozen dataclass: its fields are its settings, and layers whose rules are equal are governed
-    together. What changes while a path lives belongs into ``context.state``.
+    Make it a frozen dataclass: its fields are its settings, and layers with equal rules are passed
+    to the hooks together. What changes during training belongs into ``context.state``.
 
     Attributes:
         name: Short name, as on the command line.
-        send_back: Who carries the error to a layer's input.
+        send_back: How the error gets to a layer's input.
         is_tied: Whether B is W itself (backprop).
         learns: Whether B gets the gradient of the outer product, and the optimizer updates it.
-        is_mirrorable: Whether mirroring makes sense: not where B is W, or is computed from it.
-        gradients: ``gradients(weight, product, context)`` returns what W and what B get of an outer product
-            ``delta x^T``; None: both get it as it is.
+        is_mirrorable: Whether ``path.mirror()`` may be called: not if B is W, or is computed from it.
+        gradients: ``gradients(weight, product, context)`` returns the gradients of W and B from an outer
+            product ``delta x^T``; None: both get the product itself.
         after_backward: ``after_backward(weight, x, output, delta, context)`` is called in each backward pass,
             when the error delta arrives at the output of the operation in which W met activity; None: never.
             With it, the input x of each layer is kept until then.
         reads_output: Whether ``after_backward`` needs the output as it was; an operation that has changed it
             in place is then refused.
-        group: Under which heading ``feedbackpath rules`` lists it; None: it is told from what is above.
+        group: The heading under which ``feedbackpath rules`` lists it; None: derived from the above.
         search_space: What ``feedbackpath tune`` searches for this rule beside learning rate and weight decay:
             names of settings to ``("log", low, high)``, ``("linear", low, high)`` or ``("choice", a, b)``.
         facts: Paper, equation, needs, verdict and cost, for ``feedbackpath rules``.
         label: Its name in full, for legends and headings; None: its name.
-        colour: ``#RRGGBB``, for figures; None: one is chosen.
+        colour: ``#RRGGBB``, for figures; None: a colour is chosen.
     """
 
     name: ClassVar[str]
@@ -79,7 +79,7 @@ class Rule(CheckedArguments):
     colour: ClassVar[str | None] = None
 
     def serves(self, weights: Weights) -> bool:
-        """Whether the rule can govern a layer with these weights; else it keeps backprop, and is named."""
+        """Whether the rule can run a layer with these weights; if not, a warning names the layer."""
         return self.send_back.serves(list(weights))
 
     def start(self, weights: Weights, context: RuleContext) -> None:
@@ -118,7 +118,7 @@ def group_of(rule: type[Rule]) -> str:
 
 @checked(RuleError)
 def draw_feedback(weights: Weights, context: RuleContext, scale: Scale = "xavier") -> None:
-    """Draw every feedback weight from N(0, s^2), never looking at W. The paper leaves s open.
+    """Draw every feedback weight from N(0, s^2), independently of W. The paper leaves s open.
 
     Scales: ``"xavier"``, s^2 = 2 / (fan_in + fan_out) (Glorot & Bengio 2010, equation 12); ``"he"``, s^2 = 2
     / fan_out: errors keep their size through ReLUs (He et al. 2015, equation 14); ``"zero"``, s = 0.

@@ -43,7 +43,7 @@ def warn_of_older_copy(model: Any) -> None:
     """
     if model.untied.memo.pop("paired", False):
         warnings.warn(
-            "somebody went through model.parameters() side by side with a list without feedback weights. If "
+            "code went through model.parameters() side by side with a list that has no feedback weights. If "
             "that was an average of weights (EMA, AveragedModel) made before untie, it averages W with B: "
             "make it after untie",
             UnconvertedLayerWarning,

@@ -78,7 +78,7 @@ def count_efolds(
     if short:
         warnings.warn(
             f"Kolen-Pollack: in {steps} steps W - B shrinks by {min(short.values()):.2g} e-folds in "
-            f"{', '.join(map(repr, short))}, fewer than {LEAST_EFOLDS:g}: B will not have come to "
+            f"{', '.join(map(repr, short))}, fewer than {LEAST_EFOLDS:g}: B will still differ from "
             "W; mirror once (rule mirror-kp), train longer, or decay more",
             KolenPollackWarning,
             stacklevel=level_outside(),
@@ -93,7 +93,7 @@ def _efolds_of_step(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> 
     if isinstance(optimizer, torch.optim.SGD):
         return decay * (1.0 - float(group["dampening"])) / (1.0 - float(group["momentum"]))
     raise RuleError(
-        f"check_optimizer: the e-folds of {type(optimizer).__name__} cannot be told: what it makes of decay "
+        f"check_optimizer: the e-folds of {type(optimizer).__name__} cannot be computed, because its decay "
         "depends on gradients; use SGD or AdamW, or leave steps= out"
     )
 
@@ -118,7 +118,7 @@ def _settings_of_run(
                 schedule.step()
     except (TypeError, ValueError) as error:
         raise RuleError(
-            f"check_optimizer: {type(schedule).__name__} cannot be run ahead for {steps} steps ({error}); "
+            f"check_optimizer: {type(schedule).__name__} cannot be simulated for {steps} steps ({error}); "
             "pass a function from the step's number to the learning rate"
         ) from None
     finally:

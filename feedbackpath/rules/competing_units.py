@@ -48,8 +48,8 @@ class CompetingUnits(ActivityRule):
     Args:
         rate: The largest change of a weight in a step, between 0 and 2.
         p: The exponent of the norm that weights come to have; at least 2.
-        k: Which unit is pushed off, counted from the one of largest drive; at least 2.
-        delta: How much it is pushed off.
+        k: Rank of the unit that is weakened, counted from the one of largest drive; at least 2.
+        delta: How much it is weakened.
         steps: Over how many steps the rate falls linearly to 0, after which hidden layers stay as they are;
             at least 2. None: the rate stays as it is.
 
@@ -133,7 +133,7 @@ class CompetingUnits(ActivityRule):
         if drive.shape[units] < self.k:
             raise RuleError(
                 f"kh: {weight.name!r} has {drive.shape[units]} units, and the one of rank k={self.k} is to "
-                "be pushed off: set a smaller k, or give this layer another rule by overrides="
+                "be weakened: set a smaller k, or give this layer another rule by overrides="
             )
         ranked = drive.topk(self.k, dim=units).indices
         g = torch.zeros_like(drive)

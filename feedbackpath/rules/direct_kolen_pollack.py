@@ -71,7 +71,7 @@ class DirectKolenPollack(DirectFeedbackAlignment):
             RuleError: The model has not run yet, or a B is not in the optimizer.
 
         Warns:
-            KolenPollackWarning: No weight decay: the random start of B stays in it for ever.
+            KolenPollackWarning: No weight decay: the random start of B never decays.
         """
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         made = [weight for weight in weights if weight.has_feedback]
@@ -87,7 +87,7 @@ class DirectKolenPollack(DirectFeedbackAlignment):
         if undecayed:
             warnings.warn(
                 f"direct Kolen-Pollack without weight decay: the random start of {', '.join(undecayed)} will "
-                "not be forgotten; give the optimizer weight_decay > 0",
+                "not decay; give the optimizer weight_decay > 0",
                 KolenPollackWarning,
                 stacklevel=level_outside(),
             )

@@ -41,8 +41,8 @@ def negative_target(error: Tensor) -> Tensor:
     is_target = error < 0
     if not torch.compiler.is_compiling() and bool((is_target.sum(-1) > 1).any()):
         raise RuleError(
-            "drtp reads the target off the error at the output, where cross entropy with one class a sample "
-            "leaves one negative entry; this error has several: use that loss, or the rule 'dfa'"
+            "drtp reads the target from the error at the output, where cross entropy with one class per "
+            "sample leaves one negative entry; this error has several: use that loss, or the rule 'dfa'"
         )
     return -is_target.to(error.dtype) / max(1, error[..., 0].numel())
 
@@ -51,8 +51,8 @@ def negative_target(error: Tensor) -> Tensor:
 class DirectRandomTargetProjection(DirectFeedbackAlignment):
     """Send the target straight to each layer's input, through a fixed random matrix.
 
-    For classification by cross entropy, averaged over samples, with one class a sample. A loss that is scaled
-    (by a gradient scaler, or for accumulation) scales what the last layer learns, and no other.
+    For classification by cross entropy, averaged over samples, with one class per sample. If the loss is
+    scaled (by a gradient scaler, or for accumulation), only the last layer's update is scaled.
 
     Example:
         >>> import feedbackpath as fp

@@ -1,9 +1,9 @@
 """The exact read-out: after each update orthogonal codes tell each B what its W has become, to rounding.
 
-Not the weight mirror of Akrout et al. 2019, but what it comes to under ideal conditions: their equation 5
+Not the weight mirror of Akrout et al. 2019, but its limit under ideal conditions: their equation 5
 needs ``E[x x^T] = sigma^2 I`` alone, which codes have exactly. It equals backprop to rounding by
-construction, and assumes a noiseless read: codes are weak (sigma 0.01), so that noise of a hundredth of the
-activities drowns them. ``ExactMirror(Mirror(noise="hadamard"))`` fires the same codes at sigma 1, through the
+construction, and assumes a noiseless read: codes are weak (sigma 0.01), so noise of a hundredth of the
+activities hides them. ``ExactMirror(Mirror(noise="hadamard"))`` fires the same codes at sigma 1, through the
 real layer, and averages over noise.
 """
 

@@ -44,8 +44,8 @@ class Guard:
             return
         if faults := list(self._find_faults()):
             raise UntieError(
-                f"{'; '.join(faults[:3])}{'; and others' * (len(faults) > 3)}: the model is no more what was "
-                "untied; path.retie(), and untie it again when it has its final form"
+                f"{'; '.join(faults[:3])}{'; and others' * (len(faults) > 3)}: the model has changed since "
+                "it was untied; path.retie(), and untie it again when it has its final form"
             )
         self._name_newcomers()
         self._seen = seen
@@ -111,9 +111,9 @@ class Guard:
                     f"{list(w.shape if b is None else b.shape)}"
                 )
         for name, _ in self._copies():
-            yield f"{name!r} is a copy of an untied layer, or of another path, whose B nobody governs"
+            yield f"{name!r} is a copy of an untied layer, or of another path, whose B no rule updates"
         if _sharing_of(self._weights) != self._sharing:
-            yield "weights that were shared are so no more, or others are now (load_state_dict(assign=True))"
+            yield "other weights are shared now than before (load_state_dict(assign=True) can do that)"
 
     def _copies(self) -> list[tuple[str, FeedbackModule]]:
         """Return the untied layers in the model that are not of this path."""
@@ -126,7 +126,7 @@ class Guard:
         self._plain |= newcomers
         if newcomers:
             warnings.warn(
-                f"{', '.join(map(repr, sorted(newcomers)))} came into the model after it was untied: errors "
+                f"{', '.join(map(repr, sorted(newcomers)))} came into the model after it was untied; errors "
                 "go back through the weights there; untie the model after its last layer is in place",
                 UnconvertedLayerWarning,
                 stacklevel=level_outside(),

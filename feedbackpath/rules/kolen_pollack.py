@@ -38,8 +38,8 @@ class KolenPollack(Rule):
     """Give B the gradient of W; weight decay does the rest.
 
     Make the optimizer after ``untie``, from ``model.parameters()``. With SGD of learning rate lr, momentum
-    mu and L2 penalty wd in the gradient, W - B shrinks e-fold in (1 - mu) / (lr wd) steps; without
-    weight decay it never does.
+    mu and L2 penalty wd in the gradient, W - B shrinks by a factor of e in (1 - mu) / (lr wd) steps;
+    without weight decay it does not shrink.
 
     Args:
         feedback_rate: eta_B / eta_W: how much of W's gradient B gets. It takes SGD: an optimizer that divides
@@ -94,7 +94,7 @@ class KolenPollack(Rule):
         if shared:
             warnings.warn(
                 f"the weights of {', '.join(repr(w.name) for w in shared)} are shared with layers that "
-                "cannot be untied: W gets gradients there that B does not, and Kolen-Pollack will not bring "
+                "cannot be untied: W gets gradients there that B does not, so Kolen-Pollack will not bring "
                 "them together; untie the weights, or override the rule for these layers",
                 KolenPollackWarning,
                 stacklevel=level_outside(),
@@ -121,7 +121,7 @@ class KolenPollack(Rule):
             RuleError: A feedback weight is not in the optimizer, or its group's settings differ from W's.
 
         Warns:
-            KolenPollackWarning: No weight decay: W - B stays as it is for ever.
+            KolenPollackWarning: No weight decay: W - B never changes.
         """
         if weights and self.order == "update-first":
             weights[0].layer.untied.context.part(LookAhead).know(weights, optimizer)

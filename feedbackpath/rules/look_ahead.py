@@ -72,7 +72,7 @@ class LookAhead:
         others = torch.stack(off).tolist() if off else []
         if names := [repr(w.name) for w, is_other in zip(due, others, strict=True) if is_other]:
             raise RuleError(
-                f"{SETTING}: errors went through what the optimizer was to make of the feedback weights of "
+                f"{SETTING}: errors went through predicted feedback weights of "
                 f"{', '.join(names)}, and it made something else of them: take one backward pass a step, "
                 "in which each weight is used once, and do not clip or scale gradients, or write by a chip"
             )

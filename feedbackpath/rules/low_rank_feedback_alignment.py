@@ -9,7 +9,7 @@ whose directions are random::
     B_r = sqrt(m / r) Q Q^T B
 
 Q Q^T projects onto r directions; the factor keeps the mean square of B. At r = m, B_r is B.
-Differs from the paper: it has no such rule. We ask how many fibres an error needs.
+Differs from the paper: it has no such rule. This one shows how many fibres an error needs.
 """
 
 import math

@@ -44,14 +44,14 @@ class MirrorKolenPollack(KolenPollack):
     """Mirror before training, then give B the gradient of W.
 
     Call ``path.mirror()`` before the first step; else the first ``path.step()`` does it. Unlike plain KP
-    it does not need weight decay, though decay heals what the mirror left.
+    it does not need weight decay, though decay removes the difference that the mirror left.
 
     Args:
         mirror: Settings of the one mirroring; None: those of ``start``.
         every: Steps from one mirroring to the next, to correct drift (an optimizer that treats W and B
             differently, rounding, noise on the feedback side); None: mirror once.
         start: ``"faithful"``: the weight mirror, until it is predicted to be within 2 degrees;
-            ``"exact"``: the exact read-out, so that training follows backprop's own course.
+            ``"exact"``: the exact read-out, so training is that of backprop.
 
     Example:
         >>> import feedbackpath as fp

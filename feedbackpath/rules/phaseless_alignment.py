@@ -1,4 +1,4 @@
-"""Phaseless alignment learning (PAL): noise that rides on activity shows B what W is, while W learns.
+"""Phaseless alignment learning (PAL): B learns W from noise that is added to activity, while W learns.
 
 Max et al. 2024, "Learning efficient backprojections across cortical hierarchies in real time". There is no
 mirror mode: each neuron adds noise xi of variance sigma^2 to what it sends, and B hears all of the answer::
@@ -89,8 +89,8 @@ class PhaselessAlignment(ActivityRule):
             sharing = [repr(other.name) for other in everywhere if other.weight is weight.weight]
             if len(sharing) > 1:
                 raise RuleError(
-                    f"pal: {', '.join(sharing)} share a weight, and what their noises tell cannot be held "
-                    "apart; untie the weights, or give these layers another rule by overrides="
+                    f"pal: {', '.join(sharing)} share a weight, and their noises cannot be "
+                    "separated; untie the weights, or give these layers another rule by overrides="
                 )
         super().start(weights, context)
         for weight in weights:

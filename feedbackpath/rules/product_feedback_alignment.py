@@ -74,7 +74,9 @@ class ProductFeedbackAlignment(KolenPollack):
         """Refuse a path without neurons."""
         super().__post_init__()
         if self.scale != "xavier":
-            raise RuleError("pfa: scale has no effect, both matrices have laws of their own; leave it out")
+            raise RuleError(
+                "pfa: scale has no effect, because both matrices have their own distributions; leave it out"
+            )
         if not self.expansion > 0.0:
             raise RuleError(f"pfa: expansion must be above 0, not {self.expansion}")
 

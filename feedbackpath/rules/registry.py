@@ -77,7 +77,7 @@ def register_rule(rule: type[Rule]) -> type[Rule]:
     if not (isinstance(rule, type) and issubclass(rule, Rule)) or not isinstance(
         getattr(rule, "name", None), str
     ):
-        raise RuleError(f"{shown(rule)} is no rule: derive a class from fp.Rule and give it a name")
+        raise RuleError(f"{shown(rule)} is not a rule: derive a class from fp.Rule and give it a name")
     name = rule.name
     refuse_name(name, "a rule", RuleError)
     if name in RULES and RULES[name] is not rule:
@@ -130,7 +130,7 @@ def resolve_rule(rule: "str | Rule") -> Rule:
     if not isinstance(rule, str):
         if not isinstance(rule, Rule):
             raise RuleError(
-                f"{shown(rule)} is no rule: pass a name ({', '.join(RULES)}) or an object of a "
+                f"{shown(rule)} is not a rule: pass a name ({', '.join(RULES)}) or an object of a "
                 "subclass of Rule"
             )
         try:

@@ -59,7 +59,8 @@ def begin_alike(model: Any, _: Any) -> None:
     if ddp._join_config.enable and (names := [w.name for w in weights if _mirrors_at_steps(w)]):
         raise RuleError(
             f"DistributedDataParallel.join lets processes take different numbers of steps, and {names[0]!r} "
-            "is mirrored by steps, so that B would part: give each process as many batches (drop_last=True)"
+            "is mirrored by steps, so B would differ between them: give each process the same number of "
+            "batches (drop_last=True)"
         )
     known = vars(ddp).setdefault(KNOWN, set())
     if not torch.is_grad_enabled() or not ddp.require_backward_grad_sync or id(model) in known:

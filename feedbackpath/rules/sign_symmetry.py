@@ -1,4 +1,4 @@
-"""Sign-symmetry (SS): B has the signs of W, and sizes of its own.
+"""Sign-symmetry (SS): B has the signs of W, and its own magnitudes.
 
 Liao, Leibo & Poggio 2016; Moskovitz et al. 2018 and Xiao et al. 2019 are the forms that Akrout et al. 2019
 compare with. B = M * sign(W), refreshed after every update of W: 1 bit per weight is transported.

@@ -5,8 +5,8 @@ and self, each with the coefficient 1. With B laid out as W::
 
     R = 1/2 |B|^2 - tr(B^T W) = 1/2 |B - W|^2 - 1/2 |W|^2        dB = -rate (B - W)
 
-So W - B shrinks by (1 - rate) a step while W stands still, and B settles at W. The rule reads W: it is a
-ruler, not a rule without transport. What it asks is whether feedback may lag, and how far.
+So W - B shrinks by (1 - rate) a step while W stands still, and B settles at W. The rule reads W, so it
+transports weights. It shows how much feedback may lag behind W.
 
 Differs from the paper: B has a rate of its own, and takes no part in the optimizer's momentum and schedule; R
 does not change W.

@@ -17,7 +17,7 @@ def refuse_unfit(model: nn.Module, batchnorm_feedback: str) -> None:
         UntieError: Every reason and its remedy is named.
     """
     if not isinstance(model, nn.Module):
-        raise UntieError(f"untie: {type(model).__name__} is no model; pass a torch.nn.Module")
+        raise UntieError(f"untie: {type(model).__name__} is not a model; pass a torch.nn.Module")
     if batchnorm_feedback not in ("autograd", "sigma"):
         raise UntieError(f"untie: batchnorm_feedback={batchnorm_feedback!r} is not one of autograd, sigma")
     faults = list(_find_faults(model))

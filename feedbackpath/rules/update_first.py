@@ -60,7 +60,7 @@ def _enter(x: Tensor, weight: UntiedWeight, arrived: list[Tensor]) -> Tensor:
     if ddp is not None and ddp._join_config.enable:
         raise RuleError(
             f"{SETTING} averages each layer's gradient over all processes, and DistributedDataParallel.join "
-            "lets some end before others: give each process as many batches (drop_last=True)"
+            "lets some end before others: give each process the same number of batches (drop_last=True)"
         )
     group = None if ddp is None else ddp.process_group
     return _SendThroughNext.apply(x, weight.feedback, weight, group, arrived)  # type: ignore[no-any-return, no-untyped-call]

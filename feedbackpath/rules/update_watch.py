@@ -105,7 +105,7 @@ class UpdateWatch:
             warnings.warn(
                 f"Kolen-Pollack: gradients were scaled by {scales[0]:.3g} between the backward pass and "
                 "path.step(). If that was clipping to a norm, as torch.nn.utils.clip_grad_norm_, Lightning, "
-                "Hugging Face's Trainer and accelerate do it, the norm has counted feedback weights too, and "
+                "Hugging Face's Trainer and accelerate do it, the norm counts feedback weights too, and "
                 "clips harder than under backprop: switch it off and call path.clip_grad_norm_",
                 KolenPollackWarning,
                 stacklevel=level_outside(),

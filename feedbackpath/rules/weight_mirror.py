@@ -26,8 +26,7 @@ class WeightMirror(Rule):
     Call ``path.mirror()`` before training for the first mirroring (two epochs of it in the paper). Until a
     first minibatch has been seen, noise has 2048 examples, and maps just large enough for a kernel.
 
-    What the minibatch looks like to each layer is read off the first step; under ``torch.compile`` it cannot
-    be.
+    The size of each layer's input is seen in the first step, except under ``torch.compile``.
 
     Args:
         mirror: Settings of mirror mode. The paper's are ``WeightMirror(Mirror.paper())``.

@@ -36,8 +36,8 @@ class Task(Dataset):
         loss: Returns the mean loss of a minibatch, given the network's output and the targets.
         score: Returns a number for each sample, ``[N]``, given output and targets. The metric is its mean.
         metric: What the metric is called: ``error`` gives ``test_error`` in result files.
-        unit: What follows its numbers.
-        lower_is_better: Which end is good.
+        unit: The unit, printed after its numbers.
+        lower_is_better: Whether smaller numbers are better.
         chance: The metric of guesses at random; None: not known, but for `wrong_percent` told by the classes.
     """
 
@@ -101,8 +101,8 @@ class Task(Dataset):
             least = 2 if part == "train" else 1  # BatchNorm has no variance over a single sample
             if len(x) != len(y) or len(x) < least:
                 raise DataError(
-                    f"{name}: {part} has {len(x)} inputs and {len(y)} targets; give as many of both, and "
-                    f"{least} or more"
+                    f"{name}: {part} has {len(x)} inputs and {len(y)} targets; give the same number of "
+                    f"both, and {least} or more"
                 )
             for tensor in (x, y):
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
@@ -144,7 +144,7 @@ class TensorSplit(Split):
 
 @checked(DataError)
 def register_task(name: str, make: Callable[..., Dataset]) -> None:
-    """Give a task of one's own a name, so that ``--data NAME`` finds it.
+    """Give your own task a name, so that ``--data NAME`` finds it.
 
     Args:
         name: Its name.
@@ -160,7 +160,7 @@ def register_task(name: str, make: Callable[..., Dataset]) -> None:
     try:
         inspect.signature(make).bind(seed=0)
     except TypeError as error:
-        raise DataError(f"what makes {name!r} is called with seed=0, and cannot be: {error}") from None
+        raise DataError(f"the function of {name!r} must accept seed=0: {error}") from None
     if name in DATASETS and DATASETS[name] is not make:
         raise DataError(f"there is a dataset {name!r} already: choose another name")
     DATASETS[name] = make
@@ -180,5 +180,7 @@ def load_task(name: str, **options: Any) -> Task:
     if isinstance(data, Task):
         return data
     if not isinstance(data, Dataset):
-        raise DataError(f"what makes {name!r} returned {type(data).__name__}: return an fp.Task or a Dataset")
+        raise DataError(
+            f"the function of {name!r} returned {type(data).__name__}: return an fp.Task or a Dataset"
+        )
     return Task(**{field.name: getattr(data, field.name) for field in dataclasses.fields(Dataset)})

@@ -140,7 +140,7 @@ def _windows(text: Tensor, starts: Tensor, context: int) -> Samples:
 def _read_parts(folder: Path, pattern: str) -> tuple[dict[str, Tensor], str, int]:
     """Read the files of a folder, in the order of their paths, and tell them apart by their paths."""
     if not folder.is_dir():
-        raise DataError(f"text: {folder} is no folder; give one of text files by --data-dir")
+        raise DataError(f"text: {folder} is not a folder; give a folder of text files by --data-dir")
     digest, count = hashlib.sha256(), 0
     parts: dict[str, list[bytes]] = {"train": [], "validation": [], "test": []}
     for path in sorted(folder.glob(pattern)):

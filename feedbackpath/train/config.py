@@ -33,7 +33,7 @@ IN_A_FILE = Parameter(parse=False)  # no flag: it takes a mapping
 
 def _refuse_separators(name: str) -> str:
     if os.sep in name:
-        raise ValueError(f"files are called after it, so that it cannot have a {os.sep!r}")
+        raise ValueError(f"files get this name, so it cannot have a {os.sep!r}")
     return name
 
 
@@ -51,7 +51,7 @@ class DataSettings(BaseModel):
         "your own",
     )
     data_dir: Annotated[Path | None, DATA] = Field(
-        None, description="folder of the data files (--data DIR says the same)"
+        None, description="folder of the data files (for imagenet, --data DIR is the same)"
     )
     classes: Annotated[int | None, DATA] = Field(
         None, ge=2, description="number of glyph classes (200 unless given)"
@@ -63,13 +63,14 @@ class DataSettings(BaseModel):
         None, ge=2, description="training samples per epoch"
     )
     on_bad_image: Annotated[Literal["error", "skip"] | None, DATA] = Field(
-        None, description="an unreadable image stops the run (error), or is left out and counted (imagenet)"
+        None,
+        description="unreadable images: stop the run (error), or leave them out and count them (imagenet)",
     )
     evaluate_on: Annotated[Literal["test", "validation"], DATA] = Field(
-        "test", description="split of the reported metric; choose settings on validation"
+        "test", description="split on which the metric is reported; choose settings on validation"
     )
     num_workers: Annotated[int, DATA] = Field(
-        0, ge=0, description="processes that read the data of each device"
+        0, ge=0, description="processes that read data, for each device"
     )
 
 
@@ -85,10 +86,10 @@ class NetworkSettings(BaseModel):
         "after", description="BatchNorm after the activation, or before it; or synaptic scaling after it"
     )
     activation: Annotated[Literal["relu", "rectified-tanh"], NETWORK] = Field(
-        "relu", description="what follows a layer (lenet, resnet8 and its kind)"
+        "relu", description="activation after a layer (lenet and small ResNets)"
     )
     connections: Annotated[Literal["shared", "local"], NETWORK] = Field(
-        "shared", description="convolution, or weights of their own at each position (as --activation)"
+        "shared", description="convolution, or separate weights at each position (lenet and small ResNets)"
     )
     batchnorm_feedback: Annotated[Literal["autograd", "sigma"], NETWORK] = Field(
         "autograd", description="what BatchNorm sends back: the whole gradient, or delta times gamma / sigma"
@@ -105,16 +106,17 @@ class ChipSettings(BaseModel):
     """What holds the weights."""
 
     chip: Annotated[str | None, CHIP] = Field(
-        None, description=f"devices of the arrays: {', '.join(CHIPS)}, or your measured response, a .csv"
+        None,
+        description=f"devices in the arrays: {', '.join(CHIPS)}, or a .csv file with a measured response",
     )
     read_bits: Annotated[int | None, CHIP] = Field(
-        None, ge=2, le=32, description="bits of the arrays' converters, both passes"
+        None, ge=2, le=32, description="bits of the arrays' converters, in both passes"
     )
     read_noise: Annotated[float | None, CHIP] = Field(
         None, ge=0, description="noise of a read, as a share of the outputs' root mean square"
     )
     chip_settings: Annotated[dict[str, Any], IN_A_FILE] = Field(
-        default_factory=dict, description="settings of the devices, of read, wiring, update (in a file only)"
+        default_factory=dict, description="settings of the devices, and read, wiring, update (in a file only)"
     )
 
     @field_validator("chip")
@@ -133,7 +135,9 @@ class OptimizerSettings(BaseModel):
     optimizer: Annotated[Literal["sgd", "adamw"], OPTIMIZER] = Field("sgd", description="optimizer")
     lr: Annotated[float, OPTIMIZER] = Field(0.2, gt=0, lt=1e30, description="highest learning rate")
     lr_batch_size: Annotated[int | None, OPTIMIZER] = Field(
-        None, ge=1, description="lr is for batches of so many samples, and follows --batch-size"
+        None,
+        ge=1,
+        description="batch size that lr is meant for; lr is scaled in proportion to --batch-size",
     )
     momentum: Annotated[float, OPTIMIZER] = Field(0.9, ge=0, lt=1, description="momentum (sgd)")
     nesterov: Annotated[bool, OPTIMIZER] = Field(True, description="Nesterov's form of momentum (sgd)")
@@ -141,7 +145,7 @@ class OptimizerSettings(BaseModel):
         2e-3, ge=0, lt=1e30, description="L2 penalty (sgd) or decoupled decay (adamw)"
     )
     clip_norm: Annotated[float | None, OPTIMIZER] = Field(
-        None, gt=0, description="largest gradient norm, that of W alone"
+        None, gt=0, description="clip gradients to this norm; only those of W count"
     )
     batch_size: Annotated[int, OPTIMIZER] = Field(
         128, ge=2, lt=2**31, description="samples per step, over all devices"
@@ -150,7 +154,7 @@ class OptimizerSettings(BaseModel):
         None,
         ge=1,
         lt=2**31,
-        description="samples at once on a device; more are accumulated (all unless given)",
+        description="samples at once on a device; gradients are accumulated (all at once unless given)",
     )
 
 
@@ -160,16 +164,17 @@ class ScheduleSettings(BaseModel):
     seed: Annotated[int, SCHEDULE] = Field(0, ge=0, lt=2**32, description="first seed")
     epochs: Annotated[int, SCHEDULE] = Field(6, ge=1, description="epochs")
     mirror_epochs: Annotated[int, SCHEDULE] = Field(
-        0, ge=0, description="of the epochs, so many at first in mirror mode alone (rules that mirror)"
+        0, ge=0, description="first epochs in which only mirror mode runs (rules with mirror mode)"
     )
     max_steps: Annotated[int | None, SCHEDULE] = Field(
-        None, ge=1, description="stop after so many training steps"
+        None, ge=1, description="stop after this number of training steps"
     )
     schedule: Annotated[Literal["cosine", "constant", "steps"], SCHEDULE] = Field(
-        "cosine", description="learning rate after warm-up; steps: a tenth after each of the milestones"
+        "cosine", description="learning rate after warm-up; steps: divided by 10 after each of the milestones"
     )
     milestones: Annotated[tuple[int, ...], SCHEDULE, Parameter(negative="")] = Field(
-        (32, 62, 82), description="epochs after which --schedule steps divides the rate by 10, by commas"
+        (32, 62, 82),
+        description="epochs after which --schedule steps divides the rate by 10, separated by commas",
     )
     warmup_epochs: Annotated[float, SCHEDULE] = Field(0.5, ge=0, description="epochs of linear warm-up")
 
@@ -179,10 +184,10 @@ class MachineSettings(BaseModel):
 
     device: Annotated[str, MACHINE] = Field("cpu", description="torch device")
     devices: Annotated[int, MACHINE] = Field(
-        1, ge=1, description="devices of a machine; under torchrun: what it started"
+        1, ge=1, description="number of devices of a machine (torchrun sets it by itself)"
     )
     num_nodes: Annotated[int, MACHINE] = Field(
-        1, ge=1, description="machines (SLURM; torchrun knows by itself)"
+        1, ge=1, description="number of machines (SLURM; torchrun sets it by itself)"
     )
     precision: Annotated[Literal["32-true", "64-true", "bf16-mixed"], MACHINE] = Field(
         "32-true", description="arithmetic"
@@ -200,13 +205,13 @@ class KeptSettings(BaseModel):
     """What is left on disk."""
 
     select_best: Annotated[bool, KEPT] = Field(
-        False, description="measure the validation metric too, and keep the best checkpoint by it"
+        False, description="measure the validation metric too, and keep the checkpoint that is best by it"
     )
     checkpoint_steps: Annotated[int | None, KEPT] = Field(
-        None, ge=1, description="keep a checkpoint every so many steps too, not only after each epoch"
+        None, ge=1, description="also keep a checkpoint after every so many steps, not only after each epoch"
     )
     keep_checkpoints: Annotated[int, KEPT] = Field(
-        2, ge=1, description="newest checkpoints of a run that are kept"
+        2, ge=1, description="number of newest checkpoints of a run to keep"
     )
 
 
@@ -217,11 +222,12 @@ class RuleSettings(BaseModel):
         (), description="Python file that registers rules, layers, models or tasks of your own"
     )
     overrides: Annotated[dict[str, str], IN_A_FILE] = Field(
-        default_factory=dict, description="layer patterns to rules, over every rule (in a file only)"
+        default_factory=dict,
+        description="patterns of layer names, each with the rule to use there instead (in a file only)",
     )
     rule_settings: Annotated[dict[str, dict[str, Any]], IN_A_FILE] = Field(
         default_factory=dict,
-        description="rule names to settings that differ from its defaults (in a file only)",
+        description="names of rules, each with settings that differ from its defaults (in a file only)",
     )
 
     @field_validator("imports")
@@ -246,7 +252,7 @@ class TrainConfig(
 
     by_rule: Annotated[dict[str, dict[str, Any]], IN_A_FILE] = Field(
         default_factory=dict,
-        description="rule names to optimizer settings of that rule alone, as `tune` writes (in a file only)",
+        description="names of rules, each with its own optimizer settings, as from `tune` (in a file only)",
     )
 
     @field_validator("milestones", mode="before")
@@ -261,7 +267,7 @@ class TrainConfig(
         for rule, settings in value.items():
             for name in settings:
                 if name not in OptimizerSettings.model_fields | {"warmup_epochs": None}:
-                    raise ValueError(f"{rule} may have optimizer settings of its own, and {name} is none")
+                    raise ValueError(f"{rule} may have its own optimizer settings, but {name} is not one")
         return value
 
     @model_validator(mode="after")
@@ -321,7 +327,7 @@ class CompareConfig(TrainConfig):
     """The settings of a comparison; the same for every rule."""
 
     rules: Annotated[tuple[Name, ...], RULES, Parameter(negative="")] = Field(
-        ("bp", "fa", "ss", "kp", "wm"), description="rules to compare, by commas; or all"
+        ("bp", "fa", "ss", "kp", "wm"), description="rules to compare, separated by commas; or: all"
     )
     seeds: Annotated[int, RULES] = Field(1, ge=1, description="number of seeds, counted up from --seed")
     equivalence: Annotated[float | None, RULES] = Field(
@@ -355,7 +361,7 @@ class RunConfig(TrainConfig):
 
     rule: Annotated[Name, RULES] = Field("bp", description="rule to train by")
     select_best: Annotated[bool, KEPT] = Field(
-        True, description="measure the validation metric too, and keep the best checkpoint by it"
+        True, description="measure the validation metric too, and keep the checkpoint that is best by it"
     )
 
     @property
@@ -375,7 +381,9 @@ class AuditConfig(RuleSettings, OptimizerSettings, ChipSettings, NetworkSettings
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     rule: Annotated[Name, RULES] = Field("kp", description="rule")
-    steps: Annotated[int, RULES] = Field(2, ge=1, description="training steps in a row to watch and replay")
+    steps: Annotated[int, RULES] = Field(
+        2, ge=1, description="number of successive training steps to watch and replay"
+    )
     seed: Annotated[int, RULES] = Field(0, ge=0, lt=2**32, description="seed")
     batch_size: Annotated[int, OPTIMIZER] = Field(8, ge=2, lt=2**31, description="samples of the minibatch")
     device: Annotated[str, MACHINE] = Field("cpu", description="torch device")

@@ -23,5 +23,5 @@ def usable_device(name: str) -> torch.device:
         choice = "cpu, or cuda" if torch.cuda.is_available() else "cpu; no CUDA device is usable here"
         raise ConfigError(f"device {name!r} cannot be used: {reason}; choose {choice}") from None
     if device.type == "cpu" and device.index is not None:
-        raise ConfigError(f"device {name!r} cannot be used: a CPU has no number; choose cpu")
+        raise ConfigError(f"device {name!r} cannot be used: CPUs have no numbers; choose cpu")
     return device

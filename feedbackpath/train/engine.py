@@ -188,8 +188,8 @@ def _count_processes(config: TrainConfig) -> tuple[int, int]:
         by_hand = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"} <= os.environ.keys()
         if config.num_nodes > 1 and not by_hand and not SLURMEnvironment.detect():
             raise ConfigError(
-                f"num_nodes is {config.num_nodes}, but nothing has started this on the other machines: start "
-                "it on each by srun or torchrun"
+                f"num_nodes is {config.num_nodes}, but the program was not started on the other machines: "
+                "start it on each by srun or torchrun"
             )
         return config.devices, config.num_nodes
     devices, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])

@@ -396,5 +396,5 @@ def _refuse_if_none_is_readable(samples: int, unreadable: int, what: str) -> Non
     if unreadable and unreadable == samples:
         raise DataError(
             f"{what}: none of {samples} images could be read: feedbackpath data check DIR says why; "
-            "--resume goes on once the files are there as they were"
+            "continue by --resume when the original files are back"
         )

@@ -20,9 +20,7 @@ SCHEMA = 1
 
 def _refuse_other_names(name: str) -> str:
     if not name.isprintable() or "/" in name:
-        raise ValueError(
-            "files are called after it, so that it can have no '/' and nothing that is not printed"
-        )
+        raise ValueError("files get this name, so it cannot have a '/' or characters that cannot be printed")
     return name
 
 
@@ -60,9 +58,9 @@ class Metric(_Typed):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field("error", description="what it is called; files say `test_` and `validation_` before it")
-    unit: str = Field("%", description="what follows a number")
-    lower_is_better: bool = Field(True, description="which end is good")
+    name: str = Field("error", description="its name; files have `test_` and `validation_` before it")
+    unit: str = Field("%", description="the unit, printed after a number")
+    lower_is_better: bool = Field(True, description="whether smaller numbers are better")
 
     @property
     def words(self) -> str:
@@ -118,11 +116,11 @@ class Entry(_Typed):
     )
     delta_chance_deg: Layers = Field(
         default_factory=dict,
-        description="one pair in twenty of random vectors of that error's size has a smaller angle",
+        description="of pairs of random vectors of that error's size, one in twenty has a smaller angle",
     )
     delta_norm_ratio: Layers = Field(
         default_factory=dict,
-        description="length of the error sent back through B over that through W; near 0, angles say nothing",
+        description="length of the error through B, divided by that through W; near 0, angles mean nothing",
     )
     gain: Layers = Field(default_factory=dict, description="⟨B,W⟩/⟨W,W⟩")
     seconds: float = Field(0.0, description="time of the epoch, measuring included")
@@ -131,16 +129,17 @@ class Entry(_Typed):
         None, description="images left out of the metric on that split, with `on_bad_image: skip`"
     )
     counts: dict[str, ArrayCounts] | None = Field(
-        None, description="with a chip: the arrays of `W`, of `B`, and `one` that backprop reads both ways"
+        None,
+        description="with a chip: arrays of `W`, of `B`, and `one` that backprop reads in both directions",
     )
 
 
 class Best(_Typed):
-    """The epoch that validation data chose."""
+    """The epoch that is best on validation data."""
 
     epoch: int = Field(description="counted from 1")
     validation: float = Field(description="the metric on the validation split")
-    test: float | None = Field(description="the metric on the split that `evaluate_on` names, then")
+    test: float | None = Field(description="the metric at that epoch, on the split that `evaluate_on` names")
 
 
 class Divergence(_Typed):
@@ -156,12 +155,14 @@ class Run(_Typed):
 
     rule: RuleName = Field(description="the rule's name")
     seed: int = Field(description="runs of one seed start from the same W and see the same samples")
-    status: Status = Field("waiting", description="how it stands")
+    status: Status = Field("waiting", description="its state")
     test: float | None = Field(None, description="the metric after the last epoch so far")
     seconds: float = Field(0.0, description="time of all epochs, measuring included")
     history: list[Entry] = Field(default_factory=list, description="an entry per epoch")
-    start: Entry | None = Field(None, description="what was measured before training")
-    best: Best | None = Field(None, description="the epoch that validation data chose, with `select_best`")
+    start: Entry | None = Field(None, description="measurements before training")
+    best: Best | None = Field(
+        None, description="the epoch that is best on validation data, with `select_best`"
+    )
     diverged_epoch: int | None = Field(None, description="the epoch in which it diverged")
     divergence: Divergence | None = Field(None, description="where it diverged")
 
@@ -191,7 +192,7 @@ class Summary(_Typed):
 
 
 class Look(_Typed):
-    """How a rule of the user's is called, drawn and described; a look that is not given is chosen."""
+    """How a user's rule is called, drawn and described; what is not given is chosen."""
 
     label: str | None = Field(None, description="its name in full")
     colour: str | None = Field(None, pattern=r"^#[0-9A-Fa-f]{6}$", description="its colour, as `#RRGGBB`")
@@ -215,14 +216,16 @@ class Verdict(_Typed):
 class EquivalenceTest(_Typed):
     """A look at whether rules are as good as backprop, by `--equivalence`."""
 
-    margin: float = Field(description="how far a difference may go, written down before the run")
+    margin: float = Field(
+        description="largest difference that counts as equivalent, written down before the run"
+    )
     level: float = Field(description="of each of the two one-sided tests; halved at each further look")
     seeds: int = Field(description="seeds of the job at that look")
     verdicts: list[Verdict] = Field(description="by rule")
 
 
 class DataFacts(BaseModel):
-    """What the data says of itself: a name, and whatever tells whether it is the same data."""
+    """Facts about the data: its name, and what shows whether it is the same data."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -234,17 +237,19 @@ class Results(_Typed):
 
     layout: int = Field(SCHEMA, alias="schema", description="version of this layout")
     command: str = Field("", description="the command line that made it")
-    versions: dict[str, str] = Field(default_factory=dict, description="of what numbers may depend on")
+    versions: dict[str, str] = Field(
+        default_factory=dict, description="versions of packages that numbers may depend on"
+    )
     device: str = Field("", description="the hardware")
-    data: DataFacts = Field(default_factory=DataFacts, description="what the data says of itself")
+    data: DataFacts = Field(default_factory=DataFacts, description="facts about the data")
     model: str = Field("", description="the network")
-    metric: Metric = Field(default_factory=Metric, description="what networks are judged by")
+    metric: Metric = Field(default_factory=Metric, description="the metric that networks are judged by")
     config: dict[str, JsonValue] = Field(default_factory=dict, description="all settings: config.yaml")
     looks: dict[str, Look] = Field(default_factory=dict, description="labels and colours of users' rules")
     runs: list[Run] = Field(description="in the order in which they are trained")
     summary: dict[str, Summary] = Field(default_factory=dict, description="by rule")
     equivalence: list[EquivalenceTest] = Field(
-        default_factory=list, description="the looks that were taken, the first one first"
+        default_factory=list, description="the looks that were taken, in their order"
     )
 
     def run_of(self, rule: str, seed: int) -> Run:
@@ -271,7 +276,7 @@ def parse_results(content: Any, where: str) -> Results:
     """
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         layout = content.get("schema") if isinstance(content, dict) else None
-        raise ConfigError(f"{where} has layout {layout!r} and this version reads {SCHEMA}; make it anew")
+        raise ConfigError(f"{where} has layout {layout!r} and this version reads {SCHEMA}; run the job again")
     try:
         metric = Metric(**content.get("metric", {}))
         names = {theirs: ours for ours, theirs in names_in_files(metric).items()}
@@ -291,7 +296,7 @@ def read_results(folder: Path) -> Results:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{folder} holds no results.json; give the --out folder of a run") from None
+        raise ConfigError(f"{folder} has no results.json; give the --out folder of a run") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); choose another folder") from None
     return parse_results(content, str(file))

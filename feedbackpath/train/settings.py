@@ -33,7 +33,7 @@ def read_settings(file: Path, known: Sequence[str]) -> dict[str, Any]:
         with file.open("rb") as opened:
             content = opened.read(MOST_BYTES + 1)  # a pipe can be read once, and a device may never end
         if len(content) > MOST_BYTES:
-            raise ConfigError(f"config file {file} has more than {MOST_BYTES} bytes: give one of settings")
+            raise ConfigError(f"config file {file} has more than {MOST_BYTES} bytes: give a file of settings")
         settings = yaml.safe_load(content.decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -78,8 +78,8 @@ def merge_config(
     refuse_without_effect(merged, flags.model_fields_set | differing)
     if isinstance(merged, TrainConfig) and merged.mirror_epochs >= merged.epochs:
         raise ConfigError(
-            f"--mirror-epochs {merged.mirror_epochs} of --epochs {merged.epochs} leaves none to train in: "
-            "mirror mode has the first of them; ask for more epochs"
+            f"--mirror-epochs {merged.mirror_epochs} of --epochs {merged.epochs} leaves none for training: "
+            "the first of them are for mirror mode; give more epochs"
         )
     return merged
 
@@ -121,7 +121,7 @@ def read_run(folder: Path, **changes: Any) -> RunConfig:
     """
     file = folder / "config.yaml"
     if not file.exists():
-        raise ConfigError(f"{folder} holds no run: give the --out folder of feedbackpath train")
+        raise ConfigError(f"{folder} has no run: give the --out folder of feedbackpath train")
     return merge_config(RunConfig(**changes), file)
 
 

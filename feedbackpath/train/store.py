@@ -11,6 +11,7 @@ import json
 import os
 import re
 import socket
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -190,7 +191,7 @@ class Checkpoints:
         """Return the newest state that is whole, or None, and the damaged files that came before it.
 
         Raises:
-            ConfigError: It is of another run.
+            ConfigError: It belongs to another run.
         """
         damaged: list[Path] = []
         for path in self.list_newest_first():
@@ -205,7 +206,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: It is damaged.
-            ConfigError: It is of another run.
+            ConfigError: It belongs to another run.
         """
         files = list(self.folder.glob("best-*.pt"))
         return self._load(files[0]) if files else None
@@ -219,7 +220,7 @@ class Checkpoints:
 
     def _write(self, stem: str, content: Mapping[str, Any]) -> Path:
         place = self.folder / f"{stem}-{{digest}}.pt"
-        whole = {"fingerprint": self.fingerprint, **content}
+        whole = _with_one_of_each_string({"fingerprint": self.fingerprint, **content}, {})
         try:
             return write_atomically(place, lambda file: torch.save(whole, file))
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
@@ -234,7 +235,7 @@ class Checkpoints:
         differing = differences(content.get("fingerprint", {}), self.fingerprint)
         if differing:
             raise ConfigError(
-                f"checkpoint {path} is of another run: {', '.join(differing)}; choose another --out, or "
+                f"checkpoint {path} belongs to another run: {', '.join(differing)}; choose another --out, or "
                 "delete it"
             )
         try:
@@ -275,6 +276,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise _damaged(path, TypeError("it holds no mapping"))
     return content
+
+
+def _with_one_of_each_string(value: Any, strings: dict[str, str]) -> Any:
+    """Return the same content, so that its bytes depend on it alone: pickle tells equal strings from one."""
+    if type(value) is str:
+        return strings.setdefault(value, value)
+    if type(value) in (list, tuple):
+        return type(value)(_with_one_of_each_string(part, strings) for part in value)
+    if type(value) in (dict, OrderedDict):
+        pairs = ([_with_one_of_each_string(part, strings) for part in pair] for pair in value.items())
+        copied = type(value)(pairs)
+        if isinstance(copied, OrderedDict):  # a model's state has the versions of its parts beside it
+            vars(copied).update(_with_one_of_each_string(vars(value), strings))
+        return copied
+    return value
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
