@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import balance
+import competing_units
 import estimating_w
 import hardware_theory
 import language_page
@@ -103,12 +104,18 @@ def of_balance(name: str) -> bytes:
         return (Path(folder) / name).read_bytes()
 
 
-def of_estimates(part: str) -> bytes:
-    """Draw ways of estimating W (``points``), or what competing units learn (``features``)."""
+def of_estimates() -> bytes:
+    """Draw ways of estimating W."""
     found = json.loads((RESULTS / "estimating-w" / "angles.json").read_text(encoding="utf-8"))
-    draw = {"points": estimating_w.draw_methods, "features": estimating_w.draw_features}[part]
     with rc_context(FIGURE_STYLE):
-        return render(draw(found[part]), "png")
+        return render(estimating_w.draw_methods(found["points"]), "png")
+
+
+def of_features() -> bytes:
+    """Draw what competing units learn."""
+    found = json.loads((RESULTS / "competing-units" / "mnist.json").read_text(encoding="utf-8"))
+    with rc_context(FIGURE_STYLE):
+        return render(competing_units.draw(found), "png")
 
 
 def of_language() -> bytes:
@@ -142,8 +149,8 @@ DRAWN: dict[str, tuple[list[str], Callable[[], bytes]]] = {
     "balance.png": (["balance/balance.json"], lambda: of_balance("balance.png")),
     "balance-kp.png": (["balance/kp.json"], lambda: of_balance("balance-kp.png")),
     "balance-wm.png": (["balance/wm.json"], lambda: of_balance("balance-wm.png")),
-    "estimating-w.png": (["estimating-w/angles.json"], lambda: of_estimates("points")),
-    "kh-features.png": (["estimating-w/angles.json"], lambda: of_estimates("features")),
+    "estimating-w.png": (["estimating-w/angles.json"], of_estimates),
+    "kh-features.png": (["competing-units/mnist.json"], of_features),
     "hardware-theory.png": (["hardware-theory/theory.json"], of_hardware),
     "language-errors.png": (["language/gpt/results.json", "language/samples.json"], of_language),
     "one-input-angles.png": (["one-input/angles.json"], of_one_input),

@@ -1,4 +1,4 @@
-"""Ways of estimating W at equal cost: angle of B to W against what it takes; and what `kh` learns.
+"""Ways of estimating W at equal cost: angle of B to W against what it takes; and `kh` on digits.
 
     python benchmarks/estimating_w.py            # measure, draw, and print the table of docs/estimating-w.md
     python benchmarks/estimating_w.py --draw     # draw and print from the result file alone
@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import feedbackpath as fp
@@ -164,8 +164,8 @@ def rdd_windows() -> dict[str, float]:
 RDD = rdd_windows()
 
 
-def learn_digits(rule: str, rate: float, seed: int) -> tuple[float, float, Tensor]:
-    """Train 64-100-10 on scikit-learn's digits for 30 epochs; return training and test error, %, and W."""
+def learn_digits(rule: str, rate: float, seed: int) -> tuple[float, float]:
+    """Train 64-100-10 on scikit-learn's digits for 30 epochs; return training and test error, %."""
     from sklearn.datasets import load_digits
 
     images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
@@ -186,25 +186,28 @@ def learn_digits(rule: str, rate: float, seed: int) -> tuple[float, float, Tenso
     wrong = [
         100 * (model(images[part]).argmax(1) != labels[part]).float().mean().item() for part in (train, test)
     ]
-    return wrong[0], wrong[1], model[0].weight.detach()
+    return wrong[0], wrong[1]
 
 
 def compare_digits() -> dict[str, Any]:
-    """Return test errors of three rules, each at the learning rate of lower training error; and features."""
+    """Return test errors of three rules, each at the learning rate of lower training error."""
     chosen = {}
     for rule in ("bp", "fa", "kh"):
         found = {rate: [learn_digits(rule, rate, seed) for seed in range(SEEDS)] for rate in (0.1, 0.003)}
-        rate = min(found, key=lambda rate, found=found: mean(training for training, _, _ in found[rate]))
-        chosen[rule] = {"rate": rate, "errors": [error for _, error, _ in found[rate]]}
-    units = found[rate][0][2]
-    features = units[units.norm(dim=1).argsort()[:40]].tolist()  # those that have come nearest to length 1
-    return {"digits": chosen, "features": [[round(value, 3) for value in row] for row in features]}
+        rate = min(found, key=lambda rate, found=found: mean(training for training, _ in found[rate]))
+        chosen[rule] = {"rate": rate, "errors": [error for _, error in found[rate]]}
+    return chosen
 
 
 def measure() -> dict[str, Any]:
     """Measure all; return what goes into the result file."""
     points = {name: [thinned(run(seed)) for seed in range(SEEDS)] for name, run in methods().items()}
-    return {"layer": [INPUTS, NEURONS], "torch": torch.__version__, "points": points, **compare_digits()}
+    return {
+        "layer": [INPUTS, NEURONS],
+        "torch": torch.__version__,
+        "points": points,
+        "digits": compare_digits(),
+    }
 
 
 def draw_methods(points: dict[str, Any]) -> Figure:
@@ -257,19 +260,6 @@ def draw_line(axes: Axes, method: str, runs: list[list[Point]], cost: str) -> No
     )  # fmt: skip
 
 
-def draw_features(features: list[list[float]]) -> Figure:
-    """Draw weights from each pixel, red above 0 and blue below, each unit in units of its largest."""
-    figure = Figure(figsize=(PAGE_WIDTH, 2.7), layout="constrained")
-    grid = figure.subplots(4, 10)
-    for axes, row in zip(grid.flat, features, strict=True):
-        largest = max(map(abs, row))
-        drawn = axes.imshow(torch.tensor(row).view(8, 8) / largest, cmap="RdBu_r", vmin=-1, vmax=1)
-        axes.set_axis_off()
-    key = figure.colorbar(drawn, ax=grid, ticks=[-1, 0, 1], aspect=25, label="weight over the unit's largest")
-    key.ax.grid(visible=False)
-    return figure
-
-
 def make_table(points: dict[str, Any]) -> str:
     """Return what each method takes to come within 30, 10 and 5 degrees."""
     lines = [
@@ -308,7 +298,6 @@ def main() -> None:
     found = json.loads(RESULTS.read_text())
     with rc_context(FIGURE_STYLE):
         draw_methods(found["points"]).savefig(FIGURES / "estimating-w.png", dpi=300)
-        draw_features(found["features"]).savefig(FIGURES / "kh-features.png", dpi=150)
     print(make_table(found["points"]))
     for rule, run in found["digits"].items():
         print(f"digits, {rule}, lr {run['rate']}: {mean(run['errors']):.1f}% of {len(run['errors'])} seeds")

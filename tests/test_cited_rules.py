@@ -5,6 +5,7 @@ import json
 import math
 import re
 
+import competing_units
 import estimating_w
 import numpy as np
 import pytest
@@ -428,12 +429,12 @@ def test_what_spike_rules_cannot_do_is_said():
         fp.untie(nn.Sequential(nn.Linear(6, 6), nn.LSTM(6, 6)), "rdd")
 
 
-@pytest.mark.parametrize("p", [2.0, 3.0])
-def test_hidden_units_compete_as_is_written(p):
+@pytest.mark.parametrize(("p", "steps"), [(2.0, None), (3.0, None), (2.5, 3)])
+def test_hidden_units_compete_as_is_written(p, steps):
     """Four steps of NumPy, unit by unit; the read-out gets backprop's gradient, nothing goes below it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
-    path = fp.untie(model, fp.CompetingUnits(rate=0.1, p=p, k=3, delta=0.3))
+    path = fp.untie(model, fp.CompetingUnits(rate=0.1, p=p, k=3, delta=0.3, steps=steps))
     w = numbers(model[0].weight / model[0].weight.std()).copy()
     for step in range(4):
         model.zero_grad()
@@ -452,7 +453,7 @@ def test_hidden_units_compete_as_is_written(p):
             for unit, g in ((order[0], 1.0), (order[2], -0.3)):
                 change[unit] += g * (v - drive[unit] * w[unit])
         if step > 0:  # the first brings W to unit variance
-            w += 0.1 * change / np.abs(change).max()
+            w += (0.1 if steps is None else 0.1 * (1 - step / steps)) * change / np.abs(change).max()
         assert np.abs(numbers(model[0].weight) - w).max() < 1e-12
 
 
@@ -490,12 +491,47 @@ def test_competing_units_come_to_length_one_and_share_the_inputs(p):
     assert len(winners.unique()) >= 3
 
 
+def test_hidden_layers_stay_as_they_are_once_their_steps_are_over():
+    """Saved in the midst of competition and loaded again, they come to the same, bit for bit."""
+
+    def start():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+        return model, fp.untie(model, fp.CompetingUnits(steps=6))
+
+    def train(model, path, steps):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(model(X), TARGET).backward()
+            optimizer.step()
+            path.step()
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    model, path = start()
+    train(model, path, 3)
+    resumed, resumed_path = start()
+    resumed.load_state_dict(model.state_dict())
+    resumed_path.load_state_dict(copy.deepcopy(path.state_dict()))
+    before = train(model, path, 2)
+    last = train(model, path, 1)
+    after = train(model, path, 2)
+    again = train(resumed, resumed_path, 5)
+    assert all(torch.equal(again[name], after[name]) for name in after)
+    changed = {name for name in after if not torch.equal(after[name], last[name])}
+    assert changed == {"2.weight", "2.bias"}
+    assert not torch.equal(last["0.weight"], before["0.weight"])
+
+
 def test_competition_says_what_it_cannot_do():
     for settings, message in (
         ({"k": 1}, "kh: k must be at least 2, not 1"),
         ({"p": 1.5}, "kh: p must be at least 2 and delta at least 0"),
         ({"delta": -0.1}, "kh: p must be at least 2 and delta at least 0"),
         ({"rate": 2.0}, "kh: rate must lie between 0 and 2"),
+        ({"steps": 0}, "kh: steps must be at least 2, not 0"),
+        ({"steps": 1}, "kh: steps must be at least 2, not 1"),
+        ({"steps": 2.5}, "steps must be a whole number"),
     ):
         with pytest.raises(fp.RuleError, match=message):
             fp.CompetingUnits(**settings)
@@ -565,3 +601,19 @@ def test_the_page_on_estimating_w_is_that_of_its_result_file():
         ends = [run[-1] for run in found["points"][method]]
         angle = np.mean([end["angle_deg"] for end in ends])
         assert angle == pytest.approx(estimating_w.theory(method, ends[0]["events"]), rel=0.05)
+
+
+def test_the_page_on_competing_units_is_that_of_its_result_file():
+    found, page = json.loads(competing_units.RESULTS.read_text()), competing_units.PAGE.read_text()
+    assert competing_units.make_table(found) in page
+    for kind, tried in found["tried"].items():
+        best = min(tried, key=lambda run: run["validation"])
+        assert found["chosen"][kind].items() <= best.items()
+        assert found["runs"][kind][0]["train"] == best["train"]
+    test = {kind: np.mean([run["test"] for run in runs]) for kind, runs in found["runs"].items()}
+    assert f"by {test['random'] - test['kh']:.1f} points" in page
+    assert round(test["kh"] / float(competing_units.PUBLISHED["kh"])) == 2  # "twice the published one"
+    by_power = {n: min(run["validation"] for run in found["tried"]["kh"] if run["n"] == n) for n in (1, 4.5)}
+    assert f"{by_power[1]:.1f}% with $n = 1$, and {by_power[4.5]:.1f}% with $n = 4.5$" in page
+    assert f"{found['epochs']['competition']} epochs" in page
+    assert f"{found['runs']['kh'][0]['untrained']} of the 2,000 units" in page

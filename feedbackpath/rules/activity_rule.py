@@ -81,9 +81,9 @@ class ActivityRule(Rule):
                 torch.distributed.all_reduce(slope)
                 torch.distributed.all_reduce(power)
             kernel = math.prod(weight.feedback.shape[2:])
-            self.descend(weight, slope / (kernel * power).clamp(min=torch.finfo(power.dtype).tiny))
+            self.descend(weight, slope / (kernel * power).clamp(min=torch.finfo(power.dtype).tiny), context)
 
-    def descend(self, weight: UntiedWeight, slope: Tensor) -> None:
+    def descend(self, weight: UntiedWeight, slope: Tensor, context: RuleContext) -> None:
         """Change B by a step down a slope of curvature at most 1."""
         weight.feedback.sub_(slope, alpha=self.rate)
 
@@ -122,6 +122,8 @@ def backward(layer: Any, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
 
 def product(layer: Any, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
     """Return ``y x^T``, laid out as B: the sum over samples, and over the positions of a kernel."""
+    if isinstance(layer, nn.Linear):
+        return y.reshape(-1, y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
     with torch.enable_grad():
         b = b.detach().requires_grad_()
         summed: Tensor = torch.autograd.grad(forward(layer, x, b), b, y)[0]

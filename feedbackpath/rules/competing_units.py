@@ -14,11 +14,16 @@ as ``p g (I_m - I_m x)``, which is 0 at x = 1 whatever the inputs are.
 B is 0, so that no error goes down. A layer that an error reaches is the read-out, and learns from it by the
 optimizer; the others compete. In a convolution the channels compete at each position.
 
-Differs from the paper: the rate stays as it is; hidden layers come before whatever activation the model has
-(there ReLU(h)^n), and the read-out has the model's loss; all layers learn at the same time, not one by one.
-Weights begin with unit variance, as in the published code: the first step brings those of hidden layers to
-it, and no more. (Small ones grow towards the first winner's inputs, and that unit goes on to win all.) Weight
-decay of the optimizer works against the length that units come to.
+The paper lets hidden weights learn first, at a rate that falls linearly to 0, and then the read-out. So does
+``steps=N``: call ``path.step()`` N times without the optimizer, then train; hidden layers stay as they are.
+``benchmarks/competing_units.py`` does that on MNIST.
+
+Differs from the paper: without ``steps`` the rate stays as it is and the read-out learns at the same time;
+hidden layers come before whatever activation the model has (there ReLU(h)^n), and the read-out has the
+model's loss; several hidden layers learn at the same time, not one by one. Weights begin with unit variance,
+as in the published code: the first step brings those of hidden layers to it, and no more. (Small ones grow
+towards the first winner's inputs, and that unit goes on to win all.) Weight decay of the optimizer works
+against the length that units come to.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,6 +50,8 @@ class CompetingUnits(ActivityRule):
         p: The exponent of the norm that weights come to have; at least 2.
         k: Rank of the unit that is weakened, counted from the one of largest drive; at least 2.
         delta: How much it is weakened.
+        steps: Over how many steps the rate falls linearly to 0, after which hidden layers stay as they are;
+            at least 2. None: the rate stays as it is.
 
     Example:
         >>> import torch
@@ -78,11 +85,14 @@ class CompetingUnits(ActivityRule):
     p: float = 2.0
     k: int = 2
     delta: float = 0.4
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that make no sense."""
         super().__post_init__()
         refuse_no_count("kh: k", self.k, least=2)
+        if self.steps is not None:
+            refuse_no_count("kh: steps", self.steps, least=2)
         if not (self.p >= 2.0 and self.delta >= 0.0):
             raise RuleError(f"kh: p must be at least 2 and delta at least 0, not {self.p} and {self.delta}")
 
@@ -96,7 +106,7 @@ class CompetingUnits(ActivityRule):
         self, weight: UntiedWeight, x: Tensor, output: Tensor, delta: Tensor, context: RuleContext
     ) -> None:
         """Let the units of a layer that no error has reached compete."""
-        if not bool(delta.any()):
+        if self.rate_at(context.steps + 1) > 0.0 and not bool(delta.any()):
             super().after_backward(weight, x, output, delta, context)
 
     def step(self, weights: Weights, context: RuleContext) -> None:
@@ -106,14 +116,19 @@ class CompetingUnits(ActivityRule):
                 for weight in weights:
                     if context.state.pop(weight.name, None):
                         weight.weight.div_(weight.weight.std())
-        super().step(weights, context)
+        if self.rate_at(context.steps) > 0.0:
+            super().step(weights, context)
+
+    def rate_at(self, step: int) -> float:
+        """Return the rate of a step, counted from 1."""
+        return self.rate if self.steps is None else self.rate * max(0.0, 1.0 - (step - 1) / self.steps)
 
     def slope(
         self, weight: UntiedWeight, x: Tensor, y: Tensor, context: RuleContext
     ) -> tuple[Tensor, Tensor]:
         """Return the sum of ``g_m (I_m W_mi - v_i)`` over samples and positions, to be gone down."""
         w, layer = weight.weight.detach().to(x.dtype), weight.layer
-        drive = forward(layer, x, w.sign() * w.abs().pow(self.p - 1.0))
+        drive = forward(layer, x, w * w.abs().pow(self.p - 2.0))
         units = drive.dim() - w.dim() + 1
         if drive.shape[units] < self.k:
             raise RuleError(
@@ -128,7 +143,7 @@ class CompetingUnits(ActivityRule):
         pulled = (g * drive).sum(others).view(-1, *[1] * (w.dim() - 1)) * w
         return pulled - product(layer, x, w, g), x.new_ones(())
 
-    def descend(self, weight: UntiedWeight, slope: Tensor) -> None:
+    def descend(self, weight: UntiedWeight, slope: Tensor, context: RuleContext) -> None:
         """Change W, and not B: its largest change is the rate."""
-        largest = slope.abs().max().clamp(min=torch.finfo(slope.dtype).tiny)
-        weight.weight.sub_(slope / largest, alpha=self.rate)
+        largest = torch.linalg.vector_norm(slope, torch.inf).clamp(min=torch.finfo(slope.dtype).tiny)
+        weight.weight.addcdiv_(slope, largest, value=-self.rate_at(context.steps))

@@ -85,6 +85,6 @@ class InformationAlignment(ActivityRule):
         b, layer = weight.feedback, weight.layer
         return product(layer, backward(layer, x, b, y) - x, b, y), y.square().sum()
 
-    def descend(self, weight: UntiedWeight, slope: Tensor) -> None:
+    def descend(self, weight: UntiedWeight, slope: Tensor, context: RuleContext) -> None:
         """Let B decay as well."""
-        super().descend(weight, slope.add(weight.feedback, alpha=self.decay))
+        super().descend(weight, slope.add(weight.feedback, alpha=self.decay), context)
