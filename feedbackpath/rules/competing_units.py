@@ -80,6 +80,7 @@ class CompetingUnits(ActivityRule):
         "rate": ("log", 0.001, 0.1),
         "k": ("choice", 2, 4, 7),
         "delta": ("linear", 0.0, 0.4),
+        "steps": ("choice", 100, 300, 1000),
     }
     rate: float = 0.02
     p: float = 2.0
