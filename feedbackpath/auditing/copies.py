@@ -18,7 +18,7 @@ def copies_of(
     """
     known = {id(tensor) for tensor in (*weights, *others)}
     wanted = by_size(weights)
-    beside = [tensor.detach().flatten() for tensor in others]
+    beside = [tensor.detach() for tensor in others]
     for thing in things() if tensors is None else tensors:
         if type(thing) not in (Tensor, nn.Parameter) or id(thing) in known or not thing.is_floating_point():
             continue
@@ -27,7 +27,8 @@ def copies_of(
         for weight in wanted[thing.numel()]:
             if thing.data_ptr() != weight.data_ptr() and holds(thing, weight):
                 value = thing.detach().flatten()
-                if not any(torch.equal(value, b.to(value)) for b in beside if len(b) == len(value)):
+                alike = (b.flatten().to(value) for b in beside if b.numel() == len(value))
+                if not any(torch.equal(value, b) for b in alike):
                     yield thing
                 break
 
@@ -36,15 +37,23 @@ def by_size(weights: Sequence[Tensor]) -> dict[int, list[Tensor]]:
     """Return weights by their size, but for those of few values: another may be like them by chance."""
     found: dict[int, list[Tensor]] = {}
     for weight in weights:
-        if weight.numel() > 3 and len(set(weight.flatten()[:64].tolist())) > 3:
+        if weight.numel() > 3 and len(set(head(weight).tolist())) > 3:
             found.setdefault(weight.numel(), []).append(weight.detach())
     return found
 
 
 def holds(tensor: Tensor, weight: Tensor) -> bool:
     """Whether a tensor holds the values of a weight, if not in the same precision."""
-    own, other = tensor.detach().flatten(), weight.flatten()
-    return torch.equal(own[:4].to(other), other[:4]) and torch.equal(own.to(other), other)
+    own, other = tensor.detach(), weight.detach()
+    if not torch.equal(head(own).to(other), head(other)):
+        return False
+    return torch.equal(own.flatten().to(other), other.flatten())
+
+
+def head(tensor: Tensor) -> Tensor:
+    """Return the first values of a tensor, 64 or all: to flatten the whole may copy it."""
+    rows = tensor if tensor.dim() < 2 else tensor[: 64 // max(tensor[0].numel(), 1) + 1]
+    return rows.flatten()[:64]
 
 
 def are_parallel(one: Tensor, other: Tensor) -> bool:
