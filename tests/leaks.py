@@ -332,7 +332,7 @@ def by_file(writes):
                 first_pair(task)[1].copy_(torch.load(place))
 
         task = Task(after_update=relay(lambda t: writes(first_pair(t)[0].detach(), place), take))
-        weakref.finalize(task, shutil.rmtree, folder)
+        weakref.finalize(task, shutil.rmtree, folder, ignore_errors=True)
         return task
 
     return make
