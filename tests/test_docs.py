@@ -398,7 +398,7 @@ def test_what_an_audit_costs_is_told_as_measured():
     cost = json.loads(read("benchmarks/audit-cost/cost.json"))
     assert cost["task"].startswith("audit of two steps, resnet18")
     rows = cost["rules"]
-    assert all(row["memory_over_step"] <= 3 for row in rows.values())
+    assert all(row["audit_over_step"] <= 20 and row["memory_over_step"] <= 3 for row in rows.values())
     assert all(row["verdict"].startswith("transport-free in the 2 steps watched") for row in rows.values())
     times = [f"{row['audit_over_step']:.1f} under `{rule}`" for rule, row in rows.items()]
     most = max(row["memory_over_step"] for row in rows.values())
