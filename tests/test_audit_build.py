@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from before_untie import BUILDS
+from clean_steps import InputFirst
 from leaks import Back, Task, Whole
 from torch import nn
 
@@ -157,15 +158,6 @@ def test_training_that_is_feigned_is_not_settled(part):
     report = task.audit()
     assert report.transport_free is None, str(report)
     assert "multiplies by W of '2'" in report.verdict
-
-
-class InputFirst(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.kernel = nn.Parameter(torch.randn(8, 8) / 3)
-
-    def forward(self, x):
-        return x @ self.kernel
 
 
 class Centred(nn.Linear):

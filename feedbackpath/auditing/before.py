@@ -118,10 +118,6 @@ class Early(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _leave(self) -> None:
         self._depth -= 1
         if not self._depth:
-            self._take_all()
-
-    def _take_all(self) -> None:
-        if not self._depth:
             for _, parameter in list(self._numbers.values()):
                 self._take(parameter, anew=False)
 
