@@ -104,16 +104,26 @@ def accumulating(rank):
     return take_steps(parallel, path, rank)
 
 
-def joined(rule):
-    """The second process has more batches."""
+def joined(rule, *epochs, whole=lambda model: model):
+    """In each epoch, each process has as many batches as are said; the second has two more else."""
 
     def job(rank):
         path = fp.untie(make_net(), rule)
-        parallel = DistributedDataParallel(path.model)
-        with parallel.join():
-            return_early = take_steps(parallel, path, rank, steps=2 + 2 * rank)
-        assert return_early
+        parallel = DistributedDataParallel(whole(path.model))
+        for batches in epochs or [(2, 4)]:
+            with parallel.join(divide_by_initial_world_size=False):
+                take_steps(parallel, path, rank, steps=batches[rank])
         return weights_of(path)
+
+    return job
+
+
+def alone(rule, steps):
+    """The second process has all batches, and trains by itself."""
+
+    def job(rank):
+        path = fp.untie(make_net(), rule)
+        return take_steps(path.model, path, 1, steps=steps)
 
     return job
 
@@ -210,6 +220,12 @@ JOBS = {
     "join, fa": joined("fa"),
     "join, mirror-kp": joined("mirror-kp"),
     "join, wm": joined("wm"),
+    "join, kp, no batch": joined("kp", (0, 3)),
+    "join, kp, no batch, alone": alone("kp", 3),
+    "join, kp, no batch in turns": joined("kp", (0, 2), (3, 0), (2, 1)),
+    "join, fa, no batch": joined("fa", (0, 3)),
+    "join, mirror-kp, no batch": joined("mirror-kp", (0, 3)),
+    "join, kp, no batch, inside another": joined("kp", (0, 3), whole=nn.Sequential),
     "branches": branched,
     "zero": with_zero(torch.optim.SGD),
     "no zero": with_zero(None),
@@ -220,4 +236,6 @@ JOBS = {
     "parallel, then untied": parallel_before,
     "untied, then parallel": parallel_after,
     "apart": apart,
+    # The last: what the processes sent each other is left half read.
+    "join, wm, no batch": joined("wm", (0, 3)),
 }

@@ -33,6 +33,11 @@ ALIKE = [
     "join, kp",
     "join, fa",
     "join, mirror-kp",
+    "join, kp, no batch",
+    "join, kp, no batch in turns",
+    "join, fa, no batch",
+    "join, mirror-kp, no batch",
+    "join, kp, no batch, inside another",
     "branches",
     "zero",
 ]
@@ -52,10 +57,16 @@ def test_a_redundancy_optimizer_ends_where_a_plain_one_does(found):
     assert difference(found[0]["zero"], found[0]["no zero"]) < 1e-12
 
 
-def test_a_rule_that_mirrors_at_each_step_refuses_to_join(found):
+def test_a_process_without_a_batch_ends_with_what_the_other_has_come_to_alone(found):
     for outcomes in found:
-        assert outcomes["join, wm"].startswith("RuleError: DistributedDataParallel.join lets processes take")
-        assert "drop_last=True" in outcomes["join, wm"]
+        assert difference(outcomes["join, kp, no batch"], outcomes["join, kp, no batch, alone"]) < 1e-12
+
+
+@pytest.mark.parametrize("job", ["join, wm", "join, wm, no batch"])
+def test_a_rule_that_mirrors_at_each_step_refuses_to_join(job, found):
+    for outcomes in found:
+        assert outcomes[job].startswith("RuleError: DistributedDataParallel.join lets processes take")
+        assert "drop_last=True" in outcomes[job]
 
 
 def test_clipping_that_counts_feedback_weights_is_named_on_every_process(found):

@@ -2,9 +2,11 @@
 
 DistributedDataParallel sends what the first process has to all others when it wraps a model. It knows nothing
 of a path, and leaves out each B that learns (``feedbackpath.rules.shared_reduction``). When it first runs the
-model, those are sent as well: a checkpoint that the first process alone has loaded then counts for all.
+model, those are sent as well: a checkpoint that the first process alone has loaded then counts for all. When
+``join`` ends, it sends them with W, from the last process that had a batch.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 from feedbackpath.core import pytorch
 from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.core.modules import FeedbackModule
 from feedbackpath.errors import RuleError, UntieError
 
 KNOWN = "_feedbackpath_models"  # where a DistributedDataParallel keeps the models that were begun alike
@@ -27,6 +30,7 @@ def running_ddp() -> Any:
 def watch_replicas(model: Any) -> None:
     """See to an untied model whenever it runs, if this process is one of several."""
     memo = model.untied.memo
+    _see_wrapping()
     if pytorch.has_processes() and "replicas" not in memo:
         memo["replicas"] = model.register_forward_pre_hook(begin_alike)
 
@@ -56,21 +60,19 @@ def begin_alike(model: Any, _: Any) -> None:
                 "feedback weights were not: use DistributedDataParallel"
             )
         return
-    if ddp._join_config.enable and (names := [w.name for w in weights if _mirrors_at_steps(w)]):
-        raise RuleError(
-            f"DistributedDataParallel.join lets processes take different numbers of steps, and {names[0]!r} "
-            "is mirrored by steps, so B would differ between them: give each process the same number of "
-            "batches (drop_last=True)"
-        )
+    if ddp._join_config.enable:
+        _refuse_to_join(weights)
     known = vars(ddp).setdefault(KNOWN, set())
     if not torch.is_grad_enabled() or not ddp.require_backward_grad_sync or id(model) in known:
         return
     known.add(id(model))
-    learning = {id(w.feedback): w.feedback for w in weights if w.has_feedback and w.feedback.requires_grad}
-    # What ``join`` sends when the last process has ended is then all that is left out of gradients' traffic.
-    ddp.parameters_to_ignore -= {name for name, p in ddp.module.named_parameters() if id(p) in learning}
     if not ddp._join_config.enable:  # a process without a first batch would be waited for
-        _send(list(learning.values()), weights, ddp.process_group)
+        _send(list(_learning(weights).values()), weights, ddp.process_group)
+
+
+def _learning(weights: list[UntiedWeight]) -> dict[int, nn.Parameter]:
+    """Return each B that learns, by id."""
+    return {id(w.feedback): w.feedback for w in weights if w.has_feedback and w.feedback.requires_grad}
 
 
 def _send(feedbacks: list[nn.Parameter], weights: list[UntiedWeight], group: Any) -> None:
@@ -86,8 +88,57 @@ def _send(feedbacks: list[nn.Parameter], weights: list[UntiedWeight], group: Any
             context.load_state_dict(state[0])
 
 
+def _refuse_to_join(weights: list[UntiedWeight]) -> None:
+    if names := [w.name for w in weights if _mirrors_at_steps(w)]:
+        raise RuleError(
+            f"DistributedDataParallel.join lets processes take different numbers of steps, and {names[0]!r} "
+            "is mirrored by steps, so B would differ between them: give each process the same number of "
+            "batches (drop_last=True)"
+        )
+
+
 def _mirrors_at_steps(weight: UntiedWeight) -> bool:
     """Whether a weight is mirrored again and again: not at all, or once, before training, does no harm."""
     rule = weight.layer.untied.rule
     mirrors_once = hasattr(rule, "start_angle_deg") and getattr(rule, "every", None) is None
     return getattr(rule, "mirror", None) is not None and not mirrors_once
+
+
+@functools.cache
+def _see_wrapping() -> None:
+    """See each DistributedDataParallel as it wraps a model: a process without any batch never runs one."""
+    if torch.distributed.is_available():
+        nn.modules.module.register_module_module_registration_hook(_join_alike)
+
+
+def _join_alike(owner: nn.Module, name: str, model: Any) -> None:
+    if name == "module" and isinstance(owner, nn.parallel.DistributedDataParallel) and _below(model):
+        vars(owner)["join_hook"] = functools.partial(_JoinAlike, owner)
+
+
+def _below(model: nn.Module | None) -> list[UntiedWeight]:
+    parts = () if model is None else model.modules()
+    return [weight for part in parts if isinstance(part, FeedbackModule) for weight in part.untied.weights]
+
+
+class _JoinAlike:
+    """DistributedDataParallel's own join hook, which at its end sends each B that learns beside W."""
+
+    def __init__(self, ddp: Any, **settings: Any) -> None:
+        self._ddp, self._own = ddp, type(ddp).join_hook(ddp, **settings)
+
+    def main_hook(self) -> None:
+        """Answer what processes that still have batches send; this one has none left."""
+        _refuse_to_join(_below(self._ddp.module))
+        self._own.main_hook()
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        """Give all processes what the last one has."""
+        ddp, ignored = self._ddp, self._ddp.parameters_to_ignore
+        learning = _learning(_below(ddp.module))
+        names = {name for name, parameter in ddp.module.named_parameters() if id(parameter) in learning}
+        ddp.parameters_to_ignore = ignored - names
+        try:
+            self._own.post_hook(is_last_joiner)
+        finally:
+            ddp.parameters_to_ignore = ignored
