@@ -257,6 +257,31 @@ def tried_and_put_back(model):
     model.load_state_dict(before)
 
 
+def again_by(read, give):
+    """What was trained is read and given back, and trained again."""
+
+    def before(model):
+        pretrained(model)
+        with torch.no_grad():
+            give(model, read(model))
+        pretrained(model)
+
+    return lambda: make(before=before)
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.getvalue()
+
+
+def trained_after_untie():
+    step, path = make("kp")
+    for _ in range(3):
+        step()
+    return step, path
+
+
 def of_two_models():
     (first, _), (second, path) = make("fa"), make("kp")
 
@@ -319,6 +344,17 @@ CLEAN = {
     "as-long-as-at-the-start": as_long_as_at_the_start,
     "counted": lambda: make(before=lambda model: sum(p.numel() for p in model.parameters())),
     "evaluated": lambda: make(before=lambda model: model(torch.randn(3, 6)).argmax(1).tolist()),
+    "saved-and-trained-again": again_by(
+        saved, lambda model, file: model.load_state_dict(torch.load(io.BytesIO(file)))
+    ),
+    "flat-and-trained-again": again_by(
+        lambda model: nn.utils.parameters_to_vector(model.parameters()),
+        lambda model, flat: nn.utils.vector_to_parameters(flat, model.parameters()),
+    ),
+    "listed-and-trained-again": again_by(
+        lambda model: model[2].weight.tolist(), lambda model, kept: model[2].weight.copy_(torch.tensor(kept))
+    ),
+    "trained-after-untie": trained_after_untie,
     "cast-and-trained": lambda: make(before=lambda model: pretrained(model.double().float())),
 }
 

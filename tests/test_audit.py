@@ -18,6 +18,7 @@ from clean_steps import CLEAN, write_log
 from leaks import LEAKS, UNSEEN_BY_OPERATORS, OwnMirror, Task, Whole
 from problems import rule_that_starts_at_once
 from torch import nn
+from torch.nn.utils import parametrizations
 from zoo import make_zoo, zoo_input
 
 import feedbackpath as fp
@@ -573,6 +574,18 @@ def test_batchnorms_scale_is_declared(rule):
     )
     assert report.crossings["conv1"].deltas == 4 * 16 * 16 * 16
     assert set(report.crossings) == {weight.name for weight in path.weights}
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp"])
+def test_the_scale_of_weight_norm_is_a_transport(rule):
+    task = Task(rule)
+    task.path.retie()
+    parametrizations.weight_norm(task.model[2])
+    task.path = fp.untie(task.model, rule)
+    task.optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1)
+    report = task.audit()
+    assert report.transport_free is False, str(report)
+    assert {finding.sink for finding in report.findings} >= {"delta"}
 
 
 @pytest.mark.parametrize("tied", [None, "encoder.layers.0.linear1", "encoder.layers.1.self_attn"])

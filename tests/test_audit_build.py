@@ -13,9 +13,11 @@ from leaks import Back, Task, Whole
 from torch import nn
 
 import feedbackpath as fp
+from feedbackpath.auditing.locality import OWN
 from feedbackpath.auditing.process import in_fresh_process
 
-SOON = ("read-list", "read-order", "source-lists", "source-drawn-alike", "carried-bias", "clean-two-models")
+SOON = ("read-list", "read-order", "source-lists", "source-drawn-alike", "carried-bias", "clean-two-models",
+        "clean-saved-and-trained-again", "clean-trained-after-untie")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +28,10 @@ def reports():
 @pytest.mark.parametrize("name", SOON)
 def test_w_is_absent_from_its_making_on(name, reports):
     assert reports[name].transport_free is BUILDS[name][1], str(reports[name])
+
+
+def test_only_the_step_is_disturbed_and_not_what_build_trains(reports):
+    assert set(reports["clean-trained-after-untie"].locality.values()) == {OWN}
 
 
 @pytest.mark.slow

@@ -146,14 +146,23 @@ class Early(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._is_aside = before
 
     @torch.no_grad()
-    def _give(self, parameter: nn.Parameter) -> None:
-        """Put a weight in its place, unless something else has been written there."""
+    def _give(self, parameter: nn.Parameter) -> Tensor | None:
+        """Put a weight in its place, unless something else has been written there; return it."""
         number = self._numbers[id(parameter)][0]
         own = self._own.pop(number, None)
         before, self._is_aside = self._is_aside, True
         if own is not None and _is_same(parameter.detach(), self._stand_ins[number]):
             with preserve_version(parameter):
                 parameter.detach().copy_(own)
+        self._is_aside = before
+        return own
+
+    def _keep(self, parameter: nn.Parameter, own: Tensor | None) -> None:
+        """Keep a weight where its own stand-in was written: what was read comes back, as from a file."""
+        number = self._numbers[id(parameter)][0]
+        before, self._is_aside = self._is_aside, True
+        if own is not None and _is_same(parameter.detach(), self._stand_ins[number]):
+            self._own[number] = own
         self._is_aside = before
 
     def __torch_dispatch__(
@@ -170,12 +179,12 @@ class Early(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for number, parameter in self._numbers.values()
             if number in self._own and parameter.untyped_storage()._cdata in places
         ] if places else []  # fmt: skip
-        for parameter in met:
-            self._give(parameter)
+        own = [self._give(parameter) for parameter in met]
         try:
             return func(*args, **kwargs)
         finally:
-            for parameter in met:
+            for parameter, value in zip(met, own, strict=True):
+                self._keep(parameter, value)
                 self._take(parameter)
 
 

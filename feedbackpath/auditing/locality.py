@@ -26,6 +26,8 @@ UNMOVED = "none in this step"
 class Disturbed(Chain):  # type: ignore[no-untyped-call]
     """A pass in which neuron 0 of every layer sends another delta, and is another one in mirror mode.
 
+    What ``build`` does before the step is left as it is: only one step may make the difference.
+
     Args:
         subject: Whose step it is.
         deltas: Those of the first pass: all but the disturbed neurons' are held.
@@ -41,6 +43,8 @@ class Disturbed(Chain):  # type: ignore[no-untyped-call]
         """Nothing is compared bit by bit."""
 
     def _see_delta(self, layer: str, delta: Tensor) -> Tensor | None:
+        if not self._has_begun:
+            return None
         name, held = next(self._deltas, ("", delta))
         disturbed = (held if name == layer else delta).clone()
         axis = _channel_axis(self.subject.layer_named(layer), disturbed)
@@ -57,8 +61,14 @@ class Disturbed(Chain):  # type: ignore[no-untyped-call]
         self._scale(weights, 1.0 / STRENGTH)
         super().leave_passage(weights)
 
+    @property
+    def _has_begun(self) -> bool:
+        return len(self.record.seen) > 1
+
     @torch.no_grad()
     def _scale(self, weights: tuple[Tensor, ...], factor: float) -> None:
+        if not self._has_begun:
+            return
         names = {id(weight.weight): weight for weight in self.subject.path.weights}
         for weight in weights:
             if id(weight) in names:
