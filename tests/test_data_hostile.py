@@ -125,6 +125,12 @@ HOSTILE_IMAGES = {
     "large tile": (lambda: tiff(tile=40_000, packing=8, data=zlib.compress(bytes(99))), "claims tiles"),
     "postscript": (lambda: encode(PHOTOGRAPH, "EPS"), "not an image in JPEG, PNG, GIF"),
     "icon": (lambda: encode(PHOTOGRAPH, "ICO"), "not an image in JPEG, PNG, GIF"),
+    "long comment": (
+        lambda: b"P6\n#" + bytes(5_000_000) + b"\n1 1\n255\n" + bytes(3),
+        "not an image in JPEG",
+    ),
+    "long blank": (lambda: b"P5" + b" " * 5_000_000 + b"1 1 255 " + bytes(1), "not an image in JPEG"),
+    "long text": (lambda: b"P3\n6000 6000\n255\n" + b"1 " * 9_000_000, "text of more than 16,777,216 bytes"),
     "large and grey, 16 bits": (lambda: png(8192, 8192, 16, 0), ""),
     "large with alpha, 16 bits": (lambda: png(8192, 8192, 16, 6), ""),
     "large WebP": (lambda: encode(Image.new("RGB", (8192, 8192)), "WEBP", lossless=True, method=0), ""),
@@ -159,10 +165,11 @@ def test_pillow_alone_refuses_a_large_claim_too(monkeypatch):
         encode(Image.fromarray(np.full((40, 40), 0.5, np.float32)), "TIFF"),
         tiff(bits=12),
         tiff(bits=16, kind=2),
+        tiff(bits=8, kind=2),
         tiff(bits=16, white=0),
         b"Pf\n16 16\n-1.0\n" + bytes(1024),
     ],
-    ids=["int32", "float", "12 bits", "signed 16 bits", "white is zero", "PFM"],
+    ids=["int32", "float", "12 bits", "signed 16 bits", "signed 8 bits", "white is zero", "PFM"],
 )
 def test_grey_values_without_an_agreed_white_are_refused(raw):
     with pytest.raises(
@@ -267,6 +274,15 @@ def two_numberings(folder):
     shutil.copy(folder / "train-00001-of-00002.parquet", folder / "train-00000-of-00001.parquet")
 
 
+def two_columns(name):
+    def write(folder):
+        columns = {"image": pyarrow.array([encode(PHOTOGRAPH)] * 2), "label": pyarrow.array([0, 1])}
+        table = pyarrow.Table.from_arrays([*columns.values(), columns[name]], names=[*columns, name])
+        pyarrow.parquet.write_table(table, folder / "train-00001-of-00002.parquet")
+
+    return write
+
+
 def same_image_often(folder):
     images = pyarrow.DictionaryArray.from_arrays(np.zeros(6000, np.int32), pyarrow.array([bytes(900_000)]))
     rows([0, 1] * 3000, images, store_schema=False)(folder)
@@ -288,11 +304,14 @@ def same_image_often(folder):
             rows([0, 1] * 3, [bytes(9 * 10**7)] * 6, compression="zstd", use_dictionary=False),
             "row group 0 has 540,000",
         ),
+        (two_columns("image"), "it has several columns 'image'"),
+        (two_columns("label"), "it has several columns 'label'"),
         (rows([0, 1], [{"bytes": "text"}] * 2), "column 'image' is struct<bytes: string>"),
     ],
     ids=[
         "pipe", "missing", "doubled", "in two places", "two numberings", "label 1e10", "label 2^64 - 1",
-        "label 1e9", "rows", "zeros", "text",
+        "label 1e9", "rows", "zeros", "two images",
+        "two labels", "text",
     ],
 )  # fmt: skip
 def test_hostile_parquet_is_one_line(tmp_path, make, message):
@@ -371,6 +390,17 @@ def gzip_bomb(path):
             file.write(bytes(2**24))
 
 
+def gzipped(content):
+    def make(path):
+        path.unlink()
+        path.with_name(f"{path.name}.gz").write_bytes(content)
+
+    return make
+
+
+GZIP = b"\x1f\x8b\x08"  # then flags, and six bytes more
+
+
 def device(path):
     path.unlink()
     path.symlink_to("/dev/zero")
@@ -385,15 +415,48 @@ def pipe(path):
     ("make", "message"),
     [
         (gzip_bomb, "it unpacks to more than 268,435,456 bytes"),
+        (gzipped(GZIP + b"\x08" + bytes(6) + b"a" * 20_000_000), "it ends before its gzip stream does"),
+        (gzipped(gzip.compress(b"") * 20_000), "it has more than 10,000 gzip streams"),
+        (gzipped(gzip.compress(bytes(9))[:-3]), "it ends before its gzip stream does"),
         (device, "it is not a regular file"),
         (pipe, "it is not a regular file"),
         (lambda path: os.truncate(path, 2**40), "it has more than 268,435,456 bytes"),
     ],
-    ids=["gzip bomb", "device", "pipe", "sparse"],
+    ids=["gzip bomb", "long name", "many streams", "cut off", "device", "pipe", "sparse"],
 )
 def test_hostile_idx_files_are_one_line(tmp_path, make, message):
     make_elsewhere(lambda: make(write_idx(tmp_path) / "train-images-idx3-ubyte"))
     assert message in outcome_in_bounds(lambda: load_dataset("mnist", data_dir=tmp_path))
+
+
+@pytest.mark.parametrize("cut", [0, 20, 5000])
+def test_gzip_files_that_follow_each_other_are_one(tmp_path, cut):
+    path = write_idx(tmp_path) / "train-images-idx3-ubyte"
+    raw = path.read_bytes()
+    gzipped(gzip.compress(raw[:cut]) + gzip.compress(raw[cut:]))(path)
+    assert load_dataset("mnist", data_dir=tmp_path).facts["sizes"]["train"] == 22
+
+
+@pytest.mark.parametrize("held_out", ["nothing to test on", "nothing to hold out"])
+def test_check_names_what_a_run_would_refuse_the_folder_for(tmp_path, capsys, held_out):
+    root = make_class_folders(tmp_path, **SMALL)
+    if held_out == "nothing to test on":
+        shutil.rmtree(root / "val")
+        (root / "val").mkdir()
+    else:
+        for image in root.glob("train/*/*_[1-9]*.JPEG"):
+            image.unlink()
+    with pytest.raises(DataError):
+        load_dataset("imagenet", data_dir=root)
+    code, output = call(capsys, "check", root)
+    assert code == 2
+    assert held_out in output.out
+
+
+def test_one_image_to_train_on_is_refused(tmp_path):
+    write_idx(tmp_path, num_train=1)
+    with pytest.raises(DataError, match="has one training image; at least one more is held out"):
+        load_dataset("mnist", data_dir=tmp_path)
 
 
 class Objects:

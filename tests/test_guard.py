@@ -62,6 +62,17 @@ def untied_elsewhere():
     return other
 
 
+def give_memory(model, part):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["0.feedback"] = state[part]
+    model.load_state_dict(state, assign=True)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
 CHANGES = {
     "pruned": (lambda m: prune.l1_unstructured(m[0], "weight", 0.5), "'weight' of '0' is no parameter"),
     "B pruned": (lambda m: prune.random_unstructured(m[0], "feedback", 0.5), "'feedback' of '0' is no param"),
@@ -77,6 +88,16 @@ CHANGES = {
     "copied": (lambda m: put(m, 2, KeepsCopy(m[2])), "'2.saved' is a copy of an untied layer"),
     "a copy in its place": (lambda m: put(m, 2, copy.deepcopy(m[2])), "'2' is a copy of an untied layer"),
     "of another path": (lambda m: m.append(untied_elsewhere()), "'4' is a copy .* or of another path"),
+    "B is W": (lambda m: setattr(m[0], "feedback", m[0].weight), "'0' lies in the memory of another weight"),
+    "B in W's memory": (lambda m: setattr(m[0].feedback, "data", m[2].weight.data), "'0' lies in the memory"),
+    "assigned one memory": (lambda m: give_memory(m, "0.weight"), "'0' lies in the memory"),
+    "one B for two": (lambda m: setattr(m[2], "feedback", m[0].feedback), "'2' lies in the memory"),
+    "B taken away": (lambda m: setattr(m[0], "feedback", None), "feedback weight of '0' was taken away"),
+    "B deleted": (lambda m: delattr(m[0], "feedback"), "'feedback' of '0' is no parameter"),
+    "of another class": (
+        lambda m: setattr(m[2], "__class__", Doubled),
+        "class of '2' was changed to Doubled",
+    ),
     "shared later": (
         lambda m: setattr(m[2], "weight", m[0].weight),
         "other weights are shared now than before",
@@ -133,7 +154,7 @@ def test_a_resized_embedding_with_a_tied_head_says_so_when_it_runs_and_when_it_i
     path = fp.untie(model, "fa")
     model.embedding = nn.Embedding(12, 8)
     model.head.weight = model.embedding.weight
-    with pytest.raises(fp.UntieError, match=r"'head' has shape \[12, 8\], its B \[10, 8\]"):
+    with pytest.raises(fp.UntieError, match=r"'head': W is \[12, 8\] of torch.float32 on cpu, B \[10, 8\]"):
         model(torch.arange(12))
     with pytest.raises(fp.UntieError, match="'head' had shape"):
         path.gains()
@@ -175,6 +196,42 @@ def test_a_new_layer_is_named_at_once_and_once(use):
     USES[use](path)
 
 
+@pytest.mark.parametrize("use", ["step", "matrix_angles", "pairs"])
+def test_a_forward_that_is_replaced_later_is_named_once(use):
+    path = fp.untie(make_net(), "fa")
+    layer = path.model[2]
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight, layer.bias)
+    with pytest.warns(fp.UnconvertedLayerWarning, match="the forward of '2' was replaced on the object"):
+        USES[use](path)
+    USES[use](path)
+
+
+@pytest.mark.parametrize(
+    "lost", [lambda layer: setattr(layer, "feedback", None), lambda layer: delattr(layer, "feedback")]
+)
+@pytest.mark.parametrize("layer", [nn.Linear(6, 6), nn.LSTM(6, 6)], ids=["linear", "lstm"])
+def test_a_lost_b_is_named_by_the_next_step_and_no_error_of_pythons(lost, layer):
+    model = nn.Sequential(copy.deepcopy(layer))
+    path = fp.untie(model, "kp")
+    name = path.weights[0].feedback_name
+    lost(model[0]) if name == "feedback" else setattr(model[0], name, None)
+    output = model(torch.randn(4, 6))
+    (output if isinstance(output, torch.Tensor) else output[0]).sum().backward()
+    with pytest.raises(fp.UntieError, match="taken away|no parameter any more"):
+        path.step()
+
+
+@pytest.mark.parametrize("part", ["weight", "feedback"])
+@pytest.mark.parametrize("layer", [nn.Linear(6, 6), nn.Conv1d(4, 6, 1)], ids=["linear", "conv"])
+def test_w_and_b_of_two_precisions_are_refused_in_a_line(part, layer):
+    model = copy.deepcopy(layer)
+    fp.untie(model, "fa")
+    tensor = getattr(model, part)
+    tensor.data = tensor.data.double()
+    with pytest.raises(fp.UntieError, match="W is .* of torch.float.*, B .* of torch.float"):
+        model(torch.randn(4, 4, 6) if isinstance(layer, nn.Conv1d) else torch.randn(4, 6))
+
+
 def test_a_matrix_that_an_untied_module_gets_later_is_named():
     class Own(nn.Module):
         def __init__(self):
@@ -196,6 +253,10 @@ def test_retie_gives_back_what_runs_or_says_what_is_in_the_way():
         model = make_net()
         path = fp.untie(model, "kp")
         make(model)
+        if change == "of another class":
+            with pytest.raises(fp.UntieError, match="changed to Doubled"):
+                path.retie()
+            continue
         if change in ("weight_norm", "orthogonal"):
             with pytest.raises(fp.UntieError, match="changed to Parametrized.*remove_parametrizations"):
                 path.retie()

@@ -57,6 +57,13 @@ HOPELESS = {
     "a CPU's number": (["train", "--device", "cpu:3", *SMALL], "CPUs have no numbers"),
     "no such device, audit": (["audit", "--device", "xpu", *SMALL[:4]], "device 'xpu' cannot be used"),
     "no such device, bench": (["bench", "--models", "mlp", "--device", "hpu"], "device 'hpu' cannot be used"),
+    "an unset variable": (["train", "--out", ""], "an empty value after --out: is a variable of the shell"),
+    "an unset variable, joined": (["train", "--data-dir="], "an empty value after --data-dir"),
+    "an unset folder": (["report", ""], "an empty value after report"),
+    "as many workers as numbers": (["train", *SMALL, "--num-workers", "9" * 20], "num.workers"),
+    "more workers than a machine has": (["data", "check", ".", "--num-workers", "513"], "num-workers"),
+    "a file without an end": (["bench", "--out", "/dev/zero"], "/dev/zero: it is not a regular file"),
+    "a file under a file": (["bench", "--models", "mlp", "--out", f"{__file__}/x.json"], "File exists"),
     "no number of devices": (["train", "--devices", "cpu:0", *SMALL], "must be a whole number"),
     "nobody on the other machines": (["train", "--num-nodes", "2", *SMALL], "srun or torchrun"),
     "a batch that no integer holds": (

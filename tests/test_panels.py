@@ -125,6 +125,16 @@ def test_files_of_a_report_side_by_side(folders, tmp_path, capsys):
     assert {path.stem for path in out.glob("figures/*.pdf")} == names
     assert {path.stem for path in out.glob("figures/*.png")} == names
     assert (out / "table.md").read_text() == markdown_error_table(panels)
+    write_side_by_side(folders, out)  # its own files are replaced
+
+
+@pytest.mark.parametrize("name", ["report.html", "table.md"])
+def test_files_of_a_users_own_are_not_written_over(folders, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"{name} exists, is not from a report, and would be overwritten"):
+        write_side_by_side(folders, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def run_report(*arguments):

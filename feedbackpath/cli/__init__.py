@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from cyclopts import App, CycloptsError
@@ -14,7 +15,7 @@ from cyclopts.exceptions import ValidationError as FlagError
 from feedbackpath import __version__
 from feedbackpath.cli.exit_codes import BAD_INPUT, DONE
 from feedbackpath.cli.output import complain, write_out_what_cannot_be_encoded
-from feedbackpath.errors import UserError
+from feedbackpath.errors import ConfigError, UserError
 
 _NEXT_STEPS = {
     errno.ENOSPC: "; free some space, and continue with --resume",
@@ -107,6 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; whatever goes wrong is one line on standard error."""
     write_out_what_cannot_be_encoded()
     try:
+        _refuse_empty(sys.argv[1:] if arguments is None else arguments)
         code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except KeyboardInterrupt:  # a job that has begun takes the signal itself, and keeps its work
         complain("interrupted")
@@ -117,6 +119,14 @@ def main(arguments: list[str] | None = None) -> None:
         complain(_in_one_line(error))
         sys.exit(BAD_INPUT)
     sys.exit(code if isinstance(code, int) else DONE)
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Refuse what is left of a variable that the shell does not know: no path would mean this very folder."""
+    for before, argument in zip(("feedbackpath", *arguments), arguments, strict=False):
+        if not argument or (argument.startswith("--") and argument.endswith("=")):
+            place = argument.rstrip("=") or before
+            raise ConfigError(f"an empty value after {place}: is a variable of the shell not set?")
 
 
 def _in_one_line(error: Exception) -> str:

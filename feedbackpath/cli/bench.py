@@ -13,6 +13,8 @@ from feedbackpath.cli.output import make_console
 from feedbackpath.errors import ConfigError
 from feedbackpath.train.config import MOST_THREADS
 
+OURS = b'{\n "command": "feedbackpath'  # how a file of results begins
+
 
 def bench(
     *,
@@ -46,17 +48,23 @@ def bench(
 
     from feedbackpath.bench import BenchSettings, run_bench
     from feedbackpath.bench.workloads import Arithmetic
+    from feedbackpath.data.reading import open_file
     from feedbackpath.train.store import write_json
 
     if not 1 <= num_threads <= MOST_THREADS:
         raise ConfigError(f"--num-threads is {num_threads}; give 1 to {MOST_THREADS}")
-    if out.exists() and not out.read_bytes().startswith(b'{\n "command": "feedbackpath'):
-        raise ConfigError(f"--out {out} exists, and was not written by bench; choose another file")
+    if out.exists():
+        with open_file(out) as file:
+            if file.read(len(OURS)) != OURS:
+                raise ConfigError(f"--out {out} exists, and was not written by bench; choose another file")
     torch.set_num_threads(num_threads)
     arithmetic = Arithmetic(device, bf16, channels_last, compile)
     settings = BenchSettings(
         tuple(models.split(",")), tuple(rules.split(",")), rounds, batch_size, arithmetic, seconds
     )
+    out.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is refused before it is measured
+    if not os.access(out.parent, os.W_OK):
+        raise ConfigError(f"--out {out}: nothing can be written to {out.parent}; choose another file")
     console = make_console()
     console.print("a training step's time over plain PyTorch's, medians:")
     found = run_bench(settings, console.print)

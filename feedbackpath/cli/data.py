@@ -18,16 +18,19 @@ from feedbackpath.data.upkeep import (
     Problem,
     Shrinking,
     check_images,
-    find_empty_classes,
+    find_missing,
     find_strays,
     prepare_copy,
     shrink_images,
 )
 from feedbackpath.errors import printable
 from feedbackpath.jobs.signals import StopRequest
+from feedbackpath.train.config import MOST_WORKERS
 
 Folder = Annotated[Path, Parameter(help="image folder, in one of ImageNet's layouts")]
-Workers = Annotated[int, Parameter(help="processes that decode images", validator=Number(gte=0))]
+Workers = Annotated[
+    int, Parameter(help="processes that decode images", validator=Number(gte=0, lte=MOST_WORKERS))
+]
 
 
 def check(folder: Folder, *, num_workers: Workers = 0) -> int:
@@ -37,7 +40,7 @@ def check(folder: Folder, *, num_workers: Workers = 0) -> int:
     """
     images = open_folder(folder)
     parts = (check_images(part, num_workers) for part in (images.train, images.test))
-    return _go_through(images, parts, [*find_strays(images), *find_empty_classes(images)])
+    return _go_through(images, parts, [*find_strays(images), *find_missing(images)])
 
 
 def shrink(

@@ -61,10 +61,10 @@ class Exchange(TorchFunctionMode):
             if w is not None and self.look_up(w) is None:
                 is_local = weight.layer.__dict__["untied"].send_back.is_local
                 takes_b = is_local and not RUNNING.is_backprop
-                b = getattr(weight.layer, weight.feedback_name) if takes_b else None
-                if b is not None and b.shape != w.shape:
-                    shapes = f"the weight of {weight.name!r} has shape {list(w.shape)}, its B {list(b.shape)}"
-                    raise UntieError(f"{shapes}: path.retie(), and untie the model in its final form")
+                b = getattr(weight.layer, weight.feedback_name, None) if takes_b else None
+                if b is not None and (b.shape, b.dtype, b.device) != (w.shape, w.dtype, w.device):
+                    of_w, of_b = (f"{list(x.shape)} of {x.dtype} on {x.device}" for x in (w, b))
+                    raise UntieError(f"{weight.name!r}: W is {of_w}, B {of_b}: path.retie(), and untie again")
                 self._note(Known(w, b, (weight,), is_whole=True))
 
     def look_up(self, tensor: Tensor) -> Known | None:

@@ -66,7 +66,7 @@ class UntiedWeight:
     @property
     def feedback(self) -> nn.Parameter:
         """The feedback weight B; W itself under backprop. Rules that send errors locally lay it out as W."""
-        own = cast(nn.Parameter | None, getattr(self.layer, self.feedback_name))
+        own = cast(nn.Parameter | None, getattr(self.layer, self.feedback_name, None))
         if own is None and not self.is_tied:
             raise RuleError(
                 f"the feedback weight of {self.name!r} is made when the model first runs: run it once"
@@ -76,7 +76,7 @@ class UntiedWeight:
     @property
     def has_feedback(self) -> bool:
         """Whether there is a B of its own by now."""
-        return getattr(self.layer, self.feedback_name) is not None
+        return getattr(self.layer, self.feedback_name, None) is not None
 
     @property
     def is_tied(self) -> bool:

@@ -101,7 +101,7 @@ class FeedbackModule(nn.Module):
         exchange = running.traced if is_traced and torch.compiler.is_compiling() else running.exchange
         if untied.is_one_product and not (untied.taps or is_traced or running.is_backprop):
             weight = untied.weights[0]
-            w, b = getattr(self, weight.weight_name), getattr(self, weight.feedback_name)
+            w, b = getattr(self, weight.weight_name), getattr(self, weight.feedback_name, None)
             if not torch.is_autocast_enabled(w.device.type):
                 if exchange is not None:
                     exchange.is_aside = True

@@ -25,7 +25,7 @@ from feedbackpath.core.operations import Args, Kwargs
 Gradients = tuple[Tensor | None, ...]
 
 
-def multiply(layer: Any, w: Tensor, b: Tensor, args: Args, kwargs: Kwargs) -> Tensor | None:
+def multiply(layer: Any, w: Tensor, b: Tensor | None, args: Args, kwargs: Kwargs) -> Tensor | None:
     """Return what a layer makes of its input; None where it has to go the long way.
 
     Args:
@@ -35,7 +35,8 @@ def multiply(layer: Any, w: Tensor, b: Tensor, args: Args, kwargs: Kwargs) -> Te
         args: What it is called with: a batch ``[N, in_features]`` or ``[N, C, ...]``.
         kwargs: None may be given.
     """
-    if len(args) != 1 or kwargs or b.shape != w.shape:
+    is_like_w = b is not None and b.shape == w.shape and b.dtype == w.dtype and b.device == w.device
+    if len(args) != 1 or kwargs or not is_like_w:
         return None
     x = args[0]
     if isinstance(layer, nn.Linear):

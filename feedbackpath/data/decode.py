@@ -45,6 +45,8 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 MAX_PIXELS = 2**26  # ImageNet's largest image has 61 million; decoding takes up to 20 bytes each
 MAX_RATIO = 100  # of the long side to the short one, which is scaled to a fixed length
 MAX_SCANNED = 2**31  # pixels times the scans of a progressive JPEG, each a pass over all; ten are usual
+MAX_TEXT = 2**24  # bytes of a PPM in digits, which Pillow reads number by number
+MAX_PPM_HEADER = 4096  # bytes: two or three numbers, and comments
 
 JPEG_MAGIC = b"\xff\xd8\xff"
 END_OF_JPEG = b"\xff\xd9"
@@ -166,7 +168,11 @@ def _open(raw: bytes) -> "ImageFile":
 
     if not raw:
         raise UnreadableImageError("it is empty")
+    if raw[:2] in (b"P1", b"P2", b"P3") and len(raw) > MAX_TEXT:
+        raise UnreadableImageError(f"it is text of more than {MAX_TEXT:,} bytes: save it as a binary PPM")
     try:
+        if raw[:1] == b"P":  # Pillow reads a PPM's header byte by byte, however long it is
+            pillow.open(io.BytesIO(raw[:MAX_PPM_HEADER]), formats=FORMATS)
         image = pillow.open(io.BytesIO(raw), formats=FORMATS)
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
         raise UnreadableImageError(f"it claims to have more than {MAX_PIXELS:,} pixels") from error
@@ -194,15 +200,16 @@ def _check_size(raw: bytes, width: int, height: int) -> None:
 
 def _check_values(image: "ImageFile") -> None:
     """Refuse grey values of which nobody can say how bright they are: all but those of 8 or 16 bits."""
-    # Tags of TIFF 6.0; with 0 in the second, larger values are darker.
-    bits_per_sample, photometric, tile_width, tile_height = 258, 262, 322, 323
+    # Tags of TIFF 6.0; with 0 in the second, larger values are darker; 1 in the last stands for unsigned.
+    bits_per_sample, photometric, tile_width, tile_height, sample_format = 258, 262, 322, 323, 339
     tags = getattr(image, "tag_v2", {})
     if tags.get(tile_width, 0) * tags.get(tile_height, 0) > MAX_PIXELS:
         raise UnreadableImageError(f"it claims tiles of more than {MAX_PIXELS:,} pixels")
     is_sixteen_bits = tags.get(bits_per_sample, (16,)) == (16,) and tags.get(photometric, 1) != 0
     if image.mode.startswith("I;16") and is_sixteen_bits:
         return
-    if image.mode[0] == "F" or (image.mode[0] == "I" and image.format not in ("PNG", "PPM")):
+    is_signed = tags.get(sample_format, (1,))[0] not in (1, 4)
+    if is_signed or image.mode[0] == "F" or (image.mode[0] == "I" and image.format not in ("PNG", "PPM")):
         raise UnreadableImageError(
             "no standard says which of its grey values is white: save it with 8 or 16 unsigned bits"
         )

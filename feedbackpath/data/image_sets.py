@@ -135,6 +135,8 @@ def class_name(label: int) -> str:
 
 def _check_columns(path: Path, schema: Any) -> None:
     missing = [name for name in ("image", "label") if name not in schema.names]
+    if doubled := [name for name in ("image", "label") if schema.names.count(name) > 1]:
+        raise DataError(f"{path}: it has several columns {doubled[0]!r}: keep only the right one")
     if missing:
         raise DataError(
             f"{path}: it has no column {' and no column '.join(missing)}, "

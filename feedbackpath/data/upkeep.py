@@ -17,6 +17,7 @@ from feedbackpath.data.decode import (
     resize,
 )
 from feedbackpath.data.image_sets import FileSet, ImageSet
+from feedbackpath.data.imagenet import hold_out
 from feedbackpath.data.layouts import KAGGLE_TEXTS, ImageFolder, list_strays
 from feedbackpath.data.reading import read_file
 from feedbackpath.data.workers import map_in_order
@@ -51,13 +52,18 @@ def _check_image(images: ImageSet, number: int) -> Problem | None:
     return Problem("wrong ending", images.locate(number), f"it is {image_format(raw)}")
 
 
-def find_empty_classes(folder: ImageFolder) -> list[Problem]:
-    """Return the classes without training images."""
-    parent = folder.root / folder.train_folder
-    return [
+def find_missing(folder: ImageFolder) -> list[Problem]:
+    """Return the classes without training images, and what a run would refuse the whole folder for."""
+    parent, where = folder.root / folder.train_folder, str(folder.root)
+    missing = [
         Problem("empty class", str(parent / name), "it has no training images")
         for name in folder.empty_classes()
     ]
+    if not len(folder.test.labels):
+        missing.append(Problem("nothing to test on", where, "it has no test images"))
+    if not len(hold_out(folder.train.labels)[1]):
+        missing.append(Problem("nothing to hold out", where, "no class has two training images"))
+    return missing
 
 
 def find_strays(folder: ImageFolder) -> list[Problem]:

@@ -61,16 +61,25 @@ def write_side_by_side(folders: Sequence[Path], out: Path) -> list[Panel]:
         The panels, in the order of ``folders``.
 
     Raises:
-        ConfigError: A folder has no results, ``out`` is a run's own folder, or two folders hold the same run
-            or are judged by different metrics.
+        ConfigError: A folder has no results, ``out`` is a run's own folder, or has other files of
+            these names; or two folders hold the same run or are judged by different metrics.
     """
     if (out / "results.json").exists():
         raise ConfigError(f"--out {out} has its own run, whose report would be replaced; choose another")
     from feedbackpath.train.store import write_text  # needs torch, which tables alone do not
 
     panels = lay_side_by_side([(str(folder), read_results(folder)) for folder in folders])
+    table, page = out / "table.md", out / "report.html"
+    if not (
+        table.is_file() and table.read_text(encoding="utf-8", errors="replace").startswith("| network |")
+    ):
+        for file in (table, page):
+            if file.exists():
+                raise ConfigError(
+                    f"{file} exists, is not from a report, and would be overwritten; choose another --out"
+                )
+    write_text(table, markdown_error_table(panels))  # first: by it the other files are known for ours
     _write(panels, out, figures=True)
-    write_text(out / "table.md", markdown_error_table(panels))
     return panels
 
 

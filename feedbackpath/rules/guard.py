@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from feedbackpath.core.layers import UntiedWeight, kind_of
-from feedbackpath.core.modules import FeedbackModule, untied_type
+from feedbackpath.core.modules import FeedbackModule
 from feedbackpath.core.surgery import retie_module
 from feedbackpath.errors import UnconvertedLayerWarning, UntieError, level_outside
 from feedbackpath.rules.checks import warn_of_older_copy
+from feedbackpath.rules.faults import fault_of, is_other_class, memory_faults
 from feedbackpath.rules.replicas import leave_replicas, watch_replicas
 
 
@@ -25,6 +26,8 @@ class Guard:
         self._shapes, self._sharing = [weight.weight.shape for weight in weights], _sharing_of(weights)
         names = [(weight, name) for weight in weights for name in (weight.weight_name, weight.feedback_name)]
         self._places = [(weight.layer._parameters, name) for weight, name in names]
+        self._had_b = [weight.has_feedback for weight in weights]
+        self._patched = self._find_patched()
         self._seen = self._look()
         watch_replicas(model)
 
@@ -56,14 +59,13 @@ class Guard:
         Raises:
             UntieError: Names the first such module.
         """
+        own = {id(weight.layer) for weight in self._weights}
         for name, module in self._model.named_modules():
-            if isinstance(module, FeedbackModule):
-                expected = untied_type(module.plain_type, bool(module.untied.weights))
-                if type(module) is not expected:
-                    raise UntieError(
-                        f"the class of {name!r} was changed to {type(module).__name__} after untie; undo it "
-                        "first, as by torch.nn.utils.parametrize.remove_parametrizations, and then retie"
-                    )
+            if is_other_class(module, is_own=id(module) in own):
+                raise UntieError(
+                    f"the class of {name!r} was changed to {type(module).__name__} after untie; undo it "
+                    "first, as by torch.nn.utils.parametrize.remove_parametrizations, and then retie"
+                )
 
     def release(self) -> None:
         """Let go of the model, and make plain modules of untied layers that were copied into it."""
@@ -83,33 +85,18 @@ class Guard:
                 modules[id(module)] = len(module._parameters)
                 left.extend(module.children())
         held = [parameters.get(name) for parameters, name in self._places]
-        return modules, [(id(p), None if p is None else p.shape) for p in held]
+        kinds = [(type(weight.layer), "forward" in vars(weight.layer)) for weight in self._weights]
+        memory = len({p.data_ptr() for p in held if p is not None and not hasattr(p, "full_tensor")})
+        return modules, [(id(p), None if p is None else p.shape) for p in held], kinds, memory
 
     def _find_faults(self) -> Iterator[str]:
-        layers = {id(module): name for name, module in self._model.named_modules()}
-        for weight, shape in zip(self._weights, self._shapes, strict=True):
-            held = weight.layer._parameters
-            w, b = held.get(weight.weight_name), held.get(weight.feedback_name)
+        layers = {id(module) for module in self._model.modules()}
+        for weight, shape, had_b in zip(self._weights, self._shapes, self._had_b, strict=True):
             if id(weight.layer) not in layers:
                 yield f"{weight.name!r} is no longer in the model"
-            elif w is None or weight.feedback_name not in held:
-                lost = weight.weight_name if w is None else weight.feedback_name
-                yield (
-                    f"{lost!r} of {weight.name!r} is no parameter any more (pruning, weight_norm, "
-                    "parametrize compute it from others)"
-                )
-            elif hasattr(w, "full_tensor"):
-                yield (
-                    f"the weight of {weight.name!r} is sharded over processes (FSDP, tensor parallelism), so "
-                    "that rules, mirrors and measures would see one part of it; use DistributedDataParallel"
-                )
-            elif w.shape != shape or (
-                b is not None and weight.layer.untied.send_back.is_local and b.shape != shape
-            ):
-                yield (
-                    f"the weight of {weight.name!r} had shape {list(shape)}; now W has {list(w.shape)} and B "
-                    f"{list(w.shape if b is None else b.shape)}"
-                )
+            elif fault := fault_of(weight, shape, had_b=had_b):
+                yield fault
+        yield from memory_faults(self._weights)
         for name, _ in self._copies():
             yield f"{name!r} is a copy of an untied layer, or of another path, whose B no rule updates"
         if _sharing_of(self._weights) != self._sharing:
@@ -121,9 +108,21 @@ class Guard:
         untied = [(name, m) for name, m in self._model.named_modules() if isinstance(m, FeedbackModule)]
         return [(name, module) for name, module in untied if module.untied.weights and id(module) not in own]
 
+    def _find_patched(self) -> set[str]:
+        return {weight.name for weight in self._weights if "forward" in vars(weight.layer)}
+
     def _name_newcomers(self) -> None:
         newcomers = _plain_layers(self._model) - self._plain
         self._plain |= newcomers
+        patched = self._find_patched() - self._patched
+        self._patched |= patched
+        if patched:
+            warnings.warn(
+                f"the forward of {', '.join(map(repr, sorted(patched)))} was replaced on the object after "
+                "untie; unless it calls the one that was there, errors go back through the weights there",
+                UnconvertedLayerWarning,
+                stacklevel=level_outside(),
+            )
         if newcomers:
             warnings.warn(
                 f"{', '.join(map(repr, sorted(newcomers)))} came into the model after it was untied; errors "

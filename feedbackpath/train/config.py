@@ -38,6 +38,7 @@ def _refuse_separators(name: str) -> str:
 
 
 MOST_THREADS = 4096
+MOST_WORKERS = 512
 Name = Annotated[str, AfterValidator(_refuse_separators)]
 """What a rule or a network is called."""
 
@@ -70,7 +71,7 @@ class DataSettings(BaseModel):
         "test", description="split on which the metric is reported; choose settings on validation"
     )
     num_workers: Annotated[int, DATA] = Field(
-        0, ge=0, description="processes that read data, for each device"
+        0, ge=0, le=MOST_WORKERS, description="processes that read data, for each device"
     )
 
 
