@@ -104,6 +104,8 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.record.error = error
         finally:
             self.close()
+        if self.record.error is not None:
+            return self.record
         self.record.transposed = {weight.name: weight.transposed for weight in self.subject.path.weights}
         self.record.declared = self.subject.declared(self.record.scales)
         self.record.halves = self.subject.halves()

@@ -166,7 +166,7 @@ def is_turned(name: str, args: tuple[Any, ...], place: int, weights: Iterable[Un
     known = [turn(w.weight.detach()) if w.transposed else w.weight.detach() for w in weights]
     least = max(0.3, 4.5 / given.numel() ** 0.5)  # by chance, one in 100,000 is more alike
     turned = max((likeness(other, w) for w in known), default=0.0)
-    return turned > max([least, *(likeness(own, w) for w in known)])
+    return bool(turned > max([least, *(likeness(own, w) for w in known)]))
 
 
 def turn(kernel: Tensor) -> Tensor:

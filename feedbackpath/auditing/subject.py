@@ -215,14 +215,15 @@ class Subject:
         tied = [name for name, layer in self.path.layers.items() if "untied" not in vars(layer)]
         if tied:
             raise AuditError(
-                f"audit: the step ties {tied[0]!r} again, or exchanges it: let it train the model of the path "
-                "that is given, as it is"
+                f"audit: the step ties {tied[0]!r} again, or exchanges it: let it train the model of the "
+                "path that is given, as it is"
             )
 
     @property
     def is_shared(self) -> bool:
         """Whether the model is in memory that processes share: what a forked one writes stays there."""
-        return any(tensor.is_shared() for tensor in [*self.model.parameters(), *self.model.buffers()])
+        tensors: list[Any] = [*self.model.parameters(), *self.model.buffers()]
+        return any(tensor.is_shared() for tensor in tensors)
 
     def find_aliases(self) -> list[Finding]:
         """Find every B that is W itself, or lies in the memory of one."""
