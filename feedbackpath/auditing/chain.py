@@ -261,6 +261,8 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_held = met is not None and self._hold(*met, output)
         is_forward = bool(self._modules) and not pytorch.is_in_backward()
         for inputs, written, results in ops.split(func, args, kwargs, output):
+            for tensor in [*written, *results] if name in ops.RANDOM else ():
+                self.subject.stand_in_for_draw(tensor)
             self._traces.note(name, inputs, written, results, is_held, is_forward)
         return output
 
@@ -328,10 +330,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         others = [i for i in tracked if made[i].kind == "other" and isinstance(args[i], Tensor)]
         if self._tape is not None or not others:  # the first pass decides
             return False
-        before, self._is_aside = self._is_aside, True
-        found = any(ops.is_turned(name, args, i, self.subject.weights) for i in others)
-        self._is_aside = before
-        return found
+        return any(ops.is_turned(name, args, i, self.subject.weights) for i in others)
 
     def _fix_strangers(self, operands: list[Tensor]) -> None:
         """Know the weights of no module, such as those in a dictionary, from when they are first met."""

@@ -165,8 +165,8 @@ def is_turned(name: str, args: tuple[Any, ...], place: int, weights: Iterable[Un
     own, other = (turn(given), given) if counts_inputs_first else (given, turn(given))
     known = [turn(w.weight.detach()) if w.transposed else w.weight.detach() for w in weights]
     least = max(0.3, 4.5 / given.numel() ** 0.5)  # by chance, one in 100,000 is more alike
-    turned = max((likeness(other, w) for w in known), default=0.0)
-    return bool(turned > max([least, *(likeness(own, w) for w in known)]))
+    turned, alike = (max((likeness(t, w) for w in known), default=0.0) for t in (other, own))
+    return bool(turned > max(least, 1.5 * alike))
 
 
 def turn(kernel: Tensor) -> Tensor:

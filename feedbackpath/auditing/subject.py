@@ -1,7 +1,7 @@
 """Whose steps are audited: the weights, which of them are absent, and all state that a step may change."""
 
 import copy
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -307,8 +307,15 @@ class Subject:
 
     def stand_in_for_copy(self, tensor: Tensor) -> None:
         """Replace a tensor that has come from outside, if it holds what an absent weight held."""
+        self._stand_in_for(tensor, holds)
+
+    def stand_in_for_draw(self, tensor: Tensor) -> None:
+        """Replace random numbers that an absent weight was made of, if to another scale."""
+        self._stand_in_for(tensor, are_parallel)
+
+    def _stand_in_for(self, tensor: Tensor, is_alike: Callable[[Tensor, Tensor], bool]) -> None:
         for weight in self._absent.get(tensor.numel(), ()):
-            if tensor.is_floating_point() and tensor.layout == torch.strided and holds(tensor, weight):
+            if tensor.is_floating_point() and tensor.layout == torch.strided and is_alike(tensor, weight):
                 self._copies.append((tensor, tensor.detach().clone()))
                 assert self._standing_in is not None
                 replace(tensor, self._standing_in[0], torch.Generator().manual_seed(1))
