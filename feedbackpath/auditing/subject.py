@@ -107,8 +107,8 @@ class Subject:
 
     @property
     def weights(self) -> Sequence[UntiedWeight]:
-        """Every W that is untied; none while the path is being made."""
-        return () if self._path is None else self._path.weights
+        """Every W that is untied; none while the path is being made, or where a step has tied them."""
+        return [] if self._path is None else [w for w in self._path.weights if "untied" in vars(w.layer)]
 
     @property
     def feedback_weights(self) -> dict[str, nn.Parameter]:
