@@ -146,8 +146,12 @@ def test_the_layer_whose_weight_is_transported_is_named(leak):
     assert {finding.layer for finding in LEAKS[leak]().audit().findings} == {"2"}
 
 
+# of the other two, an untied layer's delta is what differs first
+NAMED = [name for name in leaks.UNNAMED if name not in ("product-expanded", "product-solved")]
+
+
 @pytest.mark.filterwarnings("ignore::feedbackpath.UnconvertedLayerWarning")
-@pytest.mark.parametrize("name", fast_and_slow(leaks.UNNAMED, {"weight-in-buffer", "head-outside"}))
+@pytest.mark.parametrize("name", fast_and_slow(NAMED, {"weight-in-buffer", "head-outside"}))
 def test_weights_that_are_no_matrix_of_the_model_are_named(name):
     named = {
         "weight-in-buffer": "middle", "flat-parameter": "flat",
