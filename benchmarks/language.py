@@ -9,7 +9,8 @@ parts ``*-equivalence`` have seeds that no other part has used, and a margin tha
 of them ran. Margins are in bits per byte.
 
 Decay of the parts ``*-efolds``: over 1,000 steps of a cosine schedule, AdamW's decoupled decay shrinks W - B
-by exp(-sum of lr wd) = exp(-0.003 * 3.5 * 0.5 * 1000), 5.2 e-folds.
+by exp(-sum of lr wd) = exp(-0.003 * 3.5 * 0.5 * 1000), 5.2 e-folds. The parts ``gpt-long*`` have as many in
+ten times as many steps, with a tenth of the decay: a run takes some 20 minutes of one core.
 """
 
 import argparse
@@ -21,14 +22,17 @@ TEXT = (
     "--data text --optimizer adamw --lr 0.003 --weight-decay 0.1 --batch-size 16 --samples-per-epoch 4000 "
     "--epochs 4 --num-threads 1"
 )
-ZERO = Path(__file__).parent / "language_rules.py"  # kp whose B starts at 0
+ZERO = Path(__file__).parent / "language_zero.yaml"  # kp whose B starts at 0
 STRONG_DECAY = "--weight-decay 3.5"
+LONG = "--weight-decay 0.35 --epochs 40"
 MARGINS = {"gpt-equivalence": 0.02, "lstm-equivalence": 0.05}
 PARTS = {
     "gpt": "--model gpt --rules bp,mirror-kp,kp,ss,fa,dfa",
     "lstm": "--model lstm --rules bp,mirror-kp,kp,ss,fa",
     "gpt-efolds": f"--model gpt --rules bp,kp {STRONG_DECAY}",
-    "gpt-efolds-zero": f"--import {ZERO} --model gpt --rules kp-zero {STRONG_DECAY}",
+    "gpt-efolds-zero": f"--config {ZERO} --model gpt --rules kp {STRONG_DECAY}",
+    "gpt-long": f"--model gpt --rules bp,kp {LONG}",
+    "gpt-long-zero": f"--config {ZERO} --model gpt --rules kp {LONG}",
     "lstm-efolds": f"--model lstm --rules bp,kp {STRONG_DECAY}",
     "gpt-wm": "--model gpt --rules wm",
     "lstm-wm": "--model lstm --rules wm",

@@ -25,6 +25,7 @@ from feedbackpath.tasks.text import CONTEXT, byte_loss
 from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.engine import Engine
 from feedbackpath.train.loop import Measured, Training
+from feedbackpath.train.settings import read_config
 
 PROMPT = "def read_lines(path):\n    "
 
@@ -33,7 +34,8 @@ def config_of(part: str) -> CompareConfig:
     """Return the settings of a part, as its command line has them."""
     words = command_of(part, 2, Path())[4:-1]
     flags = {flag[2:].replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
-    return CompareConfig.model_validate({name: value for name, value in flags.items() if name != "out"})
+    given = read_config(Path(flags.pop("config"))) if "config" in flags else {}
+    return CompareConfig.model_validate(given | {name: v for name, v in flags.items() if name != "out"})
 
 
 @torch.no_grad()

@@ -13,11 +13,15 @@ import feedbackpath as fp
 from feedbackpath.models.language import TextLSTM
 
 
-@pytest.mark.parametrize("part", [part for part in PARTS if part != "gpt-efolds-zero"])
+@pytest.mark.parametrize("part", PARTS)
 def test_each_part_is_a_job(part):
     config = config_of(part)
     assert config.data == "text"
-    assert config.weight_decay == (3.5 if "efolds" in part else 0.1)
+    assert config.weight_decay == (3.5 if "efolds" in part else 0.35 if "long" in part else 0.1)
+    steps = config.epochs * config.samples_per_epoch // config.batch_size
+    if "efolds" in part or "long" in part:
+        assert config.lr * config.weight_decay * steps / 2 == pytest.approx(5.25)
+    assert config.rule_settings == ({"kp": {"scale": "zero"}} if part.endswith("zero") else {})
 
 
 def test_equivalence_has_its_margin_and_seeds_of_its_own(tmp_path):
@@ -26,16 +30,6 @@ def test_equivalence_has_its_margin_and_seeds_of_its_own(tmp_path):
         command = command_of(part, 10, tmp_path)
         assert ("--equivalence" in command) == (part in MARGINS)
         assert ("--seed" in command) == (part in MARGINS)
-
-
-def test_kolen_pollack_may_begin_at_zero():
-    from language_rules import KolenPollackFromZero
-
-    try:
-        path = fp.untie(torch.nn.Linear(3, 2), "kp-zero")
-        assert not path.model.feedback.any()
-    finally:
-        del fp.RULES[KolenPollackFromZero.name]
 
 
 def test_errors_through_time_are_compared_step_by_step():

@@ -62,12 +62,13 @@ def plan(
     console.print(f"{model}, batch {size}, {noise} noise")
     console.print(table)
     total = sum(layer.share for layer in layers)
-    every = layers[0].steps_between
+    between = plain(layers[0].steps_between)
+    every = "after each step" if between == "1" else f"every {between} steps on average"
     reads, spikes = (sum(getattr(layer.dues, what) for layer in layers) for what in ("reads", "spikes"))
     console.print(
         f"In the simulation, to mirror all layers once takes {plain(100 * total)}% of a training step's "
-        f"FLOPs (counted as in the paper's Appendix B). Each layer is mirrored every {plain(every)} steps on "
-        "average. Angles are what noise leaves if W does not change."
+        f"FLOPs (counted as in the paper's Appendix B). Each layer is mirrored {every}. Angles are what "
+        "noise leaves if W does not change."
     )
     console.print(
         f"In a brain or a chip, it takes {plain(reads)} reads of an array of W, as many writes of each "
