@@ -166,6 +166,17 @@ def drawn_alike(size=1.0):
     )
 
 
+def drawn_and(use):
+    """B is made of the numbers that W was drawn from."""
+    draw = lambda: torch.Generator().manual_seed(7)  # noqa: E731
+
+    def before(model):
+        with torch.no_grad():
+            model[2].weight.normal_(generator=draw())
+
+    return lambda: make("fa", before, untied=lambda layers, _: use(layers[1].feedback, draw()))
+
+
 def uniform_alike():
     def draw(weight):
         nn.init.orthogonal_(weight, generator=torch.Generator().manual_seed(7))
@@ -182,6 +193,11 @@ SOURCES = {
     "drawn-alike": drawn_alike,
     "drawn-alike-and-smaller": lambda: drawn_alike(0.3),
     "orthogonal-alike": uniform_alike,
+    "signs-of-the-draw": drawn_and(lambda b, draw: b.normal_(std=0.3, generator=draw).sign_()),
+    "draw-transposed": drawn_and(lambda b, draw: b.copy_(torch.randn(8, 8, generator=draw).T)),
+    "squares-of-the-draw": drawn_and(
+        lambda b, draw: b.copy_(torch.from_numpy(torch.randn(8, 8, generator=draw).numpy() ** 2))
+    ),
 }
 """B is made of what W was made of."""
 

@@ -397,6 +397,50 @@ class Noisy(nn.Linear):
         return F.linear(x, F.dropout(self.weight, 0.2) + 0.01 * torch.randn_like(self.weight), self.bias)
 
 
+class Signs(torch.autograd.Function):
+    """Signs, whose gradient goes straight through."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Binary(nn.Linear):
+    """A layer that multiplies by its weight's signs."""
+
+    def forward(self, x):
+        return F.linear(x, Signs.apply(self.weight), self.bias)
+
+
+class WithTeacher(Whole):
+    """An autoencoder that began with its second weight as the first one's transpose, and its average."""
+
+    def __init__(self, rule):
+        super().__init__(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)), rule)
+        with torch.no_grad():
+            self.model[2].weight.copy_(self.model[0].weight.T)
+        self.teacher = copy.deepcopy(self.model)
+
+    def step(self):
+        with torch.no_grad():
+            for mean, own in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
+                mean.lerp_(own, 0.1)
+            target = self.teacher(self.x) + self.x
+        self.optimizer.zero_grad()
+        F.mse_loss(self.model(self.x), target).backward()
+        self.optimizer.step()
+        self.path.step()
+
+
+def check_size(task):
+    for _, w, _ in task.path.pairs():
+        assert 0.1 < w.norm() < 10
+
+
 class InputFirst(nn.Module):
     """A dense layer that lays its weight out as ``[in, out]``."""
 
@@ -462,6 +506,11 @@ CLEAN = {
     "noisy-synapses": lambda rule: Task(
         rule, model=nn.Sequential(Noisy(6, 8), nn.ReLU(), Noisy(8, 8), nn.ReLU(), nn.Linear(8, 3))
     ),
+    "straight-through": lambda rule: Task(
+        rule, model=nn.Sequential(Binary(6, 8), nn.ReLU(), Binary(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    ),
+    "autoencoder-with-teacher": WithTeacher,
+    "size-checked": lambda rule: Task(rule, before=check_size),
     "weights-input-first": lambda rule: Task(rule, model=with_norm(InputFirst())),
     "layers-input-first": lambda rule: Task(
         rule, model=nn.Sequential(nn.Linear(6, 8), nn.ReLU(), InputFirst(), nn.ReLU(), nn.Linear(8, 3))

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import threading
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -452,6 +453,40 @@ def replaced_in_dictionary(task):
         layer._parameters["feedback"] = nn.Parameter(layer.weight.detach(), requires_grad=False)
 
 
+# A module outside the model that multiplies by what is like W, from outputs to inputs
+
+
+def turned(make):
+    """A new layer, made of W, in each step."""
+
+    def after(task):
+        layer = nn.Linear(8, 8, bias=False)
+        layer.weight = nn.Parameter(make(task.model[2].weight.detach()))
+        task.model[2].feedback.copy_(layer(torch.eye(8)))
+
+    return lambda: Task(after_update=after)
+
+
+def average_turned():
+    """A layer that was there before takes a part of W in each step."""
+    layer = nn.Linear(8, 8, bias=False)
+
+    def after(task):
+        layer.weight.lerp_(task.model[2].weight.t(), 0.5)
+        task.model[2].feedback.copy_(layer(torch.eye(8)))
+
+    return Task(after_update=after)
+
+
+class ByFreshParameter(Back):
+    def forward(self, delta):
+        return delta @ nn.Parameter(self.weight.detach().clone())
+
+
+def by_fresh_parameter(task):
+    task.model[2].feedback.copy_(ByFreshParameter(task.model[2].weight)(torch.eye(8)))
+
+
 def put_back(task):
     for layer, own in zip(task.path.layers.values(), task.own, strict=True):
         layer.feedback = own
@@ -540,6 +575,20 @@ def signal_of_w(weight, noise):
     return (w @ w.T)[:, :1].expand_as(w)
 
 
+def looked_up(weight, noise):
+    return nn.functional.embedding(torch.arange(len(weight.weight)), weight.weight)
+
+
+def looked_up_by_module(task):
+    layer = task.model[2]
+    layer.feedback.copy_(nn.Embedding.from_pretrained(layer.weight.detach())(torch.arange(8)))
+
+
+def by_trilinear(weight, noise):
+    w = weight.weight
+    return torch._trilinear(torch.ones_like(w), w, torch.ones_like(w), [], [], [], [])
+
+
 def transposed_answer(weight, noise):
     w = weight.weight
     back = torch.ones(64, len(w)) @ w
@@ -567,6 +616,31 @@ class WithFlat(WithBuffer):
 
     def forward(self, x):
         return self.last(torch.relu(F.linear(torch.relu(self.first(x)), self.flat.view(8, 8))))
+
+
+class WithProduct(WithFlat):
+    """A flat parameter multiplies the hidden signal by some operator.
+
+    Args:
+        use: From what is hidden and a matrix to what comes next.
+    """
+
+    def __init__(self, use):
+        super().__init__()
+        self.use = use
+
+    def forward(self, x):
+        return self.last(torch.relu(self.use(torch.relu(self.first(x)), self.flat.view(8, 8))))
+
+
+PRODUCTS = {
+    "and-matmul": lambda h, m: ((h[:, None, :] * m) @ torch.ones(8, 1))[..., 0],
+    "expanded": lambda h, m: (h[:, None, :].expand(-1, 8, -1) * m).cumsum(-1)[..., -1],
+    "added": lambda h, m: torch.addcmul(torch.zeros(()), h[:, None, :], m).sum(-1),
+    "by-pieces": lambda h, m: sum(h.roll(k, 1) * m[k] for k in range(8)),
+    "by-distance": torch.cdist,
+    "solved": lambda h, m: torch.linalg.solve(m + 3 * torch.eye(8), h.T).T,
+}
 
 
 class WithList(WithBuffer):
@@ -625,6 +699,16 @@ def decay_towards_w(task):
     task.optimizer.step()
 
 
+def remember(make):
+    """The state of B in the optimizer gets something of W, which B does not need soon."""
+
+    def after(task):
+        for _, w, b in task.path.pairs():
+            task.optimizer.state[b]["kept"] = make(w)
+
+    return lambda: Task("kp", after_update=after)
+
+
 def decay_of_w(task):
     for _, w, b in task.path.pairs():
         task.optimizer.state[b]["momentum_buffer"].mul_(1.0 - 0.01 * w.abs().mean())
@@ -649,6 +733,14 @@ class ByHand(Task):
             one.weight.grad.copy_(((delta @ two.weight) * (h1 > 0)).T @ self.x)
         self.optimizer.step()
         self.path.step()
+
+
+class ByHandAndChecked(ByHand):
+    """Large stand-ins for W do not pass the check."""
+
+    def step(self):
+        assert all(w.abs().max() < 5 for _, w, _ in self.path.pairs())
+        super().step()
 
 
 class TwinTrained(Task):
@@ -916,6 +1008,15 @@ PASSAGES = {
     ),
     "passage-of-w": lambda: Task(OwnMirror(signal_of_w)),
     "passage-transposed": lambda: Task(OwnMirror(transposed_answer)),
+    "passage-looked-up": lambda: Task(OwnMirror(looked_up)),
+    "passage-trilinear": lambda: Task(OwnMirror(by_trilinear)),
+    "looked-up-by-module": lambda: Task(after_update=looked_up_by_module),
+}
+TURNED = {
+    "copy-turned": turned(lambda w: w.t().contiguous()),
+    "copy-turned-by-numpy": turned(lambda w: torch.from_numpy(w.numpy().T.copy())),
+    "average-turned": average_turned,
+    "fresh-parameter": lambda: Task(after_update=by_fresh_parameter),
 }
 BESIDE = {
     "product-and-w": add_answer(product_and_w),
@@ -935,6 +1036,7 @@ LIBRARY = {
 }
 OWN_UPDATES = {
     "backprop-by-hand": ByHand,
+    "backprop-by-hand-and-checked": ByHandAndChecked,
     "twin-trained": TwinTrained,
     "bias-updated-by-w": lambda: Afterwards(update_bias_by_w),
     "updated-by-numpy": lambda: Afterwards(update_by_numpy),
@@ -953,15 +1055,20 @@ UNNAMED = {
     "raw-head-outside": with_raw_head_outside,
     "tensors-outside": with_tensors_outside,
     "product-and-sum-of-flat": lambda: Whole(ProductAndSum),
+    **{f"product-{name}": partial(Whole, partial(WithProduct, use)) for name, use in PRODUCTS.items()},
 }
 UPDATES = {
     "decay-towards-w": lambda: Task("kp", after_update=decay_towards_w),
     "momentum-scaled-by-w": lambda: Task("kp", after_update=decay_of_w),
+    "list-in-state-of-b": remember(lambda w: [{"w": w.clone()}]),
+    "array-in-state-of-b": remember(lambda w: w.numpy().copy()),
+    "word-in-state-of-b": remember(lambda w: str(w.sum().item())),
 }
 KINDS = {
     "seen": SEEN, "unseen": UNSEEN_BY_OPERATORS, "before": BEFORE, "relay": RELAYS, "module": MODULES,
     "replaced": REPLACED, "carrier": CARRIERS, "branch": BRANCHES, "passage": PASSAGES, "unnamed": UNNAMED,
     "update": UPDATES, "beside": BESIDE, "exchanged": EXCHANGED, "library": LIBRARY,
     "own-updates": OWN_UPDATES, "copies": COPIES,
+    "turned": TURNED,
 }  # fmt: skip
 LEAKS = {name: make for kind in KINDS.values() for name, make in kind.items()}

@@ -86,9 +86,9 @@ def fast_and_slow(names, fast):
 FIRST = {name for kind in leaks.KINDS.values() for name in list(kind)[:1]}
 CLEAN_FIRST = {
     "stacked", "logs-much", "counter-and-minibatches", "muon", "sam", "lbfgs", "average",
-    "scaler-and-autocast", "checkpointed", "read-by-one-hot",
+    "scaler-and-autocast", "checkpointed", "read-by-one-hot", "straight-through",
 }  # fmt: skip
-SOON = {"numpy-before", "relay-buffer", "module-in-hook"}
+SOON = {"passage-looked-up", "product-by-pieces", "numpy-before", "relay-buffer", "module-in-hook"}
 
 
 @pytest.mark.parametrize("clip", [None, 0.1], ids=["unclipped", "clipped"])
@@ -146,8 +146,12 @@ def test_the_layer_whose_weight_is_transported_is_named(leak):
     assert {finding.layer for finding in LEAKS[leak]().audit().findings} == {"2"}
 
 
+# of the other two, an untied layer's delta is what differs first
+NAMED = [name for name in leaks.UNNAMED if name not in ("product-expanded", "product-solved")]
+
+
 @pytest.mark.filterwarnings("ignore::feedbackpath.UnconvertedLayerWarning")
-@pytest.mark.parametrize("name", fast_and_slow(leaks.UNNAMED, {"weight-in-buffer", "head-outside"}))
+@pytest.mark.parametrize("name", fast_and_slow(NAMED, {"weight-in-buffer", "head-outside"}))
 def test_weights_that_are_no_matrix_of_the_model_are_named(name):
     named = {
         "weight-in-buffer": "middle", "flat-parameter": "flat",
@@ -156,8 +160,7 @@ def test_weights_that_are_no_matrix_of_the_model_are_named(name):
         "head-outside": "Linear.weight, outside the model",
         "raw-head-outside": "parameter 4 of an optimizer, in no model",
         "tensors-outside": "a tensor that requires a gradient of shape [3, 3], in no module",
-        "product-and-sum-of-flat": "flat",
-    }[name]  # fmt: skip
+    }.get(name, "flat")  # fmt: skip
     assert {finding.layer for finding in LEAKS[name]().audit().findings} == {named}
 
 
@@ -281,10 +284,12 @@ def test_steps_that_cannot_be_repeated_are_not_settled():
 
 def test_steps_that_stop_without_w_are_not_settled():
     def stop(task):
-        if not 0.1 < task.model[2].weight.norm() < 10:
+        if task.model[2].weight.flatten()[largest] <= 0:
             raise RuntimeError("W is strange")
 
-    report = Task(before=stop).audit()
+    task = Task(before=stop)
+    largest = task.model[2].weight.argmax()
+    report = task.audit()
     assert report.transport_free is None
     assert "no pass without W came to its end" in report.verdict
     assert "W is strange" in report.verdict
@@ -715,6 +720,20 @@ def test_steps_that_train_nothing_are_refused():
         fp.audit(lambda: None, task.path)
     with pytest.raises(fp.AuditError, match="at least one"):
         task.audit(steps=0)
+
+
+def test_a_step_that_ties_its_layers_again_is_refused():
+    task = Task("kp", after_update=lambda task: task.path.retie())
+    with pytest.raises(fp.AuditError, match="the step ties '0' again"):
+        task.audit()
+
+
+def test_a_model_in_shared_memory_is_left_as_it_was():
+    task = Task("kp")
+    task.model.share_memory()
+    before = copy.deepcopy(state_of(task))
+    assert task.audit().transport_free
+    assert_same(state_of(task), before)
 
 
 def test_a_failing_step_leaves_everything_as_it_was():

@@ -97,12 +97,15 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for _ in range(steps):
                 self.record.seen.append([])
                 step()
+                self.subject.refuse_tied()
                 self._look_at_parameters()
                 self._ledger.forget_freed()
         except Exception as error:
             self.record.error = error
         finally:
             self.close()
+        if self.record.error is not None:
+            return self.record
         self.record.transposed = {weight.name: weight.transposed for weight in self.subject.path.weights}
         self.record.declared = self.subject.declared(self.record.scales)
         self.record.halves = self.subject.halves()
@@ -132,15 +135,16 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self._modules and self.watches:
             self.fix_parameters()
         for name, tensor in self.subject.newcomers(module):
-            self._ledger.fix(tensor, Made("other", (name,)))
+            if self._ledger.fixed(tensor) is None:  # else it lies in a weight's memory
+                self._ledger.fix(tensor, Made("other", (name,)))
         self._modules.append(module)
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         self._modules.pop()
         if not self._modules and self._doubted:
             self._wait_for_delta(output)
-        name = self.subject.layer_names.get(id(module))
-        if name is None or self._passages or not module.__dict__["untied"].is_one_product:
+        name, untied = self.subject.layer_names.get(id(module)), vars(module).get("untied")
+        if name is None or self._passages or untied is None or not untied.is_one_product:
             return
         is_probe = not self._modules and not self.subject.is_model(module)
         probes = self._probes.get(name, 0) if is_probe else 0
@@ -257,6 +261,8 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_held = met is not None and self._hold(*met, output)
         is_forward = bool(self._modules) and not pytorch.is_in_backward()
         for inputs, written, results in ops.split(func, args, kwargs, output):
+            for tensor in [*written, *results] if name in ops.RANDOM else ():
+                self.subject.stand_in_for_draw(tensor)
             self._traces.note(name, inputs, written, results, is_held, is_forward)
         return output
 
@@ -292,7 +298,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = {i: self._ledger.look_up(t) for i, t in operands}
         if self._tape is None and not pytorch.is_in_backward():
             self._constants.see([(t, made[i]) for i, t in operands])
-        tracked = [i for i, m in made.items() if m.is_tracked and not m.operation]
+        tracked = [i for i, m in made.items() if m.is_tracked and (not m.operation or m.is_sign)]
         signals = [t for i, t in operands if not made[i].is_tracked]
         if not tracked or not signals:
             return None
@@ -305,7 +311,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None
         digests = tuple(self._digest(t) for t in signals)
         met = join([made[i] for i in tracked], name, "")
-        form = self._form_of(args, tracked)
+        form = ops.form_of(args, tracked if self._modules and not self._passages else ())
         if is_inside:
             return met, Entry(name, digests, [], sources=met.sources, form=form)
         beside = [arg for i, arg in enumerate(args) if i not in made]
@@ -316,19 +322,15 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         weights = self.subject.forward_weights
         read = tuple((source, self._digest(weights[source], with_signs=True)) for source in sources)
         where = "" if is_sure else ops.call_site()
-        return met, Entry(name, digests, [], is_sure, None, read, is_sure, met.sources, form, where)
+        is_answer = is_sure and not self._is_turned(name, args, tracked, made)
+        return met, Entry(name, digests, [], is_answer, None, read, is_sure, met.sources, form, where)
 
-    def _form_of(self, args: tuple[Any, ...], tracked: list[int]) -> tuple[object, ...]:
-        """Return how weights lie in a module's product: what tells one with W from one with its transpose."""
-        found: list[object] = []
-        for i in tracked if self._modules and not self._passages else ():
-            for tensor in ops.tensors_in(args[i]):
-                layout = (
-                    tuple(tensor.shape[-2:]),
-                    tensor.dim() > 1 and tensor.stride(-1) >= tensor.stride(-2),
-                )
-                found.append((i, *layout))
-        return tuple(found)
+    def _is_turned(self, name: str, args: tuple[Any, ...], tracked: list[int], made: dict[int, Made]) -> bool:
+        """Whether a module of another's takes a copy of a weight from outputs to inputs."""
+        others = [i for i in tracked if made[i].kind == "other" and isinstance(args[i], Tensor)]
+        if self._tape is not None or not others:  # the first pass decides
+            return False
+        return any(ops.is_turned(name, args, i, self.subject.weights) for i in others)
 
     def _fix_strangers(self, operands: list[Tensor]) -> None:
         """Know the weights of no module, such as those in a dictionary, from when they are first met."""

@@ -1,10 +1,11 @@
 """What PyTorch's operators do with a weight, and the tensors among their arguments."""
 
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from feedbackpath.core.layers import UntiedWeight
@@ -14,7 +15,12 @@ RANDOM = ("normal_", "uniform_", "bernoulli_", "random_", "exponential_", "randn
           "randperm", "bernoulli", "normal", "native_dropout", "multinomial")  # fmt: skip
 OVERWRITES = ("copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_")
 SIGNS = ("sign", "sgn", "signbit", "sign_", "sgn_")
-FACTORS = ("mul", "mul_", "div", "div_")
+FACTORS = ("mul", "mul_", "div", "div_", "addcmul", "addcmul_", "addcdiv", "addcdiv_", "lerp", "lerp_", "pow")
+# Parameters that signals meet here multiply none of them.
+ADDITIVE = ("add", "add_", "sub", "sub_", "rsub", "cat", "stack", "where", "copy_", "index_put", "index_put_",
+            "index_add", "index_copy", "scatter", "scatter_add", "slice_scatter", "select_scatter",
+            "masked_fill", "masked_scatter", "maximum", "minimum", "clamp", "_thnn_fused_lstm_cell",
+            "_thnn_fused_gru_cell")  # fmt: skip
 SUMS = ("sum", "mean")
 # They leave PyTorch: what they return is a number of Python's.
 EXITS = ("_local_scalar_dense", "equal", "is_nonzero")
@@ -28,6 +34,11 @@ CONTRACTIONS: dict[str, tuple[int, ...]] = {
                      "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
                      "_scaled_dot_product_cudnn_attention"), (0, 1, 2)),
 }  # fmt: skip
+# Of what layers an operator is the forward map, where other layers' weights could be handed out by it.
+OWNERS: dict[str, type[nn.Module]] = {
+    "embedding": nn.Embedding, "_trilinear": nn.Bilinear, "mkldnn_rnn_layer": nn.RNNBase,
+}  # fmt: skip
+BILINEAR = [[1, 3], [0], [1, 2], [2, 3]]  # which axes ``bilinear`` adds, and sums over
 INNER = ("torch.", "contextlib", "feedbackpath.auditing", "feedbackpath.core", "feedbackpath.mirror.passage")
 Call = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
@@ -72,6 +83,27 @@ def tensors_in(value: Any) -> list[Tensor]:
     return []
 
 
+def num_stored(tensor: Tensor) -> int:
+    """Return how many values a tensor has in memory: one that is expanded repeats some."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(size for size, stride in sizes if stride) if tensor.numel() else 0
+
+
+def is_scaling(name: str) -> bool:
+    """Whether an operator multiplies each signal by a number of its own, unless its result is larger."""
+    return name in FACTORS or "norm" in name or "prelu" in name
+
+
+def multiplies(name: str) -> bool:
+    """Whether a signal may be multiplied by what it meets, in no product that is known."""
+    return name not in ADDITIVE and name not in CONTRACTIONS
+
+
+def is_of_matrix(name: str) -> bool:
+    """Whether each signal meets every number of a matrix: where systems are solved, or distances taken."""
+    return any(part in name for part in ("linalg", "solve", "cdist", "euclidean_dist"))
+
+
 def is_forward_map(name: str, args: tuple[Any, ...], place: int, weight: UntiedWeight) -> bool:
     """Whether a product takes W as its layer does: from inputs to outputs, and the whole of it.
 
@@ -89,7 +121,11 @@ def is_forward_map(name: str, args: tuple[Any, ...], place: int, weight: UntiedW
     if "convolution" in name:
         transposed = args[6] if name in ("convolution", "convolution_overrideable") else weight.transposed
         return bool(place == 1 and is_as_it_is and transposed == weight.transposed)
-    if "rnn" in name or name in ("linear", "_trilinear"):
+    if name in OWNERS and not isinstance(weight.layer, OWNERS[name]):
+        return False
+    if name == "_trilinear":
+        return bool(place == 1 and is_as_it_is and list(args[3:7]) == BILINEAR)
+    if "rnn" in name or name == "linear":
         return bool(place > 0 and is_as_it_is)
     if isinstance(weight.layer, LocallyConnected2d):
         w = weight.layer.as_groups(w)
@@ -99,6 +135,51 @@ def is_forward_map(name: str, args: tuple[Any, ...], place: int, weight: UntiedW
     expected = w if place == first else w.mT
     is_alike = given.shape == expected.shape and given.stride() == expected.stride()
     return bool(place in (first, other) and is_alike)
+
+
+def form_of(args: tuple[Any, ...], places: Iterable[int]) -> tuple[object, ...]:
+    """Return how weights lie in a product: what tells one with W from one with its transpose."""
+    return tuple(
+        (i, tuple(t.shape[-2:]), t.dim() > 1 and t.stride(-1) >= t.stride(-2))
+        for i in places
+        for t in tensors_in(args[i])
+    )
+
+
+def is_turned(name: str, args: tuple[Any, ...], place: int, weights: Iterable[UntiedWeight]) -> bool:
+    """Whether a product takes what is like a weight, a copy or an average, from outputs to inputs.
+
+    Args:
+        name: The operator.
+        args: Its arguments.
+        place: Which of them the matrix or kernel is; it belongs to no layer.
+        weights: Those that it may be like.
+    """
+    given: Tensor = args[place].detach()
+    given = given.squeeze(0) if given.dim() == 3 and "convolution" not in name else given
+    if given.dim() < 2:
+        return False
+    counts_inputs_first = args[6] if "convolution" in name and len(args) > 6 else False
+    if "convolution" not in name and "rnn" not in name and name != "linear":
+        counts_inputs_first = name == "embedding" or place != CONTRACTIONS[name][0]
+    own, other = (turn(given), given) if counts_inputs_first else (given, turn(given))
+    known = [turn(w.weight.detach()) if w.transposed else w.weight.detach() for w in weights]
+    least = max(0.3, 4.5 / given.numel() ** 0.5)  # by chance, one in 100,000 is more alike
+    turned, alike = (max((likeness(t, w) for w in known), default=0.0) for t in (other, own))
+    return bool(turned > max(least, 1.5 * alike))
+
+
+def turn(kernel: Tensor) -> Tensor:
+    """Return what goes from outputs to inputs as a matrix, or a convolution's kernel, goes the other way."""
+    return kernel.transpose(0, 1).flip(tuple(range(2, kernel.dim())))
+
+
+def likeness(one: Tensor, other: Tensor) -> float:
+    """Return how the values of two tensors correlate, without the sign; 0: their shapes differ."""
+    if one.shape != other.shape:
+        return 0.0
+    a, b = (t.float().flatten() - t.float().mean() for t in (one, other))
+    return float((a @ b).abs() / (a.norm() * b.norm()).clamp_min(1e-30))
 
 
 def call_site() -> str:

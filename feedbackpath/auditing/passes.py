@@ -38,7 +38,7 @@ class OfStep:
         self.steps, self._step = steps, step
         self.subject = Subject(path.model, path, stateful)
         self.notes = ["compiled code was run eagerly"] if _is_compiled(path.model, step) else []
-        self._forks = can_fork()
+        self._forks = can_fork() and not self.subject.is_shared
         self._start = None if self._forks else self.subject.save()
 
     def do(self, tape: Any = None, stand_in: StandIn | None = None) -> Record:

@@ -1,16 +1,15 @@
 """Whose steps are audited: the weights, which of them are absent, and all state that a step may change."""
 
 import copy
-import random
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from feedbackpath.auditing.copies import are_parallel, by_size, copies_of, holds, things
-from feedbackpath.auditing.report import Finding
+from feedbackpath.auditing.report import AuditError, Finding
+from feedbackpath.auditing.state import leaves, random_state, set_random_state
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.operations import is_matrix
 from feedbackpath.layers import LocallyConnected2d
@@ -107,10 +106,14 @@ class Subject:
         return self._path
 
     @property
+    def weights(self) -> Sequence[UntiedWeight]:
+        """Every W that is untied; none while the path is being made, or where a step has tied them."""
+        return [] if self._path is None else [w for w in self._path.weights if "untied" in vars(w.layer)]
+
+    @property
     def feedback_weights(self) -> dict[str, nn.Parameter]:
         """By layer, every B that is a tensor of its own, as it is now."""
-        weights = [] if self._path is None else self._path.weights
-        return {w.name: w.feedback for w in weights if not w.is_tied and w.has_feedback}
+        return {w.name: w.feedback for w in self.weights if not w.is_tied and w.has_feedback}
 
     def _take(self, module: nn.Module, prefix: str) -> None:
         for path, part in module.named_modules(prefix=prefix):
@@ -165,8 +168,7 @@ class Subject:
 
     def weight_named(self, name: str) -> UntiedWeight | None:
         """Return the untied weight of that name."""
-        weights = [] if self._path is None else self._path.weights
-        return next((weight for weight in weights if weight.name == name), None)
+        return next((weight for weight in self.weights if weight.name == name), None)
 
     def layer_named(self, name: str) -> nn.Module:
         """Return the layer of a name that deltas are known by: its own, or that of one of its weights."""
@@ -202,11 +204,26 @@ class Subject:
     def optimizer_state(self, parameter: Tensor) -> Iterator[tuple[str, object]]:
         """Yield what optimizers remember of a parameter, by name."""
         for optimizer in self.optimizers:
-            for key, value in sorted(
-                optimizer.state.get(parameter, {}).items(), key=lambda item: str(item[0])
-            ):
-                if isinstance(value, (Tensor, int, float)):
-                    yield str(key), value
+            yield from leaves("", optimizer.state.get(parameter, {}))
+
+    def refuse_tied(self) -> None:
+        """See that the step has not tied what was untied.
+
+        Raises:
+            AuditError: It has.
+        """
+        tied = [name for name, layer in self.path.layers.items() if "untied" not in vars(layer)]
+        if tied:
+            raise AuditError(
+                f"audit: the step ties {tied[0]!r} again, or exchanges it: let it train the model of the "
+                "path that is given, as it is"
+            )
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the model is in memory that processes share: what a forked one writes stays there."""
+        tensors: list[Any] = [*self.model.parameters(), *self.model.buffers()]
+        return any(tensor.is_shared() for tensor in tensors)
 
     def find_aliases(self) -> list[Finding]:
         """Find every B that is W itself, or lies in the memory of one."""
@@ -290,8 +307,15 @@ class Subject:
 
     def stand_in_for_copy(self, tensor: Tensor) -> None:
         """Replace a tensor that has come from outside, if it holds what an absent weight held."""
+        self._stand_in_for(tensor, holds)
+
+    def stand_in_for_draw(self, tensor: Tensor) -> None:
+        """Replace random numbers that an absent weight was made of, if to another scale."""
+        self._stand_in_for(tensor, are_parallel)
+
+    def _stand_in_for(self, tensor: Tensor, is_alike: Callable[[Tensor, Tensor], bool]) -> None:
         for weight in self._absent.get(tensor.numel(), ()):
-            if tensor.is_floating_point() and tensor.layout == torch.strided and holds(tensor, weight):
+            if tensor.is_floating_point() and tensor.layout == torch.strided and is_alike(tensor, weight):
                 self._copies.append((tensor, tensor.detach().clone()))
                 assert self._standing_in is not None
                 replace(tensor, self._standing_in[0], torch.Generator().manual_seed(1))
@@ -324,7 +348,7 @@ class Subject:
             "path": copy.deepcopy(self.path.state_dict()),
             "stateful": [copy.deepcopy(part.state_dict()) for part in self.stateful],
             "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self.optimizers],
-            "random": _random_state(),
+            "random": random_state(),
         }
 
     @torch.no_grad()
@@ -346,7 +370,7 @@ class Subject:
             part.load_state_dict(copy.deepcopy(value))
         for optimizer, value in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(copy.deepcopy(value))
-        _set_random_state(state["random"])
+        set_random_state(state["random"])
 
 
 def _half_of(name: str, numbers: Mapping[str, int]) -> int | None:
@@ -374,21 +398,3 @@ def replace(tensor: Any, scale: float, generator: torch.Generator) -> None:
     size = tensor.detach().float().std(correction=0).clamp_min(1e-3).to(tensor)
     with preserve_version(tensor):
         tensor.copy_(noise * size * scale)
-
-
-def _random_state() -> State:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-    }
-
-
-def _set_random_state(state: State) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])

@@ -1,6 +1,7 @@
 """Where what is made of W goes: it names layer, operation and line, and decides nothing."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -97,11 +98,12 @@ class Traces:
             return Made("weight", source.sources, True, False, f"aten.{name}", where) if is_sign else made
         if not (is_forward and signals and results):
             return made
-        most = max(t.numel() for t in signals)
+        most = max(ops.num_stored(t) for t in signals)
         is_larger = name in ops.FACTORS and results[0].numel() > most
-        others = {source: t.numel() for t, part in parts for source in part.sources if part.kind == "other"}
-        if "norm" in name or "prelu" in name or name in ops.FACTORS:
-            self._record.scales |= others
+        others = {source: t for t, part in parts for source in part.sources if part.kind == "other"}
+        errors_come_back = any(t.requires_grad for t in signals)
+        if ops.is_scaling(name) or (errors_come_back and ops.multiplies(name)):
+            self._note_factors(others, errors_come_back, is_larger or ops.is_of_matrix(name))
         if is_larger and made.kind == "weight":
             self._record.uses |= {source: weights[0][0].numel() for source in made.sources}
             return Made("weight", made.sources, is_product=True)
@@ -109,6 +111,19 @@ class Traces:
             return Made("activity", tuple(others), is_product=True)
         is_weight_changed = any(t.shape == results[0].shape for t, _ in weights)
         return made if made.kind != "weight" or is_weight_changed else ACTIVITY
+
+    def _note_factors(self, others: Mapping[str, Tensor], errors_come_back: bool, is_matrix: bool) -> None:
+        """Tell scales, which multiply each signal by a number of its own, from the weights of a matrix.
+
+        Those multiply each signal several times, or by parts of one parameter.
+        """
+        for source, tensor in others.items():
+            whole = self._subject.others.get(source, tensor)
+            if errors_come_back and (is_matrix or tensor.numel() < whole.numel()):
+                self._record.uses[source] = whole.numel()
+                self._record.scales.pop(source, None)
+            elif source not in self._record.uses:
+                self._record.scales[source] = tensor.numel()
 
     def _write(self, tensor: Tensor, made: Made, name: str, where: str) -> None:
         """Note a write; into a B, nothing made of weight may go, and into a W nothing of another."""
