@@ -38,6 +38,7 @@ from feedbackpath.jobs.audit import audit_run
 from feedbackpath.jobs.imports import import_files
 from feedbackpath.recipes import RECIPES
 from feedbackpath.report import markdown_table
+from feedbackpath.report.equivalence import describe
 from feedbackpath.train import config, results
 from feedbackpath.train.config import AuditConfig, CompareConfig, RunConfig, TrainConfig
 from feedbackpath.train.rules import make_rule
@@ -382,6 +383,13 @@ def test_tables_of_results_are_those_of_the_result_files(name):
     assert table in read("docs/results.md")
     if name == "glyphs-resnet8":
         assert table in read("README.md")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_verdicts_of_the_study_are_those_of_its_result_file(page):
+    found = describe(results.read_results(ROOT / "benchmarks" / "glyphs-resnet8-equivalence"))
+    assert len(found) == 4
+    assert "\n".join(["```text", *found, "```"]) in read(page)
 
 
 def test_tables_of_cost_are_those_of_the_result_file_and_of_the_model():

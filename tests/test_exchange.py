@@ -82,8 +82,15 @@ def test_everything_in_float32():
     check(lambda: make_zoo(dtype=torch.float32), zoo_input(torch.float32), tolerance=1e-6)
 
 
+IN_211 = pytest.mark.skipif(
+    torch.__version__.startswith("2.11"), reason="Inductor of PyTorch 2.11 fails at attention in float64"
+)
+
+
 @compiled
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, IN_211])]
+)
 @pytest.mark.parametrize("kind", [Zoo, ZooWithoutRecurrence])
 def test_compiled(backend, kind):
     torch._dynamo.reset()

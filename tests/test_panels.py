@@ -130,11 +130,13 @@ def test_files_of_a_report_side_by_side(folders, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["report.html", "table.md"])
 def test_files_of_a_users_own_are_not_written_over(folders, tmp_path, name):
-    (tmp_path / name).write_text("mine")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
     with pytest.raises(ConfigError, match=f"{name} exists, is not from a report, and would be overwritten"):
-        write_side_by_side(folders, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-    assert (tmp_path / name).read_text() == "mine"
+        write_side_by_side(folders, out)
+    assert [path.name for path in out.iterdir()] == [name]
+    assert (out / name).read_text() == "mine"
 
 
 def run_report(*arguments):
