@@ -101,7 +101,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._look_at_parameters()
                 self._ledger.forget_freed()
         except Exception as error:
-            self.record.error = error
+            self.record.error, self.record.aliases = error, self.subject.find_aliases()
         finally:
             self.close()
         if self.record.error is not None:

@@ -96,6 +96,9 @@ def _settle(passes: OfStep | OfBuild) -> Report:
     steps, notes = passes.steps, list(passes.notes)
     try:
         record, differing = _record_twice(passes)
+        if record.error is not None:
+            notes += [f"the step was ended by {type(record.error).__name__}: {record.error}"]
+            return Report(tuple(record.aliases), {}, {}, {}, tuple(notes), steps, "", passes.since)
         if differing:
             kind, layer = differing[0]
             return _unsettled(
@@ -130,8 +133,10 @@ def _record_twice(passes: OfStep | OfBuild) -> tuple[Record, list[tuple[str, str
     """
     for _ in range(2):
         record = passes.do()
-        if record.error is not None:
+        if record.error is not None and not record.aliases:
             raise record.error
+        if record.error is not None:  # B lies in the memory of W, and the path has refused to go on
+            return record, []
         if not any(kind == "delta" for step in record.seen for kind, _, _ in step):
             raise AuditError(
                 "audit: step sent no delta through a layer of this path: let it train its own model"

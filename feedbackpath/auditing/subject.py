@@ -235,7 +235,7 @@ class Subject:
             for name, b in self.feedback_weights.items()
             if b.numel() and b.data_ptr() in places
         ]
-        tied = {weight.name: weight.weight for weight in self.path.weights if weight.is_tied}
+        tied = {weight.name: weight.weight for weight in self.weights if weight.is_tied}
         return found + [
             Finding(name, "weight", "feedback weight", "being W itself", "untie", "storage", w.numel())
             for name, w in tied.items()
