@@ -29,6 +29,8 @@ HELD = {
         "A matrix that is only added": "test_parameters_that_are_only_added_get_no_feedback_weight",
     },
     "test_limits": {
+        "An update that is differ": "test_an_update_that_is_differentiated_is_not_backprops",
+        "Forward-mode derivatives": "test_derivatives_come_in_reverse_mode_alone",
         "Products outside the model's own": "test_a_product_outside_the_model_goes_back_through_the_weight",
         "A table of positions": "test_positions_that_another_function_adds_get_a_b_that_nothing_uses",
         "An average of weights made before": "test_an_average_of_a_list_made_beforehand_is_not_seen",
@@ -382,3 +384,37 @@ def test_the_bounds_of_data_are_those_that_are_stated():
     numbers = {v for module in (decode, files) for v in vars(module).values() if isinstance(v, int)}
     assert 256 * 2**20 in numbers
     assert 2**26 in numbers  # 67 million
+
+
+def test_an_update_that_is_differentiated_is_not_backprops():
+    def outer_gradient(rule):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+        x, y = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+        if rule:
+            for _, w, b in fp.untie(model, rule).pairs():
+                b.data.copy_(w.data)
+        slow = dict(model.named_parameters())
+        loss = F.mse_loss(torch.func.functional_call(model, slow, (x,)), y)
+        gradients = torch.autograd.grad(loss, list(slow.values()), create_graph=True)
+        fast = {name: p - 0.5 * g for (name, p), g in zip(slow.items(), gradients, strict=True)}
+        F.mse_loss(torch.func.functional_call(model, fast, (x,)), y).backward()
+        return model[0].weight.grad
+
+    assert (outer_gradient(None) - outer_gradient("kp")).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own use of it
+def test_derivatives_come_in_reverse_mode_alone():
+    model, x = make_mlp(), torch.randn(1, make_mlp()[0].in_features)
+
+    def f(x):
+        return model(x).square().sum()
+
+    plain = torch.autograd.functional.hessian(f, x)
+    for _, w, b in fp.untie(model, "kp").pairs():
+        b.data.copy_(w.data)
+    torch.testing.assert_close(torch.autograd.functional.hessian(f, x), plain)
+    torch.testing.assert_close(torch.func.jacrev(torch.func.jacrev(f))(x), plain)
+    with pytest.raises(NotImplementedError):
+        torch.func.hessian(f)(x)
