@@ -60,6 +60,8 @@ HOPELESS = {
     "an unset variable": (["train", "--out", ""], "an empty value after --out: is a variable of the shell"),
     "an unset variable, joined": (["train", "--data-dir="], "an empty value after --data-dir"),
     "an unset folder": (["report", ""], "an empty value after report"),
+    "a home behind =": (["train", "--out=~/run"], "--out=~/run: the shell has left ~ as it is"),
+    "a home in quotes": (["report", "~/run"], "~/run: the shell has left ~ as it is"),
     "as many workers as numbers": (["train", *SMALL, "--num-workers", "9" * 20], "num.workers"),
     "more workers than a machine has": (["data", "check", ".", "--num-workers", "513"], "num-workers"),
     "a file without an end": (["bench", "--out", "/dev/zero"], "/dev/zero: it is not a regular file"),

@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; whatever goes wrong is one line on standard error."""
     write_out_what_cannot_be_encoded()
     try:
-        _refuse_empty(sys.argv[1:] if arguments is None else arguments)
+        _refuse_slips(sys.argv[1:] if arguments is None else arguments)
         code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except KeyboardInterrupt:  # a job that has begun takes the signal itself, and keeps its work
         complain("interrupted")
@@ -121,12 +121,14 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else DONE)
 
 
-def _refuse_empty(arguments: Sequence[str]) -> None:
-    """Refuse what is left of a variable that the shell does not know: no path would mean this very folder."""
+def _refuse_slips(arguments: Sequence[str]) -> None:
+    """Refuse what a shell leaves: nothing of a variable that is not set, and ~ behind = or in quotes."""
     for before, argument in zip(("feedbackpath", *arguments), arguments, strict=False):
         if not argument or (argument.startswith("--") and argument.endswith("=")):
             place = argument.rstrip("=") or before
             raise ConfigError(f"an empty value after {place}: is a variable of the shell not set?")
+        if re.match(r"(--[\w-]+=)?~", argument):
+            raise ConfigError(f"{argument}: the shell has left ~ as it is; write the path of the folder")
 
 
 def _in_one_line(error: Exception) -> str:
