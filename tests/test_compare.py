@@ -213,7 +213,7 @@ def test_report_renders_a_folder_anew(tmp_path):
         (["compare", "--data", "digits", "--model", "lenet"], "lenet"),
         (["compare", "--data", "digits", "--classes", "5"], "digits takes no"),
         (["report", "."], "has no results.json"),
-        (["compare", "--rules", ""], "name at least one rule"),
+        (["compare", "--rules", ","], "name at least one rule"),
         (["compare", "--seed", str(10**14)], "--seed"),
         (["compare", "--data", "digits", "--model", "mlp", "--device", "meta"], "meta"),
         (["compare", "--data", "digits", "--model", "mlp", "--out", "/proc/none/x"], "/proc/none"),

@@ -10,7 +10,7 @@ import torch
 
 from feedbackpath.data import load_dataset
 from feedbackpath.data.files import IDX_FILES as FILES
-from feedbackpath.data.files import SOURCES, random_crop_and_flip
+from feedbackpath.data.files import SOURCES, _read_bytes, random_crop_and_flip
 from feedbackpath.errors import DataError
 
 DEBIAN_FOLDER = SOURCES["fashion-mnist"].system_folder
@@ -117,8 +117,8 @@ def no_images(data_dir):
         (swap_magic, "train-images-idx3-ubyte: not an IDX file .* '00 00 0d 03', expected '00 00 08 03'"),
         (cut_short, "train-images-idx3-ubyte: 18806 bytes of data, expected 24 x 28 x 28 = 18816"),
         (cut_header, "train-images-idx3-ubyte: not an IDX file"),
-        (cut_gzip, r"train-images-idx3-ubyte\.gz: cannot be read \(Compressed file ended"),
-        (not_gzip, r"train-images-idx3-ubyte\.gz: cannot be read \(Not a gzipped file"),
+        (cut_gzip, r"train-images-idx3-ubyte\.gz: cannot be read \(it ends before its gzip stream does"),
+        (not_gzip, r"train-images-idx3-ubyte\.gz: cannot be read \(it is no gzip file"),
         (empty, "train-images-idx3-ubyte: not an IDX file .* starts with ''"),
         (remove, r"lacks train-images-idx3-ubyte \(or with \.gz\)"),
         (put_a_folder_in_its_place, "train-images-idx3-ubyte: cannot be read .*directory"),
@@ -290,3 +290,13 @@ def test_a_missing_or_unreadable_cifar_batch_is_named(tmp_path, replace_by_folde
     message = "test_batch: cannot be read" if replace_by_folder else "lacks test_batch"
     with pytest.raises(DataError, match=message):
         load_dataset("cifar10", data_dir=tmp_path)
+
+
+def test_gzip_files_may_follow_each_other_and_be_filled_up_with_zeros(tmp_path):
+    packed, path = gzip.compress(b"abc"), tmp_path / "x.gz"
+    for content, expected in ((2 * packed, b"abcabc"), (packed + bytes(512), b"abc")):
+        path.write_bytes(content)
+        assert _read_bytes(path) == expected
+    path.write_bytes(packed + b"more")
+    with pytest.raises(DataError, match="it is no gzip file, or has something else behind it"):
+        _read_bytes(path)

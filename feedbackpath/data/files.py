@@ -262,6 +262,8 @@ def _unzip(raw: bytes) -> bytes:
     """Unpack gzip files that follow each other; Python's own module goes through a header byte by byte."""
     whole, left = bytearray(), memoryview(raw)
     for _ in range(MAX_PARTS):
+        if left and bytes(left[:2]) != b"\x1f\x8b":
+            raise OSError("it is no gzip file, or has something else behind it")
         part = zlib.decompressobj(zlib.MAX_WBITS + 16)
         while left and not part.eof:
             whole += part.decompress(left[:STEP], MAX_BYTES + 1 - len(whole))
@@ -271,7 +273,7 @@ def _unzip(raw: bytes) -> bytes:
             left = left[min(STEP, len(left)) - unused :]
         if not part.eof:
             raise OSError("it ends before its gzip stream does")
-        if not left:
+        if not left or (left[0] == 0 and not bytes(left).strip(b"\0")):  # zeros may fill it up
             return bytes(whole)
     raise OSError(f"it has more than {MAX_PARTS:,} gzip streams")
 

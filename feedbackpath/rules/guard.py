@@ -85,7 +85,7 @@ class Guard:
                 modules[id(module)] = len(module._parameters)
                 left.extend(module.children())
         held = [parameters.get(name) for parameters, name in self._places]
-        kinds = [(type(weight.layer), "forward" in vars(weight.layer)) for weight in self._weights]
+        kinds = [(id(type(weight.layer)), "forward" in vars(weight.layer)) for weight in self._weights]
         memory = len({p.data_ptr() for p in held if p is not None and not hasattr(p, "full_tensor")})
         return modules, [(id(p), None if p is None else p.shape) for p in held], kinds, memory
 
