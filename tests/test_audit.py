@@ -736,6 +736,16 @@ def test_a_model_in_shared_memory_is_left_as_it_was():
     assert_same(state_of(task), before)
 
 
+def test_an_error_of_the_steps_own_is_raised_where_b_is_w_too():
+    task = Task("bp")
+
+    def step():
+        raise ValueError("no data")
+
+    with pytest.raises(ValueError, match="no data"):
+        fp.audit(step, task.path)
+
+
 def test_a_failing_step_leaves_everything_as_it_was():
     task = Task("kp")
     before = copy.deepcopy(state_of(task))

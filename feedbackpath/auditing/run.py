@@ -16,6 +16,7 @@ from feedbackpath.auditing.record import (
 )
 from feedbackpath.auditing.report import AuditError, Crossing, Finding, Report
 from feedbackpath.auditing.subject import Stateful
+from feedbackpath.errors import UntieError
 from feedbackpath.path import FeedbackPath
 
 # Zeros in all layers; then noise in every second one, and in the others: it has the other sign than W and is
@@ -133,10 +134,10 @@ def _record_twice(passes: OfStep | OfBuild) -> tuple[Record, list[tuple[str, str
     """
     for _ in range(2):
         record = passes.do()
-        if record.error is not None and not record.aliases:
+        if record.error is not None:
+            if record.aliases and isinstance(record.error, UntieError):
+                return record, []  # B lies in the memory of W, and the path has refused to go on
             raise record.error
-        if record.error is not None:  # B lies in the memory of W, and the path has refused to go on
-            return record, []
         if not any(kind == "delta" for step in record.seen for kind, _, _ in step):
             raise AuditError(
                 "audit: step sent no delta through a layer of this path: let it train its own model"
