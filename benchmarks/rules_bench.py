@@ -41,7 +41,10 @@ CHOICES = 3  # settings that a rule may try at full length, as long as a run div
 DIVERGED = 3  # what compare exits with if a run has
 TASKS = {  # flags, and epochs of a run that counts
     "digits-mlp": (["--data", "digits", "--model", "mlp", "--batch-size", "32"], 20),
-    "fashion-mnist-lenet": (["--data", "fashion-mnist", "--model", "lenet", "--batch-size", "32"], 8),
+    "fashion-mnist-lenet": (
+        ["--data", "fashion-mnist", "--model", "lenet", "--batch-size", "32", "--samples-per-epoch", "15000"],
+        8,  # two passes over the data
+    ),
     "glyphs-resnet8": (["--data", "glyphs", "--model", "resnet8", "--batch-size", "32"], 6),
 }
 TUNED_ON = {"glyphs-resnet8": "fashion-mnist-lenet"}
