@@ -45,7 +45,10 @@ TASKS = {  # flags, and epochs of a run that counts
         ["--data", "fashion-mnist", "--model", "lenet", "--batch-size", "32", "--samples-per-epoch", "15000"],
         8,  # two passes over the data
     ),
-    "glyphs-resnet8": (["--data", "glyphs", "--model", "resnet8", "--batch-size", "32"], 6),
+    "glyphs-resnet8": (
+        ["--data", "glyphs", "--model", "resnet8", "--batch-size", "32", "--samples-per-epoch", "10000"],
+        6,
+    ),
 }
 TUNED_ON = {"glyphs-resnet8": "fashion-mnist-lenet"}
 COLUMNS = [
