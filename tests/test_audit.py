@@ -23,7 +23,7 @@ from zoo import make_zoo, zoo_input
 
 import feedbackpath as fp
 from feedbackpath import cli
-from feedbackpath.auditing import Finding
+from feedbackpath.auditing import Finding, passes
 from feedbackpath.auditing.locality import OWN, UNMOVED
 from feedbackpath.mirror.noise import NOISES
 from feedbackpath.models import build_model
@@ -210,6 +210,24 @@ def test_a_pass_that_an_error_ends_is_noted():
     assert report.transport_free
     (note,) = report.notes
     assert note.startswith("with zeros for W: ValueError")
+
+
+def grow_until_large(task):
+    while task.model[2].weight.norm() < 0.1:
+        task.model[2].weight.mul_(1.1)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_loop_that_never_ends_without_w_is_ended(num_threads, monkeypatch):
+    monkeypatch.setattr(passes, "PATIENCE", (1.0, 0.0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        report = Task("fa", before=grow_until_large).audit()
+    finally:
+        torch.set_num_threads(before)
+    assert report.transport_free
+    assert report.notes == ("with zeros for W: EndlessStep: it does not end",)
 
 
 def test_a_rare_branch_takes_as_many_steps_to_see():

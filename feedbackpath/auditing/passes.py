@@ -1,6 +1,7 @@
 """Passes of one set of steps: of a step that is there already, or from ``build`` on."""
 
 import gc
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from feedbackpath.auditing.subject import StandIn, Stateful, Subject
 from feedbackpath.path import WATCHERS, FeedbackPath
 
 Step = Callable[[], object]
+PATIENCE = 60.0, 20.0  # a pass without W may take so many seconds, and so many times as long as the first
 Build = Callable[[], tuple[Step, FeedbackPath]]
 
 
@@ -40,10 +42,15 @@ class OfStep:
         self.notes = ["compiled code was run eagerly"] if _is_compiled(path.model, step) else []
         self._forks = can_fork() and not self.subject.is_shared
         self._start = None if self._forks else self.subject.save()
+        self._limit = 0.0
 
     def do(self, tape: Any = None, stand_in: StandIn | None = None) -> Record:
         """Do one pass."""
-        return self._apart(lambda: self._pass(Chain(self.subject, tape), self.steps, stand_in))
+        started = time.perf_counter()
+        limit = self._limit if stand_in else 0.0
+        record = self._apart(lambda: self._pass(Chain(self.subject, tape), self.steps, stand_in), limit)
+        self._limit = self._limit or _limit_after(started)
+        return record
 
     def disturb(self, record: Record) -> Record:
         """Do the first step with some neurons disturbed."""
@@ -55,9 +62,9 @@ class OfStep:
         chain.begin()
         return chain.run(self._step, steps)
 
-    def _apart(self, run: Callable[[], Record]) -> Record:
+    def _apart(self, run: Callable[[], Record], limit: float = 0.0) -> Record:
         if self._start is None:
-            return in_fork(run)
+            return in_fork(run, limit)
         try:
             with files_put_back():
                 return run()
@@ -80,14 +87,19 @@ class OfBuild:
 
         self.steps, self._build = steps, build
         self.notes: list[str] = []
-        self._which = 0
+        self._which, self._limit = 0, 0.0
         self._first: Record | None = None
         freeze()
         self._made_before = [thing for thing in things() if issubclass(type(thing), nn.Parameter)]
 
     def do(self, tape: Any = None, stand_in: StandIn | None = None) -> Record:
         """Do one pass."""
-        record = self._apart(lambda: self._pass(lambda subject: Chain(subject, tape), self.steps, stand_in))
+        started = time.perf_counter()
+        limit = self._limit if stand_in else 0.0
+        record = self._apart(
+            lambda: self._pass(lambda subject: Chain(subject, tape), self.steps, stand_in), limit
+        )
+        self._limit = self._limit or _limit_after(started)
         if tape is None:
             self._first = record
         return record
@@ -96,12 +108,12 @@ class OfBuild:
         """Do the first step with some neurons disturbed."""
         return self._apart(lambda: self._pass(lambda subject: Disturbed(subject, record.deltas), 1, None))
 
-    def _apart(self, run: Callable[[], Record]) -> Record:
+    def _apart(self, run: Callable[[], Record], limit: float = 0.0) -> Record:
         try:
-            return in_fork(run)
+            return in_fork(run, limit)
         except OtherModel as other:
             self._which = other.number
-            return in_fork(run)
+            return in_fork(run, limit)
 
     def _pass(self, make: Callable[[Subject], Chain], steps: int, stand_in: StandIn | None) -> Record:
         chains: list[Chain] = []
@@ -174,6 +186,12 @@ class OtherModel(Exception):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+
+
+def _limit_after(started: float) -> float:
+    """Return how many seconds a pass without W may take, after one with W that has begun at some time."""
+    least, times = PATIENCE
+    return least + times * (time.perf_counter() - started)
 
 
 def _is_compiled(model: nn.Module, step: Step) -> bool:

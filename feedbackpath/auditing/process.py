@@ -25,6 +25,13 @@ class LostProcess(Exception):
     """A forked process ended without a result."""
 
 
+class EndlessStep(Exception):
+    """A step takes so long that it may never end: what it waits for depends on W."""
+
+    def __str__(self) -> str:
+        return "it does not end"
+
+
 def can_fork() -> bool:
     """Whether a copy of this process can go on by itself.
 
@@ -36,8 +43,12 @@ def can_fork() -> bool:
     return hasattr(os, "fork") and is_alone and not has_gpu
 
 
-def in_fork(run: Callable[[], T]) -> T:
+def in_fork(run: Callable[[], T], seconds: float = 0.0) -> T:
     """Run something in a forked process and return what it returns; files are put back afterwards.
+
+    Args:
+        run: What to run.
+        seconds: After this time an EndlessStep is raised in what runs; 0 lets it run.
 
     Raises:
         LostProcess: The process ended without a result.
@@ -51,7 +62,7 @@ def in_fork(run: Callable[[], T]) -> T:
             )  # threads of OpenMP are no threads of Python's
             child = os.fork()
         if child == 0:
-            _be_child(run, f"{folder}/result")
+            _be_child(run, f"{folder}/result", seconds)
         try:
             _, status = os.waitpid(child, 0)
         except BaseException:
@@ -68,7 +79,7 @@ def in_fork(run: Callable[[], T]) -> T:
     return result  # type: ignore[no-any-return]
 
 
-def _be_child(run: Callable[[], object], place: str) -> None:
+def _be_child(run: Callable[[], object], place: str, seconds: float) -> None:
     detach_open_files()
     _keep_freed_memory()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a step prints would be printed once a pass
@@ -84,14 +95,27 @@ def _be_child(run: Callable[[], object], place: str) -> None:
     thread = threading.Thread(target=work, daemon=True)
     if torch.get_num_threads() > 1:
         thread.start()
+        _end_after(seconds, thread.ident)
         thread.join()
     else:
+        _end_after(seconds, threading.get_ident())
         work()
+    signal.setitimer(signal.ITIMER_REAL, 0)
     try:
         release_files()
         _write(results[0], place)
     finally:
         os._exit(0)
+
+
+def _end_after(seconds: float, thread: int | None) -> None:
+    """Raise an EndlessStep in a thread after some time."""
+
+    def ring(*_: object) -> None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread or 0), ctypes.py_object(EndlessStep))
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _keep_freed_memory() -> None:
