@@ -194,7 +194,7 @@ class PageReader(LiveView):
 
 
 def test_the_page_of_a_running_job_says_how_far_it_is_and_has_the_looks_of_rules(tmp_path, monkeypatch):
-    monkeypatch.setattr("feedbackpath.jobs.book.PAGE_SHARE", 0)
+    monkeypatch.setattr("feedbackpath.jobs.book.SHARE", 0)
     monkeypatch.setitem(fp.RULES, "labelled", Labelled)
     small = {"data": "digits", "model": "mlp", "samples_per_epoch": 256, "num_threads": 1}
     config = CompareConfig(**small, rules=("labelled", "bp"), epochs=2)

@@ -1,7 +1,6 @@
 """A kill or a full disk at any file operation: a resume leaves what an unbroken run leaves."""
 
 import io
-import math
 import os
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def plain_outputs(monkeypatch):
     )
     monkeypatch.setattr(page, "render_page", lambda panels, **_: str([run.status for run in panels[0].runs]))
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a kill loses nothing that is written
-    monkeypatch.setattr(book, "PAGE_SHARE", math.inf)  # else the clock decides how often the page is written
+    monkeypatch.setattr(book, "SHARE", 0)  # else the clock decides how often the page is written
 
 
 def job_of(config, out: Path):

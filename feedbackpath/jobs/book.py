@@ -7,7 +7,7 @@ file, the best checkpoint, the table, the figures. A resume makes right whatever
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -56,7 +56,26 @@ STATE = {
     "epoch": int, "consumed": int, "step": int, "tally": dict, "model": dict, "optimizer": dict, "path": dict,
     "rng": list,
 }  # fmt: skip
-PAGE_SHARE = 20  # while a job runs, its page takes at most one part in so many of the time
+SHARE = 20  # while a job runs, its page and its results take at most one part each in so many of the time
+
+
+class Sparingly:
+    """Call something now and then: seldom if it takes long.
+
+    Args:
+        call: What is called.
+    """
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call, self._due = call, 0.0
+
+    def __call__(self, *, now: bool = False) -> None:
+        """Call it, unless that was done a moment ago."""
+        started = time.perf_counter()
+        if now or started >= self._due:
+            self._call()
+            ended = time.perf_counter()
+            self._due = ended + SHARE * (ended - started)
 
 
 class ResultsBook:
@@ -87,7 +106,8 @@ class ResultsBook:
     ) -> None:
         self.out, self.is_writer, self.keeps_models = out, False, isinstance(config, RunConfig)
         self.tensorboard: TensorBoardLog | None = None
-        self._page_is_due = 0.0
+        self._write_page = Sparingly(lambda: write_report(self.results, out, figures=False))
+        self._write_results = Sparingly(self._write_files)
         old = read_results(out) if (out / "results.json").exists() else None
         if old is not None and not resume:
             raise ConfigError(
@@ -153,7 +173,8 @@ class ResultsBook:
         if kept is not None and self.is_writer:
             self.checkpoints_of(run).prune()
             self._write_networks(run, kept["state"])
-        self._write_page()
+        if self.is_writer:
+            self._write_page()
         onward = "going on from the one before" if kept else "beginning this run anew"
         notes = [f"checkpoint {path} is damaged: {onward}" for path in damaged]
         return None if kept is None else kept["state"], notes
@@ -176,11 +197,11 @@ class ResultsBook:
             self.tensorboard.add(run, entry, self.results.metric)
 
     def save_state(self, run: Run, state: State) -> None:
-        """Keep a state to go on from."""
+        """Keep a state to go on from; ``results.json`` may follow later, for all of it can be made again."""
         if self.is_writer:
             content = {"run": run.model_dump(mode="json"), "state": state}
             self.checkpoints_of(run).save(content, (state["epoch"], state["consumed"]))
-        self.save()
+            self._write_results()
 
     def record_divergence(self, run: Run, event: Diverged) -> None:
         """Enter where a run diverged."""
@@ -193,7 +214,8 @@ class ResultsBook:
         self.save()
         if self.is_writer and status == "finished" and not self.keeps_models:
             self.checkpoints_of(run).remove()
-        self._write_page(now=True)
+        if self.is_writer:
+            self._write_page(now=True)
 
     def close(self) -> None:
         """Write everything, figures too."""
@@ -209,9 +231,12 @@ class ResultsBook:
     def save(self) -> None:
         """Write ``results.json`` and ``history.jsonl``."""
         if self.is_writer:
-            if not (self.out / "config.yaml").exists():  # somebody has removed the folder meanwhile
-                write_text(self.out / "config.yaml", self.config.to_yaml())
-            write_results(self.results, self.out)
+            self._write_results(now=True)
+
+    def _write_files(self) -> None:
+        if not (self.out / "config.yaml").exists():  # somebody has removed the folder meanwhile
+            write_text(self.out / "config.yaml", self.config.to_yaml())
+        write_results(self.results, self.out)
 
     def _write_networks(self, run: Run, state: State) -> None:
         """Write the network as of a state, and keep the state as the best one if its epoch is the best."""
@@ -220,15 +245,6 @@ class ResultsBook:
             self.checkpoints_of(run).save_best({"run": run.model_dump(mode="json"), "state": state})
         if self.keeps_models:
             write_model(self.out / "model.safetensors", state["model"])
-
-    def _write_page(self, *, now: bool = False) -> None:
-        """Write the page, unless it was written a moment ago: it takes half a second."""
-        started = time.perf_counter()
-        if not self.is_writer or (started < self._page_is_due and not now):
-            return
-        write_report(self.results, self.out, figures=False)
-        ended = time.perf_counter()
-        self._page_is_due = ended + PAGE_SHARE * (ended - started)
 
 
 def write_results(results: Results, folder: Path) -> None:
