@@ -1,0 +1,110 @@
+"""Rules at settings of their own: glyphs, ResNet-8, with equal tuning effort for each.
+
+    python benchmarks/tuned_glyphs.py tune
+    python benchmarks/tuned_glyphs.py run
+    python benchmarks/tuned_glyphs.py page
+
+``tune`` gives each rule 8 trials by SGD and 8 by AdamW, on validation data, at a third of the budget:
+learning rate, decay, and the scale of the initial B where it is random (Xavier's or He's). ``run`` trains
+each rule with the best of its 16 on five other seeds. Both go on where they were broken off. ``page`` writes
+the table of docs/results.md. ``no-feedback`` is a control: B = 0, so that only the output layer learns.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from robustness import keep
+
+from feedbackpath import cli
+from feedbackpath.jobs import run_job
+from feedbackpath.report.live import LiveView
+from feedbackpath.report.table import summary_rows
+from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.results import read_results
+
+HERE = Path(__file__).parent
+OUT, WORK, PAGE = HERE / "glyphs-resnet8-tuned", Path("runs/tuned-glyphs"), HERE.parent / "docs/results.md"
+CONTROL = "benchmarks/no_feedback.py"
+RULES = ("bp", "fa", "ss", "kp", "wm", "no-feedback")
+OPTIMIZERS, TRIALS, SHORT, EPOCHS, SEEDS, FIRST_SEED = ("sgd", "adamw"), 8, 2, 6, 5, 300
+COLUMNS = ("rule", "n", "test error", "minus bp", "angle, max", "angle, worst epoch", "gain")
+
+
+def tune() -> None:
+    """Search settings for each rule, by each optimizer."""
+    for optimizer in OPTIMIZERS:
+        own = ["--optimizer", optimizer, "--out", str(WORK / optimizer)]
+        asked = ["--rules", ",".join(RULES), "--trials", str(TRIALS), "--epochs", str(SHORT), "--resume"]
+        cli.main(["tune", "--import", CONTROL, "--num-threads", "1", *asked, *own])
+        keep(WORK / optimizer / "tune.json", OUT / optimizer)
+
+
+def best_settings() -> dict[str, dict[str, Any]]:
+    """Return the settings of each rule's best trial of all optimizers, as a compare config has them."""
+    by_rule, rule_settings = {}, {}
+    for rule in RULES:
+        trials = [(optimizer, trial) for optimizer in OPTIMIZERS for trial in trials_of(rule, optimizer)]
+        optimizer, trial = min(trials, key=lambda found: found[1]["validation"])
+        shared = {name: value for name, value in trial["settings"].items() if "." not in name}
+        own = {name.partition(".")[2]: value for name, value in trial["settings"].items() if "." in name}
+        by_rule[rule] = {"optimizer": optimizer, **shared}
+        rule_settings |= {rule: own} if own else {}
+    return {"by_rule": by_rule, "rule_settings": rule_settings}
+
+
+def trials_of(rule: str, optimizer: str) -> list[dict[str, Any]]:
+    """Return a rule's trials that finished."""
+    search = json.loads((OUT / optimizer / "tune.json").read_text(encoding="utf-8"))
+    return [trial for trial in search["trials"] if (trial["rule"], trial["status"]) == (rule, "finished")]
+
+
+def run() -> None:
+    """Train each rule with its best settings, and keep the result file."""
+    study = {"rules": RULES, "seed": FIRST_SEED, "seeds": SEEDS, "epochs": EPOCHS, "num_threads": 1}
+    config = CompareConfig.model_validate({"imports": [CONTROL], **study, **best_settings()})
+    view, command = LiveView(Console(quiet=True)), "python benchmarks/tuned_glyphs.py run"
+    run_job(config, WORK / "run", resume=True, command=command, view=view)
+    keep(WORK / "run" / "results.json", OUT)
+
+
+def table() -> str:
+    """Return the table of what has been run, with the settings that were found."""
+    if not (OUT / "results.json").exists():
+        return "Not run."
+    results, found = read_results(OUT), best_settings()
+    lines = [f"| {' | '.join(COLUMNS)} | settings |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for row in summary_rows(results.runs, results.metric):
+        rule = row["rule"]
+        settings = found["by_rule"][rule] | found["rule_settings"].get(rule, {})
+        told = ", ".join(f"{name} {value}" for name, value in settings.items()).replace(
+            "weight_decay", "decay"
+        )
+        lines.append(f"| {' | '.join(row[column] for column in COLUMNS)} | {told} |")
+    return "\n".join(lines)
+
+
+def write_page() -> None:
+    """Put the table into the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    marked = re.compile(r"(<!-- tuned:begin -->\n).*(<!-- tuned:end -->)", re.DOTALL)
+    PAGE.write_text(marked.sub(lambda found: f"{found[1]}{table()}\n{found[2]}", text), encoding="utf-8")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return what a command line asks for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("part", choices=PARTS)
+    return parser.parse_args(arguments)
+
+
+PARTS = {"tune": tune, "run": run, "page": write_page}
+
+
+if __name__ == "__main__":
+    PARTS[parse(sys.argv[1:]).part]()
