@@ -5,8 +5,8 @@ operator writes into it; so that networks may be trained before they are untied.
 holds a stand-in. When ``untie`` begins, every model is what it was in the first pass.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -133,9 +133,10 @@ class Early(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if number in self._present or not is_there or not is_matrix(parameter):
             return
         assert self._scale is not None
-        before, self._is_aside = self._is_aside, True
         value, stand_in = parameter.detach(), self._stand_ins.get(number)
-        if number not in self._own or not _is_same(value, stand_in):
+        with self._aside():
+            if number in self._own and _is_same(value, stand_in):
+                return
             self._own[number] = value.clone()
             if anew or stand_in is None or stand_in.shape != value.shape:
                 stand_in = value.clone()
@@ -143,27 +144,33 @@ class Early(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with preserve_version(parameter):
                 value.copy_(stand_in)
             self._stand_ins[number] = stand_in.to(value)
-        self._is_aside = before
 
     @torch.no_grad()
     def _give(self, parameter: nn.Parameter) -> Tensor | None:
         """Put a weight in its place, unless something else has been written there; return it."""
         number = self._numbers[id(parameter)][0]
         own = self._own.pop(number, None)
-        before, self._is_aside = self._is_aside, True
-        if own is not None and _is_same(parameter.detach(), self._stand_ins[number]):
-            with preserve_version(parameter):
-                parameter.detach().copy_(own)
-        self._is_aside = before
+        with self._aside():
+            if own is not None and _is_same(parameter.detach(), self._stand_ins[number]):
+                with preserve_version(parameter):
+                    parameter.detach().copy_(own)
         return own
 
     def _keep(self, parameter: nn.Parameter, own: Tensor | None) -> None:
         """Keep a weight where its own stand-in was written: what was read comes back, as from a file."""
         number = self._numbers[id(parameter)][0]
+        with self._aside():
+            if own is not None and _is_same(parameter.detach(), self._stand_ins[number]):
+                self._own[number] = own
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Let operators run unwatched."""
         before, self._is_aside = self._is_aside, True
-        if own is not None and _is_same(parameter.detach(), self._stand_ins[number]):
-            self._own[number] = own
-        self._is_aside = before
+        try:
+            yield
+        finally:
+            self._is_aside = before
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
