@@ -67,6 +67,25 @@ def blend(b, value):
     b.lerp_(torch.as_tensor(value).view_as(b), 0.5)
 
 
+def left_behind(model):
+    """Return what the model was before it has learned something."""
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        train(model, optimizer, torch.randn(16, 6), torch.randint(3, (16,)))
+    return twin
+
+
+def loaded_first(scale):
+    """B is loaded before W, from the same array."""
+
+    def untied(layers, _):
+        layers[1].feedback.copy_(torch.from_numpy(scale * ARRAY))
+        layers[1].weight.copy_(torch.from_numpy(ARRAY))
+
+    return lambda: make("fa", untied=untied)
+
+
 def by_address(w):
     memory = (ctypes.c_float * w.numel())()
     ctypes.memmove(memory, w.data_ptr(), 4 * w.numel())
@@ -113,6 +132,9 @@ READ = {
     "address": keep(by_address, blend),
     "thread": keep(by_thread, blend),
     "twin": lambda: make("fa", copy.deepcopy, after=give_middle(lambda b, twin: blend(b, twin[2].weight))),
+    "twin-left-behind": lambda: make(
+        "fa", left_behind, after=give_middle(lambda b, twin: blend(b, twin[2].weight))
+    ),
     "rate": lambda: make(before=lambda model: float(model[2].weight.norm()), rate=lambda norm: 0.1 * norm),
     "seed": lambda: make(
         "fa", lambda model: model[2].weight.abs().sum().item(), seed=lambda total: int(1e6 * total)
@@ -236,6 +258,8 @@ def carried_by(carry, take):
 
 
 CARRIED = {
+    "loaded-first": loaded_first(1.0),
+    "half-of-it-loaded-first": loaded_first(0.5),
     "bias": carried_by(
         lambda model: model[2].bias.copy_(model[2].weight[:, 0]),
         lambda b, model: b[:, 0].copy_(model[2].bias.detach()),

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clean_steps import CLEAN, write_log
+from disguised import DISGUISED, READ, REPEATED
 from leaks import LEAKS, UNSEEN_BY_OPERATORS, OwnMirror, Task, Whole
 from problems import rule_that_starts_at_once
 from torch import nn
@@ -115,6 +116,27 @@ def test_leaks_are_found(leak):
     assert report.transport_free is False, str(report)
     assert report.verdict.startswith("transports weights")
     assert all(finding.values > 0 or finding.sink == "calls" for finding in report.findings)
+
+
+@pytest.mark.parametrize(
+    "leak", fast_and_slow(DISGUISED, {"matrix-edges", "relative-signs", "hook-of-its-own"})
+)
+def test_leaks_in_disguise_are_found(leak):
+    report = DISGUISED[leak]().audit()
+    assert report.transport_free is False, str(report)
+
+
+@pytest.mark.parametrize("layer", REPEATED)
+def test_scales_of_repeated_signals_are_not_settled(layer):
+    report = REPEATED[layer]().audit()
+    assert report.transport_free is None
+    assert "signals are repeated before 'layer.weight' scales them" in report.verdict
+
+
+@pytest.mark.parametrize("way", READ)
+def test_readings_that_look_like_training_are_counted(way):
+    verdict = Task("fa", after_update=READ[way]).audit().verdict
+    assert verdict == "transport-free in the 2 steps watched; W read by 8 noise probes a step"
 
 
 @pytest.mark.parametrize("leak", fast_and_slow(leaks.SEEN, {"by-a-hook", "row-norms", "signs"}))
@@ -389,12 +411,35 @@ def test_a_fresh_minibatch_is_not_settled_in_one_process(in_one_process):
     assert "fixed minibatch" in report.verdict
 
 
+def test_a_copy_in_the_first_pass_alone_is_not_settled_in_one_process(in_one_process):
+    times = []
+
+    def copy_once(task):
+        times.append(1)
+        if len(times) == 2:
+            task.model[2].feedback.copy_(task.model[2].weight)
+
+    assert Task(after_update=copy_once).audit().transport_free is None
+
+
+def test_equal_weights_of_two_layers_are_told_apart():
+    model = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(6, 6), nn.ReLU())], nn.Linear(6, 3))
+    for layer in model[2:8:2]:
+        layer.load_state_dict(model[0].state_dict())
+    task = Task("kp", model=model, after_update=lambda task: task.model[0].weight.norm().item())
+    assert task.audit().transport_free
+
+
 def test_threads_of_ones_own_keep_the_audit_in_one_process():
     end = threading.Event()
     thread = threading.Thread(target=end.wait)
     thread.start()
     try:
-        assert Task("kp").audit().transport_free
+        report = Task("kp").audit()
+        assert report.transport_free
+        assert report.notes == (
+            "no process could be forked: what the step keeps in other objects is not put back",
+        )
     finally:
         end.set()
         thread.join()

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from feedbackpath.auditing.operators import split
-from feedbackpath.auditing.subject import preserve_version, replace
+from feedbackpath.auditing.stand_ins import Kind, preserve_version, replace
 from feedbackpath.core.operations import is_matrix
 
 
@@ -29,13 +29,13 @@ class Early(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches what is done before ``untie``.
 
     Args:
-        scale: Of the stand-ins, as in ``Subject.stand_in``; None: weights stay where they are.
+        kind: Of the stand-ins; None: weights stay where they are.
         present: Numbers of the weights that do, in the order in which modules got them.
     """
 
-    def __init__(self, scale: float | None, present: frozenset[int] = frozenset()) -> None:
+    def __init__(self, kind: Kind | None, present: frozenset[int] = frozenset()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._scale, self._present = scale, present
+        self._kind, self._present = kind, present
         self._numbers: dict[int, tuple[int, nn.Parameter]] = {}
         self._own: dict[int, Tensor] = {}
         self._stand_ins: dict[int, Tensor] = {}
@@ -47,7 +47,7 @@ class Early(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Watch from here on."""
         stack = self._stack
         stack.callback(register_module_parameter_registration_hook(self._register).remove)
-        if self._scale is None:
+        if self._kind is None:
             return
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for begins, ends in (
@@ -63,10 +63,13 @@ class Early(TorchDispatchMode):  # type: ignore[no-untyped-call]
         stack.enter_context(_Setter(self._see_set))
         stack.enter_context(self)
 
-    def end(self) -> None:
-        """Watch no longer; every weight is back in its place."""
+    def end(self, model: nn.Module | None = None) -> None:
+        """Watch no longer; the weights of a model, or all, are back in their places."""
         self._stack.close()
-        self._give_all()
+        kept = None if model is None else {id(parameter) for parameter in model.parameters()}
+        for _, parameter in self._numbers.values():
+            if kept is None or id(parameter) in kept:
+                self._give(parameter)
 
     def number_of(self, parameter: Tensor) -> int | None:
         """Return which parameter a module got this one as."""
@@ -101,7 +104,7 @@ class Early(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Know a parameter; nothing but its own network may see it from now on."""
         if isinstance(parameter, nn.Parameter) and id(parameter) not in self._numbers:
             self._numbers[id(parameter)] = len(self._numbers), parameter
-            if self._scale is not None and not self._depth:
+            if self._kind is not None and not self._depth:
                 self._take(parameter)
 
     def _see_set(self, parameter: Any) -> None:
@@ -132,7 +135,7 @@ class Early(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_there = not isinstance(parameter, nn.parameter.UninitializedParameter) and not parameter.is_meta
         if number in self._present or not is_there or not is_matrix(parameter):
             return
-        assert self._scale is not None
+        assert self._kind is not None
         value, stand_in = parameter.detach(), self._stand_ins.get(number)
         with self._aside():
             if number in self._own and _is_same(value, stand_in):
@@ -140,7 +143,7 @@ class Early(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._own[number] = value.clone()
             if anew or stand_in is None or stand_in.shape != value.shape:
                 stand_in = value.clone()
-                replace(stand_in, self._scale, torch.Generator().manual_seed(number))
+                replace(stand_in, self._kind, torch.Generator().manual_seed(number))
             with preserve_version(parameter):
                 value.copy_(stand_in)
             self._stand_ins[number] = stand_in.to(value)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from feedbackpath.auditing import operators as ops
 from feedbackpath.auditing.constants import Constants
+from feedbackpath.auditing.deltas import wait_for_error, watch
 from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, FEEDBACK, UNKNOWN, Kind, Ledger, Made, join
 from feedbackpath.auditing.record import UPDATE, Entry, Record, digest_of
 from feedbackpath.auditing.subject import Subject
@@ -108,7 +109,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self.record
         self.record.transposed = {weight.name: weight.transposed for weight in self.subject.path.weights}
         self.record.declared = self.subject.declared(self.record.scales)
-        self.record.halves = self.subject.halves()
+        self.record.layers = self.subject.numbers()
         self.record.weights = set(self.subject.forward_weights)
         self.record.doubt_readings()
         for name in self.subject.renamed:  # by these names they are known before they are untied
@@ -142,11 +143,12 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         self._modules.pop()
         if not self._modules and self._doubted:
-            self._wait_for_delta(output)
+            wait_for_error(output, self._doubted)
+            self._doubted = []
         name, untied = self.subject.layer_names.get(id(module)), vars(module).get("untied")
         if name is None or self._passages or untied is None or not untied.is_one_product:
             return
-        is_probe = not self._modules and not self.subject.is_model(module)
+        is_probe = self.subject.model not in [*self._modules, module]
         probes = self._probes.get(name, 0) if is_probe else 0
         for tensor in ops.tensors_in(output):
             if tensor.requires_grad:
@@ -154,19 +156,6 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 probes = 0
         if is_probe:
             self.record.count_probes(name, probes)
-
-    def _wait_for_delta(self, output: Any) -> None:
-        """Take products of one call for answers of the model if they train: if an error comes back."""
-        doubted, self._doubted = self._doubted, []
-
-        def confirm(delta: Tensor) -> None:
-            if delta.ne(0).any():
-                for entry in doubted:
-                    entry.is_answer, entry.weights = True, ()
-
-        for tensor in ops.tensors_in(output):
-            if tensor.requires_grad:
-                tensor.register_hook(confirm)  # type: ignore[no-untyped-call]
 
     def _tap(self, weight: UntiedWeight, _: Tensor, output: Tensor, rows: slice) -> None:
         if output.requires_grad:
@@ -202,10 +191,11 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.record.count_probes(layer, probes)
 
         def see(delta: Tensor) -> Tensor | None:
-            self.record.count_probes(layer, -waiting.pop() if waiting else 0)  # it was no probe: it trains
+            if waiting and delta.ne(0).any():
+                self.record.count_probes(layer, -waiting.pop())  # it was no probe: it trains
             return self._see_delta(layer, delta)
 
-        output.register_hook(see)  # type: ignore[no-untyped-call]
+        watch(output, see)
 
     def _see_delta(self, layer: str, delta: Tensor) -> Tensor | None:
         if ops.calling_module() == "feedbackpath.measure.deltas":
@@ -259,7 +249,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         met = self._meets(name, args, kwargs)
         output = func(*args, **kwargs)
         is_held = met is not None and self._hold(*met, output)
-        is_forward = bool(self._modules) and not pytorch.is_in_backward()
+        is_forward = (bool(self._modules) or torch.is_grad_enabled()) and not pytorch.is_in_backward()
         for inputs, written, results in ops.split(func, args, kwargs, output):
             for tensor in [*written, *results] if name in ops.RANDOM else ():
                 self.subject.stand_in_for_draw(tensor)
@@ -276,7 +266,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not (made is UNKNOWN or made.kind == "constant"):
                 continue
             if target.kind == "weight":
-                self.subject.load(target.sources[0], tensor)
+                self.record.alike |= self.subject.load(target.sources[0], tensor)
             if target is FEEDBACK and self.subject.is_loaded(tensor):
                 self.record.alike = True
             else:
@@ -287,8 +277,13 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return what the weights of a call of a layer's forward map are, and the call; None: it is none."""
         is_library = bool(self._passages) and self._passages[-1][1] and bool(ops.calling_module())
         if name in ops.SUMS:
-            product = self._traces.product(args[0]) if self._modules else None
-            return None if product is None else (product, Entry(name, (), []))
+            is_inside = self.subject.model in self._modules
+            product = self._traces.product(args[0], is_inside) if self._modules else None
+            if product is None:
+                return None
+            return product, Entry(name, product.signals, [], sources=product.sources)
+        if name in ops.FACTORS and torch.is_grad_enabled() and not pytorch.is_in_backward():
+            self._fix_strangers(ops.tensors_in(args))
         if name not in ops.CONTRACTIONS and (not is_library or name in ops.OVERWRITES):
             return None
         places = ops.CONTRACTIONS.get(name, range(len(args)))
@@ -365,7 +360,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         In a backward pass it is one only where a forward pass is done again, as checkpointing does.
         """
         outputs = [tensor for tensor in ops.tensors_in(output) if tensor.numel()]
-        name, call = entry.operation, (entry.operation, made.sources, entry.signals)
+        name, call = entry.operation, (entry.operation, made.sources, entry.signals, entry.form)
         entry.first = self._known_calls.get(call)
         if pytorch.is_in_backward() and entry.first is None:
             return False
@@ -378,7 +373,8 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._doubted += [entry] if is_doubted else []
         else:
             taped = next(self._tape, Entry("", (), []))
-            if (taped.operation, taped.signals) == (name, entry.signals) and taped.holds:
+            is_same = (taped.operation, taped.sources, taped.signals) == (name, made.sources, entry.signals)
+            if is_same and taped.holds:
                 for tensor, held in zip(outputs, taped.outputs, strict=True):
                     tensor.copy_(held)
             entry = taped

@@ -9,14 +9,17 @@ from torch import Tensor, nn
 
 
 def copies_of(
-    weights: Sequence[Tensor], others: Iterable[Tensor], tensors: Iterable[Any] | None = None
+    weights: Sequence[Tensor],
+    others: Iterable[Tensor],
+    spared: Iterable[Tensor] = (),
+    tensors: Iterable[Any] | None = None,
 ) -> Iterator[Tensor]:
     """Yield tensors, of all in this process, that hold what a weight holds, if not in the same precision.
 
     A weight that is written anew in each step, from a copy in higher precision, is no weight: the copy is.
-    What equals one of the others too, a B, is no copy.
+    What equals one of the others too, a B, is no copy; nor are those that are spared, weights themselves.
     """
-    known = {id(tensor) for tensor in (*weights, *others)}
+    known = {id(tensor) for tensor in (*weights, *others, *spared)}
     wanted = by_size(weights)
     beside = [tensor.detach() for tensor in others]
     for thing in things() if tensors is None else tensors:

@@ -33,7 +33,8 @@ class _Journal:
         if self._is_busy or not isinstance(path, (str, bytes, os.PathLike)):
             return
         name = os.path.abspath(os.fsdecode(path))
-        if name in self._seen or name.startswith(("/dev/", "/proc/", str(self.folder))):
+        is_device = os.path.exists(name) and not (os.path.isfile(name) or os.path.isdir(name))
+        if is_device or name in self._seen or name.startswith(("/proc/", str(self.folder))):
             return
         self._is_busy = True
         try:

@@ -6,6 +6,7 @@ views, ``.data``, ``detach`` and in-place operations are seen through.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,7 @@ class Made:
         sources: Names of the forward weights, or other parameters, in it.
         is_sign: Whether only the signs of those weights are.
         is_product: Whether it holds products of a weight and a signal that have not been summed.
+        signals: Digests of those signals.
         operation: The operator by which weight met something else; empty before.
         where: File and line of that call.
     """
@@ -33,6 +35,7 @@ class Made:
     sources: tuple[str, ...] = ()
     is_sign: bool = False
     is_product: bool = False
+    signals: tuple[str, ...] = ()
     operation: str = ""
     where: str = ""
 
@@ -40,6 +43,17 @@ class Made:
     def is_tracked(self) -> bool:
         """Whether it is made of forward parameters or buffers."""
         return self.kind in ("weight", "other")
+
+
+@dataclass(frozen=True, eq=False)
+class Root:
+    """Signals.
+
+    Attributes:
+        size: How many.
+    """
+
+    size: int
 
 
 ACTIVITY, CONSTANT, FEEDBACK = Made("activity"), Made("constant"), Made("feedback")
@@ -53,6 +67,7 @@ class Ledger:
     def __init__(self) -> None:
         self._made: dict[int, tuple[StorageWeakRef, Made]] = {}
         self._fixed: dict[int, tuple[StorageWeakRef, dict[tuple[int, int], Made]]] = {}
+        self._roots: dict[int, tuple[StorageWeakRef, Root]] = {}
 
     def release(self) -> None:
         """Forget what parameters are: they are about to be told anew."""
@@ -84,9 +99,19 @@ class Ledger:
         """Note what a tensor now holds."""
         self._made[_key(tensor)] = (_weak(tensor), made)
 
+    def root_of(self, tensor: Tensor) -> "Root":
+        """Return the signals that a tensor holds, perhaps several times, and transformed one by one."""
+        memory = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return self._roots.setdefault(_key(tensor), (_weak(tensor), Root(memory)))[1]
+
+    def enter_root(self, tensor: Tensor, root: "Root") -> None:
+        """Note what signals a tensor now holds."""
+        self._roots[_key(tensor)] = _weak(tensor), root
+
     def forget_freed(self) -> None:
         """Drop what is gone."""
         self._made = {key: entry for key, entry in self._made.items() if not _is_gone(entry[0])}
+        self._roots = {key: entry for key, entry in self._roots.items() if not _is_gone(entry[0])}
 
 
 def join(parts: Iterable[Made], operation: str, where: str) -> Made:
@@ -106,7 +131,14 @@ def join(parts: Iterable[Made], operation: str, where: str) -> Made:
         sources=tuple(dict.fromkeys(name for made in tracked for name in made.sources)),
         is_sign=all(made.is_sign for made in tracked),
         is_product=any(made.is_product for made in tracked),
+        signals=tuple(digest for made in tracked for digest in made.signals),
     )
+
+
+def num_stored(tensor: Tensor) -> int:
+    """Return how many values a tensor has in memory: one that is expanded repeats some."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(size for size, stride in sizes if stride) if tensor.numel() else 0
 
 
 def _is_gone(reference: StorageWeakRef) -> bool:

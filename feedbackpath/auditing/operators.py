@@ -1,6 +1,5 @@
 """What PyTorch's operators do with a weight, and the tensors among their arguments."""
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -83,20 +82,19 @@ def tensors_in(value: Any) -> list[Tensor]:
     return []
 
 
-def num_stored(tensor: Tensor) -> int:
-    """Return how many values a tensor has in memory: one that is expanded repeats some."""
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    return math.prod(size for size, stride in sizes if stride) if tensor.numel() else 0
-
-
 def is_scaling(name: str) -> bool:
     """Whether an operator multiplies each signal by a number of its own, unless its result is larger."""
-    return name in FACTORS or "norm" in name or "prelu" in name
+    return name in FACTORS or is_norm(name)
 
 
 def multiplies(name: str) -> bool:
     """Whether a signal may be multiplied by what it meets, in no product that is known."""
     return name not in ADDITIVE and name not in CONTRACTIONS
+
+
+def is_norm(name: str) -> bool:
+    """Whether an operator is a layer's that has one scale per channel."""
+    return "norm" in name or "prelu" in name
 
 
 def is_of_matrix(name: str) -> bool:

@@ -16,7 +16,8 @@ from feedbackpath.auditing.locality import Disturbed
 from feedbackpath.auditing.process import can_fork, in_fork
 from feedbackpath.auditing.record import Record
 from feedbackpath.auditing.report import AuditError
-from feedbackpath.auditing.subject import StandIn, Stateful, Subject
+from feedbackpath.auditing.stand_ins import StandIn
+from feedbackpath.auditing.subject import Stateful, Subject
 from feedbackpath.path import WATCHERS, FeedbackPath
 
 Step = Callable[[], object]
@@ -41,6 +42,10 @@ class OfStep:
         self.subject = Subject(path.model, path, stateful)
         self.notes = ["compiled code was run eagerly"] if _is_compiled(path.model, step) else []
         self._forks = can_fork() and not self.subject.is_shared
+        if not self._forks:
+            self.notes.append(
+                "no process could be forked: what the step keeps in other objects is not put back"
+            )
         self._start = None if self._forks else self.subject.save()
         self._limit = 0.0
 
@@ -119,13 +124,13 @@ class OfBuild:
         chains: list[Chain] = []
         models: list[nn.Module] = []
         numbers = {} if self._first is None else self._first.numbers
-        scale, _, present = stand_in or (None, {}, frozenset())
-        early = Early(scale, frozenset(numbers[name] for name in present if name in numbers))
+        kind, _, present = stand_in or (None, {}, frozenset())
+        early = Early(kind, frozenset(numbers[name] for name in present if name in numbers))
 
         def watch(model: nn.Module, path: FeedbackPath | None) -> None:
             models.extend([model] * all(model is not other for other in models))
             if not chains and model is models[-1] and len(models) == self._which + 1:
-                early.end()
+                early.end(model)
                 chains.append(self._begin(model, early, make, stand_in))
             elif chains and path is not None and chains[0].subject.model is model:
                 chains[0].attach(path)
@@ -144,7 +149,8 @@ class OfBuild:
             return record
         finally:
             WATCHERS.remove(watch)
-            early.end()
+            if not chains:
+                early.end()
         if not chains or chains[0].subject.model is not path.model:
             for number, model in enumerate(models):
                 if model is path.model and number != self._which:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ Weights = tuple[tuple[str, str], ...]
 
 UPDATE = "update"
 """What differs where a layer's own parameters are updated otherwise without the W of other layers."""
+
+RULES = str(Path(__file__).parent.parent / "rules")
 
 CALLS = "calls"
 """What differs where a pass takes another course: other layers are called, or other deltas arrive."""
@@ -68,6 +71,11 @@ class Sight:
     where: str
     values: int
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether a rule of this library has asked a number: to check it, say."""
+        return self.sink == "exit" and self.where.startswith(RULES)
+
 
 @dataclass
 class Record:
@@ -90,7 +98,7 @@ class Record:
         declared: Scalars that the backward pass takes besides, by kind of layer.
         transposed: By layer, whether W counts inputs first.
         parameters: Digests of all W and of what is trained besides: before the first step, and after each.
-        halves: Which half of the layers each of them belongs to; None: to no layer.
+        layers: Numbers of the layers that they belong to; None: to no layer.
         updated: Their digests after each call of an optimizer.
         weights: Names of all W.
         start: What the model was when it was untied, in the first pass with ``build``.
@@ -99,6 +107,7 @@ class Record:
         alike: Whether what was loaded into a W was loaded into a B as well.
         matrices: Matrices that the model holds besides its parameters and buffers, by the line where they
             multiply signals, with their shapes.
+        repeats: Scales of norms that multiply signals which have been repeated, by the line.
     """
 
     tape: list[Entry] = field(default_factory=list)
@@ -117,7 +126,7 @@ class Record:
     declared: dict[str, int] = field(default_factory=dict)
     transposed: dict[str, bool] = field(default_factory=dict)
     parameters: list[dict[str, str]] = field(default_factory=list)
-    halves: dict[str, int | None] = field(default_factory=dict)
+    layers: dict[str, int | None] = field(default_factory=dict)
     updated: list[dict[str, str]] = field(default_factory=list)
     weights: set[str] = field(default_factory=set)
     start: dict[str, Tensor] = field(default_factory=dict)
@@ -125,6 +134,7 @@ class Record:
     carriers: list[str] = field(default_factory=list)
     alike: bool = False
     matrices: dict[str, list[int]] = field(default_factory=dict)
+    repeats: dict[str, str] = field(default_factory=dict)
 
     def add_sight(self, sink: str, made: Made, operation: str, where: str, values: int) -> None:
         """Note a trace of W."""
@@ -147,6 +157,11 @@ class Record:
                 f"a matrix of shape {shape} that is no parameter and no buffer multiplies signals of the "
                 f"model at {where}, and errors come back through it: make it a buffer if it is a weight, or "
                 "hand it to the model as an argument if it is data"
+            )
+        for where, name in self.repeats.items():
+            return (
+                f"signals are repeated before {name!r} scales them at {where}: a matrix acts so, too, if "
+                "they are added afterwards; scale them before, or use a layer"
             )
         for entry in self.tape:
             if entry.is_feint(self.tape):

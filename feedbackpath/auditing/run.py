@@ -1,6 +1,6 @@
 """``audit``: do the steps with the forward weights absent, and say whether they go through."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from feedbackpath.arguments import checked
@@ -15,15 +15,13 @@ from feedbackpath.auditing.record import (
     weights_that_came_back,
 )
 from feedbackpath.auditing.report import AuditError, Crossing, Finding, Report
+from feedbackpath.auditing.stand_ins import Kind
 from feedbackpath.auditing.subject import Stateful
 from feedbackpath.errors import UntieError
 from feedbackpath.path import FeedbackPath
 
-# Zeros in all layers; then noise in every second one, and in the others: it has the other sign than W and is
-# larger. What asks whether W, its sum or its norm is above or below something is answered otherwise by one of
-# them. The layers that keep W must be updated as they were: their own errors need no W of other layers.
-PASSES: tuple[tuple[float, int | None], ...] = ((0.0, None), (-30.0, 0), (-30.0, 1))
-OWN_SIZE = -1.0
+# Of a check that no stand-in may pass: what is tried in turn, until a pass comes to its end.
+ATTEMPTS: tuple[Kind, ...] = ("large noise", "noise", "noise of W's signs")
 
 
 @checked(AuditError)
@@ -96,21 +94,21 @@ def _settle(passes: OfStep | OfBuild) -> Report:
     """Do the passes and come to a verdict."""
     steps, notes = passes.steps, list(passes.notes)
     try:
-        record, differing = _record_twice(passes)
+        record, apart = _record_twice(passes)
         if record.error is not None:
             notes += [f"the step was ended by {type(record.error).__name__}: {record.error}"]
             return Report(tuple(record.aliases), {}, {}, {}, tuple(notes), steps, "", passes.since)
-        if differing:
-            kind, layer = differing[0]
+        without = None if apart[-1] else _Without(passes, record)
+        if without is None or (apart[0] and not without.differing):
+            kind, layer = apart[0][0]
             return _unsettled(
                 f"done again with W as it was, the steps do something else ({kind} of {layer!r} first): let "
                 "step be repeatable: deterministic operations, no clock; where no process can be forked (a "
                 "GPU, threads), one fixed minibatch, and schedulers and scalers in stateful=, or build=",
                 steps, passes.since, notes,
             )  # fmt: skip
-        differing, stops, reason = _do_without_weights(passes, record)
-        notes += stops
-        findings = _explain(record, differing)
+        notes += without.stops
+        findings = _explain(record, without.differing)
         locality, untold = _locality(passes, record)
         notes += untold
     except LostProcess as lost:
@@ -122,30 +120,32 @@ def _settle(passes: OfStep | OfBuild) -> Report:
     }
     return Report(
         tuple(findings), record.declared, _crossings(record, steps), locality, tuple(notes), steps,
-        reason, passes.since,
+        without.reason, passes.since,
     )  # fmt: skip
 
 
-def _record_twice(passes: OfStep | OfBuild) -> tuple[Record, list[tuple[str, str]]]:
-    """Return what a pass with W present left, and what a second one did otherwise.
+def _record_twice(passes: OfStep | OfBuild) -> tuple[Record, list[list[tuple[str, str]]]]:
+    """Return what a pass with W present left, and what a second one did otherwise; at most twice.
 
     What outlives a pass, such as a thread's memory, holds something else before the first than before all
-    others: then the second is taken for the first.
+    others: then two more are compared, which may show a leak, but settle nothing.
     """
+    apart: list[list[tuple[str, str]]] = []
     for _ in range(2):
         record = passes.do()
         if record.error is not None:
             if record.aliases and isinstance(record.error, UntieError):
-                return record, []  # B lies in the memory of W, and the path has refused to go on
+                return record, [[]]  # B lies in the memory of W, and the path has refused to go on
             raise record.error
         if not any(kind == "delta" for step in record.seen for kind, _, _ in step):
             raise AuditError(
                 "audit: step sent no delta through a layer of this path: let it train its own model"
             )
         again = passes.do(record.tape)
-        if not (differing := _differences_with_weights(record, again)):
+        apart.append(_differences_with_weights(record, again))
+        if not apart[-1]:
             break
-    return record, differing
+    return record, apart
 
 
 def _differences_with_weights(record: Record, again: Record) -> list[tuple[str, str]]:
@@ -154,52 +154,95 @@ def _differences_with_weights(record: Record, again: Record) -> list[tuple[str, 
     return first_differences(record, again) or updates_that_differ(record, again, sorted(names))
 
 
-def _do_without_weights(
-    passes: OfStep | OfBuild, record: Record
-) -> tuple[list[tuple[str, str]], list[str], str]:
-    """Return what differs without W, which passes were stopped by an error, and why it is not settled."""
-    stops: list[str] = []
-    stopped: list[int | None] = []
-    returned: list[str] = []
-    carriers: list[str] = []
-    reason = record.doubt
-    halves = record.halves
-    for scale, kept in PASSES:
-        present = {name for name, half in halves.items() if kept is not None and half == kept}
-        other = passes.do(record.tape, (scale, record.uses, frozenset(present)))
-        if other.error is not None and scale:  # a check may want weights of W's own size
-            other = passes.do(record.tape, (OWN_SIZE, record.uses, frozenset(present)))
-        unmoved = present | {
-            name for name, half in halves.items() if half is None and name not in record.uses
-        }
-        differing = first_differences(record, other) or updates_that_differ(record, other, sorted(unmoved))
-        if differing:
-            return differing, stops, ""
-        if other.error is not None:
-            stopped.append(kept)
-            with_what = "zeros" if scale == 0 else "noise"
-            stops.append(f"with {with_what} for W: {type(other.error).__name__}: {other.error}")
-        carriers += other.carriers
+class _Without:
+    """Passes without weights, and what they have found.
+
+    Zeros stand in for all. Then noise does in every second layer, and in the others: layers that keep their W
+    must be updated as they were, because their own errors need no W of other layers. Where anything besides
+    was seen to be made of W, signs are exchanged at random too, and layers are halved in other ways, until
+    each of two has kept its W where the other had none.
+
+    Attributes:
+        differing: What is another without W: then W is transported.
+        stops: Which passes were ended by an error, and by what.
+    """
+
+    def __init__(self, passes: OfStep | OfBuild, record: Record) -> None:
+        self._passes, self._record = passes, record
+        self._layers = _layers_of(record)
+        self._reasons: dict[str, str] = {}
+        self.differing: list[tuple[str, str]] = []
+        self.stops: list[str] = []
+        has_zeros = self._do("zeros") is not None
+        self._halve(0, has_zeros)
+        if any(not sight.is_ours for sight in record.sights.values()):
+            self._do("noise of random signs")
+            for digit in range(1, max(map(int.bit_length, self._layers.values()), default=0)):
+                self._halve(digit, has_zeros)
+
+    @property
+    def reason(self) -> str:
+        """Why it is not settled; empty: it is."""
+        found = (self._reasons.get(kind, "") for kind in ("stop", "carrier", "return", "load"))
+        return "" if self.differing else next(filter(None, found), self._record.doubt)
+
+    def _halve(self, digit: int, has_zeros: bool) -> None:
+        """Do without the W of half of the layers, and of the others, by a binary digit of their numbers."""
+        for half in (0, 1):
+            present = {name for name, number in self._layers.items() if number >> digit & 1 == half}
+            for kind in ATTEMPTS:
+                other = self._do(kind, present)
+                if other is not None or self.differing:
+                    break
+            if self.differing:
+                return
+            if other is None or (kind == ATTEMPTS[-1] and not has_zeros):
+                self._reasons["stop"] = (
+                    f"no pass without W came to its end ({self.stops[0]}): take that check of W out of the "
+                    "step"
+                )
+            elif returned := weights_that_came_back(
+                self._record, other, sorted(self._record.weights - present)
+            ):
+                self._reasons["return"] = (
+                    f"W of {returned[0]!r} comes back while the step runs, from what is kept elsewhere: let "
+                    "the step update W itself, or audit it by build="
+                )
+
+    def _do(self, kind: Kind, present: Set[str] = frozenset()) -> Record | None:
+        """Do a pass without all W but those present; return what it left, None if an error has ended it."""
+        if self.differing:
+            return None
+        record = self._record
+        other = self._passes.do(record.tape, (kind, record.uses, frozenset(present)))
+        compared = present | (record.layers.keys() - self._layers.keys())
+        self.differing = first_differences(record, other) or updates_that_differ(
+            record, other, sorted(compared)
+        )
+        if other.carriers:
+            self._reasons["carrier"] = (
+                f"build reads W before untie, and {other.carriers[0]!r} of the model is another then: untie "
+                "first, or train by an optimizer of PyTorch's until then"
+            )
         if other.alike:
-            reason = (
+            self._reasons["load"] = (
                 "a W and a B are loaded, and are the same, so that it does not show where B comes from: load "
                 "an earlier state, or let B learn in build"
             )
-        if scale:
-            returned += weights_that_came_back(record, other, sorted(record.weights - present))
-    if returned:
-        reason = (
-            f"W of {returned[0]!r} comes back while the step runs, from what is kept elsewhere: let the step "
-            "update W itself, or audit it by build="
-        )
-    if carriers:
-        reason = (
-            f"build reads W before untie, and {carriers[0]!r} of the model is another then: untie first, or "
-            "train by an optimizer of PyTorch's until then"
-        )
-    if len(stopped) > 1:  # of all W and half of them, or of both halves: then updates are not compared
-        reason = f"no pass without W came to its end ({stops[0]}): take that check of W out of the step"
-    return [], stops, reason
+        if other.error is None:
+            return other
+        if not self.differing and kind not in ATTEMPTS[:-1]:
+            self.stops.append(f"with {kind} for W: {type(other.error).__name__}: {other.error}")
+        return None
+
+
+def _layers_of(record: Record) -> dict[str, int]:
+    """Return the number of each parameter's layer; a weight in no layer is not in the next one's half."""
+    found = {name: number for name, number in record.layers.items() if number is not None}
+    following = 0
+    for name in reversed(record.uses):
+        following = found.setdefault(name, following ^ 1)
+    return found
 
 
 def _locality(passes: OfStep | OfBuild, record: Record) -> tuple[dict[str, str], list[str]]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from feedbackpath.auditing.copies import are_parallel, by_size, copies_of, holds, things
 from feedbackpath.auditing.report import AuditError, Finding
+from feedbackpath.auditing.stand_ins import Kind, StandIn, preserve_version, replace
 from feedbackpath.auditing.state import leaves, random_state, set_random_state
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.operations import is_matrix
@@ -16,8 +17,6 @@ from feedbackpath.layers import LocallyConnected2d
 from feedbackpath.path import FeedbackPath
 
 State = dict[str, Any]
-StandIn = tuple[float, dict[str, int], frozenset[str]]
-preserve_version: Any = torch.autograd.grad_mode._unsafe_preserve_version_counter
 
 
 class Stateful(Protocol):
@@ -119,7 +118,8 @@ class Subject:
         for path, part in module.named_modules(prefix=prefix):
             for name, tensor in _own_tensors(part):
                 self.add(f"{path}.{name}".lstrip("."), tensor)
-                if isinstance(tensor, nn.Parameter) and not name.endswith("bias"):
+                is_added = name.endswith("bias") and type(part).__module__.startswith("torch.nn")
+                if isinstance(tensor, nn.Parameter) and not is_added:
                     self.scales.add(f"{path}.{name}".lstrip("."))
 
     def add(self, name: str, tensor: Tensor) -> str:
@@ -130,9 +130,9 @@ class Subject:
         self._known.add(id(tensor))
         self.others[name] = tensor
         if self._standing_in is not None:
-            scale, uses, present = self._standing_in
+            kind, uses, present = self._standing_in
             if name in uses and name not in present:
-                replace(tensor, scale, torch.Generator().manual_seed(len(self._known)))
+                replace(tensor, kind, torch.Generator().manual_seed(len(self._known)))
         return name
 
     def strangers(self, tensors: Sequence[Tensor], may_be_data: bool) -> Iterator[tuple[str, Tensor]]:
@@ -162,10 +162,6 @@ class Subject:
         """Whether a module is a part of the model."""
         return id(module) in self._parts
 
-    def is_model(self, module: nn.Module) -> bool:
-        """Whether a module is the whole model."""
-        return module is self.model
-
     def weight_named(self, name: str) -> UntiedWeight | None:
         """Return the untied weight of that name."""
         return next((weight for weight in self.weights if weight.name == name), None)
@@ -178,18 +174,18 @@ class Subject:
     @property
     def is_all_zero(self) -> bool:
         """Whether zeros stand in for all forward weights."""
-        return self._standing_in is not None and self._standing_in[0] == 0
+        return self._standing_in is not None and self._standing_in[0] == "zeros"
 
     def trained(self) -> dict[str, Tensor]:
         """Return every W, and what is trained besides, by name."""
         mine = {id(p) for p in self.model.parameters() if p.requires_grad}
         return self.forward_weights | {name: t for name, t in self.others.items() if id(t) in mine}
 
-    def halves(self) -> dict[str, int | None]:
-        """Return in which half of the layers, every second one, a parameter is; None: in no untied layer."""
-        numbers = {name: number % 2 for number, name in enumerate(self.path.layers)}
+    def numbers(self) -> dict[str, int | None]:
+        """Return the number of the layer that a parameter is in; None: in no untied layer."""
+        numbers = {name: number for number, name in enumerate(self.path.layers)}
         layers = {id(layer): numbers[name] for name, layer in self.path.layers.items()}
-        found = {name: _half_of(name, numbers) for name in self.others}
+        found = {name: _number_of(name, numbers) for name in self.others}
         found |= {weight.name: layers[id(weight.layer)] for weight in self.path.weights}
         return found | {name: found[late] for name, late in self.renamed.items()}
 
@@ -265,41 +261,47 @@ class Subject:
                 kinds[kind] = kinds.get(kind, 0) + self.others[name].numel()
         return dict(sorted(kinds.items()))
 
-    def stand_in(self, scale: float, uses: dict[str, int], present: frozenset[str]) -> None:
-        """Replace forward weights, whatever else multiplies activities, and all copies of them, by noise.
+    def stand_in(self, kind: Kind, uses: dict[str, int], present: frozenset[str]) -> None:
+        """Replace forward weights, whatever else multiplies activities, and all copies of them.
 
         Args:
-            scale: Size of the noise, in standard deviations of each weight; below 0: of the sign that each
-                value has not; 0: zeros.
+            kind: What stands in for them.
             uses: Names of parameters and buffers that multiply activities.
             present: Names of those that are left as they are.
         """
-        self._standing_in = scale, uses, present
+        self._standing_in = kind, uses, present
         names = [*self.forward_weights, *(name for name in self.others if name in uses)]
         absent = [self.forward_weights.get(n, self.others.get(n)) for n in names if n not in present]
         tensors, self._tensors = self._tensors, None  # not to keep in memory what steps let go of
         weights = [weight for weight in absent if weight is not None]
-        copies = list(copies_of(weights, self.feedback_weights.values(), tensors))
+        staying = [weight for name, weight in self.forward_weights.items() if name in present]
+        copies = list(copies_of(weights, self.feedback_weights.values(), staying, tensors))
         self._copies = [(copy, copy.detach().clone()) for copy in copies]
         others = list(self.feedback_weights.values())  # a copy of such a B may be taken for one of W
         told = [w for w in weights if not any(b.numel() == w.numel() and holds(b, w) for b in others)]
         self._absent = {size: [w.clone() for w in found] for size, found in by_size(told).items()}
         generator = torch.Generator().manual_seed(1)
         for tensor in [*weights, *copies]:
-            replace(tensor, scale, generator)
+            replace(tensor, kind, generator)
 
     @property
     def misses_weights(self) -> bool:
         """Whether stand-ins are in the places of weights."""
         return bool(self._absent)
 
-    def load(self, name: str, tensor: Tensor) -> None:
-        """Let what is about to be written into a weight, from outside, be absent if the weight is."""
+    def load(self, name: str, tensor: Tensor) -> bool:
+        """Let what is about to be written into a weight, from outside, be absent if the weight is.
+
+        Returns:
+            Whether a B holds the same, or a multiple of it.
+        """
         known = self._absent.get(tensor.numel(), [])
         is_absent = self._standing_in is not None and name not in self._standing_in[2]
-        if is_absent and by_size([tensor]) and not any(holds(tensor, weight) for weight in known):
-            self._loaded.append(tensor.detach().clone())
-            self._absent.setdefault(tensor.numel(), []).append(self._loaded[-1])
+        if not is_absent or not by_size([tensor]) or any(holds(tensor, weight) for weight in known):
+            return False
+        self._loaded.append(tensor.detach().clone())
+        self._absent.setdefault(tensor.numel(), []).append(self._loaded[-1])
+        return any(are_parallel(b, tensor) for b in self.feedback_weights.values())
 
     def is_loaded(self, tensor: Tensor) -> bool:
         """Whether a tensor holds what was written into an absent weight."""
@@ -373,7 +375,7 @@ class Subject:
         set_random_state(state["random"])
 
 
-def _half_of(name: str, numbers: Mapping[str, int]) -> int | None:
+def _number_of(name: str, numbers: Mapping[str, int]) -> int | None:
     """Return the number of the innermost layer that a parameter lies in, as its name tells."""
     while name:
         name = name.rpartition(".")[0]
@@ -388,13 +390,3 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         *module.named_buffers(recurse=False),
     ]
     return ((name, tensor) for name, tensor in own if tensor.is_floating_point())
-
-
-@torch.no_grad()
-def replace(tensor: Any, scale: float, generator: torch.Generator) -> None:
-    """Fill a tensor with noise, unseen by autograd; a scale below 0 is of the other sign, 0 makes zeros."""
-    noise = torch.randn(tensor.shape, generator=generator).to(tensor)
-    noise = torch.where(tensor == 0, noise, noise.abs() * tensor.sign())
-    size = tensor.detach().float().std(correction=0).clamp_min(1e-3).to(tensor)
-    with preserve_version(tensor):
-        tensor.copy_(noise * size * scale)

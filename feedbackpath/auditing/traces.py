@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from feedbackpath.auditing import operators as ops
-from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, Ledger, Made, join
-from feedbackpath.auditing.record import UPDATE, Record
+from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, UNKNOWN, Ledger, Made, join, num_stored
+from feedbackpath.auditing.record import UPDATE, Record, digest_of
 from feedbackpath.auditing.subject import Subject
 
 
@@ -42,10 +42,14 @@ class Traces:
             return Made("weight", tuple(s for s in made.sources if s in self._record.uses))
         return made
 
-    def product(self, tensor: Tensor) -> Made | None:
-        """Return what a sum of products of a weight and a signal, that is about to be made, is made of."""
+    def product(self, tensor: Tensor, is_inside: bool) -> Made | None:
+        """Return what a sum of products of a weight and a signal, that is about to be made, is made of.
+
+        Outside the model nothing answers for an untied layer.
+        """
         made = self.made_of(tensor)
-        if not made.is_product:
+        is_of_layers = any(source in self._subject.forward_weights for source in made.sources)
+        if not made.is_product or (is_of_layers and not is_inside):
             return None
         for source in made.sources:  # summed, it is a weight and no scale
             if size := self._record.scales.pop(source, 0):
@@ -74,6 +78,8 @@ class Traces:
             made = self._join(name, parts, weights, [*results, *written], where, is_forward)
         if weights and name in ops.EXITS:
             self._record.add_sight("exit", made, f"aten.{name}", where, weights[0][0].numel())
+        if is_forward and not is_held:
+            self._follow_signals(name, [t for t, part in parts if part.kind == "activity"], results)
         for tensor in written:
             self._write(tensor, made, name, where)
         for tensor in results:
@@ -92,25 +98,52 @@ class Traces:
         """Return what comes of an operator that is no layer's forward map."""
         made = join([part for _, part in parts], f"aten.{name}", where)
         signals = [t for t, part in parts if part.kind == "activity"]
+        if is_forward and (masked := self._masked(name, parts, results)):
+            return masked
         if name in ops.SIGNS or name == "copysign":
             source = parts[1 if name == "copysign" else 0][1]
             is_sign = source.kind == "weight" and not source.operation
-            return Made("weight", source.sources, True, False, f"aten.{name}", where) if is_sign else made
+            return (
+                Made("weight", source.sources, is_sign=True, operation=f"aten.{name}", where=where)
+                if is_sign
+                else made
+            )
         if not (is_forward and signals and results):
             return made
-        most = max(ops.num_stored(t) for t in signals)
-        is_larger = name in ops.FACTORS and results[0].numel() > most
+        is_repeated = results[0].numel() > max(self._num_signals(t) for t in signals)
+        is_larger = name in ops.FACTORS and is_repeated
         others = {source: t for t, part in parts for source in part.sources if part.kind == "other"}
         errors_come_back = any(t.requires_grad for t in signals)
         if ops.is_scaling(name) or (errors_come_back and ops.multiplies(name)):
             self._note_factors(others, errors_come_back, is_larger or ops.is_of_matrix(name))
+        if ops.is_norm(name) and is_repeated and others and errors_come_back:
+            self._record.repeats.setdefault(ops.call_site(), next(iter(others)))
         if is_larger and made.kind == "weight":
             self._record.uses |= {source: weights[0][0].numel() for source in made.sources}
-            return Made("weight", made.sources, is_product=True)
+            return Made("weight", made.sources, is_product=True, signals=tuple(map(digest_of, signals)))
         if is_larger and others:
-            return Made("activity", tuple(others), is_product=True)
+            return Made("activity", tuple(others), is_product=True, signals=tuple(map(digest_of, signals)))
         is_weight_changed = any(t.shape == results[0].shape for t, _ in weights)
         return made if made.kind != "weight" or is_weight_changed else ACTIVITY
+
+    def _masked(self, name: str, parts: list[tuple[Tensor, Made]], results: list[Tensor]) -> Made | None:
+        """Return what a parameter makes with data alone: of its own shape, it is a matrix with a mask."""
+        others = [(t, part) for t, part in parts if part.kind == "other"]
+        is_data = all(part is UNKNOWN or part.kind in ("other", "constant") for _, part in parts)
+        if "fft" in name:
+            self._note_factors({s: t for t, part in others for s in part.sources}, True, True)
+        is_matrix = is_data and name in ops.FACTORS and len(others) == 1 and others[0][0].dim() > 1
+        return others[0][1] if is_matrix and results and results[0].shape == others[0][0].shape else None
+
+    def _num_signals(self, tensor: Tensor) -> int:
+        return min(num_stored(tensor), self._ledger.root_of(tensor).size)
+
+    def _follow_signals(self, name: str, signals: list[Tensor], results: list[Tensor]) -> None:
+        """Note that results hold the same signals: transformed one by one, put elsewhere, or repeated."""
+        roots = {self._ledger.root_of(tensor) for tensor in signals if tensor.is_floating_point()}
+        is_product = name in ops.CONTRACTIONS or (name in ops.FACTORS and len(signals) > 1)
+        for result in results if len(roots) == 1 and not is_product else ():
+            self._ledger.enter_root(result, next(iter(roots)))
 
     def _note_factors(self, others: Mapping[str, Tensor], errors_come_back: bool, is_matrix: bool) -> None:
         """Tell scales, which multiply each signal by a number of its own, from the weights of a matrix.
