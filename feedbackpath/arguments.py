@@ -150,7 +150,26 @@ def in_words(hint: Any, *, is_finite: bool = False) -> str:
     if isinstance(kind, type) and issubclass(kind, Iterable) and inner:
         each = " to ".join(in_words(one, is_finite=is_finite) for one in inner if one is not ...)
         return f"a {kind.__name__.lower()} of {each}"
-    return f"a {getattr(kind, '__name__', kind)}"
+    name = getattr(kind, "__name__", str(kind))
+    return f"{'an' if name[:1] in 'AEIOU' else 'a'} {name}"
+
+
+def two_gradients(rule: Any, weight: Any, product: Any, context: Any) -> Any:
+    """Return what a rule's hook ``gradients`` makes of an outer product, for W and for B (None: nothing).
+
+    Raises:
+        RuleError: It is no pair of tensors of the product's shape.
+    """
+    found = rule.gradients(weight, product, context)
+    pair = found if isinstance(found, tuple | list) else (found,)
+    shapes = [one.shape for one in pair if hasattr(one, "shape")]
+    if len(pair) == 2 and shapes and all(shape == product.shape for shape in shapes):
+        return found
+    given = " and ".join(str(list(shape)) for shape in shapes) or "no tensor"
+    raise RuleError(
+        f"the hook gradients of {type(rule).__name__} returned {given} for {weight.name!r}: return two "
+        f"tensors of the product's shape {list(product.shape)}, for W and for B"
+    )
 
 
 _SHORT = reprlib.Repr()

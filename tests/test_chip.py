@@ -301,8 +301,12 @@ def test_samples_in_mean_field_are_samples_one_by_one_in_mean_and_variance():
 def test_what_does_not_fit_is_refused_in_one_line():
     with pytest.raises(fp.ChipError, match="Read: bits"):
         fp.Read(bits=1)
-    with pytest.raises(fp.ChipError, match="Chip: update is"):
+    with pytest.raises(fp.ChipError, match="Chip: update='gross' is not one of net, samples"):
         fp.Chip(update="gross")
+    with pytest.raises(fp.ChipError, match="Chip: device must be a Device, not 'reram'"):
+        fp.Chip("reram")
+    with pytest.raises(fp.ChipError, match="Chip: verify must be a whole number of corrections, not -1"):
+        fp.Chip(verify=-1)
     with pytest.raises(fp.ChipError, match="the signals are"):
         fp.Chip(read={"onward": fp.Read()})
     with pytest.raises(fp.ChipError, match="call untie.* first"):

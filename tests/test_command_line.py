@@ -50,6 +50,18 @@ def run(capsys, *arguments):
         ("train --device gpu --data digits --model mlp", "there is no such device; choose cpu"),
         ("compare --config missing.yaml", "No such file or directory; give a YAML file of settings"),
         ("hardware --chip rerram", "--chip is 'rerram': choose ideal"),
+        ("hardware tolerance --imperfections stp", "--imperfections: there is no stp; choose from step,"),
+        ("compare -rules bp,kp", "-rules: a flag begins with two dashes: write --rules"),
+        ("compare --resume runs/kp", "name the folder by --out, as in --out runs/kp --resume"),
+        ("compare --overrides fc1=bp", "--overrides is no flag: write overrides into a YAML file"),
+        ("compare --data ./images --model resnet18", "leave it out (for images of your own, --data imagenet"),
+        ("compare --rules bp,bp", "--rules is 'bp,bp': name each rule only once"),
+        ("compare --rules KP --data digits --model mlp", "did you mean 'kp'?"),
+        ("compare --rules feedback-alignment --data digits --model mlp", "did you mean 'fa'?"),
+        ("compare --equivalence 0.5 --rules kp", "feedbackpath: --equivalence compares rules with bp"),
+        ("compare --data mnist --data-dir missing", "mnist: there is no folder missing: torchvision"),
+        ("compare --data text --model mlp", "reads numbers, but text is made of tokens; choose from gpt"),
+        ("compare --data digits --model gpt", "give it text (--data text), or choose a network that"),
         ("compare --data digits --model mlp --out /proc/x", "/proc/x: No such file or directory; choose"),
     ],
 )  # fmt: skip
@@ -59,6 +71,15 @@ def test_a_refusal_says_what_was_wrong_and_the_next_step(capsys, tmp_path, monke
     assert code == 2
     assert said in printed.err
     assert len(printed.err.splitlines()) == 1
+
+
+def test_a_rule_that_was_not_registered_is_named_with_what_it_lacks(capsys, tmp_path):
+    file = tmp_path / "forgotten.py"
+    file.write_text("import feedbackpath as fp\nclass Forgotten(fp.Rule):\n    name = 'forgotten'\n")
+    line = f"compare --import {file} --rules forgotten --data digits --model mlp --out {tmp_path / 'out'}"
+    code, printed = run(capsys, *line.split())
+    assert code == 2
+    assert "Forgotten has that name: write @fp.register_rule above that class" in printed.err
 
 
 def shown(table):

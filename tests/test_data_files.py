@@ -143,7 +143,8 @@ def test_damaged_idx_files_are_named_with_a_remedy(tmp_path, damage, message):
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100"])
 @pytest.mark.parametrize("folder", ["", "nowhere"])
 def test_an_empty_or_absent_folder_says_what_was_looked_for_where(tmp_path, name, folder):
-    with pytest.raises(DataError, match=f"{name}: found none of .* in .* and .*: .*download=True") as caught:
+    found = "there is no folder .*" if folder else "found none of .* in .* and .*"
+    with pytest.raises(DataError, match=f"{name}: {found}: .*download=True") as caught:
         load_dataset(name, data_dir=tmp_path / folder)
     assert str(tmp_path / folder) in str(caught.value)
 

@@ -258,7 +258,11 @@ def test_page_says_what_each_rule_does_and_a_user_s_rule_in_its_own_words(result
             "samples",
         ),
         ({"chance": 8.0}, "learns glyphs. Guesses at random have a test error of 8.0%", "classes"),
-        ({"sizes": {"test": 4000}}, "It is measured on 4,000 samples after each of 6 epochs", "random"),
+        (
+            {"sizes": {"test": 4000}},
+            "The error is measured on 4,000 samples after each of 6 epochs",
+            "random",
+        ),
         ({"classes": "<b>", "chance": [1], "sizes": [2]}, "The network resnet8 learns glyphs.", "random"),
     ],
 )
@@ -272,7 +276,7 @@ def test_page_says_what_the_task_is_as_far_as_it_is_known(results, facts, said, 
 
 def test_page_says_how_to_read_angle_and_gain(results):
     page = " ".join(render_page(results).split())
-    for said in ("0° is the same direction", "a random B has about 90°", "how much of W is in B"):
+    for said in ("0° is the same direction", "a random B has about 90°", "how large B is along W"):
         assert said in page
 
 

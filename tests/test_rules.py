@@ -468,3 +468,30 @@ def test_kolen_pollack_with_a_feedback_rate_settles_at_that_multiple_of_w(name):
         left = reference.gap_sizes(name, step, lr=0.1, decay=0.3)
         for (_, w, b), gap in zip(path.pairs(), gaps, strict=True):
             torch.testing.assert_close(0.5 * w - b, left * gap, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("hook", "said"),
+    [
+        (
+            lambda self, weight, product, context: product,
+            r"returned \[\d+, \d+\] for '4': return two tensors",
+        ),
+        (lambda self, weight, product, context: None, "returned no tensor for '4': return two tensors"),
+        (lambda self, weight, product, context: (product, product.T), r"return two tensors of the product's"),
+    ],
+)
+def test_a_hook_that_returns_no_two_gradients_is_named(hook, said):
+    rule = type("Mine", (fp.KolenPollack,), {"name": "mine", "gradients": hook})()
+    model = make_mlp()
+    fp.untie(model, rule)
+    with pytest.raises(fp.RuleError, match=f"the hook gradients of Mine .*{said}"):
+        model(torch.randn(4, model[0].in_features)).sum().backward()
+
+
+def test_a_negative_norm_to_clip_to_is_refused():
+    model = make_mlp()
+    path = fp.untie(model, "kp")
+    model(torch.randn(4, model[0].in_features)).sum().backward()
+    with pytest.raises(fp.RuleError, match="max_norm is -1"):
+        path.clip_grad_norm_(-1)

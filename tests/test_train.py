@@ -223,7 +223,7 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
         ("epochs: two", "epochs is 'two': it must be a whole number"),
         ("rules: 5", ": name rules, as in bp,kp"),
         ("rules: [bp, 5]", ": name rules, as in bp,kp"),
-        ("rules: bp,bp", "name at least one rule, and each only once"),
+        ("rules: bp,bp", "rules is 'bp,bp': name each rule only once"),
         ("data_dir: 2024-13-45", "is not YAML: month must be"),
         ("seed: " + "9" * 5000, "is not YAML"),
         ("{" * 3000, "is not YAML"),

@@ -122,13 +122,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _refuse_slips(arguments: Sequence[str]) -> None:
-    """Refuse what a shell leaves: nothing of a variable that is not set, and ~ behind = or in quotes."""
+    """Refuse an empty value (of a shell's variable that is not set), ~ behind = or in quotes, and -flag."""
     for before, argument in zip(("feedbackpath", *arguments), arguments, strict=False):
         if not argument or (argument.startswith("--") and argument.endswith("=")):
             place = argument.rstrip("=") or before
             raise ConfigError(f"an empty value after {place}: is a variable of the shell not set?")
         if re.match(r"(--[\w-]+=)?~", argument):
             raise ConfigError(f"{argument}: the shell has left ~ as it is; write the path of the folder")
+        if re.fullmatch(r"-(?!inf|nan)[a-z][a-z-]+(=.*)?", argument):
+            raise ConfigError(f"{argument}: a flag begins with two dashes: write -{argument}")
 
 
 def _in_one_line(error: Exception) -> str:
@@ -162,4 +164,7 @@ def _describe(error: FlagError) -> str:
     from feedbackpath.train.faults import first_fault
 
     cause = error.__cause__
-    return f"--{first_fault(cause)}" if isinstance(cause, ValidationError) else str(error)
+    if not isinstance(cause, ValidationError):
+        return str(error)
+    fault = first_fault(cause)
+    return fault if fault.startswith("--") else f"--{fault}"

@@ -22,8 +22,9 @@ def evaluate(
     changes: dict[str, Any] = {"data_dir": data_dir} if data_dir else {}
     found = job(folder, which, device=device, devices=1, num_nodes=1, **changes)
     console = make_console()
+    epochs = len(found.run.history)
     console.print(
-        f"{found.run.rule} seed {found.run.seed}, {len(found.run.history)} epochs, "
+        f"{found.run.rule} seed {found.run.seed}, {epochs} epoch{'s' if epochs != 1 else ''}, "
         f"{which} checkpoint of {folder}",
     )
     name, unit = found.metric.name, found.metric.unit

@@ -39,7 +39,7 @@ def hardware(
     Prints what the arrays do in a step on average, and its energy and area, compared with one array that
     backprop reads in both directions.
 
-    Unless given: digits, mlp, --lr 0.05, 10 epochs, --chip reram, rules bp,fa,ss,kp,wm.
+    Defaults differ from those below: --data digits --model mlp --lr 0.05 --epochs 10 --chip reram.
 
     Exit codes: 0 done, 2 bad input, 3 a run diverged, 130 or 143 interrupted (what was done is kept).
     """
@@ -98,7 +98,7 @@ def tolerance(
 ) -> int:
     """Find the worst value of each imperfection at which a rule's error stays near that on an ideal chip.
 
-    Unless given: digits, mlp, --lr 0.05, 10 epochs, three seeds, rules bp,fa,ss,kp,wm.
+    Defaults differ from those below: --data digits --model mlp --lr 0.05 --epochs 10 --seeds 3.
 
     Exit codes: 0 done, 2 bad input, 130 or 143 interrupted (runs that ended are kept).
     """
@@ -129,6 +129,7 @@ def tolerance(
 app = App(
     name="hardware",
     help="Train with W and B in arrays of imperfect devices; `tolerance` finds what each rule tolerates.\n\n"
+    "Defaults differ from those below: --data digits --model mlp --lr 0.05 --epochs 10 --chip reram.\n\n"
     "Example: feedbackpath hardware --chip reram --read-bits 8 --rules bp,fa,ss,kp,wm",
 )
 app.default(hardware)

@@ -66,7 +66,11 @@ def plan(
     every = "after each step" if between == "1" else f"every {between} steps on average"
     reads, spikes = (sum(getattr(layer.dues, what) for layer in layers) for what in ("reads", "spikes"))
     console.print(
-        f"In the simulation, to mirror all layers once takes {plain(100 * total)}% of a training step's "
+        "samples: examples of noise in a pass; maps of: positions of a map; of step: FLOPs in percent of a "
+        "training step's; every: steps from one pass to the next."
+    )
+    console.print(
+        f"In the simulation, mirroring all layers once takes {plain(100 * total)}% of a training step's "
         f"FLOPs (counted as in the paper's Appendix B). Each layer is mirrored {every}. Angles are what "
         "noise leaves if W does not change."
     )

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from feedbackpath.arguments import two_gradients
 from feedbackpath.core import pytorch
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.exchange import RUNNING, Exchange, watch
@@ -66,9 +67,7 @@ class Untied:
         """Return what the rule makes of an outer product; None: W and B get it as it is."""
         if self.rule is None or self.rule.gradients is None:
             return None
-        return lambda product: cast(
-            tuple[Tensor, Tensor | None], self.rule.gradients(weight, product, self.context)
-        )
+        return lambda product: two_gradients(self.rule, weight, product, self.context)
 
     def make_feedback(self, weight: UntiedWeight, shape: torch.Size) -> None:
         """Make a B whose shape shows when the model first runs, and let its rule fill it."""

@@ -15,6 +15,8 @@ from feedbackpath.errors import DataError
 
 __all__ = ["DATASETS", "UNREADABLE", "Dataset", "Split", "load_dataset", "minibatches"]
 
+_FLAGS = {"num_classes": "num_classes (--classes)"}  # options whose flags have other names
+
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "glyphs": load_glyphs,
     "digits": load_digits,
@@ -71,5 +73,7 @@ def load_dataset(
     given = {option: value for option, value in options.items() if value is not None}
     refused = given.keys() - inspect.signature(DATASETS[name]).parameters.keys()
     if refused:
-        raise DataError(f"{name} takes no {' and no '.join(sorted(refused))}: leave it out")
+        other = " (for images of your own, --data imagenet --data-dir DIR)" if "data_dir" in refused else ""
+        names = [_FLAGS.get(option, option) for option in sorted(refused)]
+        raise DataError(f"{name} takes no {' and no '.join(names)}: leave it out{other}")
     return DATASETS[name](seed=seed, **given)

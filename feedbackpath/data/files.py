@@ -91,6 +91,8 @@ def load_files(
 def _find_files(source: _Source, data_dir: Path | None) -> list[Path]:
     """Return the paths of all files in the first folder that holds any of them."""
     if data_dir is not None:
+        if not data_dir.is_dir():
+            raise DataError(f"there is no folder {data_dir}")
         folders = [data_dir, data_dir / source.folder]
     elif source.system_folder is not None:
         folders = [source.system_folder]

@@ -76,7 +76,7 @@ class Device:
     """What devices have in common.
 
     Args:
-        step: g, the smallest change (``dw_min``), in units of weight.
+        step: g, the change by one pulse at weight 0 (``dw_min``), in units of weight.
         noise: Standard deviation of a pulse from one to the next, in its own size (``dw_min_std``).
         spread: Standard deviation of the step from cell to cell, the same up and down (``dw_min_dtod``).
         asymmetry: How much larger an up pulse is than a down pulse, as a share (``up_down``).

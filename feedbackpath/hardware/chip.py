@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from feedbackpath.arguments import checked
 from feedbackpath.core.context import generator_of
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.pytorch import version_of
@@ -56,6 +57,7 @@ class Chip:
         >>> path.step()
     """
 
+    @checked(ChipError)
     def __init__(
         self,
         device: Device | None = None,
@@ -67,9 +69,7 @@ class Chip:
         verify: int = 0,
         seed: int = 0,
     ) -> None:
-        if update not in get_args(Update):
-            raise ChipError(f"Chip: update is {update!r}; it is one of {', '.join(get_args(Update))}")
-        if type(verify) is not int or verify < 0:
+        if verify < 0:
             raise ChipError(f"Chip: verify must be a whole number of corrections, not {verify!r}")
         self.device = device or Ideal()
         self.feedback_device = feedback_device or self.device

@@ -143,9 +143,8 @@ def find_tolerance(
     """
     unknown = [name for name in imperfections if name not in IMPERFECTIONS]
     if unknown or not imperfections:
-        raise ConfigError(
-            f"--imperfections: {', '.join(unknown) or 'none given'}; there are {', '.join(IMPERFECTIONS)}"
-        )
+        what = f"there is no {', '.join(unknown)}" if unknown else "none is given"
+        raise ConfigError(f"--imperfections: {what}; choose from {', '.join(IMPERFECTIONS)}")
     if config.chip is not None:
         raise ConfigError("--chip has no effect here: each imperfection is tried alone; leave it out")
     import_files(config.imports)

@@ -34,7 +34,7 @@ def mirrorable(groups: Sequence[Governed]) -> list[Governed]:
     if not found:
         raise UntieError(
             "nothing to mirror: every B is W itself (bp), computed from it (ss), of another shape (dfa) "
-            "or of a form of its own (fa-sparse, ia)"
+            "or of a form of its own (fa-sparse, ia); choose another rule, such as wm, mirror-kp, fa or kp"
         )
     return found
 

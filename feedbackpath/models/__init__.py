@@ -30,6 +30,7 @@ __all__ = [
     "TextLSTM",
     "build_model",
     "register_model",
+    "takes_numbers",
     "takes_parts",
 ]
 
@@ -72,10 +73,16 @@ def build_model(
     """
     builder = find_builder(name)
     if name in READ_TOKENS and len(sample_shape) != 1:
-        raise ValueError(f"model {name} reads tokens: sample_shape must be (context,), got {sample_shape}")
+        raise ValueError(
+            f"model {name} reads tokens: sample_shape must be (context,), got {sample_shape}; "
+            "give it text (--data text), or choose a network that reads images"
+        )
     takes_images = name not in _USERS and name not in READ_TOKENS and not name.startswith("mlp")
     if min(sample_shape) < 1 or (takes_images and len(sample_shape) != 3):
-        raise ValueError(f"model {name}: sample_shape must be (channels, height, width), got {sample_shape}")
+        raise ValueError(
+            f"model {name}: sample_shape must be (channels, height, width), got {sample_shape}; "
+            f"of networks here, mlp reads vectors, and {', '.join(sorted(READ_TOKENS))} read tokens"
+        )
     if num_classes < 1:
         raise ValueError(f"model {name}: num_classes must be at least 1, got {num_classes}")
     for what, given, known in (
@@ -92,6 +99,16 @@ def build_model(
             "lenet and resnet8 (resnetD) do"
         )
     return builder(sample_shape, num_classes, parts)
+
+
+def takes_numbers(name: str) -> bool:
+    """Whether a model of ours multiplies its inputs by weights, so that tokens cannot be its inputs.
+
+    Example:
+        >>> takes_numbers("mlp"), takes_numbers("gpt")
+        (True, False)
+    """
+    return name not in _USERS and name not in READ_TOKENS
 
 
 def takes_parts(name: str) -> bool:

@@ -49,7 +49,7 @@ def energy_table(counted: dict[str, dict[str, ArrayCounts]], costs: Costs) -> Ta
     for row in rows:
         table.add_row(*row)
     table.caption = (
-        "×: over one array that backprop reads in both directions; without mirroring before training"
+        "×: ratio to one array that backprop reads in both directions, without mirroring before training"
     )
     return table
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from io import BytesIO
-from math import ceil
+from math import ceil, isfinite
 from typing import Any
 
 import matplotlib
@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator
 
 from feedbackpath.report.curves import (
     QUANTITIES,
@@ -29,6 +29,7 @@ from feedbackpath.report.scales import (
     LayerScale,
     axis_title,
     describe_flat,
+    epoch_ticks,
     error_axis,
     minor_ticks,
     scale_of,
@@ -104,7 +105,7 @@ def learning_curves(panels: Sequence[Panel], styles: Styles) -> Figure | None:
         for rule, of_rule in found.items():
             _draw_learning(axes, styles[rule], of_rule)
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _mark_epochs([axes], most=8)
         axes.set_title(panel.title if len(panels) > 1 else "", wrap=True)
     for axes in grid[len(curves) :]:
         axes.set_visible(False)
@@ -172,6 +173,7 @@ def draw_layer_figure(panel: Panel, styles: Styles, rows: Sequence[str]) -> Figu
         scale = scale_of(quantity, all_means(quantities[quantity] for quantities in columns.values()))
         scale_layers(axes_row, scale)
         axes_row[0].set_ylabel(f"{QUANTITIES[quantity]}\n{scale.name}".strip())
+    _mark_epochs(list(grid.flat), most=4)
     figure.supxlabel("epoch", fontsize=8)
     key = figure.colorbar(ScalarMappable(cmap=LAYER_COLOURS), ax=grid, aspect=25, pad=0.02)
     key.outline.set_visible(False)
@@ -182,8 +184,14 @@ def draw_layer_figure(panel: Panel, styles: Styles, rows: Sequence[str]) -> Figu
     return figure
 
 
+def _mark_epochs(every: Sequence[Axes], *, most: int) -> None:
+    """Give axes ticks from epoch 0 to the last that one of them shows."""
+    ends = [axes.dataLim.x1 for axes in every if isfinite(axes.dataLim.x1)]
+    for axes in every:
+        axes.xaxis.set_major_locator(FixedLocator(epoch_ticks(int(max(ends, default=0)), most)))
+
+
 def _draw_layer_lines(axes: Axes, quantity: str, curves: LayerCurves) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
     for position, curve in zip(np.linspace(0, 1, len(curves)), curves.values(), strict=True):
         marker = "o" if len(curve.epochs) == 1 else None
         axes.plot(curve.epochs, curve.means, color=LAYER_COLOURS(position), marker=marker, linewidth=1)

@@ -74,8 +74,8 @@ def describe_task(panel: Panel) -> str:
         >>> from feedbackpath.train.results import DataFacts
         >>> data = DataFacts(name="digits", classes=10, chance=90.0, sizes={"test": 347})
         >>> results = Results(model="mlp", data=data, config={"epochs": 2}, runs=[Run(rule="kp", seed=0)])
-        >>> describe_task(make_panel([("runs/kp", results)])).partition(". ")[2]
-        'Guesses at random have a test error of 90.0%. It is measured on 347 samples after each of 2 epochs.'
+        >>> describe_task(make_panel([("runs/kp", results)])).rpartition("%. ")[2]
+        'The error is measured on 347 samples after each of 2 epochs.'
     """
     results, metric = panel.sources[0][1], panel.metric
     facts = results.data.model_extra or {}
@@ -87,7 +87,7 @@ def describe_task(panel: Panel) -> str:
         sentences.append(f"Guesses at random have a {metric.label} of {format_metric(metric, chance)}.")
     if isinstance(tested, int):
         when = f" after each of {epochs:,} epochs" if isinstance(epochs, int) else ""
-        sentences.append(f"It is measured on {tested:,} samples{when}.")
+        sentences.append(f"The {metric.words} is measured on {tested:,} samples{when}.")
     return " ".join(sentences)
 
 

@@ -50,6 +50,18 @@ def minor_ticks(ends: tuple[float, float]) -> list[float]:
     return [mark for mark in marks if ends[0] <= mark <= ends[1]]
 
 
+def epoch_ticks(last: int, most: int) -> list[int]:
+    """Return ticks of an axis of epochs, from 0 to the last epoch, in about as many steps at most.
+
+    Example:
+        >>> epoch_ticks(10, 4), epoch_ticks(6, 4), epoch_ticks(11, 4)
+        ([0, 5, 10], [0, 2, 4, 6], [0, 3, 6, 9, 11])
+    """
+    least = max(1, ceil(last / most))
+    step = next((step for step in range(least, last // 2 + 1) if last % step == 0), least)
+    return [tick for tick in range(0, last, step) if last - tick > step / 2] + [last]
+
+
 @dataclass(frozen=True)
 class LayerScale:
     """The axis that the panels of a quantity of layers share.

@@ -59,7 +59,8 @@ def draw_map(kept: Mapping[str, Any]) -> Figure:
     axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names], rotation=25, ha="right")
     axes.set_yticks(range(len(rules)), rules)
     axes.grid(visible=False)
-    axes.set_title(f"Worst value within {kept['margin']:g} points of the rule's ideal", wrap=True)
+    points = "1 point" if kept["margin"] == 1 else f"{kept['margin']:g} points"
+    axes.set_title(f"Worst value within {points} of the rule's error on an ideal chip", wrap=True)
     return figure
 
 

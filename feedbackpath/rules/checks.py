@@ -59,6 +59,8 @@ def clip_by_forward_norm(
     norm_type: float,
 ) -> Tensor:
     """Scale all gradients alike, so that those of forward parameters have at most a norm; return theirs."""
+    if max_norm < 0:
+        raise RuleError(f"clip_grad_norm_: max_norm is {max_norm}; it must be at least 0")
     learning = [w for rule, group in groups if rule.learns for w in group if w.has_feedback]
     learned = {id(weight.feedback) for weight in learning}
     with_gradient = [p for p in model.parameters() if p.grad is not None]

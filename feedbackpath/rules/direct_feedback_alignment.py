@@ -41,7 +41,7 @@ class DirectFeedbackAlignment(Rule):
     name: ClassVar[str] = "dfa"
     facts: ClassVar[Facts] = Facts(
         paper="Nokland 2016",
-        equation="delta_l = phi'(y_l) B e, e the output's error",
+        equation="delta_l = phi'(y_l) B^T e, e the output's error",
         needs="a path from the output to each layer",
         verdict="transport-free",
         flops=1.06,

@@ -44,7 +44,7 @@ class DirectKolenPollack(DirectFeedbackAlignment):
     name: ClassVar[str] = "dkp"
     facts: ClassVar[Facts] = Facts(
         paper="Webster, Choi & Ahn 2021",
-        equation="delta_l = phi'(y_l) B e; dB = -eta e x^T - lambda B",
+        equation="delta_l = phi'(y_l) B^T e; dB = -eta e x^T - lambda B",
         needs="a path from the output to each layer; weight decay",
         verdict="transport-free",
         flops=1.45,

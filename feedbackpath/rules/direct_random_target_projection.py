@@ -64,7 +64,7 @@ class DirectRandomTargetProjection(DirectFeedbackAlignment):
     name: ClassVar[str] = "drtp"
     facts: ClassVar[Facts] = Facts(
         paper="Frenkel, Lefebvre & Bol 2021",
-        equation="delta_l = -phi'(y_l) B y*, y* the target",
+        equation="delta_l = -phi'(y_l) B^T y*, y* the target",
         needs="a path from the target to each layer",
         verdict="transport-free",
         flops=1.06,

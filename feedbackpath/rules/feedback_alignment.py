@@ -1,6 +1,7 @@
 """Feedback alignment (FA): random, fixed feedback weights.
 
-Akrout et al. 2019, equation 3 (Lillicrap et al. 2016): delta_l = phi'(y_l) B_{l+1} delta_{l+1}.
+Akrout et al. 2019, equation 3 (Lillicrap et al. 2016): delta_l = phi'(y_l) B_{l+1} delta_{l+1}. Here B has
+the layout of W, so that it is transposed on the way back, as W is under backprop.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ class FeedbackAlignment(Rule):
     name: ClassVar[str] = "fa"
     facts: ClassVar[Facts] = Facts(
         paper="Lillicrap et al. 2016",
-        equation="delta_l = phi'(y_l) B delta_(l+1), B random and fixed",
+        equation="delta_l = phi'(y_l) B^T delta_(l+1), B random and fixed",
         needs="nothing beyond B",
         verdict="transport-free",
         flops=1.0,

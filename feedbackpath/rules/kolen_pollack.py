@@ -35,7 +35,7 @@ from feedbackpath.rules.update_watch import UpdateWatch
 
 @dataclass(frozen=True)
 class KolenPollack(Rule):
-    """Give B the gradient of W; weight decay does the rest.
+    """Give B the gradient of W; weight decay removes their initial difference.
 
     Make the optimizer after ``untie``, from ``model.parameters()``. With SGD of learning rate lr, momentum
     mu and L2 penalty wd in the gradient, W - B shrinks by a factor of e in (1 - mu) / (lr wd) steps;

@@ -1,12 +1,12 @@
 """The table of rules by name. A rule's file is imported when the rule is asked for."""
 
-import difflib
 import importlib
 import re
 from collections.abc import Iterator, MutableMapping
 
 from feedbackpath.arguments import refuse_name, shown
 from feedbackpath.errors import RuleError
+from feedbackpath.rules.advice import advise
 from feedbackpath.rules.base import Rule
 
 OWN = {  # name: file and class
@@ -143,7 +143,6 @@ def resolve_rule(rule: "str | Rule") -> Rule:
         return rule
     if rule in RULES:
         return RULES[rule]()
-    close = difflib.get_close_matches(rule, RULES, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    hint = "; this is one rule's place: feedbackpath compare takes several" if "," in rule else hint
-    raise RuleError(f"unknown rule {shown(rule)}; known rules are {', '.join(RULES)}{hint}")
+    raise RuleError(
+        f"unknown rule {shown(rule)}; known rules are {', '.join(RULES)}{advise(rule, RULES, OWN)}"
+    )

@@ -39,7 +39,7 @@ LEAST_WINDOWS = 3  # that a line is drawn through, on each side
 
 @dataclass(frozen=True)
 class RegressionDiscontinuity(SpikeMirror):
-    """Learn B from the difference that a spike makes: windows in which a cell just spiked, or just not.
+    """Learn B from the difference that a spike makes: windows in which a cell just spiked or just did not.
 
     Args:
         rate: The share of B that a step replaces, above 0 and at most 1.

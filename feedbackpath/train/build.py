@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from feedbackpath.errors import ConfigError
-from feedbackpath.models import build_model
+from feedbackpath.models import READ_TOKENS, build_model, takes_numbers
 from feedbackpath.path import FeedbackPath, untie
 from feedbackpath.tasks import Task
 from feedbackpath.train.chips import make_chip
@@ -18,6 +18,13 @@ def make_network(config: TrainConfig, seed: int, task: Task) -> nn.Module:
     Raises:
         ConfigError: There is no such model, or it cannot take the data.
     """
+    if len(task.sample_shape) == 1 and takes_numbers(config.model):  # as mlp does: others want images
+        first = task.train.prepare(task.train.batch(torch.tensor([0]), 1)[0])
+        if not first.is_floating_point():
+            raise ConfigError(
+                f"model {config.model} reads numbers, but {task.name} is made of tokens; choose from "
+                f"{', '.join(sorted(READ_TOKENS))}, or a network of your own"
+            )
     torch.manual_seed(seed)
     try:
         return build_model(

@@ -352,8 +352,10 @@ class CompareConfig(TrainConfig):
     @field_validator("rules")
     @classmethod
     def _refuse_repeats(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value or len(set(value)) != len(value):
-            raise ValueError("name at least one rule, and each only once")
+        if not value:
+            raise ValueError("name at least one rule, as in bp,kp")
+        if len(set(value)) != len(value):
+            raise ValueError("name each rule only once")
         return value
 
 

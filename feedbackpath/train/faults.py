@@ -28,4 +28,12 @@ def first_fault(error: ValidationError) -> str:
     words = fault["msg"].removeprefix("Value error, ")
     if fault["type"] in _IN_WORDS:
         words = _IN_WORDS[fault["type"]].format(**fault.get("ctx", {}))
-    return f"{setting} is {shown(fault['input'])}: {words}" if setting else words
+    return f"{setting} is {shown(_as_typed(fault['input']))}: {words}" if setting else words
+
+
+def _as_typed(value: object) -> object:
+    """Return a list of names as it is typed on a command line: with commas."""
+    if not isinstance(value, list | tuple) or not value:
+        return value
+    names = [name for name in value if isinstance(name, str)]
+    return ",".join(names) if len(names) == len(value) else value

@@ -45,11 +45,10 @@ def read_settings(file: Path, known: Sequence[str]) -> dict[str, Any]:
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise ConfigError(f"config file {file} must map settings to values, such as 'epochs: 6'")
-    for name in settings:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"config file {file}: unknown setting {shown(name)}{hint}")
+    if unknown := [name for name in settings if name not in known]:
+        close = difflib.get_close_matches(str(unknown[0]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"leave out {', '.join(map(shown, unknown))}"
+        raise ConfigError(f"config file {file}: unknown setting {shown(unknown[0])}; {hint}")
     return settings
 
 
@@ -122,7 +121,13 @@ def read_run(folder: Path, **changes: Any) -> RunConfig:
     file = folder / "config.yaml"
     if not file.exists():
         raise ConfigError(f"{folder} has no run: give the --out folder of feedbackpath train")
-    return merge_config(RunConfig(**changes), file)
+    settings = read_settings(file, [*RunConfig.model_fields, *CompareConfig.model_fields])
+    if not settings.keys() <= RunConfig.model_fields.keys():
+        raise ConfigError(
+            f"{folder} holds a comparison, and not a run of feedbackpath train; continue it by the command "
+            f"that made it (compare or hardware), with --out {folder} --resume"
+        )
+    return merge_config(RunConfig(**changes), file, settings=settings)
 
 
 NOT_IN_AN_AUDIT = ("evaluate_on", "num_workers", "micro_batch_size", "on_bad_image", "samples_per_epoch")
