@@ -28,6 +28,11 @@ from feedbackpath.auditing.locality import OWN, UNMOVED
 from feedbackpath.mirror.noise import NOISES
 from feedbackpath.models import build_model
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),
+]
 FREE = ("fa", "kp", "wm", "wm-exact", "mirror-kp")
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=1e-2),
@@ -86,7 +91,8 @@ def fast_and_slow(names, fast):
 FIRST = {name for kind in leaks.KINDS.values() for name in list(kind)[:1]}
 CLEAN_FIRST = {
     "stacked", "logs-much", "counter-and-minibatches", "muon", "sam", "lbfgs", "average",
-    "scaler-and-autocast", "checkpointed", "read-by-one-hot", "straight-through",
+    "scaler-and-autocast", "checkpointed", "read-by-one-hot", "straight-through", "torch-func",
+    "sparse-graph",
 }  # fmt: skip
 SOON = {"passage-looked-up", "product-by-pieces", "numpy-before", "relay-buffer", "module-in-hook"}
 

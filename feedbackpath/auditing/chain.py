@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from feedbackpath.auditing import operators as ops
 from feedbackpath.auditing.constants import Constants
 from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, FEEDBACK, UNKNOWN, Kind, Ledger, Made, join
+from feedbackpath.auditing.memory import copy_of, unwrapped, values_of
 from feedbackpath.auditing.record import UPDATE, Entry, Record, digest_of
 from feedbackpath.auditing.subject import Subject
 from feedbackpath.auditing.traces import Traces
@@ -64,9 +65,8 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         LISTENERS.append(self)
         stack.callback(LISTENERS.remove, self)
         stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings(
-            "ignore", ".*global hooks on modules"
-        )  # of compiled models, which run eagerly
+        # Compiled models run eagerly.
+        warnings.filterwarnings("ignore", ".*global hooks on modules")
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
         end = register_module_forward_hook(self._leave_module, always_call=True)
@@ -160,7 +160,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         doubted, self._doubted = self._doubted, []
 
         def confirm(delta: Tensor) -> None:
-            if delta.ne(0).any():
+            if copy_of(delta).ne(0).any():
                 for entry in doubted:
                     entry.is_answer, entry.weights = True, ()
 
@@ -197,7 +197,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _see_output(self, layer: str, output: Tensor, probes: int = 0) -> None:
         if len(self.record.seen) == 2 and not self.subject.path.context.is_measuring:
-            self.record.activities[layer] = self.record.activities.get(layer, 0) + output.numel()
+            self.record.activities[layer] = self.record.activities.get(layer, 0) + unwrapped(output).numel()
         waiting = [probes]
         self.record.count_probes(layer, probes)
 
@@ -210,9 +210,10 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _see_delta(self, layer: str, delta: Tensor) -> Tensor | None:
         if ops.calling_module() == "feedbackpath.measure.deltas":
             return None  # the path is being compared with backprop
+        delta = unwrapped(delta)
         self._see("delta", layer, delta)
         if len(self.record.seen) == 2 and self._tape is None:
-            self.record.deltas.append((layer, delta.detach().clone()))
+            self.record.deltas.append((layer, copy_of(delta)))
         made = self._traces.made_of(delta)
         if made.kind == "weight":
             self.record.add_sight("delta", made, made.operation, made.where, delta.numel())
@@ -269,7 +270,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _see_copies(self, name: str, args: tuple[Any, ...]) -> None:
         """Let copies of absent weights be absent, too, that come from a list, an array or a file."""
         before, self._is_aside = self._is_aside, True
-        tensors = ops.tensors_in(args)
+        tensors = [values_of(tensor) for tensor in ops.tensors_in(args)]
         target = self._ledger.look_up(tensors[0]) if name == "copy_" else CONSTANT
         for tensor in tensors:
             made = self._ledger.look_up(tensor) if self.subject.misses_weights else ACTIVITY
@@ -364,7 +365,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         In a backward pass it is one only where a forward pass is done again, as checkpointing does.
         """
-        outputs = [tensor for tensor in ops.tensors_in(output) if tensor.numel()]
+        outputs = [values_of(tensor) for tensor in ops.tensors_in(output) if tensor.numel()]
         name, call = entry.operation, (entry.operation, made.sources, entry.signals)
         entry.first = self._known_calls.get(call)
         if pytorch.is_in_backward() and entry.first is None:

@@ -2,12 +2,14 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from feedbackpath.auditing.copies import head
+from feedbackpath.auditing.memory import is_plain, parts_of, values_of
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.layers import LocallyConnected2d
 
@@ -27,8 +29,10 @@ EXITS = ("_local_scalar_dense", "equal", "is_nonzero")
 # Sums over products of a weight and a signal, and which of their arguments are multiplied.
 CONTRACTIONS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "linear", "convolution", "convolution_overrideable",
-                     "cudnn_convolution", "mkldnn_convolution", "miopen_convolution", "embedding"), (0, 1)),
-    **dict.fromkeys(("addmm", "addmm_", "_addmm_activation", "baddbmm", "baddbmm_", "addbmm", "addmv"),
+                     "cudnn_convolution", "mkldnn_convolution", "miopen_convolution", "embedding",
+                     "mkldnn_linear", "_sparse_sparse_matmul", "_sparse_mm_reduce_impl"), (0, 1)),
+    **dict.fromkeys(("addmm", "addmm_", "_addmm_activation", "baddbmm", "baddbmm_", "addbmm", "addmv",
+                     "_sparse_addmm", "sparse_sampled_addmm"),
                     (1, 2)),
     **dict.fromkeys(("_trilinear", "mkldnn_rnn_layer", "_scaled_dot_product_flash_attention_for_cpu",
                      "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
@@ -85,6 +89,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def num_stored(tensor: Tensor) -> int:
     """Return how many values a tensor has in memory: one that is expanded repeats some."""
+    tensor = values_of(tensor)
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return math.prod(size for size, stride in sizes if stride) if tensor.numel() else 0
 
@@ -115,7 +120,7 @@ def is_forward_map(name: str, args: tuple[Any, ...], place: int, weight: UntiedW
     """
     w: Tensor = weight.weight
     given = args[place]
-    if given.data_ptr() != w.data_ptr() or given.numel() != w.numel():
+    if not is_plain(given) or given.data_ptr() != w.data_ptr() or given.numel() != w.numel():
         return False
     is_as_it_is = bool(given.shape == w.shape and given.stride() == w.stride())
     if "convolution" in name:
@@ -141,12 +146,14 @@ def form_of(args: tuple[Any, ...], places: Iterable[int]) -> tuple[object, ...]:
     """Return how weights lie in a product: what tells one with W from one with its transpose."""
     return tuple(
         (i, tuple(t.shape[-2:]), t.dim() > 1 and t.stride(-1) >= t.stride(-2))
+        if is_plain(t)
+        else (i, tuple(t.shape), str(t.layout), *(head(part).tolist() for part in parts_of(t)[1:]))
         for i in places
         for t in tensors_in(args[i])
     )
 
 
-def is_turned(name: str, args: tuple[Any, ...], place: int, weights: Iterable[UntiedWeight]) -> bool:
+def is_turned(name: str, args: tuple[Any, ...], place: int, weights: Sequence[UntiedWeight]) -> bool:
     """Whether a product takes what is like a weight, a copy or an average, from outputs to inputs.
 
     Args:
@@ -156,6 +163,10 @@ def is_turned(name: str, args: tuple[Any, ...], place: int, weights: Iterable[Un
         weights: Those that it may be like.
     """
     given: Tensor = args[place].detach()
+    if not is_plain(given):  # large ones, such as a graph's, are like none
+        if all(given.numel() != w.weight.numel() for w in weights):
+            return False
+        given = given.to_dense()
     given = given.squeeze(0) if given.dim() == 3 and "convolution" not in name else given
     if given.dim() < 2:
         return False

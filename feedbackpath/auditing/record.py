@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from feedbackpath.auditing.ledger import Made
+from feedbackpath.auditing.memory import below_transforms, parts_of
 from feedbackpath.auditing.report import Finding
 
 Weights = tuple[tuple[str, str], ...]
@@ -197,7 +198,12 @@ def digest_of(value: object, *, with_signs: bool = False) -> str:
     """
     if not isinstance(value, Tensor):
         return repr(value)
-    tensor = value.detach().to_dense() if value.layout != torch.strided else value.detach()
+    with below_transforms():
+        parts = [_digest_of_part(part, with_signs) for part in parts_of(value)]
+    return "".join(parts) if len(parts) == 1 else f"{tuple(value.shape)}{''.join(parts)}"
+
+
+def _digest_of_part(tensor: Tensor, with_signs: bool) -> str:
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     tensor = tensor + 0 if tensor.is_floating_point() and not with_signs else tensor
     memory: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

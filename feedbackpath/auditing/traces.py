@@ -8,6 +8,7 @@ from torch import Tensor
 
 from feedbackpath.auditing import operators as ops
 from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, Ledger, Made, join
+from feedbackpath.auditing.memory import place_of
 from feedbackpath.auditing.record import UPDATE, Record
 from feedbackpath.auditing.subject import Subject
 
@@ -77,7 +78,7 @@ class Traces:
         for tensor in written:
             self._write(tensor, made, name, where)
         for tensor in results:
-            if not any(tensor.untyped_storage()._cdata == t.untyped_storage()._cdata for t in inputs):
+            if place_of(tensor) not in {place_of(t) for t in inputs}:
                 self._ledger.enter(tensor, made)
 
     def _join(
