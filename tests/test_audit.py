@@ -444,6 +444,21 @@ def test_a_file_that_is_open_already_is_left_alone(tmp_path):
     assert place.read_text() == "begun\nended\n"
 
 
+@pytest.mark.parametrize("buffering", [-1, 0])
+@pytest.mark.parametrize("mode", ["rb", "r+b"])
+def test_data_may_come_from_a_file_that_is_open_already(mode, buffering, tmp_path):
+    place = tmp_path / "data"
+    torch.randn(9, 16, 6).numpy().tofile(place)
+    with place.open(mode, buffering) as file:
+
+        def read(task):
+            task.x = torch.frombuffer(bytearray(file.read(16 * 6 * 4)), dtype=torch.float32).view(16, 6)
+
+        assert Task("kp", before=read).audit().transport_free
+        assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 0
+        assert file.read() == place.read_bytes()
+
+
 @pytest.mark.parametrize("is_forked", [True, False])
 def test_an_interrupt_leaves_everything_as_it_was(is_forked, tmp_path, monkeypatch):
     monkeypatch.setattr("feedbackpath.auditing.passes.can_fork", lambda: is_forked)
