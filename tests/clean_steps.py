@@ -291,6 +291,11 @@ def noise(layer):
     return torch.randn(32, layer.in_features, generator=torch.Generator().manual_seed(5))
 
 
+def in_autocast(product, *operands):
+    with torch.autocast("cpu", torch.bfloat16):
+        return product(*operands).float()
+
+
 class ByParts(ClosureTask):
     """The layers are called one by one, at every weight that a line search tries."""
 
@@ -578,6 +583,18 @@ CLEAN = {
     "read-by-noise": lambda rule: Task(rule, after_update=read_by_layer(noise)),
     "own-mirror": lambda rule: Task(OwnMirror(lambda weight, noise: noise @ weight.weight.T)),
     "own-mirror-by-layer": lambda rule: Task(OwnMirror(lambda weight, noise: weight.layer(noise))),
+    "own-mirror-by-layer-in-autocast": lambda rule: Task(
+        OwnMirror(lambda weight, noise: in_autocast(weight.layer, noise))
+    ),
+    "own-mirror-in-autocast": lambda rule: Task(
+        OwnMirror(lambda weight, noise: in_autocast(torch.matmul, noise, weight.weight.T))
+    ),
+    "own-mirror-by-einsum": lambda rule: Task(
+        OwnMirror(lambda weight, noise: torch.einsum("bi,oi->bo", noise, weight.weight))
+    ),
+    "own-mirror-by-einsum-from-the-left": lambda rule: Task(
+        OwnMirror(lambda weight, noise: torch.einsum("oi,bi->ob", weight.weight, noise).T)
+    ),
     "feedback-tended": lambda rule: Task(rule, after_update=tend_feedback),
     "penalty": lambda rule: Task(rule, on_loss=penalty),
     "weights-projected": lambda rule: Task(rule, after_update=project_weights),

@@ -1115,11 +1115,29 @@ def functional(is_per_sample):
     return task
 
 
+def turned(product):
+    """Read what the transposed weight does, in a passage."""
+
+    def copied(w):
+        with fp.forward_passage(w):
+            return product(torch.eye(len(w)), w).float()
+
+    return into_feedback(copied)
+
+
+def in_autocast(e, w):
+    with torch.autocast("cpu", torch.bfloat16):
+        return e @ w
+
+
 LAYOUTS = {
     "by-sparse": into_feedback(lambda w: w.to_sparse().to_dense()),
     "by-torch-func": into_feedback(
         lambda w: torch.func.grad(lambda v: (v * w).sum())(torch.zeros_like(w)),
     ),
+    "turned-in-autocast": turned(in_autocast),
+    "turned-by-einsum": turned(lambda e, w: torch.einsum("bo,oi->bi", e, w)),
+    "turned-by-einsum-from-the-left": turned(lambda e, w: torch.einsum("oi,bo->ib", w, e).T),
     "by-vmap": into_feedback(lambda w: torch.func.vmap(lambda row: row * 1.0)(w)),
     "back-in-torch-func": lambda: functional(is_per_sample=False),
     "back-in-vmap": lambda: functional(is_per_sample=True),

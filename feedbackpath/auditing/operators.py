@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -118,11 +119,13 @@ def is_forward_map(name: str, args: tuple[Any, ...], place: int, weight: UntiedW
         place: Which of them W is.
         weight: W.
     """
-    w: Tensor = weight.weight
+    w: Tensor = weight.weight.detach()
     given = args[place]
-    if not is_plain(given) or given.data_ptr() != w.data_ptr() or given.numel() != w.numel():
+    if not is_plain(given) or given.numel() != w.numel():
         return False
-    is_as_it_is = bool(given.shape == w.shape and given.stride() == w.stride())
+    if given.dim() == 3 and w.dim() == 2 and len(given) == 1:  # a batch of one product, as einsum makes it
+        given = given[0]
+    is_as_it_is = _is_same(given, w)
     if "convolution" in name:
         transposed = args[6] if name in ("convolution", "convolution_overrideable") else weight.transposed
         return bool(place == 1 and is_as_it_is and transposed == weight.transposed)
@@ -138,8 +141,17 @@ def is_forward_map(name: str, args: tuple[Any, ...], place: int, weight: UntiedW
         return False
     first, other = CONTRACTIONS[name]
     expected = w if place == first else w.mT
-    is_alike = given.shape == expected.shape and given.stride() == expected.stride()
-    return bool(place in (first, other) and is_alike)
+    return place in (first, other) and _is_same(given, expected)
+
+
+def _is_same(given: Tensor, weight: Tensor) -> bool:
+    """Whether a tensor is a view of a weight, or its values as they are now in another precision."""
+    strides = zip(given.shape, given.stride(), weight.stride(), strict=False)
+    if given.shape != weight.shape or any(own != its and n > 1 for n, own, its in strides):
+        return False
+    if given.dtype != weight.dtype:  # under autocast, say
+        return torch.equal(given, weight.to(given.dtype))
+    return given.data_ptr() == weight.data_ptr()
 
 
 def form_of(args: tuple[Any, ...], places: Iterable[int]) -> tuple[object, ...]:
