@@ -6,6 +6,7 @@ import re
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -284,6 +285,13 @@ def test_only_a_fresh_process_sees_what_was_kept_before():
     assert "from now on (what it made before is not covered)" in str(report)
 
 
+@pytest.mark.slow
+def test_what_is_built_gets_advice_of_its_own():
+    report = fp.audit(build=built_steps.set_anew)
+    assert report.transport_free is None
+    assert report.verdict.endswith("let the step update W itself, or write it by copy_"), report.verdict
+
+
 def test_what_cannot_be_built_is_refused():
     with pytest.raises(fp.AuditError, match="another process can import"):
         fp.audit(build=lambda: None)
@@ -404,6 +412,35 @@ def test_threads_of_ones_own_keep_the_audit_in_one_process():
     finally:
         end.set()
         thread.join()
+
+
+def in_a_thread(run):
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+
+
+def in_a_pool(run):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result()
+
+
+@pytest.mark.parametrize("run", [in_a_thread, in_a_pool])
+def test_a_step_that_trains_in_a_thread_is_not_settled(run):
+    task = Task("kp")
+    report = fp.audit(lambda: run(task.step), task.path)
+    assert report.transport_free is None
+    assert "'0' runs in another thread" in report.verdict
+    task = Task("bp")
+    assert fp.audit(lambda: run(task.step), task.path).transport_free is False
+
+
+def test_data_may_be_made_in_a_thread():
+    task, augment = Task("kp"), nn.Dropout(0.1)
+    batches = [task.x]
+    task.before = lambda task: in_a_thread(lambda: batches.append(augment(batches[-1])))
+    report = task.audit()
+    assert report.transport_free, str(report)
 
 
 # Everything is left as it was

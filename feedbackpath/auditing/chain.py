@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from feedbackpath.auditing import operators as ops
 from feedbackpath.auditing.constants import Constants
-from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, FEEDBACK, UNKNOWN, Kind, Ledger, Made, join
+from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, FEEDBACK, UNKNOWN, Ledger, Made, join
 from feedbackpath.auditing.memory import copy_of, unwrapped, values_of
 from feedbackpath.auditing.record import UPDATE, Entry, Record, digest_of
 from feedbackpath.auditing.subject import Subject
@@ -122,16 +122,16 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def fix_parameters(self) -> None:
         """Know the memory of every parameter and buffer; an update may have given one another."""
         self._ledger.release()
-        is_early = not self.subject.forward_weights
         for name, tensor in self.subject.others.items():
-            kind: Kind = "weight" if is_early and is_matrix(tensor) else "other"
-            self._ledger.fix(tensor, Made(kind, (name,)))
+            is_weight = is_matrix(tensor) and not self.subject.forward_weights
+            self._ledger.fix(tensor, Made("weight" if is_weight else "other", (name,)))
         for name, tensor in self.subject.forward_weights.items():
             self._ledger.fix(tensor, Made("weight", (name,)))
         for feedback in self.subject.feedback_weights.values():
             self._ledger.fix(feedback, FEEDBACK)
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
+        self._traces.see_thread(self, self.subject.layer_names.get(id(module)))
         if not self._modules and self.watches:
             self.fix_parameters()
         for name, tensor in self.subject.newcomers(module):
@@ -174,6 +174,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def enter_passage(self, weights: tuple[Tensor, ...]) -> None:
         """Noise goes forward through weights from here on."""
+        self._traces.see_thread(self, "a passage")
         if self.watches:
             self.fix_parameters()
         self._passages.append((weights, bool(ops.calling_module())))
@@ -374,9 +375,8 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._tape is None:
             entry.outputs = [tensor.detach().clone() for tensor in outputs]
             self.record.tape.append(entry)
-            is_doubted = not entry.is_sure or bool(entry.weights)
-            is_doubted = is_doubted and bool(self._modules) and not pytorch.is_in_backward()
-            self._doubted += [entry] if is_doubted else []
+            if (not entry.is_sure or entry.weights) and self._modules and not pytorch.is_in_backward():
+                self._doubted.append(entry)
         else:
             taped = next(self._tape, Entry("", (), []))
             if (taped.operation, taped.signals) == (name, entry.signals) and taped.holds:

@@ -100,6 +100,7 @@ class Record:
         alike: Whether what was loaded into a W was loaded into a B as well.
         matrices: Matrices that the model holds besides its parameters and buffers, by the line where they
             multiply signals, with their shapes.
+        strays: Layers that ran in a thread where nobody watches.
     """
 
     tape: list[Entry] = field(default_factory=list)
@@ -126,6 +127,7 @@ class Record:
     carriers: list[str] = field(default_factory=list)
     alike: bool = False
     matrices: dict[str, list[int]] = field(default_factory=dict)
+    strays: list[str] = field(default_factory=list)
 
     def add_sight(self, sink: str, made: Made, operation: str, where: str, values: int) -> None:
         """Note a trace of W."""

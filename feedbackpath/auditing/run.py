@@ -100,6 +100,12 @@ def _settle(passes: OfStep | OfBuild) -> Report:
         if record.error is not None:
             notes += [f"the step was ended by {type(record.error).__name__}: {record.error}"]
             return Report(tuple(record.aliases), {}, {}, {}, tuple(notes), steps, "", passes.since)
+        if record.strays and not record.aliases:
+            return _unsettled(
+                f"{record.strays[0]!r} runs in another thread, where it is not watched: let the step train "
+                "in the thread that calls it",
+                steps, passes.since, notes,
+            )  # fmt: skip
         if differing:
             kind, layer = differing[0]
             return _unsettled(
@@ -190,7 +196,7 @@ def _do_without_weights(
     if returned:
         reason = (
             f"W of {returned[0]!r} comes back while the step runs, from what is kept elsewhere: let the step "
-            "update W itself, or audit it by build="
+            f"update W itself, or {'write it by copy_' if passes.since == 'untie' else 'audit it by build='}"
         )
     if carriers:
         reason = (
