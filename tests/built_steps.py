@@ -72,3 +72,12 @@ def signs():
 
 def unbuilt():
     return (lambda: None), None
+
+
+def set_from_outside(path):
+    for _, w, _ in path.pairs():
+        w.data = torch.linspace(-1, 1, w.numel()).view_as(w)
+
+
+def set_anew():
+    return make("fa", set_from_outside)

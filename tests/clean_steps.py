@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from leaks import Masters, OwnMirror, Task, Whole, with_norm
 from torch import nn
+from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -290,6 +291,11 @@ def noise(layer):
     return torch.randn(32, layer.in_features, generator=torch.Generator().manual_seed(5))
 
 
+def in_autocast(product, *operands):
+    with torch.autocast("cpu", torch.bfloat16):
+        return product(*operands).float()
+
+
 class ByParts(ClosureTask):
     """The layers are called one by one, at every weight that a line search tries."""
 
@@ -462,6 +468,88 @@ class Positions(nn.Module):
         return self.last(F.gelu(self.first(x + self.positions)))
 
 
+# Tensors of other layouts, and what ``torch.func`` wraps
+
+
+class Functional(Task):
+    """Gradients are taken by ``torch.func``, of all samples together."""
+
+    def gradients(self):
+        def loss(parameters):
+            return F.cross_entropy(functional_call(self.model, parameters, (self.x,)), self.y)
+
+        return grad(loss)(dict(self.model.named_parameters()))
+
+    def step(self):
+        gradients = self.gradients()
+        for name, parameter in self.model.named_parameters():
+            parameter.grad = gradients[name].detach()
+        self.optimizer.step()
+        self.path.step()
+
+
+class PerSample(Functional):
+    """Each sample has a gradient of its own, as for differential privacy."""
+
+    def gradients(self):
+        def loss(parameters, x, y):
+            return F.cross_entropy(functional_call(self.model, parameters, (x[None],)), y[None])
+
+        gradients = vmap(grad(loss), (None, 0, 0))(dict(self.model.named_parameters()), self.x, self.y)
+        return {name: values.clamp(-1, 1).mean(0) for name, values in gradients.items()}
+
+
+def log_gradients(task):
+    with torch.enable_grad():
+        task.log = [g.norm().item() for g in Functional.gradients(task).values()]
+
+
+class SparseTable(Whole):
+    """An embedding whose gradients are sparse, with an optimizer of its own."""
+
+    def __init__(self, rule):
+        layers = nn.Embedding(9, 6, sparse=True), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)
+        super().__init__(lambda: nn.Sequential(*layers), rule)
+        self.x = torch.randint(9, (16,))
+        self.table = torch.optim.SparseAdam([self.optimizer.param_groups[0]["params"].pop(0)])
+
+    def step(self):
+        self.table.zero_grad()
+        super().step()
+        self.table.step()
+
+
+class Graph(nn.Module):
+    """Each node adds up what its neighbours have."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, graph):
+        x, neighbours = graph
+        hidden = torch.sparse.mm(neighbours, self.first(x)).relu()
+        return torch.sparse.mm(neighbours, self.last(hidden))
+
+
+def with_graph(rule, layout):
+    task = Whole(Graph, rule)
+    task.x = task.x, (torch.rand(16, 16) < 0.3).float().to_sparse(layout=layout)
+    return task
+
+
+def log_layouts(task):
+    task.log = []
+    for _, w, _ in task.path.pairs():
+        task.log.append((w.to_sparse()._nnz(), w.to_sparse_csr().values().norm().item()))
+        task.log.append(w.to_mkldnn().to_dense().norm().item())
+        task.log += [nested_norm([w[0], w[1, :2]], layout) for layout in (torch.strided, torch.jagged)]
+
+
+def nested_norm(rows, layout):
+    return torch.nested.nested_tensor(rows, layout=layout).to_padded_tensor(0.0).norm().item()
+
+
 CLEAN = {
     "stacked": lambda rule: Task(rule, optimizer=Stacked),
     "flattened": lambda rule: Task(rule, optimizer=Flattened),
@@ -495,6 +583,18 @@ CLEAN = {
     "read-by-noise": lambda rule: Task(rule, after_update=read_by_layer(noise)),
     "own-mirror": lambda rule: Task(OwnMirror(lambda weight, noise: noise @ weight.weight.T)),
     "own-mirror-by-layer": lambda rule: Task(OwnMirror(lambda weight, noise: weight.layer(noise))),
+    "own-mirror-by-layer-in-autocast": lambda rule: Task(
+        OwnMirror(lambda weight, noise: in_autocast(weight.layer, noise))
+    ),
+    "own-mirror-in-autocast": lambda rule: Task(
+        OwnMirror(lambda weight, noise: in_autocast(torch.matmul, noise, weight.weight.T))
+    ),
+    "own-mirror-by-einsum": lambda rule: Task(
+        OwnMirror(lambda weight, noise: torch.einsum("bi,oi->bo", noise, weight.weight))
+    ),
+    "own-mirror-by-einsum-from-the-left": lambda rule: Task(
+        OwnMirror(lambda weight, noise: torch.einsum("oi,bi->ob", weight.weight, noise).T)
+    ),
     "feedback-tended": lambda rule: Task(rule, after_update=tend_feedback),
     "penalty": lambda rule: Task(rule, on_loss=penalty),
     "weights-projected": lambda rule: Task(rule, after_update=project_weights),
@@ -516,4 +616,11 @@ CLEAN = {
         rule, model=nn.Sequential(nn.Linear(6, 8), nn.ReLU(), InputFirst(), nn.ReLU(), nn.Linear(8, 3))
     ),
     "positions": lambda rule: Whole(Positions, rule),
+    "torch-func": Functional,
+    "torch-func-per-sample": PerSample,
+    "torch-func-logged": lambda rule: Task(rule, after_update=log_gradients),
+    "sparse-embedding": SparseTable,
+    "sparse-graph": lambda rule: with_graph(rule, torch.sparse_coo),
+    "sparse-graph-compressed": lambda rule: with_graph(rule, torch.sparse_csr),
+    "logs-layouts": lambda rule: Task(rule, before=log_layouts),
 }

@@ -1064,11 +1064,96 @@ UPDATES = {
     "array-in-state-of-b": remember(lambda w: w.numpy().copy()),
     "word-in-state-of-b": remember(lambda w: str(w.sum().item())),
 }
+# Through other layouts, and the transforms of ``torch.func``
+
+
+def into_feedback(copied):
+    def after(task):
+        for _, w, b in task.path.pairs():
+            b.lerp_(copied(w), 0.1)
+
+    return lambda: Task(after_update=after)
+
+
+def relay_sparse(task):
+    for name, w, b in task.path.pairs():
+        b.lerp_(task.__dict__.get(name, w.detach().to_sparse()).to_dense(), 0.1)
+        vars(task)[name] = w.detach().to_sparse()
+
+
+def with_sparse_weight(layout):
+    task = Task()
+    weight = nn.Parameter((torch.randn(8, 8) / 3).to_sparse(layout=layout))
+    task.model[0].register_forward_hook(lambda module, x, y: torch.sparse.mm(weight, y.T).T)
+    return task
+
+
+class BackThrough(torch.autograd.Function):
+    """Does nothing, and adds W's error on the way back."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h, weight):
+        return h.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, delta):
+        return delta + 0.1 * delta @ ctx.saved_tensors[0], None
+
+
+def functional(is_per_sample):
+    from clean_steps import Functional, PerSample
+
+    task = (PerSample if is_per_sample else Functional)("fa")
+    weight = task.model[2].weight.detach()
+    task.model[1].register_forward_hook(lambda module, x, y: BackThrough.apply(y, weight))
+    return task
+
+
+def turned(product):
+    """Read what the transposed weight does, in a passage."""
+
+    def copied(w):
+        with fp.forward_passage(w):
+            return product(torch.eye(len(w)), w).float()
+
+    return into_feedback(copied)
+
+
+def in_autocast(e, w):
+    with torch.autocast("cpu", torch.bfloat16):
+        return e @ w
+
+
+LAYOUTS = {
+    "by-sparse": into_feedback(lambda w: w.to_sparse().to_dense()),
+    "by-torch-func": into_feedback(
+        lambda w: torch.func.grad(lambda v: (v * w).sum())(torch.zeros_like(w)),
+    ),
+    "turned-in-autocast": turned(in_autocast),
+    "turned-by-einsum": turned(lambda e, w: torch.einsum("bo,oi->bi", e, w)),
+    "turned-by-einsum-from-the-left": turned(lambda e, w: torch.einsum("oi,bo->ib", w, e).T),
+    "by-vmap": into_feedback(lambda w: torch.func.vmap(lambda row: row * 1.0)(w)),
+    "back-in-torch-func": lambda: functional(is_per_sample=False),
+    "back-in-vmap": lambda: functional(is_per_sample=True),
+    "by-sparse-product": into_feedback(lambda w: torch.sparse.mm(torch.eye(len(w)).to_sparse(), w)),
+    "by-opaque": into_feedback(lambda w: w.to_mkldnn().to_dense()),
+    "by-nested": into_feedback(lambda w: torch.nested.nested_tensor(list(w)).to_padded_tensor(0.0)),
+    "relay-sparse": lambda: Task(after_update=relay_sparse),
+    "sparse-weight": lambda: with_sparse_weight(torch.sparse_coo),
+    "compressed-weight": lambda: with_sparse_weight(torch.sparse_csr),
+}
+
 KINDS = {
     "seen": SEEN, "unseen": UNSEEN_BY_OPERATORS, "before": BEFORE, "relay": RELAYS, "module": MODULES,
     "replaced": REPLACED, "carrier": CARRIERS, "branch": BRANCHES, "passage": PASSAGES, "unnamed": UNNAMED,
     "update": UPDATES, "beside": BESIDE, "exchanged": EXCHANGED, "library": LIBRARY,
     "own-updates": OWN_UPDATES, "copies": COPIES,
-    "turned": TURNED,
+    "turned": TURNED, "layouts": LAYOUTS,
 }  # fmt: skip
 LEAKS = {name: make for kind in KINDS.values() for name, make in kind.items()}

@@ -6,6 +6,7 @@ import re
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,11 @@ from feedbackpath.auditing.locality import OWN, UNMOVED
 from feedbackpath.mirror.noise import NOISES
 from feedbackpath.models import build_model
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),
+]
 FREE = ("fa", "kp", "wm", "wm-exact", "mirror-kp")
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=1e-2),
@@ -87,7 +93,8 @@ def fast_and_slow(names, fast):
 FIRST = {name for kind in leaks.KINDS.values() for name in list(kind)[:1]}
 CLEAN_FIRST = {
     "stacked", "logs-much", "counter-and-minibatches", "muon", "sam", "lbfgs", "average",
-    "scaler-and-autocast", "checkpointed", "read-by-one-hot", "straight-through",
+    "scaler-and-autocast", "checkpointed", "read-by-one-hot", "straight-through", "torch-func",
+    "sparse-graph",
 }  # fmt: skip
 SOON = {"passage-looked-up", "product-by-pieces", "numpy-before", "relay-buffer", "module-in-hook"}
 
@@ -300,6 +307,13 @@ def test_only_a_fresh_process_sees_what_was_kept_before():
     assert "from now on (what it made before is not covered)" in str(report)
 
 
+@pytest.mark.slow
+def test_what_is_built_gets_advice_of_its_own():
+    report = fp.audit(build=built_steps.set_anew)
+    assert report.transport_free is None
+    assert report.verdict.endswith("let the step update W itself, or write it by copy_"), report.verdict
+
+
 def test_what_cannot_be_built_is_refused():
     with pytest.raises(fp.AuditError, match="another process can import"):
         fp.audit(build=lambda: None)
@@ -445,6 +459,35 @@ def test_threads_of_ones_own_keep_the_audit_in_one_process():
         thread.join()
 
 
+def in_a_thread(run):
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+
+
+def in_a_pool(run):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result()
+
+
+@pytest.mark.parametrize("run", [in_a_thread, in_a_pool])
+def test_a_step_that_trains_in_a_thread_is_not_settled(run):
+    task = Task("kp")
+    report = fp.audit(lambda: run(task.step), task.path)
+    assert report.transport_free is None
+    assert "'0' runs in another thread" in report.verdict
+    task = Task("bp")
+    assert fp.audit(lambda: run(task.step), task.path).transport_free is False
+
+
+def test_data_may_be_made_in_a_thread():
+    task, augment = Task("kp"), nn.Dropout(0.1)
+    batches = [task.x]
+    task.before = lambda task: in_a_thread(lambda: batches.append(augment(batches[-1])))
+    report = task.audit()
+    assert report.transport_free, str(report)
+
+
 # Everything is left as it was
 
 
@@ -481,6 +524,21 @@ def test_a_file_that_is_open_already_is_left_alone(tmp_path):
         assert Task("kp", after_update=write).audit().transport_free
         file.write("ended\n")
     assert place.read_text() == "begun\nended\n"
+
+
+@pytest.mark.parametrize("buffering", [-1, 0])
+@pytest.mark.parametrize("mode", ["rb", "r+b"])
+def test_data_may_come_from_a_file_that_is_open_already(mode, buffering, tmp_path):
+    place = tmp_path / "data"
+    torch.randn(9, 16, 6).numpy().tofile(place)
+    with place.open(mode, buffering) as file:
+
+        def read(task):
+            task.x = torch.frombuffer(bytearray(file.read(16 * 6 * 4)), dtype=torch.float32).view(16, 6)
+
+        assert Task("kp", before=read).audit().transport_free
+        assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 0
+        assert file.read() == place.read_bytes()
 
 
 @pytest.mark.parametrize("is_forked", [True, False])

@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from feedbackpath.auditing.memory import place_of
 from feedbackpath.auditing.operators import split
 from feedbackpath.auditing.stand_ins import Kind, preserve_version, replace
 from feedbackpath.core.operations import is_matrix
@@ -183,11 +184,11 @@ class Early(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._is_aside or self._depth or func.is_view:
             return func(*args, **kwargs)
         written = [t for _, those, _ in split(func, args, kwargs, None) for t in those]
-        places = {t.untyped_storage()._cdata for t in written}
+        places = {place_of(t) for t in written}
         met = [
             parameter
             for number, parameter in self._numbers.values()
-            if number in self._own and parameter.untyped_storage()._cdata in places
+            if number in self._own and place_of(parameter) in places
         ] if places else []  # fmt: skip
         own = [self._give(parameter) for parameter in met]
         try:

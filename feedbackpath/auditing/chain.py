@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from feedbackpath.auditing import operators as ops
 from feedbackpath.auditing.constants import Constants
 from feedbackpath.auditing.deltas import wait_for_error, watch
-from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, FEEDBACK, UNKNOWN, Kind, Ledger, Made, join
+from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, FEEDBACK, UNKNOWN, Ledger, Made, join
+from feedbackpath.auditing.memory import copy_of, unwrapped, values_of
 from feedbackpath.auditing.record import UPDATE, Entry, Record, digest_of
 from feedbackpath.auditing.subject import Subject
 from feedbackpath.auditing.traces import Traces
@@ -65,9 +66,8 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         LISTENERS.append(self)
         stack.callback(LISTENERS.remove, self)
         stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings(
-            "ignore", ".*global hooks on modules"
-        )  # of compiled models, which run eagerly
+        # Compiled models run eagerly.
+        warnings.filterwarnings("ignore", ".*global hooks on modules")
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
         end = register_module_forward_hook(self._leave_module, always_call=True)
@@ -123,16 +123,16 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def fix_parameters(self) -> None:
         """Know the memory of every parameter and buffer; an update may have given one another."""
         self._ledger.release()
-        is_early = not self.subject.forward_weights
         for name, tensor in self.subject.others.items():
-            kind: Kind = "weight" if is_early and is_matrix(tensor) else "other"
-            self._ledger.fix(tensor, Made(kind, (name,)))
+            is_weight = is_matrix(tensor) and not self.subject.forward_weights
+            self._ledger.fix(tensor, Made("weight" if is_weight else "other", (name,)))
         for name, tensor in self.subject.forward_weights.items():
             self._ledger.fix(tensor, Made("weight", (name,)))
         for feedback in self.subject.feedback_weights.values():
             self._ledger.fix(feedback, FEEDBACK)
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
+        self._traces.see_thread(self, self.subject.layer_names.get(id(module)))
         if not self._modules and self.watches:
             self.fix_parameters()
         for name, tensor in self.subject.newcomers(module):
@@ -163,6 +163,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def enter_passage(self, weights: tuple[Tensor, ...]) -> None:
         """Noise goes forward through weights from here on."""
+        self._traces.see_thread(self, "a passage")
         if self.watches:
             self.fix_parameters()
         self._passages.append((weights, bool(ops.calling_module())))
@@ -186,12 +187,12 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _see_output(self, layer: str, output: Tensor, probes: int = 0) -> None:
         if len(self.record.seen) == 2 and not self.subject.path.context.is_measuring:
-            self.record.activities[layer] = self.record.activities.get(layer, 0) + output.numel()
+            self.record.activities[layer] = self.record.activities.get(layer, 0) + unwrapped(output).numel()
         waiting = [probes]
         self.record.count_probes(layer, probes)
 
         def see(delta: Tensor) -> Tensor | None:
-            if waiting and delta.ne(0).any():
+            if waiting and copy_of(delta).ne(0).any():
                 self.record.count_probes(layer, -waiting.pop())  # it was no probe: it trains
             return self._see_delta(layer, delta)
 
@@ -200,9 +201,10 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _see_delta(self, layer: str, delta: Tensor) -> Tensor | None:
         if ops.calling_module() == "feedbackpath.measure.deltas":
             return None  # the path is being compared with backprop
+        delta = unwrapped(delta)
         self._see("delta", layer, delta)
         if len(self.record.seen) == 2 and self._tape is None:
-            self.record.deltas.append((layer, delta.detach().clone()))
+            self.record.deltas.append((layer, copy_of(delta)))
         made = self._traces.made_of(delta)
         if made.kind == "weight":
             self.record.add_sight("delta", made, made.operation, made.where, delta.numel())
@@ -259,7 +261,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _see_copies(self, name: str, args: tuple[Any, ...]) -> None:
         """Let copies of absent weights be absent, too, that come from a list, an array or a file."""
         before, self._is_aside = self._is_aside, True
-        tensors = ops.tensors_in(args)
+        tensors = [values_of(tensor) for tensor in ops.tensors_in(args)]
         target = self._ledger.look_up(tensors[0]) if name == "copy_" else CONSTANT
         for tensor in tensors:
             made = self._ledger.look_up(tensor) if self.subject.misses_weights else ACTIVITY
@@ -359,7 +361,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         In a backward pass it is one only where a forward pass is done again, as checkpointing does.
         """
-        outputs = [tensor for tensor in ops.tensors_in(output) if tensor.numel()]
+        outputs = [values_of(tensor) for tensor in ops.tensors_in(output) if tensor.numel()]
         name, call = entry.operation, (entry.operation, made.sources, entry.signals, entry.form)
         entry.first = self._known_calls.get(call)
         if pytorch.is_in_backward() and entry.first is None:
@@ -368,9 +370,8 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._tape is None:
             entry.outputs = [tensor.detach().clone() for tensor in outputs]
             self.record.tape.append(entry)
-            is_doubted = not entry.is_sure or bool(entry.weights)
-            is_doubted = is_doubted and bool(self._modules) and not pytorch.is_in_backward()
-            self._doubted += [entry] if is_doubted else []
+            if (not entry.is_sure or entry.weights) and self._modules and not pytorch.is_in_backward():
+                self._doubted.append(entry)
         else:
             taped = next(self._tape, Entry("", (), []))
             is_same = (taped.operation, taped.sources, taped.signals) == (name, made.sources, entry.signals)

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from feedbackpath.auditing.ledger import UNKNOWN, Made
+from feedbackpath.auditing.memory import address_of
 from feedbackpath.auditing.operators import call_site
 from feedbackpath.auditing.record import Record
 from feedbackpath.core.operations import is_matrix
@@ -41,7 +42,7 @@ class Constants:
                 self._record.matrices.setdefault(call_site(), list(tensor.shape))
 
     def _holds(self, tensor: Tensor) -> bool:
-        address = tensor.untyped_storage().data_ptr()
+        address = address_of(tensor)
         if address not in self._is_held:
             self._is_held[address] = address in held_by(self._model)
         return self._is_held[address]
@@ -62,7 +63,7 @@ def _addresses(value: Any, seen: set[int], depth: int) -> Iterator[int]:
     if isinstance(value, nn.Parameter):
         return
     if isinstance(value, Tensor):
-        yield value.untyped_storage().data_ptr()
+        yield address_of(value)
     elif isinstance(value, np.ndarray):
         yield value.ctypes.data
     elif depth and id(value) not in seen:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from feedbackpath.auditing.memory import is_plain, values_of
+
 
 def copies_of(
     weights: Sequence[Tensor],
@@ -25,7 +27,8 @@ def copies_of(
     for thing in things() if tensors is None else tensors:
         if type(thing) not in (Tensor, nn.Parameter) or id(thing) in known or not thing.is_floating_point():
             continue
-        if thing.layout != torch.strided or thing.numel() not in wanted:
+        thing = values_of(thing)
+        if not is_plain(thing) or thing.numel() not in wanted:
             continue
         for weight in wanted[thing.numel()]:
             if thing.data_ptr() != weight.data_ptr() and holds(thing, weight):
@@ -39,16 +42,16 @@ def copies_of(
 def by_size(weights: Sequence[Tensor]) -> dict[int, list[Tensor]]:
     """Return weights by their size, but for those of few values: another may be like them by chance."""
     found: dict[int, list[Tensor]] = {}
-    for weight in weights:
-        if weight.numel() > 3 and len(set(head(weight).tolist())) > 3:
+    for weight in map(values_of, weights):
+        if is_plain(weight) and weight.numel() > 3 and len(set(head(weight).tolist())) > 3:
             found.setdefault(weight.numel(), []).append(weight.detach())
     return found
 
 
 def holds(tensor: Tensor, weight: Tensor) -> bool:
     """Whether a tensor holds the values of a weight, if not in the same precision."""
-    own, other = tensor.detach(), weight.detach()
-    if not torch.equal(head(own).to(other), head(other)):
+    own, other = values_of(tensor).detach(), values_of(weight).detach()
+    if not (is_plain(own) and is_plain(other)) or not torch.equal(head(own).to(other), head(other)):
         return False
     return torch.equal(own.flatten().to(other), other.flatten())
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from feedbackpath.auditing.memory import copy_of
 from feedbackpath.auditing.operators import tensors_in
 from feedbackpath.auditing.record import Entry
 
@@ -37,7 +38,7 @@ def wait_for_error(output: Any, doubted: Sequence[Entry]) -> None:
     """Take products of one call for answers of the model if they train: if an error comes back."""
 
     def confirm(delta: Tensor) -> None:
-        if delta.ne(0).any():
+        if copy_of(delta).ne(0).any():
             for entry in doubted:
                 entry.is_answer, entry.weights = True, ()
 

@@ -104,19 +104,30 @@ def release_files() -> None:
 
 
 def detach_open_files() -> None:
-    """Let a forked process write to copies of the files that are open already."""
+    """Let a forked process have files that are open already to itself: it writes to copies of them.
+
+    Else what it reads would be gone for all other passes, and for the user's own process.
+    """
     import fcntl  # where processes cannot be forked, there is none
 
     for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
-        number = int(name)
+        number, place = int(name), f"/proc/self/fd/{name}"  # which works for files without a name, too
         try:
-            flags, path = fcntl.fcntl(number, fcntl.F_GETFL), os.readlink(f"/proc/self/fd/{number}")
+            flags = fcntl.fcntl(number, fcntl.F_GETFL)
+            is_written = bool(flags & (os.O_WRONLY | os.O_RDWR))
+            if os.path.isfile(place):
+                own = _open_copy(place) if is_written else os.open(place, flags)
+                os.lseek(own, os.lseek(number, 0, os.SEEK_CUR), os.SEEK_SET)
+                os.dup2(own, number)
+                os.close(own)
         except OSError:
             continue
-        if flags & (os.O_WRONLY | os.O_RDWR) and os.path.isfile(path):
-            with tempfile.TemporaryFile() as copy:
-                with open(path, "rb") as original:
-                    shutil.copyfileobj(original, copy)
-                copy.flush()
-                copy.seek(os.lseek(number, 0, os.SEEK_CUR))
-                os.dup2(copy.fileno(), number)
+
+
+def _open_copy(place: str) -> int:
+    """Return the number of a new file, without a name, that holds what a file does."""
+    with tempfile.TemporaryFile() as copy:
+        with open(place, "rb") as original:
+            shutil.copyfileobj(original, copy)
+        copy.flush()
+        return os.dup(copy.fileno())

@@ -9,10 +9,12 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+
+from feedbackpath.auditing.memory import place_of, size_of, values_of, watch
 
 Kind = Literal["constant", "feedback", "activity", "other", "weight"]
 
@@ -65,9 +67,9 @@ class Ledger:
     """Knows of each piece of memory what is in it, by a weak reference that keeps its number from reuse."""
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[StorageWeakRef, Made]] = {}
-        self._fixed: dict[int, tuple[StorageWeakRef, dict[tuple[int, int], Made]]] = {}
-        self._roots: dict[int, tuple[StorageWeakRef, Root]] = {}
+        self._made: dict[int, tuple[Any, Made]] = {}
+        self._fixed: dict[int, tuple[Any, dict[tuple[int, int], Made]]] = {}
+        self._roots: dict[int, tuple[Any, Root]] = {}
 
     def release(self) -> None:
         """Forget what parameters are: they are about to be told anew."""
@@ -76,11 +78,11 @@ class Ledger:
     def fix(self, tensor: Tensor, made: Made) -> None:
         """Say what a parameter is, whatever is written into it; several may share one piece of memory."""
         if tensor.numel():
-            self._fixed.setdefault(_key(tensor), (_weak(tensor), {}))[1][_span(tensor)] = made
+            self._fixed.setdefault(place_of(tensor), (watch(tensor), {}))[1][_span(tensor)] = made
 
     def fixed(self, tensor: Tensor) -> Made | None:
         """Return what the parameters in a tensor's memory were said to be; None: there are none."""
-        entry = self._fixed.get(_key(tensor))
+        entry = self._fixed.get(place_of(tensor))
         if entry is None:
             return None
         low, high = _span(tensor)
@@ -92,26 +94,25 @@ class Ledger:
         fixed = self.fixed(tensor)
         if fixed is not None:
             return fixed
-        entry = self._made.get(_key(tensor))
+        entry = self._made.get(place_of(tensor))
         return UNKNOWN if entry is None else entry[1]
 
     def enter(self, tensor: Tensor, made: Made) -> None:
         """Note what a tensor now holds."""
-        self._made[_key(tensor)] = (_weak(tensor), made)
+        self._made[place_of(tensor)] = (watch(tensor), made)
 
     def root_of(self, tensor: Tensor) -> "Root":
         """Return the signals that a tensor holds, perhaps several times, and transformed one by one."""
-        memory = tensor.untyped_storage().nbytes() // tensor.element_size()
-        return self._roots.setdefault(_key(tensor), (_weak(tensor), Root(memory)))[1]
+        return self._roots.setdefault(place_of(tensor), (watch(tensor), Root(size_of(tensor))))[1]
 
     def enter_root(self, tensor: Tensor, root: "Root") -> None:
         """Note what signals a tensor now holds."""
-        self._roots[_key(tensor)] = _weak(tensor), root
+        self._roots[place_of(tensor)] = watch(tensor), root
 
     def forget_freed(self) -> None:
         """Drop what is gone."""
-        self._made = {key: entry for key, entry in self._made.items() if not _is_gone(entry[0])}
-        self._roots = {key: entry for key, entry in self._roots.items() if not _is_gone(entry[0])}
+        self._made = {key: entry for key, entry in self._made.items() if not entry[0].expired()}
+        self._roots = {key: entry for key, entry in self._roots.items() if not entry[0].expired()}
 
 
 def join(parts: Iterable[Made], operation: str, where: str) -> Made:
@@ -137,24 +138,16 @@ def join(parts: Iterable[Made], operation: str, where: str) -> Made:
 
 def num_stored(tensor: Tensor) -> int:
     """Return how many values a tensor has in memory: one that is expanded repeats some."""
+    tensor = values_of(tensor)
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return math.prod(size for size, stride in sizes if stride) if tensor.numel() else 0
 
 
-def _is_gone(reference: StorageWeakRef) -> bool:
-    return bool(reference.expired())  # type: ignore[no-untyped-call]
-
-
-def _weak(tensor: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-
-
-def _key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
 def _span(tensor: Tensor) -> tuple[int, int]:
     """Return the first byte that a tensor takes of its memory, and the one behind its last."""
+    tensor = values_of(tensor)
+    if tensor.layout != torch.strided:
+        return 0, 1  # it is all that its place holds
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.storage_offset()) * tensor.element_size()
     return start, start + (int(reach) + 1) * tensor.element_size() if tensor.numel() else start

@@ -46,6 +46,8 @@ class Disturbed(Chain):  # type: ignore[no-untyped-call]
         if not self._has_begun:
             return None
         name, held = next(self._deltas, ("", delta))
+        if held.shape != delta.shape:
+            raise NotImplementedError("torch.func.vmap takes no deltas from outside")
         disturbed = (held if name == layer else delta).clone()
         axis = _channel_axis(self.subject.layer_named(layer), disturbed)
         disturbed.select(axis, 0).mul_(STRENGTH)

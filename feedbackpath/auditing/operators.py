@@ -1,12 +1,15 @@
 """What PyTorch's operators do with a weight, and the tensors among their arguments."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from feedbackpath.auditing.copies import head
+from feedbackpath.auditing.memory import is_plain, parts_of
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.layers import LocallyConnected2d
 
@@ -26,8 +29,10 @@ EXITS = ("_local_scalar_dense", "equal", "is_nonzero")
 # Sums over products of a weight and a signal, and which of their arguments are multiplied.
 CONTRACTIONS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "linear", "convolution", "convolution_overrideable",
-                     "cudnn_convolution", "mkldnn_convolution", "miopen_convolution", "embedding"), (0, 1)),
-    **dict.fromkeys(("addmm", "addmm_", "_addmm_activation", "baddbmm", "baddbmm_", "addbmm", "addmv"),
+                     "cudnn_convolution", "mkldnn_convolution", "miopen_convolution", "embedding",
+                     "mkldnn_linear", "_sparse_sparse_matmul", "_sparse_mm_reduce_impl"), (0, 1)),
+    **dict.fromkeys(("addmm", "addmm_", "_addmm_activation", "baddbmm", "baddbmm_", "addbmm", "addmv",
+                     "_sparse_addmm", "sparse_sampled_addmm"),
                     (1, 2)),
     **dict.fromkeys(("_trilinear", "mkldnn_rnn_layer", "_scaled_dot_product_flash_attention_for_cpu",
                      "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
@@ -111,11 +116,13 @@ def is_forward_map(name: str, args: tuple[Any, ...], place: int, weight: UntiedW
         place: Which of them W is.
         weight: W.
     """
-    w: Tensor = weight.weight
+    w: Tensor = weight.weight.detach()
     given = args[place]
-    if given.data_ptr() != w.data_ptr() or given.numel() != w.numel():
+    if not is_plain(given) or given.numel() != w.numel():
         return False
-    is_as_it_is = bool(given.shape == w.shape and given.stride() == w.stride())
+    if given.dim() == 3 and w.dim() == 2 and len(given) == 1:  # a batch of one product, as einsum makes it
+        given = given[0]
+    is_as_it_is = _is_same(given, w)
     if "convolution" in name:
         transposed = args[6] if name in ("convolution", "convolution_overrideable") else weight.transposed
         return bool(place == 1 and is_as_it_is and transposed == weight.transposed)
@@ -131,20 +138,31 @@ def is_forward_map(name: str, args: tuple[Any, ...], place: int, weight: UntiedW
         return False
     first, other = CONTRACTIONS[name]
     expected = w if place == first else w.mT
-    is_alike = given.shape == expected.shape and given.stride() == expected.stride()
-    return bool(place in (first, other) and is_alike)
+    return place in (first, other) and _is_same(given, expected)
+
+
+def _is_same(given: Tensor, weight: Tensor) -> bool:
+    """Whether a tensor is a view of a weight, or its values as they are now in another precision."""
+    strides = zip(given.shape, given.stride(), weight.stride(), strict=False)
+    if given.shape != weight.shape or any(own != its and n > 1 for n, own, its in strides):
+        return False
+    if given.dtype != weight.dtype:  # under autocast, say
+        return torch.equal(given, weight.to(given.dtype))
+    return given.data_ptr() == weight.data_ptr()
 
 
 def form_of(args: tuple[Any, ...], places: Iterable[int]) -> tuple[object, ...]:
     """Return how weights lie in a product: what tells one with W from one with its transpose."""
     return tuple(
         (i, tuple(t.shape[-2:]), t.dim() > 1 and t.stride(-1) >= t.stride(-2))
+        if is_plain(t)
+        else (i, tuple(t.shape), str(t.layout), *(head(part).tolist() for part in parts_of(t)[1:]))
         for i in places
         for t in tensors_in(args[i])
     )
 
 
-def is_turned(name: str, args: tuple[Any, ...], place: int, weights: Iterable[UntiedWeight]) -> bool:
+def is_turned(name: str, args: tuple[Any, ...], place: int, weights: Sequence[UntiedWeight]) -> bool:
     """Whether a product takes what is like a weight, a copy or an average, from outputs to inputs.
 
     Args:
@@ -154,6 +172,10 @@ def is_turned(name: str, args: tuple[Any, ...], place: int, weights: Iterable[Un
         weights: Those that it may be like.
     """
     given: Tensor = args[place].detach()
+    if not is_plain(given):  # large ones, such as a graph's, are like none
+        if all(given.numel() != w.weight.numel() for w in weights):
+            return False
+        given = given.to_dense()
     given = given.squeeze(0) if given.dim() == 3 and "convolution" not in name else given
     if given.dim() < 2:
         return False

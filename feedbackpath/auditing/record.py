@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from feedbackpath.auditing.ledger import Made
+from feedbackpath.auditing.memory import below_transforms, parts_of
 from feedbackpath.auditing.report import Finding
 
 Weights = tuple[tuple[str, str], ...]
@@ -108,6 +109,7 @@ class Record:
         matrices: Matrices that the model holds besides its parameters and buffers, by the line where they
             multiply signals, with their shapes.
         repeats: Scales of norms that multiply signals which have been repeated, by the line.
+        strays: Layers that ran in a thread where nobody watches.
     """
 
     tape: list[Entry] = field(default_factory=list)
@@ -135,6 +137,7 @@ class Record:
     alike: bool = False
     matrices: dict[str, list[int]] = field(default_factory=dict)
     repeats: dict[str, str] = field(default_factory=dict)
+    strays: list[str] = field(default_factory=list)
 
     def add_sight(self, sink: str, made: Made, operation: str, where: str, values: int) -> None:
         """Note a trace of W."""
@@ -212,7 +215,12 @@ def digest_of(value: object, *, with_signs: bool = False) -> str:
     """
     if not isinstance(value, Tensor):
         return repr(value)
-    tensor = value.detach().to_dense() if value.layout != torch.strided else value.detach()
+    with below_transforms():
+        parts = [_digest_of_part(part, with_signs) for part in parts_of(value)]
+    return "".join(parts) if len(parts) == 1 else f"{tuple(value.shape)}{''.join(parts)}"
+
+
+def _digest_of_part(tensor: Tensor, with_signs: bool) -> str:
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     tensor = tensor + 0 if tensor.is_floating_point() and not with_signs else tensor
     memory: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -98,6 +98,12 @@ def _settle(passes: OfStep | OfBuild) -> Report:
         if record.error is not None:
             notes += [f"the step was ended by {type(record.error).__name__}: {record.error}"]
             return Report(tuple(record.aliases), {}, {}, {}, tuple(notes), steps, "", passes.since)
+        if record.strays and not record.aliases:
+            return _unsettled(
+                f"{record.strays[0]!r} runs in another thread, where it is not watched: let the step train "
+                "in the thread that calls it",
+                steps, passes.since, notes,
+            )  # fmt: skip
         without = None if apart[-1] else _Without(passes, record)
         if without is None or (apart[0] and not without.differing):
             kind, layer = apart[0][0]
@@ -204,9 +210,10 @@ class _Without:
             elif returned := weights_that_came_back(
                 self._record, other, sorted(self._record.weights - present)
             ):
+                advice = "write it by copy_" if self._passes.since == "untie" else "audit it by build="
                 self._reasons["return"] = (
                     f"W of {returned[0]!r} comes back while the step runs, from what is kept elsewhere: let "
-                    "the step update W itself, or audit it by build="
+                    f"the step update W itself, or {advice}"
                 )
 
     def _do(self, kind: Kind, present: Set[str] = frozenset()) -> Record | None:

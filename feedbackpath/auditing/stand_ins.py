@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 import torch
 
+from feedbackpath.auditing.memory import values_of
+
 Kind = Literal["zeros", "large noise", "noise", "noise of W's signs", "noise of random signs"]
 StandIn = tuple[Kind, dict[str, int], frozenset[str]]
 """Its kind; which parameters and buffers multiply activities; the names of weights that stay."""
@@ -20,6 +22,7 @@ def replace(tensor: Any, kind: Kind, generator: torch.Generator) -> None:
     What asks whether W, its sum or its norm is above or below something is answered otherwise by zeros, or by
     large noise of the other signs.
     """
+    tensor = values_of(tensor)
     noise = torch.randn(tensor.shape, generator=generator).to(tensor)
     if kind != "noise of random signs":
         noise = torch.where(tensor == 0, noise, noise.abs() * tensor.sign())

@@ -1,13 +1,14 @@
 """Whose steps are audited: the weights, which of them are absent, and all state that a step may change."""
 
 import copy
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from feedbackpath.auditing.copies import are_parallel, by_size, copies_of, holds, things
+from feedbackpath.auditing.memory import is_plain, values_of
 from feedbackpath.auditing.report import AuditError, Finding
 from feedbackpath.auditing.stand_ins import Kind, StandIn, preserve_version, replace
 from feedbackpath.auditing.state import leaves, random_state, set_random_state
@@ -218,8 +219,8 @@ class Subject:
     @property
     def is_shared(self) -> bool:
         """Whether the model is in memory that processes share: what a forked one writes stays there."""
-        tensors: list[Any] = [*self.model.parameters(), *self.model.buffers()]
-        return any(tensor.is_shared() for tensor in tensors)
+        tensors: list[Any] = [values_of(t) for t in (*self.model.parameters(), *self.model.buffers())]
+        return any(is_plain(tensor) and tensor.is_shared() for tensor in tensors)
 
     def find_aliases(self) -> list[Finding]:
         """Find every B that is W itself, or lies in the memory of one."""
@@ -275,13 +276,12 @@ class Subject:
         tensors, self._tensors = self._tensors, None  # not to keep in memory what steps let go of
         weights = [weight for weight in absent if weight is not None]
         staying = [weight for name, weight in self.forward_weights.items() if name in present]
-        copies = list(copies_of(weights, self.feedback_weights.values(), staying, tensors))
-        self._copies = [(copy, copy.detach().clone()) for copy in copies]
         others = list(self.feedback_weights.values())  # a copy of such a B may be taken for one of W
+        self._copies = [(c, c.detach().clone()) for c in copies_of(weights, others, staying, tensors)]
         told = [w for w in weights if not any(b.numel() == w.numel() and holds(b, w) for b in others)]
         self._absent = {size: [w.clone() for w in found] for size, found in by_size(told).items()}
         generator = torch.Generator().manual_seed(1)
-        for tensor in [*weights, *copies]:
+        for tensor in [*weights, *(tensor for tensor, _ in self._copies)]:
             replace(tensor, kind, generator)
 
     @property
@@ -317,7 +317,7 @@ class Subject:
 
     def _stand_in_for(self, tensor: Tensor, is_alike: Callable[[Tensor, Tensor], bool]) -> None:
         for weight in self._absent.get(tensor.numel(), ()):
-            if tensor.is_floating_point() and tensor.layout == torch.strided and is_alike(tensor, weight):
+            if tensor.is_floating_point() and is_plain(tensor) and is_alike(tensor, weight):
                 self._copies.append((tensor, tensor.detach().clone()))
                 assert self._standing_in is not None
                 replace(tensor, self._standing_in[0], torch.Generator().manual_seed(1))
@@ -363,7 +363,7 @@ class Subject:
             vars(module).update(_parameters=dict(parameters), _buffers=dict(buffers), training=is_training)
         for tensor, data, value, gradient in state["values"]:
             with preserve_version(tensor):
-                if tensor.data_ptr() != data.data_ptr():
+                if values_of(tensor).data_ptr() != values_of(data).data_ptr():
                     tensor.data = data
                 tensor.copy_(value)
             tensor.grad = copy.deepcopy(gradient)
@@ -385,8 +385,5 @@ def _number_of(name: str, numbers: Mapping[str, int]) -> int | None:
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    own: Iterable[tuple[str, Tensor]] = [
-        *module.named_parameters(recurse=False),
-        *module.named_buffers(recurse=False),
-    ]
+    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     return ((name, tensor) for name, tensor in own if tensor.is_floating_point())

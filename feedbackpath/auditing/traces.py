@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from feedbackpath.auditing import operators as ops
 from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, UNKNOWN, Ledger, Made, join, num_stored
+from feedbackpath.auditing.memory import place_of
 from feedbackpath.auditing.record import UPDATE, Record, digest_of
 from feedbackpath.auditing.subject import Subject
 
@@ -83,7 +85,7 @@ class Traces:
         for tensor in written:
             self._write(tensor, made, name, where)
         for tensor in results:
-            if not any(tensor.untyped_storage()._cdata == t.untyped_storage()._cdata for t in inputs):
+            if place_of(tensor) not in {place_of(t) for t in inputs}:
                 self._ledger.enter(tensor, made)
 
     def _join(
@@ -172,6 +174,11 @@ class Traces:
         elif made.kind == "weight" and fixed.sources:
             made = dataclasses.replace(made, sources=tuple(s for s in made.sources if s not in fixed.sources))
             self._record.add_sight(UPDATE, made, f"aten.{name}", made.where or where, tensor.numel())
+
+    def see_thread(self, mode: Any, name: str | None) -> None:
+        """Note that a layer runs in a thread that begins in the step: modes watch one thread each."""
+        if name is not None and mode.watches and mode not in _get_current_dispatch_mode_stack():
+            self._record.strays.append(name)
 
     def see_exit(self, name: str, tensor: Tensor) -> None:
         """Note that a tensor leaves PyTorch."""
