@@ -447,6 +447,12 @@ def check_size(task):
         assert 0.1 < w.norm() < 10
 
 
+def look_if_large(task):
+    """What is asked of W decides about one more forward pass, for logging."""
+    if any(w.norm() > 20 for _, w, _ in task.path.pairs()):
+        task.log = task.model(task.x).std().item(), task.model(torch.ones(2, 6)).mean().item()
+
+
 class InputFirst(nn.Module):
     """A dense layer that lays its weight out as ``[in, out]``."""
 
@@ -611,6 +617,8 @@ CLEAN = {
     ),
     "autoencoder-with-teacher": WithTeacher,
     "size-checked": lambda rule: Task(rule, before=check_size),
+    "looked-at-before": lambda rule: Task(rule, before=look_if_large),
+    "looked-at-after": lambda rule: Task(rule, after_update=look_if_large),
     "weights-input-first": lambda rule: Task(rule, model=with_norm(InputFirst())),
     "layers-input-first": lambda rule: Task(
         rule, model=nn.Sequential(nn.Linear(6, 8), nn.ReLU(), InputFirst(), nn.ReLU(), nn.Linear(8, 3))

@@ -21,7 +21,7 @@ from feedbackpath.auditing.constants import Constants
 from feedbackpath.auditing.deltas import wait_for_error, watch
 from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, FEEDBACK, UNKNOWN, Ledger, Made, join
 from feedbackpath.auditing.memory import copy_of, unwrapped, values_of
-from feedbackpath.auditing.record import UPDATE, Entry, Record, digest_of
+from feedbackpath.auditing.record import UPDATE, Entry, Record, Tape, digest_of
 from feedbackpath.auditing.subject import Subject
 from feedbackpath.auditing.traces import Traces
 from feedbackpath.core import pytorch
@@ -48,7 +48,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, subject: Subject, tape: Sequence[Entry] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.subject, self.record = subject, Record()
-        self._tape = None if tape is None else iter(tape)
+        self._tape = None if tape is None else Tape(tape)
         self._ledger = Ledger()
         self._is_aside = False
         self._modules: list[nn.Module] = []
@@ -368,14 +368,13 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return False
         self._count(name, made, outputs)
         if self._tape is None:
-            entry.outputs = [tensor.detach().clone() for tensor in outputs]
+            entry.step, entry.outputs = len(self.record.seen), [tensor.detach().clone() for tensor in outputs]
             self.record.tape.append(entry)
             if (not entry.is_sure or entry.weights) and self._modules and not pytorch.is_in_backward():
                 self._doubted.append(entry)
         else:
-            taped = next(self._tape, Entry("", (), []))
-            is_same = (taped.operation, taped.sources, taped.signals) == (name, made.sources, entry.signals)
-            if is_same and taped.holds:
+            taped = self._tape.find(entry, len(self.record.seen))
+            if taped.holds:
                 for tensor, held in zip(outputs, taped.outputs, strict=True):
                     tensor.copy_(held)
             entry = taped

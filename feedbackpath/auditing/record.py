@@ -1,6 +1,7 @@
 """What one pass through the steps leaves, and where two passes differ."""
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ class Entry:
         sources: The names of the weights.
         form: How they are laid out in the product.
         where: File and line of the call.
+        step: In which step it was made; 1: before the first.
     """
 
     operation: str
@@ -49,6 +51,7 @@ class Entry:
     sources: tuple[str, ...] = ()
     form: tuple[object, ...] = ()
     where: str = ""
+    step: int = 0
 
     def is_feint(self, others: "Sequence[Entry]") -> bool:
         """Whether it is taken for an answer though the same weights answer in another form elsewhere."""
@@ -60,6 +63,30 @@ class Entry:
     def holds(self) -> bool:
         """Whether its outputs are held while W is absent."""
         return self.is_answer or (self.first is not None and self.first.holds)
+
+
+class Tape:
+    """Answers of the first pass, by step and call: a check of W may let another pass make more calls.
+
+    Args:
+        entries: All of them, in order.
+    """
+
+    def __init__(self, entries: "Sequence[Entry]") -> None:
+        self._waiting: dict[tuple[Any, ...], deque[Entry]] = {}
+        for entry in entries:
+            self._waiting.setdefault(self._key(entry, entry.step), deque()).append(entry)
+
+    @staticmethod
+    def _key(entry: Entry, step: int) -> tuple[Any, ...]:
+        return step, entry.operation, entry.sources, entry.signals
+
+    def find(self, entry: Entry, step: int) -> Entry:
+        """Return the next of the same calls in this step, or the last; none: one that holds nothing."""
+        waiting = self._waiting.get(self._key(entry, step))
+        if waiting is None:
+            return Entry("", (), [], is_answer=False)
+        return waiting.popleft() if len(waiting) > 1 else waiting[0]
 
 
 @dataclass(frozen=True)
