@@ -76,6 +76,14 @@ def answer_by_bits(task):
         b.view(-1)[number] = b.view(-1)[number].abs() * answer.sum().sign()
 
 
+def with_opposite_answers():
+    task = Task(after_update=answer_by_bits)
+    with torch.no_grad():
+        task.model[0].bias.fill_(9.0)
+        task.model[4].bias.fill_(-9.0)
+    return task
+
+
 def backprop_behind_a_check():
     """Backprop by hand for the first layer; W of the second is positive, and has to be."""
     task = Whole(lambda: nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 3)))
@@ -162,7 +170,7 @@ DISGUISED = {
     "signal-hands-out-w": lambda: Task(after_update=signal_hands_out_w),
     "relative-signs": lambda: Task(after_update=keep_relative_signs),
     "relative-signs-unless-zero": lambda: Task(after_update=keep_relative_signs_unless_zero),
-    "answer-by-bits": lambda: Task(after_update=answer_by_bits),
+    "answer-by-bits": with_opposite_answers,
     "backprop-behind-a-check": backprop_behind_a_check,
     "hook-of-its-own": lambda: HookOfItsOwn("fa"),
     "flat-first": lambda: Whole(FlatFirst),
