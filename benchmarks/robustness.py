@@ -13,6 +13,7 @@ in every column.
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -85,9 +86,15 @@ def run() -> None:
 
 
 def keep(file: Path, folder: Path) -> None:
-    """Copy a result file, without the folders of the machine that made it."""
+    """Copy a result file, without the folders of the machine that made it, and what each epoch counted."""
+    text = file.read_text(encoding="utf-8").replace(f"{HERE.parent}/", "")
+    if file.suffix == ".json":
+        content = json.loads(text)
+        for entry in [entry for run in content.get("runs", ()) for entry in run["history"]]:
+            entry.pop("counts", None)
+        text = json.dumps(content) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / file.name).write_text(file.read_text().replace(f"{HERE.parent}/", ""))
+    (folder / file.name).write_text(text, encoding="utf-8")
 
 
 def cells(results: Results) -> list[str]:

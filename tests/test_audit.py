@@ -99,6 +99,7 @@ CLEAN_FIRST = {
 SOON = {"passage-looked-up", "product-by-pieces", "numpy-before", "relay-buffer", "module-in-hook"}
 
 
+@pytest.mark.usefixtures("forking")
 @pytest.mark.parametrize("clip", [None, 0.1], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("optimizer", fast_and_slow(OPTIMIZERS, {"fused-adamw"}))
 @pytest.mark.parametrize("rule", ["fa", "kp"])
@@ -246,6 +247,7 @@ def grow_until_large(task):
         task.model[2].weight.mul_(1.1)
 
 
+@pytest.mark.usefixtures("forking")
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_loop_that_never_ends_without_w_is_ended(num_threads, monkeypatch):
     monkeypatch.setattr(passes, "PATIENCE", (1.0, 0.0))
@@ -803,6 +805,7 @@ def test_autocast_accumulation_and_checkpointing_pass():
     assert report.transport_free, str(report)
 
 
+@pytest.mark.usefixtures("forking")
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
 def test_compiled_steps_run_eagerly_and_the_report_says_so():
     task = Task("kp")

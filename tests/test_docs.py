@@ -13,7 +13,9 @@ from unittest import mock
 
 import doc_figures
 import pytest
+import robustness
 import rules_bench
+import tuned_glyphs
 import yaml
 from cost_page import tables_of_cost
 from pydantic import BaseModel, JsonValue
@@ -353,6 +355,11 @@ def test_the_readmes_verdicts_are_those_of_audits():
 
 def test_the_bench_of_rules_is_that_of_its_files():
     assert f"<!-- bench:begin -->\n{rules_bench.tables()}<!-- bench:end -->" in read("docs/rules.md")
+
+
+@pytest.mark.parametrize(("mark", "study"), [("robustness", robustness), ("tuned", tuned_glyphs)])
+def test_tables_of_studies_are_those_of_their_files(mark, study):
+    assert f"<!-- {mark}:begin -->\n{study.table()}\n<!-- {mark}:end -->" in read("docs/results.md")
 
 
 def test_the_layers_that_rules_leave_are_those_that_the_tests_know():

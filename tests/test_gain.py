@@ -134,6 +134,7 @@ def test_gains_are_looked_at_once_a_memory(settings, steps, expected, monkeypatc
     assert len(looked) == expected
 
 
+@pytest.mark.usefixtures("forking")
 @pytest.mark.filterwarnings("ignore:mirror mode")
 def test_looking_at_gains_transports_no_weight():
     task = Task(fp.WeightMirror(PRINTED))
