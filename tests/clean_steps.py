@@ -5,7 +5,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from leaks import Masters, OwnMirror, Task, Whole, with_norm
+from leaks import FlatMasters, Masters, OwnMirror, Task, Whole, with_norm
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
@@ -569,6 +569,7 @@ CLEAN = {
     "schedule-free": lambda rule: Task(rule, optimizer=ScheduleFree),
     "layerwise-rates": lambda rule: Task(rule, optimizer=LayerwiseRates),
     "masters": lambda rule: Masters(leaks=False),
+    "masters-in-one-vector": lambda rule: FlatMasters(leaks=False),
     "logs-much": lambda rule: Task(rule, before=log_much, after_update=log_much),
     "logs-logarithm": lambda rule: Task(rule, before=log_logarithm),
     "logs-angles": lambda rule: Task(rule, after_update=log_angles),

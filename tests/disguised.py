@@ -183,6 +183,32 @@ REPEATED = {
 }
 
 
+class Back(nn.Module):
+    """A part of the model that uses W the other way round, by a copy."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.held = [weight]
+
+    def forward(self, delta):
+        return F.linear(delta, self.held[0].t().contiguous(), torch.zeros(8))
+
+
+def read_by_an_error(task):
+    with torch.enable_grad():
+        signal = torch.eye(8).requires_grad_()
+        answer = task.model[2].back(signal)
+        answer.sum().backward()
+    task.model[2].weight.grad = None
+    task.model[2].feedback.copy_(answer.detach())
+
+
+def transposed_copy():
+    task = Task(after_update=read_by_an_error)
+    task.model[2].back = Back(task.model[2].weight)
+    return task
+
+
 def read_by_a_part(task):
     task.model[2].feedback.copy_((task.model[2:3](torch.eye(8)) - task.model[2].bias).T)
 

@@ -812,6 +812,20 @@ class MastersOfOptimizer(Masters):
             self.optimizer.state[w]["master"] = master
 
 
+class FlatMasters(Masters):
+    """All of them lie in one vector."""
+
+    @property
+    def masters(self):
+        weights = [w for _, w, _ in self.path.pairs()]
+        parts = self.flat.split([w.numel() for w in weights])
+        return [part.view_as(w) for part, w in zip(parts, weights, strict=True)]
+
+    @masters.setter
+    def masters(self, masters):
+        self.flat = torch.cat([master.flatten() for master in masters])
+
+
 # Something besides the answer in what a reading hands out
 
 
@@ -1044,6 +1058,7 @@ OWN_UPDATES = {
 COPIES = {
     "masters": Masters,
     "masters-of-optimizer": MastersOfOptimizer,
+    "masters-in-one-vector": FlatMasters,
     "masters-in-same-precision": lambda: Masters(dtype=torch.float32),
 }
 UNNAMED = {

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clean_steps import CLEAN, write_log
-from disguised import DISGUISED, READ, REPEATED
+from disguised import DISGUISED, READ, REPEATED, transposed_copy
 from leaks import LEAKS, UNSEEN_BY_OPERATORS, OwnMirror, Task, Whole
 from problems import rule_that_starts_at_once
 from torch import nn
@@ -139,6 +139,12 @@ def test_scales_of_repeated_signals_are_not_settled(layer):
     report = REPEATED[layer]().audit()
     assert report.transport_free is None
     assert "signals are repeated before 'layer.weight' scales them" in report.verdict
+
+
+def test_a_part_that_uses_a_transposed_copy_is_not_settled():
+    report = transposed_copy().audit()
+    assert report.transport_free is None
+    assert "in another way than elsewhere" in report.verdict
 
 
 @pytest.mark.parametrize("way", READ)

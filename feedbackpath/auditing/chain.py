@@ -308,7 +308,8 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None
         digests = tuple(self._digest(t) for t in signals)
         met = join([made[i] for i in tracked], name, "")
-        form = ops.form_of(args, tracked if self._modules and not self._passages else ())
+        own = [w for source in met.sources if (w := self.subject.forward_weights.get(source)) is not None]
+        form = ops.form_of(args, tracked if self._modules and not self._passages else (), own)
         if is_inside:
             return met, Entry(name, digests, [], sources=met.sources, form=form)
         beside = [arg for i, arg in enumerate(args) if i not in made]

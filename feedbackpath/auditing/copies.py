@@ -1,13 +1,15 @@
 """Copies of weights, wherever in this process they are."""
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from feedbackpath.auditing.memory import is_plain, values_of
+
+SAME = 16  # places of one value in a flat tensor that are looked at
 
 
 def copies_of(
@@ -27,16 +29,28 @@ def copies_of(
     for thing in things() if tensors is None else tensors:
         if type(thing) not in (Tensor, nn.Parameter) or id(thing) in known or not thing.is_floating_point():
             continue
-        thing = values_of(thing)
-        if not is_plain(thing) or thing.numel() not in wanted:
-            continue
-        for weight in wanted[thing.numel()]:
-            if thing.data_ptr() != weight.data_ptr() and holds(thing, weight):
-                value = thing.detach().flatten()
-                alike = (b.flatten().to(value) for b in beside if b.numel() == len(value))
-                if not any(torch.equal(value, b) for b in alike):
-                    yield thing
-                break
+        for copied, weight in _alike(values_of(thing), wanted):
+            value = copied.detach().flatten()
+            same = (b.flatten().to(value) for b in beside if b.numel() == len(value))
+            if copied.data_ptr() != weight.data_ptr() and not any(torch.equal(value, b) for b in same):
+                yield copied
+
+
+def _alike(tensor: Tensor, wanted: Mapping[int, Sequence[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield a tensor with a weight that it holds; of a flat one that holds several, its parts with theirs."""
+    if not is_plain(tensor):
+        return
+    found = next((w for w in wanted.get(tensor.numel(), ()) if holds(tensor, w)), None)
+    if found is not None:
+        yield tensor, found
+    for size, weights in wanted.items() if tensor.dim() == 1 else ():
+        for weight in weights if size < len(tensor) else ():
+            mark = int(weight.flatten().ne(0).int().argmax())
+            places = tensor.detach().to(weight).eq(weight.flatten()[mark]).nonzero().flatten() - mark
+            parts = (tensor[place : place + size] for place in places[:SAME].tolist() if place >= 0)
+            part = next((p for p in parts if len(p) == size and holds(p, weight.flatten())), None)
+            if part is not None:
+                yield part, weight
 
 
 def by_size(weights: Sequence[Tensor]) -> dict[int, list[Tensor]]:

@@ -151,15 +151,28 @@ def _is_same(given: Tensor, weight: Tensor) -> bool:
     return given.data_ptr() == weight.data_ptr()
 
 
-def form_of(args: tuple[Any, ...], places: Iterable[int]) -> tuple[object, ...]:
+def form_of(
+    args: tuple[Any, ...], places: Iterable[int], weights: Sequence[Tensor] = ()
+) -> tuple[object, ...]:
     """Return how weights lie in a product: what tells one with W from one with its transpose."""
     return tuple(
-        (i, tuple(t.shape[-2:]), t.dim() > 1 and t.stride(-1) >= t.stride(-2))
+        (i, tuple(t.shape[-2:]), _is_transposed(t, weights))
         if is_plain(t)
         else (i, tuple(t.shape), str(t.layout), *(head(part).tolist() for part in parts_of(t)[1:]))
         for i in places
         for t in tensors_in(args[i])
     )
+
+
+def _is_transposed(tensor: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether a matrix is the transpose of W: by how it lies in W's memory; a copy, by its values."""
+    copied = [w.detach() for w in weights if tensor.dim() == 2 and tensor.shape == w.shape == w.mT.shape]
+    for w in copied if all(tensor.data_ptr() != w.data_ptr() for w in copied) else ():
+        if torch.equal(tensor.detach().to(w.dtype), w):
+            return False
+        if torch.equal(tensor.detach().to(w.dtype), w.mT):
+            return True
+    return tensor.dim() > 1 and tensor.stride(-1) >= tensor.stride(-2)
 
 
 def is_turned(name: str, args: tuple[Any, ...], place: int, weights: Sequence[UntiedWeight]) -> bool:
