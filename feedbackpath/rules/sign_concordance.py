@@ -10,6 +10,7 @@ Differs from the paper: M has Glorot & Bengio's scale, as every random B here; B
 after each update (the paper's strict normalization), which would transport one more number a layer.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -38,4 +39,5 @@ class SignConcordance(SignSymmetry):
         verdict="transports weights: their signs",
         flops=1.0,
     )
+    search_space: ClassVar[Mapping[str, Sequence[str]]] = {"scale": ("choice", "xavier", "he")}
     magnitude: Literal["uniform", "fixed", "batchwise"] = "fixed"
