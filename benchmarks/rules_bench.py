@@ -195,7 +195,7 @@ def table(task: str) -> str:
     rows = {row["rule"]: row for row in summary_rows(runs, metric)}
     times, chosen = _times_of(task), last_choices(task)
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    for name, row in ((name, rows.get(name, dict.fromkeys(COLUMNS, "not run"))) for name in RULES):
+    for name, row in ((name, rows.get(name) or _why_absent(task, name)) for name in RULES):
         if name in rows:
             row["δ angle, worst epoch"] = _worst_delta([run for run in runs if run.rule == name])
             if chosen[name][0] > 1:
@@ -209,6 +209,15 @@ def table(task: str) -> str:
         row = row | known | {"rule": f"`{name}`"}
         lines.append(f"| {' | '.join(row[column] for column in COLUMNS)} |")
     return "\n".join(lines)
+
+
+def _why_absent(task: str, rule: str) -> dict[str, str]:
+    """Return the row of a rule without runs: it was not run, or no settings of its search have worked."""
+    file = RESULTS / TUNED_ON.get(task, task) / rule / "tuned" / "tune.json"
+    trials = json.loads(file.read_text(encoding="utf-8"))["trials"] if file.exists() else []
+    if len(trials) < TRIALS or any(trial["status"] == "finished" for trial in trials):
+        return dict.fromkeys(COLUMNS, "not run")
+    return dict.fromkeys(COLUMNS, "–") | {"n": f"all {TRIALS} trials diverged"}
 
 
 def _worst_delta(runs: Sequence[Run]) -> str:

@@ -68,6 +68,17 @@ def test_where_a_run_diverges_the_next_best_settings_are_taken(bench, tmp_path):
     assert folders == rules_bench.folders_of("digits-mlp", "wm")
 
 
+def test_a_rule_of_which_no_trial_finishes_is_told_from_one_that_was_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(rules_bench, "RESULTS", tmp_path)
+    folder = tmp_path / "fashion-mnist-lenet" / "wm" / "tuned"
+    folder.mkdir(parents=True)
+    (folder / "tune.json").write_text(json.dumps({"trials": 8 * [{"status": "diverged"}]}))
+    for task in ("fashion-mnist-lenet", "glyphs-resnet8"):
+        lines = rules_bench.table(task).splitlines()
+        assert any(line.startswith("| `wm` | mirrors | all 8 trials diverged | – |") for line in lines)
+        assert any(line.startswith("| `kp` | learned | not run | not run |") for line in lines)
+
+
 def test_known_orders_are_told_from_the_result_files(tmp_path, monkeypatch):
     monkeypatch.setattr(rules_bench, "RESULTS", tmp_path)
     found = {"bp": [2.0, 2.0], "kp": [2.0, 2.0], "wm": [1.0, 2.0], "ss": [3.0, 4.0], "dfa": [None, None]}
