@@ -14,13 +14,13 @@ in every column.
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from marked import write_between
 from rich.console import Console
 
 from feedbackpath import cli
@@ -126,9 +126,7 @@ def table() -> str:
 
 def write_page() -> None:
     """Put the table into the page."""
-    text = PAGE.read_text(encoding="utf-8")
-    marked = re.compile(r"(<!-- robustness:begin -->\n).*(<!-- robustness:end -->)", re.DOTALL)
-    PAGE.write_text(marked.sub(lambda found: f"{found[1]}{table()}\n{found[2]}", text), encoding="utf-8")
+    write_between(PAGE, "robustness", table() + "\n")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

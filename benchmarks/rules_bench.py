@@ -16,12 +16,12 @@ rule with settings of its own searches these in the same 8 trials. Test data are
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from marked import write_between
 
 from feedbackpath import cli
 from feedbackpath.report.curves import finished, mean_and_error
@@ -270,9 +270,7 @@ def tables() -> str:
 
 def write_page() -> None:
     """Put the tables into the page."""
-    text = PAGE.read_text(encoding="utf-8")
-    marked = re.compile(r"(<!-- bench:begin -->\n).*(<!-- bench:end -->)", re.DOTALL)
-    PAGE.write_text(marked.sub(lambda found: found[1] + tables() + found[2], text), encoding="utf-8")
+    write_between(PAGE, "bench", tables())
 
 
 def main(arguments: Sequence[str]) -> None:

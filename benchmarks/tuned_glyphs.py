@@ -12,12 +12,12 @@ the table of docs/results.md. ``no-feedback`` is a control: B = 0, so that only 
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from marked import write_between
 from rich.console import Console
 from robustness import keep
 
@@ -91,9 +91,7 @@ def table() -> str:
 
 def write_page() -> None:
     """Put the table into the page."""
-    text = PAGE.read_text(encoding="utf-8")
-    marked = re.compile(r"(<!-- tuned:begin -->\n).*(<!-- tuned:end -->)", re.DOTALL)
-    PAGE.write_text(marked.sub(lambda found: f"{found[1]}{table()}\n{found[2]}", text), encoding="utf-8")
+    write_between(PAGE, "tuned", table() + "\n")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
