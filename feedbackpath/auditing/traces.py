@@ -100,6 +100,9 @@ class Traces:
         """Return what comes of an operator that is no layer's forward map."""
         made = join([part for _, part in parts], f"aten.{name}", where)
         signals = [t for t, part in parts if part.kind == "activity"]
+        others = {source: t for t, part in parts for source in part.sources if part.kind == "other"}
+        if is_forward and "fft" in name:  # in that domain, number by number, it acts as a matrix
+            self._note_factors(others, errors_come_back=True, is_matrix=True)
         if is_forward and (masked := self._masked(name, parts, results)):
             return masked
         if name in ops.SIGNS or name == "copysign":
@@ -114,7 +117,6 @@ class Traces:
             return made
         is_repeated = results[0].numel() > max(self._num_signals(t) for t in signals)
         is_larger = name in ops.FACTORS and is_repeated
-        others = {source: t for t, part in parts for source in part.sources if part.kind == "other"}
         errors_come_back = any(t.requires_grad for t in signals)
         if ops.is_scaling(name) or (errors_come_back and ops.multiplies(name)):
             self._note_factors(others, errors_come_back, is_larger or ops.is_of_matrix(name))
@@ -132,8 +134,6 @@ class Traces:
         """Return what a parameter makes with data alone: of its own shape, it is a matrix with a mask."""
         others = [(t, part) for t, part in parts if part.kind == "other"]
         is_data = all(part is UNKNOWN or part.kind in ("other", "constant") for _, part in parts)
-        if "fft" in name:
-            self._note_factors({s: t for t, part in others for s in part.sources}, True, True)
         is_matrix = is_data and name in ops.FACTORS and len(others) == 1 and others[0][0].dim() > 1
         return others[0][1] if is_matrix and results and results[0].shape == others[0][0].shape else None
 
