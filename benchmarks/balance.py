@@ -22,12 +22,23 @@ import torch.nn.functional as F
 from cells import Cell, run_cells
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import nn
 
 import feedbackpath as fp
 from feedbackpath.data import load_dataset, minibatches
-from feedbackpath.report.figures import FIGURE_STYLE, PAGE_WIDTH, render
+from feedbackpath.report.parts import (
+    FIGURE_STYLE,
+    PAGE_WIDTH,
+    REFERENCE,
+    draw_legend,
+    draw_map,
+    key,
+    render,
+    scale_linear,
+    write_letters,
+)
 from feedbackpath.report.style import style_of
 
 OUT = Path(__file__).parent / "balance"
@@ -42,11 +53,12 @@ MAPS = {
     "kp": (("weight_decay", "lr"), ("start", "momentum")),
     "wm": (("decay", "rate"), ("samples", "sigma"), ("lr", "every")),
 }
-QUANTITIES = (("error", 20.0, "test error (%)"), ("worst", 90.0, "worst angle (°)"))
+QUANTITIES = (("error", 20.0, "test error (%)"), ("worst", 90.0, "worst matrix angle (°)"))
 NAMES = {
     "lr": "learning rate", "weight_decay": "weight decay", "momentum": "momentum",
-    "rate": "rate of the mirror", "decay": "decay of the mirror", "samples": "samples of noise",
-    "sigma": "size of the noise", "every": "steps between mirror phases", "start": "scale of the first B",
+    "rate": "rate of the mirror, η", "decay": "decay of the mirror, λ", "samples": "samples of noise",
+    "sigma": "noise, σ", "every": "steps between mirror phases",
+    "start": "size of the initial B (default: 1)",
 }  # fmt: skip
 
 
@@ -211,34 +223,38 @@ def draw(out: Path, figures: Path) -> None:
 
 def draw_balance(cells: list[Cell]) -> Figure:
     """Draw angles against theory, and errors beyond backprop's against the e-folds of a run."""
-    figure = Figure(figsize=(PAGE_WIDTH, 2.9), layout="constrained")
+    figure = Figure(figsize=(PAGE_WIDTH, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     whole = [c for c in cells if not c["found"].get("diverged")]
     colour = style_of("kp").colour
+    keys = []
     for start in (1.0, 0.0):
         for norm, marker in (("none", "o"), ("batchnorm", "^")):
             wanted = {"rule": "kp", "start": start, "norm": norm}
             shown = [c for c in whole if wanted.items() <= c["settings"].items()]
             looks: dict[str, Any] = {
-                "color": colour, "linestyle": "", "marker": marker, "alpha": 0.8, "clip_on": False,
-                "markerfacecolor": colour if start else "none",
-                "label": f"B starts {'at random' if start else 'at 0'}, {norm.replace('none', 'no norm')}",
+                "color": colour, "linestyle": "", "marker": marker, "markersize": 4,
+                "markerfacecolor": colour if start else "none", "markeredgewidth": 0.8,
             }  # fmt: skip
+            place = "at random" if start else "at 0"
+            keys.append(key(f"B starts {place}, {'no norm' if norm == 'none' else 'BatchNorm'}", **looks))
             left.plot([c["found"]["predicted"] for c in shown], [c["found"]["last"] for c in shown], **looks)
             beyond = [c["found"]["error"] - _backprop_beside(c, whole) for c in shown]
             right.plot([c["found"]["efolds"] for c in shown], beyond, **looks)
-    left.plot([0, 90], [0, 90], color="#555555", linewidth=0.7)
-    left.set(xlabel="angle by theory (°)", ylabel="largest angle after training (°)")
-    for ticks in (left.set_xticks, left.set_yticks):
-        ticks((0, 15, 30, 45, 60, 75, 90))
-    left.legend(frameon=False)
-    right.set(
-        xlabel="e-folds of the run, log scale above 0.01", ylabel="test error minus backprop's (points)"
-    )
+    left.plot([0, 90], [0, 90], **REFERENCE)
+    left.set(xlabel="angle by theory (°)", ylabel="largest angle after training (°)", aspect="equal")
+    scale_linear(left, "x", (0, 90), 15)
+    scale_linear(left, "y", (0, 90), 15)
     right.set_xscale("symlog", linthresh=0.01)
-    right.set_xticks((0, 0.01, 0.1, 1, 10), ("0", "0.01", "0.1", "1", "10"))
-    right.axhline(0.0, color="#555555", linewidth=0.7)
-    right.axvline(3.0, color="#555555", linewidth=0.7, linestyle="--")
+    right.set_xlim(-0.002, 35)
+    right.set_xticks((0, 0.01, 0.1, 1, 3, 10, 30), ("0", "0.01", "0.1", "1", "3", "10", "30"))
+    scale_linear(right, "y", (-1.5, 2.5), 0.5)
+    right.set_xlabel("e-folds of the run, linear to 0.01, then log scale")
+    right.set_ylabel("test error minus backprop's (points)")
+    right.axhline(0.0, **REFERENCE)
+    right.axvline(3.0, linestyle="--", **REFERENCE)
+    write_letters((left, right))
+    draw_legend(figure, keys, 4, loc="outside upper center", handlelength=1)
     return figure
 
 
@@ -250,7 +266,7 @@ def _backprop_beside(cell: Cell, cells: list[Cell]) -> float:
 
 def draw_maps(cells: list[Cell], axes: Sequence[tuple[str, str]]) -> Figure:
     """Draw error and worst angle over each pair of settings, the others at their defaults."""
-    figure = Figure(figsize=(PAGE_WIDTH, 4.4), layout="constrained")
+    figure = Figure(figsize=(PAGE_WIDTH, 4.6), layout="constrained")
     grid = figure.subplots(2, len(axes), squeeze=False)
     others = {**DEFAULTS, **MIRROR} if cells[0]["settings"]["rule"] == "wm" else DEFAULTS
     for row, (name, most, label) in zip(grid, QUANTITIES, strict=True):
@@ -258,33 +274,36 @@ def draw_maps(cells: list[Cell], axes: Sequence[tuple[str, str]]) -> Figure:
             fixed = {key: value for key, value in others.items() if key not in (across, up, "seed")}
             shown = [c for c in cells if all(c["settings"].get(key) == at for key, at in fixed.items())]
             drawn = _draw_map(axis, shown, name, most, across, up)
-        extend = "max" if name == "error" else "neither"
-        key = figure.colorbar(drawn, ax=list(row), label=label, extend=extend, pad=0.01)
-        key.ax.grid(visible=False)
+        colours = figure.colorbar(drawn, ax=list(row), label=label, extend="max", pad=0.01, aspect=16)
+        colours.ax.grid(visible=False)
+        colours.set_ticks([0, most / 2, most])
+    write_letters(grid.flat)
     return figure
 
 
-def _draw_map(axis: Axes, shown: list[Cell], name: str, most: float, across: str, up: str) -> Any:
-    """Draw one quantity over two settings; what diverged has a dash."""
+def _draw_map(axes: Axes, shown: list[Cell], name: str, most: float, across: str, up: str) -> Any:
+    """Draw one quantity over two settings; what diverged has a cross, what was not run has nothing."""
     xs, ys = (sorted({c["settings"][key] for c in shown}) for key in (across, up))
-    image = [[_mean(shown, name, {across: x, up: y}) for x in xs] for y in ys]
-    for (y, values), x in itertools.product(enumerate(image), range(len(xs))):
-        text = "–" if math.isnan(values[x]) else f"{values[x]:.3g}"
-        colour = "w" if values[x] > most / 2 else "k"
-        axis.text(x, y, text, ha="center", va="center", color=colour, fontsize=6)
-    axis.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
-    axis.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
-    axis.tick_params(labelsize=6)
-    axis.set(xlabel=NAMES[across], ylabel=NAMES[up])
-    axis.grid(visible=False)
-    return axis.imshow(image, origin="lower", aspect="auto", vmin=0.0, vmax=most, cmap="viridis_r")
+    values, texts = [], []
+    for y in ys:
+        at = [[c for c in shown if (c["settings"][across], c["settings"][up]) == (x, y)] for x in xs]
+        values.append([_mean(found, name) for found in at])
+        texts.append([_cell_text(_mean(found, name)) if found else "" for found in at])
+    axes.set(xlabel=NAMES[across], ylabel=NAMES[up])
+    return draw_map(
+        axes, values, texts, "viridis_r", Normalize(0, most),
+        across=[f"{x:g}" for x in xs], up=[f"{y:g}" for y in ys],
+    )  # fmt: skip
 
 
-def _mean(cells: list[Cell], name: str, at: Cell) -> float:
+def _cell_text(value: float) -> str:
+    """Return a value with two digits; a cross where a run diverged."""
+    return "×" if math.isnan(value) else "< 0.1" if 0 < value < 0.1 else f"{value:.{int(value < 9.95)}f}"
+
+
+def _mean(found: list[Cell], name: str) -> float:
     """Return the mean over seeds; not a number where a run diverged or none was made."""
-    values = [
-        c["found"].get(name, math.nan) for c in cells if all(c["settings"][k] == v for k, v in at.items())
-    ]
+    values = [cell["found"].get(name, math.nan) for cell in found]
     return sum(values) / len(values) if values else math.nan
 
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 import feedbackpath as fp
 from feedbackpath.data import load_dataset
-from feedbackpath.report.figures import PAGE_WIDTH
+from feedbackpath.report.parts import PAGE_WIDTH
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "competing-units" / "mnist.json"

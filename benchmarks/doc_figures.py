@@ -26,9 +26,10 @@ from PIL import Image, PngImagePlugin
 from study_figures import render_study
 from study_table import read_study
 
-from feedbackpath.report.figures import FIGURE_STYLE, render, render_figures
+from feedbackpath.report.figures import render_figures
 from feedbackpath.report.page import render_page
 from feedbackpath.report.panels import make_panel
+from feedbackpath.report.parts import FIGURE_STYLE, render
 from feedbackpath.train.results import read_results
 
 ROOT = Path(__file__).parent.parent

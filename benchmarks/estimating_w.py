@@ -19,8 +19,6 @@ import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,16 +26,25 @@ import feedbackpath as fp
 from feedbackpath.mirror import MirrorMode
 from feedbackpath.mirror.mode import fire_alike
 from feedbackpath.mirror.readings import learn
-from feedbackpath.report.figures import FIGURE_STYLE, PAGE_WIDTH
+from feedbackpath.report.parts import (
+    FIGURE_STYLE,
+    PAGE_WIDTH,
+    REFERENCE,
+    draw_legend,
+    key,
+    line_looks,
+    scale_log,
+    write_letters,
+)
 from feedbackpath.report.scales import describe_flat
-from feedbackpath.report.style import in_order, style_of
+from feedbackpath.report.style import in_order, legend_label
 
 RESULTS = Path(__file__).parent / "estimating-w" / "angles.json"
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 INPUTS, NEURONS, SEEDS, BATCH = 100, 50, 3, 64
 SIGMA, COMMON, DECAY = 0.5, 0.3, 1e-3
 Point = dict[str, float]
-COSTS = {"events": "values or spikes sent by each input", "products": "extra multiplications by each synapse"}
+COSTS = {"events": "values or spikes of each input", "products": "extra multiplications\nof each synapse"}
 WIDE = {
     "wm": "samples",
     "wm-exact": "samples",
@@ -109,6 +116,10 @@ def following(seed: int, passes: int) -> Iterator[Point]:
         optimizer.step()
         path.step()
         yield now(path, number * BATCH, number)
+
+
+FLOOR = 1.0  # degrees, the lowest of the figure
+THEORY: dict[str, Any] = REFERENCE | {"color": "black", "linestyle": ":", "linewidth": 0.9, "zorder": 3}
 
 
 def methods() -> dict[str, Callable[[int], Iterator[Point]]]:
@@ -212,52 +223,45 @@ def measure() -> dict[str, Any]:
 
 def draw_methods(points: dict[str, Any]) -> Figure:
     """Draw angles against events, against multiplications, and where cells have something in common."""
-    figure = Figure(figsize=(PAGE_WIDTH, 3.1), layout="constrained")
+    figure = Figure(figsize=(PAGE_WIDTH, 3.3), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    for axes, cost in zip(panels, ("events", "products", "events"), strict=True):
-        is_common = axes is panels[2]
-        for method in ("rdd", "stdwi") if is_common else in_order(WIDE):
-            draw_line(axes, method, points[f"{method}, common" if is_common else method], cost)
-            if cost == "events" and not is_common and theory(method, 1.0) is not None:
-                costs = [point["events"] for point in points[method][0]]
-                axes.plot(
-                    costs, [theory(method, c) for c in costs], color="black", linewidth=0.6, linestyle=":"
-                )
-        axes.set_xscale("log")
-        powers = (0, 2, 4, 6) if cost == "products" else (2, 3, 4, 5)
-        axes.set_xticks([10.0**power for power in powers], [f"10{'⁰¹²³⁴⁵⁶'[power]}" for power in powers])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_yscale("log")
-        axes.set_xlabel(f"{COSTS[cost]}" if not is_common else "spikes, cells with a common drive")
-    panels[0].set_ylim(1.0, 100.0)
-    panels[0].set_yticks((1, 3, 10, 30, 90))
-    panels[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    panels[0].yaxis.set_minor_formatter(NullFormatter())
+    methods = in_order(WIDE)
+    for axes, cost in zip(panels[:2], COSTS, strict=True):
+        for method in methods:
+            draw_line(axes, method, points[method], cost)
+    for method in methods:
+        if theory(method, 1.0) is not None:
+            costs = [point["events"] for point in points[method][0]]
+            panels[0].plot(costs, [theory(method, cost) for cost in costs], **THEORY)
+    for method in ("rdd", "stdwi"):
+        draw_line(panels[2], method, points[f"{method}, common"], "events")
+    labels = (*COSTS.values(), "spikes of each input, common drive")
+    for axes, label, powers in zip(panels, labels, ((1, 6), (0, 6), (2, 5)), strict=True):
+        scale_log(axes, "x", [10.0**power for power in range(powers[0], powers[1] + 1)], is_marked=False)
+        axes.set_xlabel(f"{label}\nlog scale" if "\n" not in label else f"{label}, log scale")
+    scale_log(panels[0], "y", (FLOOR, 3, 10, 30, 90))
     panels[0].set_ylabel("angle of B to W (°), log scale")
-    for axes, letter in zip(panels, "abc", strict=True):
-        axes.set_title(letter, loc="left", fontweight="bold")
-    handles, labels = panels[0].get_legend_handles_labels()
-    handles.append(Line2D([], [], color="black", linewidth=0.8, linestyle=":"))
-    figure.legend(handles, [*labels, "theory"], loc="outside upper center", ncols=3, frameon=False)
+    write_letters(panels)
+    draw_legend(
+        figure, [*(key(legend_label(m), **line_looks(m)) for m in methods), key("theory (a)", **THEORY)], 3
+    )
     return figure
 
 
 def draw_line(axes: Axes, method: str, runs: list[list[Point]], cost: str) -> None:
-    """Draw the mean over seeds of one method; one that is below 1° throughout is told at its cost."""
-    style = style_of(method)
+    """Draw the mean over seeds of one method; one that ends below the axis is told where it leaves it."""
     costs = [mean(point[cost] for point in same) for same in zip(*runs, strict=True)]
     angles = [mean(point["angle_deg"] for point in same) for same in zip(*runs, strict=True)]
-    if max(angles) < 1.0:
-        told = describe_flat(angles).removeprefix("all ") or "below 1°"
-        angles = [1.25] * len(angles)
+    if angles[-1] < FLOOR:
+        told = describe_flat(angles[-1:]).removeprefix("all ") or f"{angles[-1]:.1f}°"
+        if angles[0] < FLOOR:
+            angles = [1.2 * FLOOR] * len(angles)
+        place = max(i for i, angle in enumerate(angles) if angle >= FLOOR)
         axes.annotate(
-            f"{told.replace(' ', chr(10))} ↓", (costs[0], 1.25), (0, 4),
-            textcoords="offset points", ha="center", fontsize=7,
+            f"{told}\n↓", (costs[place], angles[place]), (-4, 0),
+            textcoords="offset points", ha="right", va="center", fontsize=7,
         )  # fmt: skip
-    axes.plot(
-        costs, angles, color=style.colour, linestyle=style.dash, marker=style.marker, markersize=3,
-        label=style.legend,
-    )  # fmt: skip
+    axes.plot(costs, angles, **line_looks(method))
 
 
 def make_table(points: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import feedbackpath as fp
 from feedbackpath.hardware import theory
 from feedbackpath.mirror.noise import RELU_SPREAD
-from feedbackpath.report.figures import FIGURE_STYLE, PAGE_WIDTH
+from feedbackpath.report.parts import FIGURE_STYLE, PAGE_WIDTH
 
 RESULTS = Path(__file__).parent / "hardware-theory" / "theory.json"
 FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "hardware-theory.png"

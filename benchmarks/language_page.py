@@ -10,11 +10,20 @@ from typing import Any
 
 import matplotlib
 from cost_page import put_tables
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from feedbackpath.report import markdown_table
-from feedbackpath.report.figures import FIGURE_STYLE, PAGE_WIDTH, line_looks, render
+from feedbackpath.report.parts import (
+    FIGURE_STYLE,
+    PAGE_WIDTH,
+    REFERENCE,
+    draw_legend,
+    key,
+    line_looks,
+    render,
+    scale_linear,
+    write_letters,
+)
 from feedbackpath.report.style import in_order, legend_label
 from feedbackpath.train.results import read_results
 
@@ -23,6 +32,12 @@ FOLDER = ROOT / "benchmarks" / "language"
 PAGE = ROOT / "docs" / "language.md"
 SHOWN = ("rule", "n", "test bits per byte", "minus bp", "angle, max", "δ angle, max", "gain")
 FIGURE = ROOT / "docs" / "figures" / "language-errors.png"
+
+
+NAMES = {
+    "self_attn": "query, key, value", "out_proj": "attention output", "linear1": "feed-forward 1",
+    "linear2": "feed-forward 2", "head": "output",
+}  # fmt: skip
 
 
 def tables() -> dict[str, str]:
@@ -52,36 +67,30 @@ def shown(text: str) -> str:
 
 def draw(cells: Mapping[str, Any]) -> Figure:
     """Draw delta angles by depth of the GPT (seed 0), and by steps back in time of the LSTM."""
-    figure = Figure(figsize=(PAGE_WIDTH, 2.8), layout="constrained")
+    figure = Figure(figsize=(PAGE_WIDTH, 3.0), layout="constrained")
     by_depth, by_time = figure.subplots(1, 2, sharey=True)
     found_runs = {run.rule: run for run in read_results(FOLDER / "gpt").runs if run.seed == 0}
     runs = [found_runs[rule] for rule in in_order(found_runs) if rule != "bp"]
     layers = list(runs[0].history[-1].delta_angle_deg)
     for run in runs:
-        angles = [run.history[-1].delta_angle_deg.get(layer, float("nan")) for layer in layers]
-        by_depth.plot(range(len(layers)), angles, label=legend_label(run.rule), **line_looks(run.rule))
-    for cell, found in cells.items():
+        found = run.history[-1].delta_angle_deg
+        places = [place for place, layer in enumerate(layers) if layer in found]
+        by_depth.plot(places, [found[layers[place]] for place in places], **line_looks(run.rule))
+    for cell, found_cell in cells.items():
         part, rule = cell.split("/")
         if part == "lstm" and rule != "bp":
-            by_time.plot(found["delta_angle_deg_by_steps_back"], markevery=9, **line_looks(rule))
-    names = [
-        name.removeprefix("layers.layers.").replace("self_attn.", "").replace("self_attn", "q, k, v")
-        for name in layers
-    ]
-    by_depth.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=6.5)
-    finish(by_depth, "GPT, by layer", "")
-    finish(by_time, "LSTM, by time", "steps back from the loss")
-    by_depth.set_ylabel("δ angle (°)")
-    figure.legend(loc="outside upper left", ncols=3, frameon=False, handlelength=2.6)
+            by_time.plot(found_cell["delta_angle_deg_by_steps_back"], markevery=9, **line_looks(rule))
+    names = [NAMES[layer.rsplit(".", 1)[-1]] for layer in layers]
+    by_depth.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+    by_depth.set(title="GPT", xlabel="layer, from the input (left) to the output", ylabel="δ angle (°)")
+    for block in range(2):
+        by_depth.axvline(4 * block + 3.5, linestyle=":", **REFERENCE)
+        by_depth.text(4 * block + 1.5, 104, f"block {block + 1}", ha="center", va="center", fontsize=7)
+    by_time.set(title="LSTM", xlabel="time steps back from the loss", xticks=range(0, 71, 10))
+    scale_linear(by_depth, "y", (0, 105), 15)
+    write_letters((by_depth, by_time))
+    draw_legend(figure, [key(legend_label(run.rule), **line_looks(run.rule)) for run in runs], 3)
     return figure
-
-
-def finish(axes: Axes, title: str, label: str) -> None:
-    """Give a panel its title, labels and limits."""
-    axes.set_title(title)
-    axes.set_xlabel(label)
-    axes.set_ylim(-4, 95)
-    axes.set_yticks([0, 30, 60, 90])
 
 
 def main() -> None:

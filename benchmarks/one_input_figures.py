@@ -10,8 +10,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from feedbackpath.report.figures import FIGURE_STYLE, PAGE_WIDTH, render_figures
+from feedbackpath.report.figures import render_figures
 from feedbackpath.report.panels import make_panel
+from feedbackpath.report.parts import FIGURE_STYLE, PAGE_WIDTH
 from feedbackpath.report.style import in_order, style_of
 from feedbackpath.train.results import read_results
 

@@ -17,13 +17,7 @@ from matplotlib.ticker import NullLocator
 from study_table import Group, group_trainings
 
 from feedbackpath.report.curves import mean_and_error
-from feedbackpath.report.figures import (
-    FIGURE_STYLE,
-    PAGE_WIDTH,
-    render,
-    scale_layers,
-    scale_metric,
-)
+from feedbackpath.report.parts import FIGURE_STYLE, PAGE_WIDTH, render, scale_layers, scale_metric
 from feedbackpath.report.scales import describe_flat, scale_of
 from feedbackpath.report.style import style_of
 from feedbackpath.train.store import write_bytes as replace_file

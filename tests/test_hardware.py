@@ -15,7 +15,7 @@ from feedbackpath.hardware.devices import PRESETS
 from feedbackpath.jobs.tolerance import IMPERFECTIONS, Tolerance, find_tolerance, table_of
 from feedbackpath.mirror.noise import RELU_SPREAD
 from feedbackpath.report.counts import mean_counts
-from feedbackpath.report.figures import FIGURE_STYLE
+from feedbackpath.report.parts import FIGURE_STYLE
 from feedbackpath.report.tolerance import draw_errors, draw_tolerance
 from feedbackpath.train.chips import make_chip
 from feedbackpath.train.config import CHIPS, CompareConfig

@@ -15,10 +15,10 @@ from feedbackpath.report import (
     write_report,
 )
 from feedbackpath.report.curves import layer_curves
-from feedbackpath.report.figures import KINDS
 from feedbackpath.report.page import describe_rules, describe_task
 from feedbackpath.report.page import render_page as render_panels
 from feedbackpath.report.panels import make_panel, styles_of
+from feedbackpath.report.parts import KINDS
 from feedbackpath.report.scales import error_axis
 from feedbackpath.report.style import choose_styles, style_of
 from feedbackpath.rules import RULES
@@ -370,12 +370,14 @@ def test_an_error_that_is_rounding_does_not_print_its_digits():
 @pytest.mark.parametrize(
     ("values", "metric", "scale", "ends", "ticks"),
     [
-        ([99.0, 3.0], Metric(), "log", (3 / 1.1, 113.85), [3, 5, 10, 20, 30, 50, 100]),
-        ([1e-6, 50.0], Metric(unit=""), "log", (1e-6 / 1.1, 57.5), [10.0**n for n in range(-6, 2)]),
-        ([0.0, 0.1], Metric(), "linear", (0, 1.0), []),
-        ([0.0, 0.1], Metric(unit=""), "linear", (0, 0.105), []),
-        ([-1.0, 1.0], Metric(unit=""), "linear", (-1.1, 1.1), []),
-        ([90.0, 100.0], Metric(lower_is_better=False), "linear", (89.5, 100.5), []),
+        ([99.0, 3.0], Metric(), "log", (3 / 1.1, 110), [3, 5, 10, 20, 30, 50, 100]),
+        ([1e-6, 50.0], Metric(unit=""), "log", (1e-6 / 1.1, 110), [10.0**n for n in range(-6, 3)]),
+        ([6.8, 1.2], Metric(), "log", (1 / 1.1, 11), [1, 2, 3, 5, 10]),
+        ([8.2, 8.4], Metric(), "log", (10 / 6, 11), [2, 3, 5, 10]),
+        ([0.0, 0.1], Metric(), "linear", (-0.04, 1.04), [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        ([0.0, 0.1], Metric(unit=""), "linear", (-0.004, 0.104), [0, 0.02, 0.04, 0.06, 0.08, 0.1]),
+        ([-1.0, 1.0], Metric(unit=""), "linear", (-1.08, 1.08), [-1, -0.5, 0, 0.5, 1]),
+        ([91.0, 99.0], Metric(lower_is_better=False), "linear", (89.6, 100.4), [90, 92, 94, 96, 98, 100]),
     ],
 )
 def test_axes_suit_the_metric(values, metric, scale, ends, ticks):

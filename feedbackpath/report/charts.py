@@ -45,12 +45,12 @@ def draw_learning_curves(panels: Sequence[Panel], styles: Styles) -> list[Markup
         return [None] * len(panels)
     metric = panels[0].metric
     scale, ends, ticks = error_axis(values, metric)
-    axis: dict[str, Any] = {"title": escape(axis_title(metric)), "type": scale, "range": ends}
+    title = escape(axis_title(metric))
+    axis: dict[str, Any] = {"title": title, "type": scale, "range": ends, "tickvals": ticks}
     if scale == "log":
         axis |= {
-            "title": f"{axis['title']}, log scale",
+            "title": f"{title}, log scale",
             "range": [log10(end) for end in ends],
-            "tickvals": ticks,
             "minor": {"tickvals": minor_ticks(ends), "ticks": "outside", "ticklen": 3},
             "ticks": "outside",
         }

@@ -1,9 +1,7 @@
 """The printed figures: learning curves, alignment of forward and feedback paths, gains."""
 
-from collections.abc import Iterable, Sequence
-from io import BytesIO
+from collections.abc import Sequence
 from math import ceil, isfinite
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 
 from feedbackpath.report.curves import (
@@ -24,47 +21,24 @@ from feedbackpath.report.curves import (
     learning_curves_by_rule,
 )
 from feedbackpath.report.panels import Panel, styles_of, suffix_of
-from feedbackpath.report.scales import (
-    ERROR,
-    LayerScale,
-    axis_title,
-    describe_flat,
-    epoch_ticks,
-    error_axis,
-    minor_ticks,
-    scale_of,
+from feedbackpath.report.parts import (
+    COLUMN_WIDTH,
+    FIGURE_STYLE,
+    KINDS,
+    PAGE_WIDTH,
+    REFERENCE,
+    draw_legend,
+    key,
+    looks_of,
+    render,
+    scale_layers,
+    scale_metric,
 )
-from feedbackpath.report.style import RuleStyle, Styles, style_of
-from feedbackpath.train.results import Metric
-
-COLUMN_WIDTH = 3.4  # inches, one column of a two-column page
-PAGE_WIDTH = 7.0
-
-KINDS = ("png", "pdf", "svg")
+from feedbackpath.report.scales import axis_title, describe_flat, epoch_ticks, scale_of
+from feedbackpath.report.style import RuleStyle, Styles
 
 LAYER_COLOURS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))
 """From the input layer, dark, to the output layer, light."""
-
-FIGURE_STYLE: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "axes.titlesize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 3,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.5,
-    "text.parse_math": False,  # a rule's name is text, whatever dollar signs it has
-    "pdf.fonttype": 42,  # fonts that journals accept and editors can edit
-    "svg.hashsalt": "feedbackpath",  # equal results give equal files
-}
 
 
 def render_figures(panels: Sequence[Panel]) -> dict[str, bytes]:
@@ -113,25 +87,9 @@ def learning_curves(panels: Sequence[Panel], styles: Styles) -> Figure | None:
     for axes in grid[::columns]:
         scale = ", log scale" if axes.get_yscale() == "log" else ""
         axes.set_ylabel(axis_title(panels[0].metric) + scale)
-    figure.legend(
-        handles=[Line2D([], [], label=styles[rule].legend, **looks_of(styles[rule])) for rule in rules],
-        loc="outside upper left",
-        ncols=2 if columns == 1 else 3,
-        frameon=False,
-        handlelength=2.6,
-        columnspacing=1.2,
-    )
+    keys = [key(styles[rule].legend, **looks_of(styles[rule])) for rule in rules]
+    draw_legend(figure, keys, 2 if columns == 1 else 3)
     return figure
-
-
-def line_looks(rule: str) -> dict[str, Any]:
-    """Return a built-in rule's colour, dash and marker in matplotlib's words."""
-    return looks_of(style_of(rule))
-
-
-def looks_of(style: RuleStyle) -> dict[str, Any]:
-    """Return a style in matplotlib's words."""
-    return {"color": style.colour, "linestyle": style.dash, "marker": style.marker}
 
 
 def _draw_learning(axes: Axes, style: RuleStyle, curves: LearningCurves) -> None:
@@ -143,18 +101,7 @@ def _draw_learning(axes: Axes, style: RuleStyle, curves: LearningCurves) -> None
         else:
             axes.plot(curve.epochs, curve.means, color=colour, linestyle=style.dash, linewidth=0.6)
             end = curve.epochs[-1:], curve.means[-1:]
-            axes.plot(*end, color=colour, marker="x", markersize=5, linestyle="")
-
-
-def scale_metric(axes: Axes, values: Iterable[float], metric: Metric = ERROR) -> None:
-    """Scale an axis for values of a metric, with plain numbers; every digit has a mark on a log axis."""
-    scale, ends, ticks = error_axis(values, metric)
-    axes.set_yscale(scale)
-    axes.set_ylim(ends)
-    if ticks:
-        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.set_yticks(minor_ticks(ends), [""] * len(minor_ticks(ends)), minor=True)
-        axes.grid(visible=False, which="minor")
+            axes.plot(*end, color=colour, marker="x", markersize=5, linestyle="", zorder=3)
 
 
 def draw_layer_figure(panel: Panel, styles: Styles, rows: Sequence[str]) -> Figure | None:
@@ -196,27 +143,10 @@ def _draw_layer_lines(axes: Axes, quantity: str, curves: LayerCurves) -> None:
         marker = "o" if len(curve.epochs) == 1 else None
         axes.plot(curve.epochs, curve.means, color=LAYER_COLOURS(position), marker=marker, linewidth=1)
     if quantity == "gain":
-        axes.axhline(1, color="#555555", linestyle="--", linewidth=0.7, zorder=1)
+        axes.axhline(1, linestyle="--", **REFERENCE)
         return
     note = describe_flat(all_means([curves])) if curves else "not measured"
     axes.text(0.5, 0.5, note, transform=axes.transAxes, ha="center", fontsize=7, color="#555555")
 
 
-def scale_layers(axes_row: Iterable[Axes], scale: LayerScale) -> None:
-    """Give the panels of a row the same axis."""
-    for axes in axes_row:
-        axes.set_yscale("function", functions=(scale.forward, scale.inverse))
-        axes.set_ylim(scale.ends)
-        axes.set_yticks(scale.ticks, [f"{tick:g}" for tick in scale.ticks])
-
-
 LAYER_FIGURES = {"alignment": ("matrix_angle_deg", "delta_angle_deg"), "gains": ("gain",)}
-
-
-def render(figure: Figure, kind: str) -> bytes:
-    """Return a figure as a file of a kind; equal results give equal files."""
-    buffer = BytesIO()
-    metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
-    figure.savefig(buffer, format=kind, dpi=300, metadata=metadata)
-    figure.set_layout_engine("none")  # laid out now: a second time would cost as much as drawing
-    return buffer.getvalue()

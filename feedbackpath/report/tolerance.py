@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-from feedbackpath.report.figures import (
+from feedbackpath.report.parts import (
     COLUMN_WIDTH,
     FIGURE_STYLE,
     KINDS,
