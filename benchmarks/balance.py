@@ -4,14 +4,13 @@ Akrout et al. 2019, Section 7: "A big lambda speeds up alignment, but may hamper
 are needed to assess the two mechanisms' [...] sensitivity to hyperparameters".
 
 `python benchmarks/balance.py balance` trains a fully connected network on digits over decay, learning rate,
-depth, norm, start of B and optimizer; `... kp` and `... wm` draw the maps of the two mechanisms. Each cell is
-kept as it ends, in `benchmarks/balance/`; broken off, the same command goes on. `... figures` draws.
+depth, norm, start of B and optimizer; `... kp` and `... wm` map the two mechanisms' settings. Each cell is
+kept as it ends, in `benchmarks/balance/`; broken off, the same command goes on. `doc_figures.py` draws.
 """
 
 import argparse
 import functools
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cells import Cell, run_cells
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -29,20 +27,17 @@ from torch import nn
 import feedbackpath as fp
 from feedbackpath.data import load_dataset, minibatches
 from feedbackpath.report.parts import (
-    FIGURE_STYLE,
     PAGE_WIDTH,
     REFERENCE,
     draw_legend,
     draw_map,
     key,
-    render,
     scale_linear,
     write_letters,
 )
 from feedbackpath.report.style import style_of
 
 OUT = Path(__file__).parent / "balance"
-FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 DEFAULTS: Cell = {
     "rule": "kp", "depth": 2, "norm": "none", "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-3,
     "momentum": 0.9, "start": 1.0, "epochs": 20, "seed": 0,
@@ -209,18 +204,6 @@ def predict_angle(efolds: float, w: float, w_first: float, b_first: float) -> fl
     return math.degrees(math.acos(min(1.0, max(-1.0, product / (w * math.sqrt(square))))))
 
 
-def draw(out: Path, figures: Path) -> None:
-    """Draw what there is: the balance with its theory, and the maps."""
-    files = {part: out / f"{part}.json" for part in GRIDS if (out / f"{part}.json").exists()}
-    found = {part: json.loads(file.read_text())["cells"] for part, file in files.items()}
-    with rc_context(FIGURE_STYLE):
-        if "balance" in found:
-            (figures / "balance.png").write_bytes(render(draw_balance(found["balance"]), "png"))
-        for part, axes in MAPS.items():
-            if part in found:
-                (figures / f"balance-{part}.png").write_bytes(render(draw_maps(found[part], axes), "png"))
-
-
 def draw_balance(cells: list[Cell]) -> Figure:
     """Draw angles against theory, and errors beyond backprop's against the e-folds of a run."""
     figure = Figure(figsize=(PAGE_WIDTH, 3.2), layout="constrained")
@@ -264,11 +247,12 @@ def _backprop_beside(cell: Cell, cells: list[Cell]) -> float:
     return next((float(c["found"]["error"]) for c in cells if c["settings"] == wanted), math.nan)
 
 
-def draw_maps(cells: list[Cell], axes: Sequence[tuple[str, str]]) -> Figure:
-    """Draw error and worst angle over each pair of settings, the others at their defaults."""
+def draw_maps(part: str, cells: list[Cell]) -> Figure:
+    """Draw a part's error and worst angle over each pair of settings, the others at their defaults."""
+    axes = MAPS[part]
     figure = Figure(figsize=(PAGE_WIDTH, 4.6), layout="constrained")
     grid = figure.subplots(2, len(axes), squeeze=False)
-    others = {**DEFAULTS, **MIRROR} if cells[0]["settings"]["rule"] == "wm" else DEFAULTS
+    others = {**DEFAULTS, **MIRROR} if part == "wm" else DEFAULTS
     for row, (name, most, label) in zip(grid, QUANTITIES, strict=True):
         for axis, (across, up) in zip(row, axes, strict=True):
             fixed = {key: value for key, value in others.items() if key not in (across, up, "seed")}
@@ -310,27 +294,20 @@ def _mean(found: list[Cell], name: str) -> float:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return what was asked for on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("part", choices=[*GRIDS, "figures"])
+    parser.add_argument("part", choices=GRIDS)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each cell (3)")
     parser.add_argument("--at-most", type=int, default=None, help="stop after so many new cells (all)")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of result files and figures")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of result files")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what is missing of a part, or draw."""
+    """Measure what is missing of a part."""
     asked = parse(argv)
     torch.set_num_threads(1)
-    if asked.part != "figures":
-        command = f"python benchmarks/balance.py {asked.part} --seeds {asked.seeds}"
-        run_cells(
-            asked.out / f"{asked.part}.json",
-            command,
-            cells_of(asked.part, asked.seeds),
-            measure,
-            asked.at_most,
-        )
-    draw(asked.out, FIGURES if asked.out == OUT else asked.out)
+    command = f"python benchmarks/balance.py {asked.part} --seeds {asked.seeds}"
+    cells = cells_of(asked.part, asked.seeds)
+    run_cells(asked.out / f"{asked.part}.json", command, cells, measure, asked.at_most)
 
 
 if __name__ == "__main__":

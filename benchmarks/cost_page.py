@@ -15,7 +15,6 @@ from typing import Any
 
 from cost_model import Calibration, LayerSize, predict_ratio
 from extrapolation import Training, add_every_rule, resnet50_on_32_devices, transformer_of_7_billion
-from growth_figure import render_growth
 from layer_sizes import measure_layers
 
 from feedbackpath.bench.workloads import Workload
@@ -23,7 +22,6 @@ from feedbackpath.bench.workloads import Workload
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "step-cost" / "growth.json"
 PAGE = RESULTS.parent / "README.md"
-FIGURE = ROOT / "docs" / "figures" / "step-cost-growth.png"
 TIME_SHARE = 0.05  # of a step's time, that a mirror takes at most if it keeps to its goal
 
 
@@ -170,9 +168,8 @@ def put_tables(page: str, tables: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Read, draw and write."""
+    """Read and write."""
     growth = json.loads(RESULTS.read_text(encoding="utf-8"))
-    FIGURE.write_bytes(render_growth(growth))
     PAGE.write_text(put_tables(PAGE.read_text(encoding="utf-8"), tables_of_cost(growth)), encoding="utf-8")
 
 

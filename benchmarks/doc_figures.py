@@ -11,24 +11,26 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import balance
 import competing_units
 import estimating_w
 import hardware_theory
 import language_page
-from growth_figure import render_growth
+from growth_figure import draw_growth
 from matplotlib import rc_context
-from one_input_figures import draw_angles
+from matplotlib.figure import Figure
+from one_input_figures import LOOKS, draw_angles
 from PIL import Image, PngImagePlugin
 from study_figures import render_study
 from study_table import read_study
 
 from feedbackpath.report.figures import render_figures
 from feedbackpath.report.page import render_page
-from feedbackpath.report.panels import make_panel
+from feedbackpath.report.panels import Panel, make_panel
 from feedbackpath.report.parts import FIGURE_STYLE, render
 from feedbackpath.train.results import read_results
 
@@ -60,17 +62,38 @@ def write_stamped(name: str, png: bytes, sources: list[str]) -> None:
         image.save(FIGURES / name, pnginfo=text, dpi=image.info.get("dpi"), optimize=True)
 
 
+def read(source: str) -> Any:
+    """Return the content of a JSON file below benchmarks/."""
+    return json.loads((RESULTS / source).read_text(encoding="utf-8"))
+
+
+def read_panel(folder: str) -> Panel:
+    """Read a comparison's folder; its rules get the names that they have today."""
+    results = read_results(RESULTS / folder)
+    if folder in EARLIER:
+        for run in results.runs:
+            run.rule = "wm-exact" if run.rule == "wm" else run.rule
+    return make_panel([(folder, results.model_copy(update={"looks": results.looks | LOOKS}))])
+
+
 def of_comparison(folder: str, figure: str) -> bytes:
     """Draw one figure of a comparison's folder below benchmarks/."""
-    panel = make_panel([(folder, read_results(RESULTS / folder))])
-    return render_figures([panel])[f"{figure}.png"]
+    return all_of(folder)[f"{figure}.png"]
+
+
+@cache
+def all_of(folder: str) -> dict[str, bytes]:
+    """Draw a comparison, or the mirror's study."""
+    if folder == "mirror-study":
+        return render_study(read_study(RESULTS / folder))
+    return render_figures([read_panel(folder)])
 
 
 def of_page(folder: str) -> bytes:
-    """Take a picture of a comparison's page in Chromium, down to the first rules' layers."""
+    """Take a picture of a comparison's page in Chromium, down to the first rule's layers."""
     from playwright.sync_api import sync_playwright
 
-    page = render_page([make_panel([(folder, read_results(RESULTS / folder))])])
+    page = render_page([read_panel(folder)])
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with tempfile.TemporaryDirectory() as place, sync_playwright() as playwright:
         (Path(place) / "report.html").write_text(page, encoding="utf-8")
@@ -80,59 +103,32 @@ def of_page(folder: str) -> bytes:
         return window.screenshot()
 
 
-def of_one_input() -> bytes:
+def of_one_input() -> Figure:
     """Draw the angles of the study with one noisy input."""
-    with rc_context(FIGURE_STYLE):
-        found = json.loads((RESULTS / "one-input" / "angles.json").read_text(encoding="utf-8"))
-        return render(draw_angles(found["measured"]), "png")
+    return draw_angles(read("one-input/angles.json")["measured"])
 
 
-def of_growth() -> bytes:
-    """Draw how a step's cost grows."""
-    return render_growth(json.loads((RESULTS / "step-cost" / "growth.json").read_text(encoding="utf-8")))
+def of_growth() -> Figure:
+    """Draw how a step's cost grows; the file's `wm` is today's `wm-exact`."""
+    found = read("step-cost/growth.json")
+    found["settings"]["rules"] = [rule.replace("wm", "wm-exact") for rule in found["settings"]["rules"]]
+    for axis in found["growth"].values():
+        for cell in axis["cells"]:
+            cell["step"]["wm-exact"] = cell["step"].pop("wm")
+    return draw_growth(found)
 
 
-@cache
-def all_of_study() -> dict[str, bytes]:
-    """Draw the mirror's study."""
-    return render_study(read_study(RESULTS / "mirror-study"))
+def drawn(draw: Callable[[], Figure]) -> Callable[[], bytes]:
+    """Return a function that draws a figure as the bytes of a PNG."""
+
+    def render_png() -> bytes:
+        with rc_context(FIGURE_STYLE):
+            return render(draw(), "png")
+
+    return render_png
 
 
-def of_balance(name: str) -> bytes:
-    """Draw a figure of Kolen-Pollack's balance, or of sensitivity."""
-    with tempfile.TemporaryDirectory() as folder:
-        balance.draw(RESULTS / "balance", Path(folder))
-        return (Path(folder) / name).read_bytes()
-
-
-def of_estimates() -> bytes:
-    """Draw ways of estimating W."""
-    found = json.loads((RESULTS / "estimating-w" / "angles.json").read_text(encoding="utf-8"))
-    with rc_context(FIGURE_STYLE):
-        return render(estimating_w.draw_methods(found["points"]), "png")
-
-
-def of_features() -> bytes:
-    """Draw what competing units learn."""
-    found = json.loads((RESULTS / "competing-units" / "mnist.json").read_text(encoding="utf-8"))
-    with rc_context(FIGURE_STYLE):
-        return render(competing_units.draw(found), "png")
-
-
-def of_language() -> bytes:
-    """Draw delta angles of the GPT and the LSTM."""
-    found = json.loads((RESULTS / "language" / "samples.json").read_text(encoding="utf-8"))
-    with rc_context(FIGURE_STYLE):
-        return render(language_page.draw(found), "png")
-
-
-def of_hardware() -> bytes:
-    """Draw theories of imperfect arrays over measurements."""
-    found = json.loads((RESULTS / "hardware-theory" / "theory.json").read_text(encoding="utf-8"))
-    with rc_context(FIGURE_STYLE):
-        return render(hardware_theory.draw(found), "png")
-
-
+EARLIER = ("fashion-mnist-lenet", "one-input")  # made when `wm` was the rule that is now `wm-exact`
 COMPARISONS = {
     "glyphs-resnet8": ("learning_curves", "alignment", "gains"),
     "fashion-mnist-lenet": ("learning_curves",),
@@ -140,28 +136,45 @@ COMPARISONS = {
 }
 DRAWN: dict[str, tuple[list[str], Callable[[], bytes]]] = {
     **{
-        f"{folder}-{figure}.png": (
-            [f"{folder}/results.json"],
-            lambda folder=folder, figure=figure: of_comparison(folder, figure),  # type: ignore[misc]
-        )
+        f"{folder}-{figure}.png": ([f"{folder}/results.json"], partial(of_comparison, folder, figure))
         for folder, figures in COMPARISONS.items()
         for figure in figures
     },
-    "balance.png": (["balance/balance.json"], lambda: of_balance("balance.png")),
-    "balance-kp.png": (["balance/kp.json"], lambda: of_balance("balance-kp.png")),
-    "balance-wm.png": (["balance/wm.json"], lambda: of_balance("balance-wm.png")),
-    "estimating-w.png": (["estimating-w/angles.json"], of_estimates),
-    "kh-features.png": (["competing-units/mnist.json"], of_features),
-    "hardware-theory.png": (["hardware-theory/theory.json"], of_hardware),
-    "language-errors.png": (["language/gpt/results.json", "language/samples.json"], of_language),
-    "one-input-angles.png": (["one-input/angles.json"], of_one_input),
-    "report-page.png": (["glyphs-resnet8/results.json"], lambda: of_page("glyphs-resnet8")),
-    "step-cost-growth.png": (["step-cost/growth.json"], of_growth),
+    "balance.png": (
+        ["balance/balance.json"],
+        drawn(lambda: balance.draw_balance(read("balance/balance.json")["cells"])),
+    ),
+    **{
+        f"balance-{part}.png": (
+            [f"balance/{part}.json"],
+            drawn(lambda part=part: balance.draw_maps(part, read(f"balance/{part}.json")["cells"])),  # type: ignore[misc]
+        )
+        for part in balance.MAPS
+    },
+    "estimating-w.png": (
+        ["estimating-w/angles.json"],
+        drawn(lambda: estimating_w.draw_methods(read("estimating-w/angles.json")["points"])),
+    ),
+    "kh-features.png": (
+        ["competing-units/mnist.json"],
+        drawn(lambda: competing_units.draw(read("competing-units/mnist.json"))),
+    ),
+    "hardware-theory.png": (
+        ["hardware-theory/theory.json"],
+        drawn(lambda: hardware_theory.draw(read("hardware-theory/theory.json"))),
+    ),
+    "language-errors.png": (
+        ["language/gpt/results.json", "language/samples.json"],
+        drawn(lambda: language_page.draw(read("language/samples.json"))),
+    ),
+    "one-input-angles.png": (["one-input/angles.json"], drawn(of_one_input)),
+    "report-page.png": (["glyphs-resnet8/results.json"], partial(of_page, "glyphs-resnet8")),
+    "step-cost-growth.png": (["step-cost/growth.json"], drawn(of_growth)),
     **{
         f"mirror-study-{part}.png": (
             ["mirror-study/study.json"],
-            lambda part=part: all_of_study()[f"{part}.png"],
-        )  # type: ignore[misc]
+            partial(of_comparison, "mirror-study", part),
+        )
         for part in ("designs", "grid", "depth", "width", "batch")
     },
 }

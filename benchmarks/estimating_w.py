@@ -1,7 +1,8 @@
 """Ways of estimating W at equal cost: angle of B to W against what it takes; and `kh` on digits.
 
-    python benchmarks/estimating_w.py            # measure, draw, and print the table of docs/estimating-w.md
-    python benchmarks/estimating_w.py --draw     # draw and print from the result file alone
+    python benchmarks/estimating_w.py            # measure, and print the table of docs/estimating-w.md
+    python benchmarks/estimating_w.py --print    # print from the result file alone
+    python benchmarks/doc_figures.py estimating-w.png
 
 One layer of 100 inputs and 50 neurons, three seeds; about a minute and a half on one core.
 """
@@ -16,7 +17,6 @@ from statistics import mean
 from typing import Any
 
 import torch
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
@@ -27,7 +27,6 @@ from feedbackpath.mirror import MirrorMode
 from feedbackpath.mirror.mode import fire_alike
 from feedbackpath.mirror.readings import learn
 from feedbackpath.report.parts import (
-    FIGURE_STYLE,
     PAGE_WIDTH,
     REFERENCE,
     draw_legend,
@@ -249,17 +248,22 @@ def draw_methods(points: dict[str, Any]) -> Figure:
 
 
 def draw_line(axes: Axes, method: str, runs: list[list[Point]], cost: str) -> None:
-    """Draw the mean over seeds of one method; one that ends below the axis is told where it leaves it."""
+    """Draw the mean over seeds of one method; what is below the axis is told."""
     costs = [mean(point[cost] for point in same) for same in zip(*runs, strict=True)]
     angles = [mean(point["angle_deg"] for point in same) for same in zip(*runs, strict=True)]
-    if angles[-1] < FLOOR:
-        told = describe_flat(angles[-1:]).removeprefix("all ") or f"{angles[-1]:.1f}°"
-        if angles[0] < FLOOR:
-            angles = [1.2 * FLOOR] * len(angles)
-        place = max(i for i, angle in enumerate(angles) if angle >= FLOOR)
+    if angles[0] < FLOOR:
+        told = describe_flat(angles).removeprefix("all ").replace(" ", "\n")
+        angles = [1.2 * FLOOR] * len(angles)
         axes.annotate(
-            f"{told}\n↓", (costs[place], angles[place]), (-4, 0),
-            textcoords="offset points", ha="right", va="center", fontsize=7,
+            f"{told} ↓", (costs[0], angles[0]), (10, 4),
+            textcoords="offset points", ha="right", fontsize=7,
+        )  # fmt: skip
+    elif angles[-1] < FLOOR:
+        side, place = (1, "left") if cost == "products" else (-1, "right")
+        last = max(index for index, angle in enumerate(angles) if angle >= FLOOR)
+        axes.annotate(
+            f"{angles[-1]:.1f}° ↓", (costs[last], angles[last]), (6 * side, 0),
+            textcoords="offset points", ha=place, va="center", fontsize=7,
         )  # fmt: skip
     axes.plot(costs, angles, **line_looks(method))
 
@@ -294,14 +298,12 @@ def reach(runs: list[list[Point]], angle_deg: float, cost: str) -> str:
 
 
 def main() -> None:
-    """Measure, draw, and print the table."""
+    """Measure, and print the table."""
     torch.set_num_threads(1)
-    if "--draw" not in sys.argv:
+    if "--print" not in sys.argv:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
     found = json.loads(RESULTS.read_text())
-    with rc_context(FIGURE_STYLE):
-        draw_methods(found["points"]).savefig(FIGURES / "estimating-w.png", dpi=300)
     print(make_table(found["points"]))
     for rule, run in found["digits"].items():
         print(f"digits, {rule}, lr {run['rate']}: {mean(run['errors']):.1f}% of {len(run['errors'])} seeds")

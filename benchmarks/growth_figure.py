@@ -23,7 +23,6 @@ from feedbackpath.report.parts import (
 from feedbackpath.report.style import in_order, legend_label
 
 GOALS = {1.02: ("goal: 1.02", "--"), 1.05: ("goal of the mirror: 1.05", ":")}
-NOW = {"wm": "wm-exact"}  # what the rule of the result file is called today
 COLUMNS = 3
 SPREAD = 0.13  # between rules, which stand side by side at each size
 
@@ -40,9 +39,7 @@ def render_growth(found: Mapping[str, Any]) -> bytes:
 
 def draw_growth(found: Mapping[str, Any]) -> Figure:
     """Draw medians and quartiles of each rule's ratios by size; the goals are lines across."""
-    axes_found = found["growth"]
-    names = {NOW.get(rule, rule): rule for rule in found["settings"]["rules"]}
-    rules = {rule: names[rule] for rule in in_order(names)}
+    axes_found, rules = found["growth"], in_order(found["settings"]["rules"])
     columns = min(COLUMNS, len(axes_found) + 1)
     rows = ceil((len(axes_found) + 1) / columns)
     figure = Figure(figsize=(PAGE_WIDTH * columns / COLUMNS, 2.2 * rows), layout="constrained")
@@ -63,13 +60,13 @@ def draw_growth(found: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _draw_panel(axes: Axes, axis: Mapping[str, Any], rules: Mapping[str, str]) -> None:
+def _draw_panel(axes: Axes, axis: Mapping[str, Any], rules: list[str]) -> None:
     sizes = [cell["size"] for cell in axis["cells"]]
     for goal, (_, dash) in GOALS.items():
         axes.axhline(goal, linestyle=dash, **REFERENCE)
-    for place, (rule, name) in enumerate(rules.items()):
+    for place, rule in enumerate(rules):
         aside = SPREAD * (place - (len(rules) - 1) / 2)
-        _draw_rule(axes, rule, np.arange(len(sizes)) + aside, [cell["step"][name] for cell in axis["cells"]])
+        _draw_rule(axes, rule, np.arange(len(sizes)) + aside, [cell["step"][rule] for cell in axis["cells"]])
     axes.set_xticks(range(len(sizes)), [f"{size:g}" for size in sizes])
     axes.set_xlim(-0.5, len(sizes) - 0.5)
     axes.grid(visible=False, axis="x")

@@ -1,8 +1,8 @@
 """Theory of imperfect arrays beside measurement: `docs/figures/hardware-theory.png`.
 
-    python benchmarks/hardware_theory.py            # measure, and draw
+    python benchmarks/hardware_theory.py            # measure
     python benchmarks/hardware_theory.py floor      # measure one of noise, contraction, floor, mirror anew
-    python benchmarks/hardware_theory.py --draw     # draw from the result file alone
+    python benchmarks/doc_figures.py hardware-theory.png
 
 A network 20-40-20-5 learns a random teacher's classes; single arrays and layers stand beside it. Four minutes
 on one core.
@@ -19,19 +19,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 from torch import Tensor, nn
 
 import feedbackpath as fp
 from feedbackpath.hardware import theory
 from feedbackpath.mirror.noise import RELU_SPREAD
-from feedbackpath.report.parts import FIGURE_STYLE, PAGE_WIDTH
+from feedbackpath.report.parts import PAGE_WIDTH, scale_linear, scale_log, write_letters
 
 RESULTS = Path(__file__).parent / "hardware-theory" / "theory.json"
-FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "hardware-theory.png"
 WIDTHS = (20, 40, 20, 5)
 LR, BATCH = 0.1, 64
 Found = dict[str, Any]
@@ -215,9 +212,9 @@ def draw(found: dict[str, list[Found]]) -> Figure:
     """Draw each theory as a line over what was measured, as points."""
     figure = Figure(figsize=(PAGE_WIDTH, 5.6), layout="constrained")
     panels = figure.subplots(2, 2)
-    for axes, letter, part in zip(panels.flat, "abcd", DRAWN, strict=True):
+    write_letters(panels.flat)
+    for axes, part in zip(panels.flat, DRAWN, strict=True):
         DRAWN[part](axes, found[part])
-        axes.set_title(letter, loc="left", fontweight="bold")
         axes.set_title(TITLES[part])
         axes.legend(loc=PLACES[part], frameon=False, handletextpad=0.4, borderaxespad=0.2, labelspacing=0.3)
     return figure
@@ -229,17 +226,12 @@ def _points(
     axes.plot(x, y, marker, color=colour, label=label, markersize=4, markeredgewidth=0.9, **more)
 
 
-def _ticks(axis: Any, *values: float) -> None:
-    axis.set_ticks(values, [f"{value:.5f}".rstrip("0").rstrip(".") for value in values])
-    axis.set_minor_formatter(NullFormatter())
-
-
 def draw_noise(axes: Axes, cells: list[Found]) -> None:
     """Draw the variance of W - B against the noise of a write."""
     looks = {
-        "both, λ a third": (TEAL, "^", "both, λ = 0.003", {}),
+        "both, λ a third": (TEAL, "^", "both arrays, λ = 0.003", {}),
         "both, soft bounds": (TEAL, "v", "the same, soft bounds", {"fillstyle": "none"}),
-        "both sides": (INDIGO, "o", "both, λ = 0.01", {}),
+        "both sides": (INDIGO, "o", "both arrays, λ = 0.01", {}),
         "both, momentum 0.9": (INDIGO, "D", "the same, momentum 0.9", {"fillstyle": "none"}),
         "one side": (WINE, "s", "one array, λ = 0.01", {}),
     }
@@ -250,10 +242,8 @@ def draw_noise(axes: Axes, cells: list[Found]) -> None:
     for shrink, sides, colour in ((0.003, 2, TEAL), (0.01, 2, INDIGO), (0.01, 1, WINE)):
         lines = [theory.gap_variance(s, 1.0, shrink, sides=sides) for s in noises]
         axes.plot(noises, lines, color=colour, linewidth=0.8, zorder=1)
-    axes.set(xscale="log", yscale="log")
-    _ticks(axes.xaxis, 0.001, 0.01, 0.1)
-    _ticks(axes.yaxis, 0.00001, 0.0001, 0.001, 0.01, 0.1, 1)
-    axes.set(xlim=(noises[0], noises[-1]), ylim=(3e-6, 2))
+    scale_log(axes, "x", (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1))
+    scale_log(axes, "y", [10.0**power for power in range(-5, 1)])
     axes.set(xlabel="noise of a write, s (units of weight), log scale", ylabel="variance of W − B, log scale")
 
 
@@ -271,8 +261,8 @@ def draw_contraction(axes: Axes, cells: list[Found]) -> None:
     written = [0.05 * k for k in range(131)]
     axes.plot(written, [theory.soft_contraction(w, 1.0) for w in written], color="black", linewidth=0.9,
               label="theory")  # fmt: skip
-    axes.set(yscale="log", xlim=(0, 6), ylim=(0.005, 1.2))
-    _ticks(axes.yaxis, 0.01, 0.03, 0.1, 0.3, 1)
+    scale_linear(axes, "x", (0, 6), 1)
+    scale_log(axes, "y", (0.003, 0.01, 0.03, 0.1, 0.3, 1))
     axes.set(
         xlabel="written changes of a weight (in bounds)", ylabel="size of W − B over its start, log scale"
     )
@@ -286,21 +276,20 @@ def draw_floor(axes: Axes, cells: list[Found]) -> None:
     ):
         own = [cell for cell in cells if cell["series"] == series]
         _points(axes, [c["spread"] for c in own], [c["left"] for c in own], colour, marker, label)
-    spreads = [0.02, 1.2]
+    spreads = [0.01, 1.0]
     floor = [math.sqrt(2.0) * theory.symmetry_spread(1.0, spread) for spread in spreads]
     axes.plot(spreads, floor, color="black", linewidth=0.9, label="theory")
-    axes.set(xscale="log", yscale="log", xlim=tuple(spreads), ylim=tuple(spreads))
+    scale_log(axes, "x", (0.01, 0.03, 0.1, 0.3, 1))
+    scale_log(axes, "y", (0.01, 0.03, 0.1, 0.3, 1))
     axes.set(
         xlabel="spread of up and of down pulses, log scale", ylabel="spread of W − B (in bounds), log scale"
     )
-    for axis in (axes.xaxis, axes.yaxis):
-        _ticks(axis, 0.03, 0.1, 0.3, 1)
 
 
 def draw_mirror(axes: Axes, cells: list[Found]) -> None:
     """Draw the angle of B and W against the noise of reads."""
     least = 0.05  # where noise 0 is drawn
-    noises = [least * 10 ** (0.05 * k) for k in range(50)]
+    noises = [least * 10 ** (0.05 * k) for k in range(47)]
     for samples, colour in ((512, INDIGO), (2048, WINE), (8192, TEAL)):
         for series, filled, spread in (("linear", "full", 1.0), ("ReLU", "none", RELU_SPREAD)):
             own = [c for c in cells if c["samples"] == samples and c["series"] == series]
@@ -310,9 +299,12 @@ def draw_mirror(axes: Axes, cells: list[Found]) -> None:
             axes.plot(noises, angles, color=colour, linewidth=0.8, zorder=1,
                       linestyle="-" if series == "linear" else "--")  # fmt: skip
     _points(axes, [], [], GREY, "o", "open, dashed: behind a ReLU", fillstyle="none", linestyle="--")
-    axes.set(xscale="log", xlim=(0.9 * least, noises[-1]), ylim=(0, 90))
-    axes.set_xticks([least, 0.1, 1.0, 10.0], ["0", "0.1", "1", "10"])
-    axes.set_yticks(range(0, 91, 15))
+    scale_log(axes, "x", (least, 0.1, 1, 10), is_marked=False)
+    axes.set_xticks(axes.get_xticks(), ["0", "0.1", "1", "10"])
+    axes.text(
+        0.07, 0, "//", transform=axes.get_xaxis_transform(), ha="center", va="center"
+    )  # 0 is not to scale
+    scale_linear(axes, "y", (0, 90), 15)
     axes.set(xlabel="noise of reads (over the answers' rms), log scale", ylabel="angle of B and W (°)")
 
 
@@ -329,19 +321,15 @@ DRAWN: dict[str, Callable[[Axes, list[Found]], None]] = {
 
 
 def main() -> None:
-    """Measure what was asked for, and draw."""
+    """Measure what was asked for."""
     torch.set_num_threads(1)
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in [] if "--draw" in sys.argv else sys.argv[1:] or PARTS:
+    for name in sys.argv[1:] or PARTS:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Kolen-Pollack without weight decay is what is measured
             found |= {"torch": torch.__version__, name: PARTS[name]()}
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    if not PARTS.keys() <= found.keys():
-        return
-    with rc_context(FIGURE_STYLE):
-        draw(json.loads(RESULTS.read_text())).savefig(FIGURE, dpi=300)
 
 
 if __name__ == "__main__":

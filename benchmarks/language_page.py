@@ -1,26 +1,24 @@
 """The tables and the figure of docs/language.md, from the result files in ``benchmarks/language``.
 
-python benchmarks/language_page.py
+`python benchmarks/language_page.py` writes the tables, `python benchmarks/doc_figures.py` the figure.
 """
 
 import json
 from collections.abc import Mapping
+from math import nan
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from cost_page import put_tables
 from matplotlib.figure import Figure
 
 from feedbackpath.report import markdown_table
 from feedbackpath.report.parts import (
-    FIGURE_STYLE,
     PAGE_WIDTH,
     REFERENCE,
     draw_legend,
     key,
     line_looks,
-    render,
     scale_linear,
     write_letters,
 )
@@ -31,13 +29,9 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "language"
 PAGE = ROOT / "docs" / "language.md"
 SHOWN = ("rule", "n", "test bits per byte", "minus bp", "angle, max", "δ angle, max", "gain")
-FIGURE = ROOT / "docs" / "figures" / "language-errors.png"
 
 
-NAMES = {
-    "self_attn": "query, key, value", "out_proj": "attention output", "linear1": "feed-forward 1",
-    "linear2": "feed-forward 2", "head": "output",
-}  # fmt: skip
+NAMES = {"self_attn": "qkv", "out_proj": "out", "linear1": "ff 1", "linear2": "ff 2", "head": "output"}
 
 
 def tables() -> dict[str, str]:
@@ -67,22 +61,21 @@ def shown(text: str) -> str:
 
 def draw(cells: Mapping[str, Any]) -> Figure:
     """Draw delta angles by depth of the GPT (seed 0), and by steps back in time of the LSTM."""
-    figure = Figure(figsize=(PAGE_WIDTH, 3.0), layout="constrained")
+    figure = Figure(figsize=(PAGE_WIDTH, 2.8), layout="constrained")
     by_depth, by_time = figure.subplots(1, 2, sharey=True)
     found_runs = {run.rule: run for run in read_results(FOLDER / "gpt").runs if run.seed == 0}
     runs = [found_runs[rule] for rule in in_order(found_runs) if rule != "bp"]
     layers = list(runs[0].history[-1].delta_angle_deg)
     for run in runs:
-        found = run.history[-1].delta_angle_deg
-        places = [place for place, layer in enumerate(layers) if layer in found]
-        by_depth.plot(places, [found[layers[place]] for place in places], **line_looks(run.rule))
-    for cell, found_cell in cells.items():
+        angles = [run.history[-1].delta_angle_deg.get(layer, nan) for layer in layers]
+        by_depth.plot(range(len(layers)), angles, **line_looks(run.rule))
+    for cell, found in cells.items():
         part, rule = cell.split("/")
         if part == "lstm" and rule != "bp":
-            by_time.plot(found_cell["delta_angle_deg_by_steps_back"], markevery=9, **line_looks(rule))
+            by_time.plot(found["delta_angle_deg_by_steps_back"], markevery=9, **line_looks(rule))
     names = [NAMES[layer.rsplit(".", 1)[-1]] for layer in layers]
-    by_depth.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
-    by_depth.set(title="GPT", xlabel="layer, from the input (left) to the output", ylabel="δ angle (°)")
+    by_depth.set_xticks(range(len(names)), names)
+    by_depth.set(title="GPT", xlabel="layer", ylabel="δ angle (°)")
     for block in range(2):
         by_depth.axvline(4 * block + 3.5, linestyle=":", **REFERENCE)
         by_depth.text(4 * block + 1.5, 104, f"block {block + 1}", ha="center", va="center", fontsize=7)
@@ -94,10 +87,8 @@ def draw(cells: Mapping[str, Any]) -> Figure:
 
 
 def main() -> None:
-    """Write tables and figure anew."""
+    """Write the tables anew."""
     PAGE.write_text(put_tables(PAGE.read_text(), tables()))
-    with matplotlib.rc_context(FIGURE_STYLE):
-        FIGURE.write_bytes(render(draw(json.loads((FOLDER / "samples.json").read_text())), "png"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 `python benchmarks/one_input.py training` trains ResNet-8 on glyphs, every B learning after each step from one
 forward pass of noise, beside other rules; `... angles` measures angles, gains and how far inputs are from
 white, at the start and after some training; `... drives`, run last, does so for drives in place of answers.
-One thread each; a run that was broken off is taken up. `one_input_figures.py` draws the figures.
+One thread each; a run that was broken off is taken up. `doc_figures.py` draws the figures.
 """
 
 import argparse

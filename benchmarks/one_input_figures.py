@@ -6,22 +6,32 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from feedbackpath.report.figures import render_figures
-from feedbackpath.report.panels import make_panel
-from feedbackpath.report.parts import FIGURE_STYLE, PAGE_WIDTH
-from feedbackpath.report.style import in_order, style_of
-from feedbackpath.train.results import read_results
+from feedbackpath.report.parts import (
+    PAGE_WIDTH,
+    REFERENCE,
+    draw_legend,
+    key,
+    looks_of,
+    scale_linear,
+    write_letters,
+)
+from feedbackpath.report.style import choose_styles, in_order
+from feedbackpath.train.results import Look
 
 RESULTS = Path(__file__).parent / "one-input"
-FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 METHODS = {
     "one-input": "one input",
     "one-input-decorrelate": "one input, decorrelated",
-    "wm": "layer by layer",
+    "wm": "layer by layer (wm)",
+}
+LOOKS = {
+    "one-input": Look(colour="#999933"),
+    "one-input-decorrelate": Look(colour="#882255"),
+    "one-input-scaled": Look(colour="#44AA99"),
+    "gaussian-mirror": Look(colour="#332288"),
 }
 NETWORKS = {
     ("resnet8", "after"): "ResNet-8, BatchNorm after ReLU",
@@ -31,8 +41,9 @@ NETWORKS = {
     ("mlp", "after"): "MLP, no BatchNorm",
 }
 IMAGES_A_PASS = 96
+STYLES = choose_styles(in_order(METHODS), LOOKS)
 STATES = {"start": "at the start", "trained": "trained"}
-NETWORK_MARKERS = {"resnet8": "o", "resnet20": "s", "mlp": "^"}
+NETWORK_LOOKS = {"resnet8": ("ResNet-8", "o"), "resnet20": ("ResNet-20", "s"), "mlp": ("MLP", "^")}
 Found = dict[str, Any]
 
 
@@ -51,61 +62,62 @@ def mean_by_layer(found: Iterable[Found], quantity: str) -> dict[str, float]:
 
 def draw_angles(measured: list[Found]) -> Figure:
     """Draw angles by layer of the deeper network, and what the inputs' covariance says of them."""
-    figure = Figure(figsize=(PAGE_WIDTH, 2.9), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    figure = Figure(figsize=(PAGE_WIDTH, 3.1), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, sharey=True)
     here = [found for found in measured if (found["network"], found["norm"]) == ("resnet20", "after")]
-    for axes, quantity, label in (
-        (left, "matrix_angle_deg", "matrix angle (°)"),
-        (middle, "delta_angle_deg", "δ angle (°)"),
-    ):
-        draw_by_layer(axes, here, quantity)
-        axes.set_xlabel("layer of ResNet-20")
-        axes.set_ylabel(label)
-    right.sharey(left)
+    draw_by_layer(left, here, "matrix_angle_deg")
+    draw_by_layer(middle, here, "delta_angle_deg")
+    left.set_ylabel("matrix angle (°)")
+    middle.set_ylabel("δ angle (°)")
     draw_against_inputs(right, measured)
-    for axes, letter in zip((left, middle, right), "abc", strict=True):
-        axes.set_title(letter, loc="left", fontweight="bold")
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    scale_linear(left, "y", (0, 90), 15)
+    write_letters((left, middle, right))
+    keys = [
+        key(f"{METHODS[method]}, {name}", **looks(method, state))
+        for method in in_order(METHODS)
+        for state, name in STATES.items()
+    ]
+    draw_legend(figure, keys, 3)
     return figure
 
 
+def looks(method: str, state: str) -> Found:
+    """Return how a way of mirroring is drawn: filled marks at the start, hollow ones after training."""
+    style = STYLES[method]
+    return looks_of(style) | {
+        "linestyle": "-" if state == "start" else "--",
+        "markerfacecolor": style.colour if state == "start" else "white",
+    }
+
+
 def draw_by_layer(axes: Axes, measured: list[Found], quantity: str) -> None:
-    """Draw one line for each way of mirroring, filled marks at the start and hollow ones after training."""
+    """Draw one line for each way of mirroring, in each state."""
     for method in in_order(METHODS):
-        name, style = METHODS[method], style_of(method)
-        for state, state_name in STATES.items():
+        for state in STATES:
             values = list(mean_by_layer(select(measured, method=method, state=state), quantity).values())
-            axes.plot(
-                range(1, len(values) + 1), values, color=style.colour, marker=style.marker,
-                linestyle="-" if state == "start" else "--",
-                markerfacecolor=style.colour if state == "start" else "white",
-                label=f"{name}, {state_name}",
-            )  # fmt: skip
-    axes.set_ylim(-4, 95)
-    axes.set_yticks((0, 15, 30, 45, 60, 75, 90))
+            axes.plot(range(1, len(values) + 1), values, **looks(method, state))
+    axes.set(xlabel="layer of ResNet-20", xticks=(1, 5, 10, 15, 20))
 
 
 def draw_against_inputs(axes: Axes, measured: list[Found]) -> None:
     """Draw each layer's matrix angle against how far its inputs are from white."""
-    axes.plot((0, 90), (0, 90), color="#888888", linewidth=0.8, linestyle=":")
-    style = style_of("one-input")
+    axes.plot((0, 90), (0, 90), **REFERENCE)
     for network, norm in NETWORKS:
         for state in STATES:
             found = select(measured, network=network, norm=norm, state=state, method="one-input", seed=0)[0]
             inputs = found["inputs"]
+            own = looks("one-input", state) | {"marker": NETWORK_LOOKS[network][1], "linestyle": "none"}
             axes.plot(
                 [inputs[name]["angle_to_white_deg"] for name in inputs],
                 [found["matrix_angle_deg"][name] for name in inputs],
-                linestyle="none", marker=NETWORK_MARKERS[network], color=style.colour,
-                markerfacecolor=style.colour if state == "start" else "white",
-                label=network if norm == "after" and state == "start" else None,
-            )  # fmt: skip
-    axes.set_xlim(-4, 95)
-    axes.set_xticks((0, 15, 30, 45, 60, 75, 90))
-    axes.set_xlabel("angle of the inputs' C to white (°)")
-    axes.set_ylabel("matrix angle, one input (°)")
-    axes.legend(frameon=False, loc="upper left")
+                **own | {"markeredgewidth": 0.7},
+            )
+    scale_linear(axes, "x", (0, 90), 15)
+    axes.set(xlabel="angle of the inputs' C to white (°)", ylabel="matrix angle, one input (°)")
+    keys = [
+        key(name, color="#555555", marker=marker, linestyle="") for name, marker in NETWORK_LOOKS.values()
+    ]
+    draw_legend(axes, keys, 1, loc="upper left", handlelength=1)
 
 
 def make_table(measured: list[Found]) -> str:
@@ -136,13 +148,8 @@ def describe_layers(found: list[Found], quantity: str) -> str:
 
 
 def main() -> None:
-    """Write the figures and print the table."""
-    measured = json.loads((RESULTS / "angles.json").read_text())["measured"]
-    with rc_context(FIGURE_STYLE):
-        draw_angles(measured).savefig(FIGURES / "one-input-angles.png", dpi=300)
-    panel = make_panel([("one-input", read_results(RESULTS))])
-    (FIGURES / "one-input-learning_curves.png").write_bytes(render_figures([panel])["learning_curves.png"])
-    print(make_table(measured))
+    """Print the table."""
+    print(make_table(json.loads((RESULTS / "angles.json").read_text())["measured"]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import ceil, isfinite
+from textwrap import fill
 
 import matplotlib
 import numpy as np
@@ -29,6 +30,7 @@ from feedbackpath.report.parts import (
     REFERENCE,
     draw_legend,
     key,
+    legend_columns,
     looks_of,
     render,
     scale_layers,
@@ -36,6 +38,8 @@ from feedbackpath.report.parts import (
 )
 from feedbackpath.report.scales import axis_title, describe_flat, epoch_ticks, scale_of
 from feedbackpath.report.style import RuleStyle, Styles
+
+LETTERS = 14  # of a title, an inch
 
 LAYER_COLOURS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))
 """From the input layer, dark, to the output layer, light."""
@@ -73,7 +77,10 @@ def learning_curves(panels: Sequence[Panel], styles: Styles) -> Figure | None:
     rules = [rule for rule in styles if any(rule in found for _, found in curves)]
     columns = min(len(curves), 2 if len(curves) == 4 else 3)
     rows, width = ceil(len(curves) / columns), COLUMN_WIDTH if columns == 1 else PAGE_WIDTH
-    figure = Figure(figsize=(width, 2.4 * rows + 0.14 * ceil(len(rules) / 2)), layout="constrained")
+    keys = [key(styles[rule].legend, **looks_of(styles[rule])) for rule in rules]
+    key_columns = legend_columns([styles[rule].legend for rule in rules], width, 2 if columns == 1 else 3)
+    height = 2.4 * rows + 0.14 * ceil(len(rules) / key_columns)
+    figure = Figure(figsize=(width, height), layout="constrained")
     grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for axes, (panel, found) in zip(grid, curves, strict=False):
         for rule, of_rule in found.items():
@@ -87,8 +94,7 @@ def learning_curves(panels: Sequence[Panel], styles: Styles) -> Figure | None:
     for axes in grid[::columns]:
         scale = ", log scale" if axes.get_yscale() == "log" else ""
         axes.set_ylabel(axis_title(panels[0].metric) + scale)
-    keys = [key(styles[rule].legend, **looks_of(styles[rule])) for rule in rules]
-    draw_legend(figure, keys, 2 if columns == 1 else 3)
+    draw_legend(figure, keys, key_columns)
     return figure
 
 
@@ -113,7 +119,7 @@ def draw_layer_figure(panel: Panel, styles: Styles, rows: Sequence[str]) -> Figu
     figure = Figure(figsize=(width, 0.6 + 1.5 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey="row")
     for index, (rule, quantities) in enumerate(columns.items()):
-        grid[0, index].set_title(styles[rule].label, wrap=True)
+        grid[0, index].set_title(fill(styles[rule].label, int(LETTERS * (width - 1) / len(columns))))
         for axes, (quantity, curves) in zip(grid[:, index], quantities.items(), strict=True):
             _draw_layer_lines(axes, quantity, curves)
     for axes_row, quantity in zip(grid, rows, strict=True):

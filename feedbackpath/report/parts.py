@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from io import BytesIO
-from math import isnan
+from math import ceil, isnan
 from typing import Any, Literal
 
 import matplotlib
@@ -11,6 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import NullFormatter, NullLocator
 
 from feedbackpath.report.scales import (
@@ -22,6 +23,7 @@ from feedbackpath.report.scales import (
     ticks_around,
     with_room,
     write_number,
+    write_numbers,
 )
 from feedbackpath.report.style import RuleStyle, style_of
 from feedbackpath.train.results import Metric
@@ -56,6 +58,9 @@ REFERENCE: dict[str, Any] = {"color": "#555555", "linewidth": 0.7, "zorder": 1}
 """Looks of a line that no rule drew: a theory, a goal, a value to compare with."""
 
 
+KEY_ROOM = 36  # points: an entry of a legend without its text
+
+
 def line_looks(rule: str) -> dict[str, Any]:
     """Return a built-in rule's colour, dash and marker in matplotlib's words."""
     return looks_of(style_of(rule))
@@ -71,9 +76,31 @@ def key(label: str, **looks: Any) -> Line2D:
     return Line2D([], [], label=label, **looks)
 
 
+def legend_columns(labels: Sequence[str], width: float, most: int) -> int:
+    """Return how many columns of a legend fit into a width in inches, one to ``most``."""
+    lengths = [
+        TextPath((0, 0), label, size=FIGURE_STYLE["legend.fontsize"]).get_extents().width for label in labels
+    ]
+    for columns in range(most, 1, -1):
+        rows = ceil(len(labels) / columns)
+        texts = sum(max(lengths[first : first + rows]) for first in range(0, len(labels), rows))
+        if texts + KEY_ROOM * columns <= 72 * width:
+            return columns
+    return 1
+
+
 def draw_legend(figure: Figure | Axes, keys: Sequence[Line2D], columns: int, **more: Any) -> Legend:
-    """Draw the legend above a figure, or elsewhere; its lines are long enough to show their dashes."""
-    looks: dict[str, Any] = {"loc": "outside upper left", "handlelength": 3.2, "columnspacing": 1.4, **more}
+    """Draw a legend above a figure, or elsewhere; its lines are long enough to show their dashes.
+
+    Args:
+        figure: The figure, or one panel.
+        keys: The entries, in the order that all figures have.
+        columns: Into how many columns they go, or into fewer where labels are long.
+        more: What `matplotlib.legend.Legend` takes, such as ``loc``.
+    """
+    if isinstance(figure, Figure):
+        columns = legend_columns([str(entry.get_label()) for entry in keys], figure.get_figwidth(), columns)
+    looks: dict[str, Any] = {"loc": "outside upper left", "handlelength": 3, "columnspacing": 1.2, **more}
     return figure.legend(handles=keys, ncols=columns, frameon=False, **looks)
 
 
@@ -99,14 +126,14 @@ def scale_layers(axes_row: Iterable[Axes], scale: LayerScale) -> None:
     for axes in axes_row:
         axes.set_yscale("function", functions=(scale.forward, scale.inverse))
         axes.set_ylim(scale.ends)
-        axes.set_yticks(scale.ticks, [write_number(tick) for tick in scale.ticks])
+        axes.set_yticks(scale.ticks, write_numbers(scale.ticks))
 
 
 def scale_linear(axes: Axes, name: Literal["x", "y"], values: Iterable[float], step: float) -> None:
     """Scale an axis linearly, with ticks a step apart that reach around all values."""
     ticks = ticks_around(values, step)
     axes.set(**{f"{name}lim": with_room(ticks)})
-    axes.set(**{f"{name}ticks": ticks, f"{name}ticklabels": [write_number(tick) for tick in ticks]})
+    axes.set(**{f"{name}ticks": ticks, f"{name}ticklabels": write_numbers(ticks)})
 
 
 def scale_log(axes: Axes, name: Literal["x", "y"], ticks: Sequence[float], *, is_marked: bool = True) -> None:

@@ -34,6 +34,17 @@ def write_number(value: float) -> str:
     return f"{value:g}".replace("-", "−")
 
 
+def write_numbers(values: Sequence[float]) -> list[str]:
+    """Write the ticks of a linear axis, all with as many decimals.
+
+    Example:
+        >>> write_numbers([-0.5, 0.0, 0.5]), write_numbers([0.0, 15.0])
+        (['−0.5', '0.0', '0.5'], ['0', '15'])
+    """
+    decimals = max(len(f"{value:g}".partition(".")[2]) for value in values)
+    return [f"{value:.{decimals}f}".replace("-", "−") for value in values]
+
+
 def ticks_around(values: Iterable[float], step: float) -> list[float]:
     """Return multiples of a step that reach around all values.
 
