@@ -29,8 +29,8 @@ from feedbackpath.data import load_dataset, minibatches
 from feedbackpath.report.parts import (
     PAGE_WIDTH,
     REFERENCE,
+    draw_cells,
     draw_legend,
-    draw_map,
     key,
     scale_linear,
     write_letters,
@@ -274,7 +274,7 @@ def _draw_map(axes: Axes, shown: list[Cell], name: str, most: float, across: str
         values.append([_mean(found, name) for found in at])
         texts.append([_cell_text(_mean(found, name)) if found else "" for found in at])
     axes.set(xlabel=NAMES[across], ylabel=NAMES[up])
-    return draw_map(
+    return draw_cells(
         axes, values, texts, "viridis_r", Normalize(0, most),
         across=[f"{x:g}" for x in xs], up=[f"{y:g}" for y in ys],
     )  # fmt: skip

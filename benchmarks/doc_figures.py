@@ -38,6 +38,7 @@ ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "docs" / "figures"
 RESULTS = ROOT / "benchmarks"
 STAMP = "Source"
+WINDOW = 1300  # pixels
 
 
 def stamp_for(sources: list[str]) -> str:
@@ -90,7 +91,7 @@ def all_of(folder: str) -> dict[str, bytes]:
 
 
 def of_page(folder: str) -> bytes:
-    """Take a picture of a comparison's page in Chromium, down to the first rule's layers."""
+    """Take a picture of a comparison's page in Chromium, down to the end of the first rule's layers."""
     from playwright.sync_api import sync_playwright
 
     page = render_page([read_panel(folder)])
@@ -98,9 +99,14 @@ def of_page(folder: str) -> bytes:
     with tempfile.TemporaryDirectory() as place, sync_playwright() as playwright:
         (Path(place) / "report.html").write_text(page, encoding="utf-8")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        window = browser.new_page(viewport={"width": 1300, "height": 2050})
+        window = browser.new_page(viewport={"width": WINDOW, "height": 2050})
+        window.set_default_timeout(300_000)
         window.goto((Path(place) / "report.html").as_uri())
-        return window.screenshot()
+        second = window.locator(".layers h4").nth(1).bounding_box()
+        assert second is not None
+        return window.screenshot(
+            clip={"x": 0, "y": 0, "width": WINDOW, "height": second["y"] - 5}, full_page=True
+        )
 
 
 def of_one_input() -> Figure:

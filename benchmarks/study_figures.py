@@ -21,8 +21,8 @@ from feedbackpath.report.parts import (
     FIGURE_STYLE,
     PAGE_WIDTH,
     REFERENCE,
+    draw_cells,
     draw_legend,
-    draw_map,
     key,
     line_looks,
     render,
@@ -237,7 +237,7 @@ def _draw_cells(axes: Axes, groups: Sequence[Group], quantity: _Quantity) -> Non
             axes.add_patch(
                 Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=2, zorder=3)
             )
-    draw_map(
+    draw_cells(
         axes, values, texts, quantity.colours, quantity.norm,
         across=[f"{rate:g}" for rate in rates], up=[f"{decay:g}" for decay in decays],
     )  # fmt: skip

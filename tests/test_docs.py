@@ -18,6 +18,7 @@ import rules_bench
 import tuned_glyphs
 import yaml
 from cost_page import tables_of_cost
+from PIL import Image
 from pydantic import BaseModel, JsonValue
 from study_table import markdown_study_table, read_study
 from test_every_rule import LEAVES
@@ -41,6 +42,7 @@ from feedbackpath.jobs.imports import import_files
 from feedbackpath.recipes import RECIPES
 from feedbackpath.report import markdown_table
 from feedbackpath.report.equivalence import describe
+from feedbackpath.report.parts import COLUMN_WIDTH, PAGE_WIDTH
 from feedbackpath.train import config, results
 from feedbackpath.train.config import AuditConfig, CompareConfig, RunConfig, TrainConfig
 from feedbackpath.train.rules import make_rule
@@ -437,6 +439,21 @@ def test_figures_are_drawn_from_the_result_files_as_they_are(figure):
     """The stamp of a figure has the checksums of the files that it shows."""
     sources, _ = doc_figures.DRAWN[figure.name]
     assert doc_figures.stamp_of(figure) == doc_figures.stamp_for(sources), "python benchmarks/doc_figures.py"
+    with Image.open(figure) as image:
+        assert image.width in {round(300 * width) for width in (COLUMN_WIDTH, PAGE_WIDTH)} | {
+            doc_figures.WINDOW
+        }
+
+
+def test_every_figure_is_on_a_page():
+    pages = "".join(path.read_text() for path in (*ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*/*.md")))
+    assert [name for name in doc_figures.DRAWN if f"figures/{name})" not in pages] == []
+
+
+def test_figures_of_earlier_runs_have_the_names_that_rules_have_today():
+    runs = doc_figures.read_panel("one-input").runs
+    assert "wm-exact" in {run.rule for run in runs}
+    assert "wm" not in {run.rule for run in runs}
 
 
 @pytest.mark.parametrize("name", RESULTS)

@@ -3,12 +3,15 @@
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from test_report import LAYERS, make_results, make_run
 
 from feedbackpath.report.figures import LAYER_FIGURES, draw_layer_figure, learning_curves
 from feedbackpath.report.panels import make_panel, styles_of
-from feedbackpath.report.parts import COLUMN_WIDTH, FIGURE_STYLE, PAGE_WIDTH, render
+from feedbackpath.report.parts import COLUMN_WIDTH, FIGURE_STYLE, PAGE_WIDTH, draw_cells, render
 from feedbackpath.report.scales import describe_flat, error_axis, minor_ticks, scale_of
 from feedbackpath.report.style import ORDER, in_order
 from feedbackpath.rules.registry import OWN
@@ -55,6 +58,32 @@ def test_no_line_lies_on_the_frame_and_all_are_within_it(figure):
             values = np.asarray(line.get_ydata(), float)
             assert low < values.min()
             assert values.max() < high
+            ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+            assert ticks[0] <= values.min()
+            assert values.max() <= ticks[-1]
+
+
+@pytest.mark.parametrize(
+    ("rules", "columns"), [(("bp", "kp"), 2), (("bp", "kp", "mirror-kp", "mirror-fa"), 1)]
+)
+def test_a_legend_has_as_many_columns_as_fit(rules, columns):
+    panel = make_panel([("a", make_results(*(make_run(rule, 0, [99.0, 3.0]) for rule in rules)))])
+    with matplotlib.rc_context(FIGURE_STYLE):
+        figure = learning_curves([panel], styles_of([panel]))
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        box = figure.legends[0].get_window_extent(canvas.get_renderer())
+    assert figure.legends[0]._ncols == columns
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+
+
+def test_text_on_a_map_can_be_read():
+    axes = Figure().subplots()
+    texts = [["pale", "dark", ""]]
+    draw_cells(
+        axes, [[0.0, 1.0, np.nan]], texts, "viridis_r", Normalize(0, 1), across=["1", "2", "3"], up=["a"]
+    )
+    assert [text.get_color() for text in axes.texts] == ["black", "white", "black"]
 
 
 def test_rules_come_in_one_order_in_legends_and_columns(panel):

@@ -60,7 +60,7 @@ def test_the_figure_shows_every_rule_and_the_goals(found):
     figure = draw_growth(found)
     panel, key = figure.axes
     assert len(panel.containers) == len(RULES)
-    assert panel.get_xlabel() == "batch\nlog scale"
+    assert panel.get_xlabel() == "batch"
     assert len(key.get_legend().get_texts()) == len(RULES) + len(GOALS)
 
 

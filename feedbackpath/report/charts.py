@@ -29,6 +29,7 @@ from feedbackpath.report.scales import (
     error_axis,
     minor_ticks,
     scale_of,
+    write_numbers,
 )
 from feedbackpath.report.style import DASHES, MARKERS, RuleStyle, Styles
 from feedbackpath.report.table import describe_stop
@@ -118,7 +119,8 @@ def _line(style: RuleStyle, run: Run | None, curve: Curve, metric: Metric) -> di
             f"{unit}, n = {n}" if error is None else f" ± {error:{decimals}}{unit}, n = {n}"
             for error, n in zip(curve.errors, curve.n, strict=True)
         ]
-        marker: dict[str, Any] = {"symbol": MARKERS[style.marker], "size": 7}
+        symbol = MARKERS[style.marker]
+        marker: dict[str, Any] = {"symbol": symbol, "size": 10 if "triangle" in symbol else 7}
     else:
         found, width = escape(f"{style.legend}, seed {run.seed}: {describe_stop(run)}"), 1
         notes = [unit] * len(curve.epochs)
@@ -163,7 +165,7 @@ def _layer_chart(
     figure.update_yaxes(
         title="<br>".join(filter(None, (QUANTITIES[quantity], scale.name))),
         tickvals=_places(scale, scale.ticks),
-        ticktext=[f"{tick:g}" for tick in scale.ticks],
+        ticktext=write_numbers(scale.ticks),
         tickfont_size=11,
         range=_places(scale, scale.ends),
     )

@@ -58,7 +58,7 @@ REFERENCE: dict[str, Any] = {"color": "#555555", "linewidth": 0.7, "zorder": 1}
 """Looks of a line that no rule drew: a theory, a goal, a value to compare with."""
 
 
-KEY_ROOM = 36  # points: an entry of a legend without its text
+KEY_ROOM = 31  # points: an entry of a legend without its text
 
 
 def line_looks(rule: str) -> dict[str, Any]:
@@ -100,7 +100,8 @@ def draw_legend(figure: Figure | Axes, keys: Sequence[Line2D], columns: int, **m
     """
     if isinstance(figure, Figure):
         columns = legend_columns([str(entry.get_label()) for entry in keys], figure.get_figwidth(), columns)
-    looks: dict[str, Any] = {"loc": "outside upper left", "handlelength": 3, "columnspacing": 1.2, **more}
+    spaces = {"handlelength": 2.8, "handletextpad": 0.6, "columnspacing": 1, "borderpad": 0}
+    looks: dict[str, Any] = {"loc": "outside upper left", **spaces, **more}
     return figure.legend(handles=keys, ncols=columns, frameon=False, **looks)
 
 
@@ -147,7 +148,7 @@ def scale_log(axes: Axes, name: Literal["x", "y"], ticks: Sequence[float], *, is
         axis.set_minor_locator(NullLocator())
 
 
-def draw_map(
+def draw_cells(
     axes: Axes,
     values: Sequence[Sequence[float]],
     texts: Sequence[Sequence[str]],

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from feedbackpath.report.parts import (
@@ -15,6 +15,9 @@ from feedbackpath.report.parts import (
     FIGURE_STYLE,
     KINDS,
     PAGE_WIDTH,
+    draw_cells,
+    draw_legend,
+    key,
     looks_of,
     render,
     scale_metric,
@@ -42,23 +45,21 @@ def draw_map(kept: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(width, 1.0 + 0.3 * len(rules)), layout="constrained")
     axes = figure.subplots()
     shades = [[math.nan] * len(names) for _ in rules]
+    texts = [[""] * len(names) for _ in rules]
     for column, name in enumerate(names):
         values = [math.log10(found[rule][name]) if found[rule].get(name) else None for rule in rules]
         told = [value for value in values if value is not None]
         span = (max(told) - min(told)) or 1.0 if told else 1.0
-        for row, value in enumerate(values):
+        for row, (rule, value) in enumerate(zip(rules, values, strict=True)):
             if value is not None:
                 shades[row][column] = 0.15 + 0.7 * (value - min(told)) / span
-    axes.imshow(shades, cmap="Blues", vmin=0.0, vmax=1.4, aspect="auto")
-    for row, rule in enumerate(rules):
-        for column, name in enumerate(names):
-            value = found[rule].get(name)
-            is_end = name in ended.get(rule, [])
-            text = "–" if name not in found[rule] else "none" if value is None else f"{value:.2g}"
-            axes.text(column, row, f"≥ {text}" if is_end else text, ha="center", va="center")
-    axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names], rotation=25, ha="right")
-    axes.set_yticks(range(len(rules)), rules)
-    axes.grid(visible=False)
+            tolerated = found[rule].get(name)
+            text = "–" if name not in found[rule] else "none" if tolerated is None else f"{tolerated:.2g}"
+            texts[row][column] = f"≥ {text}" if name in ended.get(rule, []) else text
+    labels = [name.replace("_", " ") for name in names]
+    draw_cells(axes, shades, texts, "Blues", Normalize(0, 1.4), across=labels, up=rules)
+    axes.invert_yaxis()  # rules from above, as in a table
+    axes.set_xticks(range(len(names)), labels, rotation=25, ha="right")
     points = "1 point" if kept["margin"] == 1 else f"{kept['margin']:g} points"
     axes.set_title(f"Worst value within {points} of the rule's error on an ideal chip", wrap=True)
     return figure
@@ -99,6 +100,5 @@ def draw_errors(kept: Mapping[str, Any]) -> Figure:
         scale_metric(grid[0], shown, metric)
         for axes in grid[::columns]:
             axes.set_ylabel(axis_title(metric) + (", log scale" if axes.get_yscale() == "log" else ""))
-        handles = [Line2D([], [], label=style.legend, **looks_of(style)) for style in styles.values()]
-        figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, handlelength=2.6)
+        draw_legend(figure, [key(style.legend, **looks_of(style)) for style in styles.values()], 3)
     return figure
