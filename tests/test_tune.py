@@ -97,6 +97,21 @@ def test_settings_of_a_rule_go_to_the_rule():
     assert config.rule_settings == {"ss": {"scale": "he"}}
 
 
+def test_what_the_config_gives_a_rule_is_not_searched():
+    given = CompareConfig(rule_settings={"ss": {"scale": "he"}, "wm": {"mirror": {"noise": "uniform"}}})
+    assert "ss.scale" not in space_of("ss", given)
+    assert "ss.magnitude" in space_of("ss", given)
+    assert space_of("wm", given).keys() == space_of("bp", given).keys()
+    assert "wm.mirror" in space_of("wm", CompareConfig())
+
+
+def test_a_flag_of_what_is_searched_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["tune", "--data", "digits", "--model", "mlp", "--lr", "0.3", "--out", str(tmp_path / "x")])
+    assert stop.value.code == 2
+    assert "--lr is what tune searches; leave it out" in capsys.readouterr().err
+
+
 def test_the_command_prints_a_table_and_says_how_to_go_on(tmp_path, capsys):
     arguments = ["tune", "--rules", "bp", "--trials", "1", "--out", str(tmp_path)]
     arguments += [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
