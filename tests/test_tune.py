@@ -9,8 +9,10 @@ from feedbackpath import cli
 from feedbackpath.data.dataset import ArraySplit
 from feedbackpath.errors import ConfigError
 from feedbackpath.jobs.tune import Search, point_of, settings_for, space_of, tune
+from feedbackpath.rules import RULES
 from feedbackpath.tasks import load_task
 from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.rules import make_rule
 from feedbackpath.train.settings import merge_config
 
 SMALL = {"data": "digits", "model": "mlp", "epochs": 1, "samples_per_epoch": 256, "num_threads": 1}
@@ -95,6 +97,13 @@ def test_settings_of_a_rule_go_to_the_rule():
     config = settings_for(CompareConfig(), "ss", {"lr": 0.5, "ss.scale": "he"})
     assert config.for_rule("ss").lr == 0.5
     assert config.rule_settings == {"ss": {"scale": "he"}}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_can_be_built_with_every_value_that_is_searched(rule):
+    for name, (kind, *values) in RULES[rule].search_space.items():
+        for value in values:
+            assert make_rule(rule, {name: value}).name == rule, kind
 
 
 def test_what_the_config_gives_a_rule_is_not_searched():
