@@ -18,6 +18,7 @@ from feedbackpath.measure.measures import Measures
 from feedbackpath.rules import Rule, clock
 from feedbackpath.rules.checks import clip_by_forward_norm, hidden_weights, refuse_changed_flags
 from feedbackpath.rules.choice import choose_rules, find_left, name_left, note_left, refuse_unmatched
+from feedbackpath.rules.forgotten import Reminder
 from feedbackpath.rules.guard import Guard
 from feedbackpath.rules.unfit import refuse_unfit
 
@@ -122,7 +123,7 @@ class FeedbackPath(Measures):
         self.model, self.rules, self.context = model, dict(rules), context
         self.layers, self.weights, self.groups = parts.layers, parts.weights, parts.groups
         self._parts, self._is_retied = parts, False
-        self._guard = Guard(model, parts.weights)
+        self._guard, self._reminder = Guard(model, parts.weights), Reminder(parts.groups)
         self.chip: Chip | None = None
 
     def step(self) -> None:
@@ -132,6 +133,7 @@ class FeedbackPath(Measures):
             RuleError: The optimizer has left out feedback weights that learn, or ``requires_grad`` of one was
                 changed, so that it would learn by another rule than its own.
         """
+        self._reminder.dismiss()
         self._check()
         refuse_changed_flags(self.groups)
         self.context.steps += 1
@@ -153,6 +155,7 @@ class FeedbackPath(Measures):
         """Run mirror mode now: see ``feedbackpath.mirror.by_hand.mirror``."""
         from feedbackpath.mirror import by_hand
 
+        self._reminder.dismiss()
         self._check()
         groups = by_hand.mirrorable(self.groups)
         with self._writing(is_step=False):
@@ -240,3 +243,4 @@ class FeedbackPath(Measures):
         """See that the path may be asked something: it is not retied, and its model still what was untied."""
         self._refuse_retied()
         self._guard.check()
+        self._reminder.remind()
