@@ -15,9 +15,8 @@ from feedbackpath.core.surgery import survey
 from feedbackpath.errors import RuleError, UntieError
 from feedbackpath.measure.deltas import left_as_it_was
 from feedbackpath.measure.measures import Measures
-from feedbackpath.rules import Rule, clock
+from feedbackpath.rules import Rule, choice, clock
 from feedbackpath.rules.checks import clip_by_forward_norm, hidden_weights, refuse_changed_flags
-from feedbackpath.rules.choice import choose_rules, find_left, name_left, note_left, refuse_unmatched
 from feedbackpath.rules.forgotten import Reminder
 from feedbackpath.rules.guard import Guard
 from feedbackpath.rules.unfit import refuse_unfit
@@ -84,17 +83,17 @@ def untie(
         watcher(model, None)
     refuse_unfit(model, batchnorm_feedback)
     found = survey(model)
-    rules = choose_rules([*found.convertible, *found.unconverted], rule, overrides or {})
-    refuse_unmatched(activations or {}, "activation pattern", found.convertible)
-    left = find_left(found, rules)
-    name_left(
+    rules = choice.choose_rules([*found.convertible, *found.unconverted], rule, overrides or {})
+    choice.refuse_unmatched(activations or {}, "activation pattern", found.convertible)
+    left = choice.find_left(found, rules)
+    choice.name_left(
         left | (hidden_weights(model) if strict else {}),
         is_error=strict or not found.convertible.keys() - left,
     )
     layers = {name: layer for name, layer in found.convertible.items() if name not in left}
     context = RuleContext(model, seed, activations)
     parts = assemble(model, layers, rules, context, sigma=batchnorm_feedback == "sigma")
-    note_left(model, [*left, *found.unconverted])
+    choice.note_left(model, [*left, *found.unconverted])
     path = FeedbackPath(model, {name: rules[name] for name in layers}, context, parts)
     if chip is not None:
         chip.hold(path)
@@ -210,11 +209,12 @@ class FeedbackPath(Measures):
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs besides the model's state: the state of the rules."""
         chip = {} if self.chip is None else {"chip": self.chip.state_dict()}
-        return self.context.state_dict() | chip
+        return self.context.state_dict() | chip | {"rule_names": choice.rule_names(self.rules)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that ``state_dict`` returned."""
+        """Restore the state that ``state_dict`` returned, of a path with the same rules."""
         with refusing(UntieError, "this is no state of a path"):
+            choice.refuse_other_rules(self.rules, state["rule_names"])
             self.context.load_state_dict(state)
             if self.chip is not None and "chip" in state:
                 self.chip.load_state_dict(state["chip"])

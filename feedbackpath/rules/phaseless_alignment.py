@@ -100,7 +100,8 @@ class PhaselessAlignment(ActivityRule):
     def detach(self, weights: Weights, context: RuleContext) -> None:
         """Take the noise off again."""
         for weight in weights:
-            weight.layer.untied.memo.pop("pal: hook").remove()
+            if "pal: hook" in weight.layer.untied.memo:  # not where the rule has refused a layer
+                weight.layer.untied.memo.pop("pal: hook").remove()
 
     def after_backward(
         self, weight: UntiedWeight, x: Tensor, output: Tensor, delta: Tensor, context: RuleContext
