@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 
 from feedbackpath.core.layers import UntiedWeight
+from feedbackpath.core.pytorch import version_of
 from feedbackpath.errors import ForgottenStepWarning, level_outside
 from feedbackpath.rules.base import Rule, Weights
 
@@ -45,4 +46,4 @@ class Reminder:
 
 
 def _version_of(weight: UntiedWeight) -> int:
-    return 0 if weight.weight.is_inference() else weight.weight._version
+    return 0 if weight.weight.is_inference() else version_of(weight.weight)
