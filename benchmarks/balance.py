@@ -237,7 +237,7 @@ def draw_balance(cells: list[Cell]) -> Figure:
     right.axhline(0.0, **REFERENCE)
     right.axvline(3.0, linestyle="--", **REFERENCE)
     write_letters((left, right))
-    draw_legend(figure, keys, 4, loc="outside upper center", handlelength=1)
+    draw_legend(figure, keys, 2, handlelength=1)
     return figure
 
 
