@@ -10,7 +10,7 @@ from feedbackpath.cli.exit_codes import DONE
 from feedbackpath.cli.output import make_console
 
 GROUPS = {
-    "ruler": "B is W itself",
+    "ruler": "backprop, which every other rule is measured against; B is W itself",
     "transports": "B is computed from W",
     "fixed": "B stays as it is drawn",
     "learned": "B learns without W",
