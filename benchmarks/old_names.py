@@ -1,4 +1,4 @@
-"""Result files that were made when ``wm-exact`` was named ``wm``, read with the names that rules have today."""
+"""Result files of the time when ``wm-exact`` was named ``wm``, read with the names that rules have today."""
 
 from pathlib import Path
 

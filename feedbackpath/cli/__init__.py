@@ -35,7 +35,6 @@ TRACEBACK = "FEEDBACKPATH_TRACEBACK"
 """The environment variable with which errors that nobody foresaw are shown whole."""
 
 
-
 def _as_typed(default: object) -> str | None:
     """Return a default as a user types it: several values with commas between them."""
     values = default if isinstance(default, tuple) else () if default is None else (default,)
