@@ -95,7 +95,8 @@ class NetworkSettings(BaseModel):
     )
     batchnorm_feedback: Annotated[Literal["autograd", "sigma"], NETWORK] = Field(
         "autograd",
-        description="what BatchNorm sends back: the whole gradient (autograd), or delta times gamma / sigma (sigma)",
+        description="what BatchNorm sends back: the whole gradient (autograd), or delta times gamma / sigma "
+        "(sigma)",
     )
     sync_batchnorm: Annotated[bool, NETWORK] = Field(
         False, description="BatchNorm statistics over all devices (CUDA)"
