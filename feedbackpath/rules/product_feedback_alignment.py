@@ -100,8 +100,8 @@ class ProductFeedbackAlignment(KolenPollack):
         """Give W the outer product, and B what comes of it through the population."""
         if product.shape != weight.weight.shape:
             raise RuleError(
-                f"pfa: the weight of {weight.name!r} meets activity in parts, or in another shape, and its "
-                f"population is that of the whole; give it another rule, overrides={{{weight.name!r}: 'kp'}}"
+                f"pfa: the weight of {weight.name!r} meets activity in parts, or in another shape, and pfa "
+                f"needs the whole; give it another rule, overrides={{{weight.name!r}: 'kp'}}"
             )
         sent = torch.empty_like(product)
         matrix = _as_matrix(weight, product)
@@ -113,8 +113,8 @@ class ProductFeedbackAlignment(KolenPollack):
         super().check_optimizer(weights, optimizer)
         if not isinstance(optimizer, torch.optim.SGD):
             warnings.warn(
-                f"pfa: {type(optimizer).__name__} updates the product of the two matrices; only under SGD is "
-                "that what it would make of the learned one",
+                f"pfa: {type(optimizer).__name__} updates the product of the two matrices; only SGD gives "
+                "the product that it would give if it updated the learned matrix",
                 KolenPollackWarning,
                 stacklevel=3,
             )
