@@ -47,6 +47,10 @@ class KolenPollackWarning(UserWarning):
     """An optimizer under which Kolen-Pollack feedback weights would not converge to the forward ones."""
 
 
+class ForgottenStepWarning(UserWarning):
+    """A model that is trained, and measured, without any ``path.step()``."""
+
+
 def refuse_no_size(what: str, value: object) -> None:
     """Refuse what is no number between 1e-12 and 1e12: squares of others leave float32, and B becomes NaN.
 

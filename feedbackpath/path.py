@@ -15,9 +15,9 @@ from feedbackpath.core.surgery import survey
 from feedbackpath.errors import RuleError, UntieError
 from feedbackpath.measure.deltas import left_as_it_was
 from feedbackpath.measure.measures import Measures
-from feedbackpath.rules import Rule, clock
+from feedbackpath.rules import Rule, choice, clock
 from feedbackpath.rules.checks import clip_by_forward_norm, hidden_weights, refuse_changed_flags
-from feedbackpath.rules.choice import choose_rules, find_left, name_left, note_left, refuse_unmatched
+from feedbackpath.rules.forgotten import Reminder
 from feedbackpath.rules.guard import Guard
 from feedbackpath.rules.unfit import refuse_unfit
 
@@ -83,17 +83,17 @@ def untie(
         watcher(model, None)
     refuse_unfit(model, batchnorm_feedback)
     found = survey(model)
-    rules = choose_rules([*found.convertible, *found.unconverted], rule, overrides or {})
-    refuse_unmatched(activations or {}, "activation pattern", found.convertible)
-    left = find_left(found, rules)
-    name_left(
+    rules = choice.choose_rules([*found.convertible, *found.unconverted], rule, overrides or {})
+    choice.refuse_unmatched(activations or {}, "activation pattern", found.convertible)
+    left = choice.find_left(found, rules)
+    choice.name_left(
         left | (hidden_weights(model) if strict else {}),
         is_error=strict or not found.convertible.keys() - left,
     )
     layers = {name: layer for name, layer in found.convertible.items() if name not in left}
     context = RuleContext(model, seed, activations)
     parts = assemble(model, layers, rules, context, sigma=batchnorm_feedback == "sigma")
-    note_left(model, [*left, *found.unconverted])
+    choice.note_left(model, [*left, *found.unconverted])
     path = FeedbackPath(model, {name: rules[name] for name in layers}, context, parts)
     if chip is not None:
         chip.hold(path)
@@ -122,7 +122,7 @@ class FeedbackPath(Measures):
         self.model, self.rules, self.context = model, dict(rules), context
         self.layers, self.weights, self.groups = parts.layers, parts.weights, parts.groups
         self._parts, self._is_retied = parts, False
-        self._guard = Guard(model, parts.weights)
+        self._guard, self._reminder = Guard(model, parts.weights), Reminder(parts.groups)
         self.chip: Chip | None = None
 
     def step(self) -> None:
@@ -132,6 +132,7 @@ class FeedbackPath(Measures):
             RuleError: The optimizer has left out feedback weights that learn, or ``requires_grad`` of one was
                 changed, so that it would learn by another rule than its own.
         """
+        self._reminder.dismiss()
         self._check()
         refuse_changed_flags(self.groups)
         self.context.steps += 1
@@ -153,6 +154,7 @@ class FeedbackPath(Measures):
         """Run mirror mode now: see ``feedbackpath.mirror.by_hand.mirror``."""
         from feedbackpath.mirror import by_hand
 
+        self._reminder.dismiss()
         self._check()
         groups = by_hand.mirrorable(self.groups)
         with self._writing(is_step=False):
@@ -207,11 +209,12 @@ class FeedbackPath(Measures):
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs besides the model's state: the state of the rules."""
         chip = {} if self.chip is None else {"chip": self.chip.state_dict()}
-        return self.context.state_dict() | chip
+        return self.context.state_dict() | chip | {"rule_names": choice.rule_names(self.rules)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that ``state_dict`` returned."""
+        """Restore the state that ``state_dict`` returned, of a path with the same rules."""
         with refusing(UntieError, "this is no state of a path"):
+            choice.refuse_other_rules(self.rules, state["rule_names"])
             self.context.load_state_dict(state)
             if self.chip is not None and "chip" in state:
                 self.chip.load_state_dict(state["chip"])
@@ -240,3 +243,4 @@ class FeedbackPath(Measures):
         """See that the path may be asked something: it is not retied, and its model still what was untied."""
         self._refuse_retied()
         self._guard.check()
+        self._reminder.remind()

@@ -62,6 +62,7 @@ def test_product_feedback_alignment_comes_to_the_angle_of_its_expansion(expansio
         optimizer.zero_grad()
         (model(torch.randn(20, 60).double()) * torch.randn(20, 40)).mean().backward()  # W stays large
         optimizer.step()
+        path.step()
         left = (model.feedback - mixing @ model.weight).detach()
         torch.testing.assert_close(left, 0.5**step * gap, rtol=1e-6, atol=1e-9)
     expected = math.degrees(math.atan(math.sqrt(41 / (40 * expansion))))

@@ -285,12 +285,13 @@ def test_steps_of_mirroring_are_counted_in_whole_numbers(steps):
     assert all(torch.equal(b, old) for (_, _, b), old in zip(path.pairs(), before, strict=True))
 
 
-def test_the_state_of_a_path_has_four_parts():
+def test_the_state_of_a_path_has_five_parts():
     path = fp.untie(make_mlp(), "wm", seed=3)
     path.mirror(steps=2)
     path.step()
     state = path.state_dict()
-    assert state.keys() == {"seed", "steps", "parts", "rules"}
+    assert state.keys() == {"seed", "steps", "parts", "rules", "rule_names"}
+    assert state["rule_names"] == {"0": "wm", "2": "wm", "4": "wm"}
     assert (state["seed"], state["steps"], state["rules"]) == (3, 1, {})
     assert state["parts"].keys() == {"MirrorMode"}
     assert fp.untie(make_mlp(), "fa").state_dict()["parts"] == {}
@@ -309,3 +310,25 @@ def test_taps_are_shown_the_signals_of_each_weight():
         bias = weight.layer.in_proj_bias[rows] if weight is path.weights[0] else weight.layer.bias
         torch.testing.assert_close(output.flatten(0, -2), given.flatten(0, -2) @ part.t() + bias)
     assert all(layer.untied.taps == () for layer in path.layers.values())
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"rule": "wm"}, "there '0' has the rule 'kp', here the rule 'wm'"),
+        ({"rule": "kp", "overrides": {"2": "bp"}}, "there '2' has the rule 'kp', here the rule 'bp'"),
+    ],
+)
+def test_the_state_of_a_path_with_other_rules_is_refused(other, said):
+    state = fp.untie(make_mlp(), "kp").state_dict()
+    path = fp.untie(make_mlp(), **other)
+    before = path.state_dict()
+    with pytest.raises(fp.UntieError, match=said):
+        path.load_state_dict(state)
+    assert path.state_dict() == before
+
+
+def test_the_state_of_a_path_with_other_layers_is_refused():
+    small = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+    with pytest.raises(fp.UntieError, match="there '2' has the rule 'kp', here no rule"):
+        fp.untie(small, "kp").load_state_dict(fp.untie(make_mlp(), "kp").state_dict())

@@ -182,6 +182,7 @@ def test_the_path_is_short_and_names_no_rule():
         "base.py",
         "checks.py",
         "choice.py",
+        "forgotten.py",
         "guard.py",
         "unfit.py",
         "clock.py",

@@ -9,8 +9,10 @@ from feedbackpath import cli
 from feedbackpath.data.dataset import ArraySplit
 from feedbackpath.errors import ConfigError
 from feedbackpath.jobs.tune import Search, point_of, settings_for, space_of, tune
+from feedbackpath.rules import RULES
 from feedbackpath.tasks import load_task
 from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.rules import make_rule
 from feedbackpath.train.settings import merge_config
 
 SMALL = {"data": "digits", "model": "mlp", "epochs": 1, "samples_per_epoch": 256, "num_threads": 1}
@@ -95,6 +97,28 @@ def test_settings_of_a_rule_go_to_the_rule():
     config = settings_for(CompareConfig(), "ss", {"lr": 0.5, "ss.scale": "he"})
     assert config.for_rule("ss").lr == 0.5
     assert config.rule_settings == {"ss": {"scale": "he"}}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_can_be_built_with_every_value_that_is_searched(rule):
+    for name, (kind, *values) in RULES[rule].search_space.items():
+        for value in values:
+            assert make_rule(rule, {name: value}).name == rule, kind
+
+
+def test_what_the_config_gives_a_rule_is_not_searched():
+    given = CompareConfig(rule_settings={"ss": {"scale": "he"}, "wm": {"mirror": {"noise": "uniform"}}})
+    assert "ss.scale" not in space_of("ss", given)
+    assert "ss.magnitude" in space_of("ss", given)
+    assert space_of("wm", given).keys() == space_of("bp", given).keys()
+    assert "wm.mirror" in space_of("wm", CompareConfig())
+
+
+def test_a_flag_of_what_is_searched_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["tune", "--data", "digits", "--model", "mlp", "--lr", "0.3", "--out", str(tmp_path / "x")])
+    assert stop.value.code == 2
+    assert "--lr is what tune searches; leave it out" in capsys.readouterr().err
 
 
 def test_the_command_prints_a_table_and_says_how_to_go_on(tmp_path, capsys):

@@ -33,7 +33,7 @@ def tune(
     Exit codes: 0 done, 2 bad input, 130 or 143 interrupted (finished trials are kept).
     """
     from feedbackpath.jobs import Interrupted
-    from feedbackpath.jobs.tune import Search, Trial, rows_of
+    from feedbackpath.jobs.tune import SHARED, Search, Trial, rows_of
     from feedbackpath.jobs.tune import tune as job
 
     console = make_console()
@@ -49,6 +49,8 @@ def tune(
     settings = with_all_rules(merge_config(flags, config))
     for name in flags.model_fields_set & IDLE:
         raise ConfigError(f"--{name.replace('_', '-')} has no effect in a search; leave it out")
+    for name in flags.model_fields_set & SHARED[settings.optimizer].keys():
+        raise ConfigError(f"--{name.replace('_', '-')} is what tune searches; leave it out")
     command = shlex.join(["feedbackpath", *sys.argv[1:]])
     try:
         search = job(settings, out, trials=trials, resume=resume, command=command, tell=tell)
@@ -72,4 +74,10 @@ def tune(
 
 
 def _as_text(settings: dict[str, object]) -> str:
-    return ", ".join(f"{name.split('.')[-1]} {value}" for name, value in settings.items())
+    return ", ".join(_one_as_text(name.split(".")[-1], value) for name, value in settings.items())
+
+
+def _one_as_text(name: str, value: object) -> str:
+    if not isinstance(value, dict):
+        return f"{name} {value}"
+    return f"{name} as by default" if not value else _as_text(value)

@@ -226,7 +226,7 @@ class Exchange(TorchFunctionMode):
             or (name in ops.SCALES and _is_scale(args, kwargs, pairs))
         ):
             output = run(func, args, kwargs)
-        elif pytorch.is_traced():
+        elif pytorch.is_traced() or any(x.layout is not torch.strided for x in tensors_in((args, kwargs))):
             output = write_twice(func, name, args, kwargs, pairs)
         else:
             output = exchange_saved(func, name, args, kwargs, pairs)

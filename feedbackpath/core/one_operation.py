@@ -6,8 +6,8 @@
     dB = delta x^T      only where B learns
 
 ``exchange_saved`` lets autograd keep B where it would keep W for the backward pass. ``write_twice`` serves
-where nothing can be exchanged afterwards: it runs ``op(x, W)`` for its value and ``op(x, B)`` for its
-gradients.
+where nothing can be exchanged afterwards, as of sparse activity: it runs ``op(x, W)`` for its value and
+``op(x, B)`` for its gradients.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -36,7 +36,7 @@ def multiply(layer: Any, w: Tensor, b: Tensor | None, args: Args, kwargs: Kwargs
         kwargs: None may be given.
     """
     is_like_w = b is not None and b.shape == w.shape and b.dtype == w.dtype and b.device == w.device
-    if len(args) != 1 or kwargs or not is_like_w:
+    if len(args) != 1 or kwargs or not is_like_w or args[0].layout is not torch.strided:
         return None
     x = args[0]
     if isinstance(layer, nn.Linear):

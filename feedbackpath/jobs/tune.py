@@ -74,13 +74,16 @@ class Search(BaseModel):
 
 
 def space_of(rule: str, config: CompareConfig) -> dict[str, Span]:
-    """Return a rule's search space: what all share, then its own.
+    """Return a rule's search space: what all share, then its own, without what the config gives the rule.
 
     Raises:
         ConfigError: The rule declares a span that makes no sense.
     """
     own: Mapping[str, Span] = RULES[resolve_rule(rule).name].search_space
-    space = SHARED[config.optimizer] | {f"{rule}.{name}": span for name, span in own.items()}
+    given = config.rule_settings.get(rule, {})
+    space = SHARED[config.optimizer] | {
+        f"{rule}.{name}": span for name, span in own.items() if name not in given
+    }
     for name, span in space.items():
         kind, *values = span
         is_range = kind in ("log", "linear") and len(values) == 2 and values[0] < values[1]

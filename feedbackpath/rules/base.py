@@ -13,6 +13,7 @@ from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.sendback import LOCAL, SendBack
 from feedbackpath.errors import RuleError
+from feedbackpath.rules.spelling import refuse_misspelt
 
 Weights = Sequence[UntiedWeight]
 Scale = Literal["xavier", "he", "zero"]
@@ -77,6 +78,11 @@ class Rule(CheckedArguments):
     facts: ClassVar[Facts] = Facts()
     label: ClassVar[str | None] = None
     colour: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        """Refuse a subclass with a misspelt hook."""
+        super().__init_subclass__(**settings)
+        refuse_misspelt(cls, Rule)
 
     def serves(self, weights: Weights) -> bool:
         """Whether the rule can run a layer with these weights; if not, a warning names the layer."""

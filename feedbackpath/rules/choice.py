@@ -75,3 +75,26 @@ def note_left(model: nn.Module, names: Iterable[str]) -> None:
     """Let the forward pass know which weights have no B: these have been named, and are no strangers."""
     parameters = [p for name in names for p in model.get_submodule(name).parameters(recurse=False)]
     model.__dict__["untied"].memo["left"] = parameters
+
+
+def rule_names(rules: Mapping[str, Rule]) -> dict[str, str]:
+    """Return the names of the rules of layers."""
+    return {layer: rule.name for layer, rule in rules.items()}
+
+
+def refuse_other_rules(rules: Mapping[str, Rule], saved: Mapping[str, str]) -> None:
+    """Refuse the state of a path whose layers had other rules: what these keep would mean something else.
+
+    Raises:
+        UntieError: Names the first layer that differs.
+    """
+    own = rule_names(rules)
+    for layer in [layer for layer in {**own, **saved} if own.get(layer) != saved.get(layer)]:
+        raise UntieError(
+            f"this state is of another path: there {layer!r} has {_told(saved, layer)}, here "
+            f"{_told(own, layer)}; untie the model as it was when the state was saved"
+        )
+
+
+def _told(names: Mapping[str, str], layer: str) -> str:
+    return f"the rule {names[layer]!r}" if layer in names else "no rule"

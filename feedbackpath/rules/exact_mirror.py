@@ -7,8 +7,9 @@ activities hides them. ``ExactMirror(Mirror(noise="hadamard"))`` fires the same 
 real layer, and averages over noise.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from feedbackpath.mirror import Mirror
 from feedbackpath.rules.base import Facts
@@ -41,4 +42,5 @@ class ExactMirror(WeightMirror):
         verdict="transport-free",
         flops=1.0,
     )
+    search_space: ClassVar[Mapping[str, Sequence[Any]]] = {}  # codes leave no angle
     mirror: Mirror = field(default_factory=Mirror.exact)

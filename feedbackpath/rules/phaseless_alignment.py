@@ -94,14 +94,14 @@ class PhaselessAlignment(ActivityRule):
                 )
         super().start(weights, context)
         for weight in weights:
-            weight.layer.register_forward_pre_hook(ride, with_kwargs=True)
+            hook = weight.layer.register_forward_pre_hook(ride, with_kwargs=True)
+            weight.layer.untied.memo["pal: hook"] = hook
 
     def detach(self, weights: Weights, context: RuleContext) -> None:
         """Take the noise off again."""
         for weight in weights:
-            hooks = weight.layer._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook is ride]:
-                del hooks[key], weight.layer._forward_pre_hooks_with_kwargs[key]
+            if "pal: hook" in weight.layer.untied.memo:  # not where the rule has refused a layer
+                weight.layer.untied.memo.pop("pal: hook").remove()
 
     def after_backward(
         self, weight: UntiedWeight, x: Tensor, output: Tensor, delta: Tensor, context: RuleContext

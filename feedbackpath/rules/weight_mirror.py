@@ -10,8 +10,9 @@ blocked (Section 4.3; the convolutions of the paper's networks have none); norms
 activation are passed over; the first layer is mirrored too.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from feedbackpath.core.context import RuleContext
 from feedbackpath.mirror import Mirror, MirrorMode
@@ -47,6 +48,9 @@ class WeightMirror(Rule):
         verdict="transport-free",
         flops=1.67,
     )
+    search_space: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "mirror": ("choice", {}, {"target_angle_deg": 10.0}, {"target_angle_deg": 5.0})  # {}: a minibatch's
+    }
     mirror: Mirror = field(default_factory=Mirror)
 
     def serves(self, weights: Weights) -> bool:
