@@ -65,8 +65,7 @@ class DataSettings(BaseModel):
     )
     on_bad_image: Annotated[Literal["error", "skip"] | None, DATA] = Field(
         None,
-        description="unreadable images (imagenet): end the run (error), or leave them out and count them "
-        "(skip)",
+        description="unreadable images (imagenet): end the run (error), or leave out and count them (skip)",
     )
     evaluate_on: Annotated[Literal["test", "validation"], DATA] = Field(
         "test", description="split on which the metric is reported; choose settings on validation"
