@@ -19,6 +19,7 @@ SHAPES = {
     "reference": fp.devices.Reference(step=0.01, asymmetry=0.3),
 }
 over_shapes = pytest.mark.parametrize("device", SHAPES.values(), ids=SHAPES)
+EVEN = {"noise": 0.0, "spread": 0.0, "asymmetry_spread": 0.0, "bound_spread": 0.0}
 
 
 def seeded(seed=0):
@@ -179,6 +180,30 @@ def test_every_preset_writes_finite_weights(name):
     assert float(w.mean()) > 0.0
 
 
+@pytest.mark.parametrize("is_up", [True, False])
+@pytest.mark.parametrize(
+    "device",
+    [
+        fp.devices.PCM(**EVEN).cell,
+        fp.devices.Exponential(step=0.05, a_up=-3.0, a_down=-2.0, a=-0.5, b=-0.2),
+        fp.devices.Power(step=0.2, gamma_up=2.0, gamma_down=1.5),
+    ],
+    ids=["pcm", "exponential", "power"],
+)
+def test_large_pulses_come_to_what_they_come_to_one_by_one(device, is_up):
+    counts = torch.arange(0.0, 100.0).double()
+    w = torch.full_like(counts, 0.1)
+    cells, way = cells_of(device, w), torch.full((100,), is_up)
+    one_by_one, state = [], w[:1]
+    for _ in counts:
+        one_by_one.append(float(state))
+        step = device.step * device.response(state, way[:1], cells) * (1.0 if is_up else -1.0)
+        state = (state + step).clamp(cells.low, cells.high)
+    found = device.apply(w, counts, way, cells, None)
+    assert (found - torch.tensor(one_by_one).double()).abs().max() < 0.02 * (device.bound - device.lowest)
+    torch.testing.assert_close(found[:17], torch.tensor(one_by_one[:17]).double())
+
+
 def step_responses_of_aihwkit(kind, sign, pulses):
     """Return weights after 1, 2, ... pulses of a device of the package aihwkit, without its noise."""
     presets = pytest.importorskip("aihwkit.simulator.presets.devices", reason="aihwkit is not installed")
@@ -191,7 +216,7 @@ def step_responses_of_aihwkit(kind, sign, pulses):
             setattr(device, name, 0.0)
     update = UpdateParameters(desired_bl=1, update_bl_management=False, update_management=False)
     tile = AnalogTile(1, 1, SingleRPUConfig(device=device, update=update))
-    tile.set_learning_rate(device.dw_min)
+    tile.set_learning_rate(10 * device.dw_min)  # each update is a pulse: its chance is 1
     found = []
     try:
         tile.set_weights(torch.zeros(1, 1))
@@ -203,18 +228,22 @@ def step_responses_of_aihwkit(kind, sign, pulses):
     return torch.tensor(found).double()
 
 
-@pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize(
-    ("kind", "preset"),
+    ("kind", "device", "sign"),
     [
-        ("EcRamPresetDevice", fp.devices.EcRam),
-        ("CapacitorPresetDevice", fp.devices.Capacitor),
-        ("ReRamESPresetDevice", fp.devices.ReRam),
+        ("EcRamPresetDevice", fp.devices.EcRam(**EVEN), 1.0),
+        ("EcRamPresetDevice", fp.devices.EcRam(**EVEN), -1.0),
+        ("CapacitorPresetDevice", fp.devices.Capacitor(**EVEN), 1.0),
+        ("CapacitorPresetDevice", fp.devices.Capacitor(**EVEN), -1.0),
+        ("ReRamESPresetDevice", fp.devices.ReRam(**EVEN), 1.0),
+        ("ReRamESPresetDevice", fp.devices.ReRam(**EVEN), -1.0),
+        ("PCMPresetDevice", fp.devices.PCM(**EVEN).cell, 1.0),  # it can only be raised
+        ("ReRamArrayHfO2PresetDevice", fp.devices.HfO2(**EVEN, error=0.0), 1.0),
+        ("ReRamArrayHfO2PresetDevice", fp.devices.HfO2(**EVEN, error=0.0), -1.0),
     ],
 )
-def test_presets_respond_as_those_of_aihwkit(kind, preset, sign):
+def test_presets_respond_as_those_of_aihwkit(kind, device, sign):
     theirs = step_responses_of_aihwkit(kind, sign, 200)
-    device = preset(noise=0.0, spread=0.0, asymmetry_spread=0.0, bound_spread=0.0)
     counts = torch.arange(1.0, 201.0).double()
     w = torch.zeros_like(counts)
     ours = device.apply(w, counts, torch.full((200,), sign > 0), cells_of(device, w), None)

@@ -1,5 +1,6 @@
 """How a pulse depends on the weight: the responses that devices are described by."""
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -13,6 +14,24 @@ from feedbackpath.hardware.cells import Cells, Device, Values, either
 def _over(slope: float, end: Values) -> Values:
     """Return a slope for each unit of weight; a cell that begins at 0 is never lowered."""
     return slope / end if isinstance(end, Tensor) or end else 0.0
+
+
+COARSE = 0.02  # of its size: if a pulse changes the next one by more, the first pulses are made one by one
+FIRST = 16  # pulses; by then a response that falls has fallen so far that a closed form serves
+
+
+def make_first(
+    device: Device, state: Tensor, pulses: Tensor, is_up: Tensor, cells: Cells
+) -> tuple[Tensor, Tensor]:
+    """Make the first pulses one by one; return the state and the pulses that are left."""
+    sign = torch.where(is_up, device.step, -device.step).to(state)
+    for _ in range(FIRST):
+        if not bool((pulses > 0).any()):
+            break
+        moved = state + sign * device.response(state, is_up, cells) * pulses.clamp(max=1.0)
+        within = torch.clamp(moved, torch.as_tensor(cells.low), torch.as_tensor(cells.high))
+        state, pulses = torch.where(pulses > 0, within, state), (pulses - 1.0).clamp_min(0.0)
+    return state, pulses
 
 
 @dataclass(frozen=True)
@@ -143,8 +162,21 @@ class Exponential(Device):
         sizes = either(is_up, cells.up, cells.down, state)
         return sizes * (1.0 - factor * torch.exp(gamma * (scale * state + self.b))).clamp_min(0.0)
 
+    @property
+    def is_coarse(self) -> bool:
+        """Whether a pulse changes the next one by much, somewhere in the range."""
+        scale = 2.0 * self.a / (self.bound - self.lowest)
+        exponents = [
+            (abs(factor * gamma), gamma * (scale * end + self.b))
+            for factor, gamma in ((self.a_up, self.gamma_up), (self.a_down, -self.gamma_down))
+            for end in (self.lowest, self.bound)
+        ]
+        return self.step * abs(scale) * max(size * math.exp(min(at, 99.0)) for size, at in exponents) > COARSE
+
     def after(self, state: Tensor, pulses: Tensor, is_up: Tensor, cells: Cells) -> Tensor:
         """Return the state after n small pulses: ``v = exp(-gamma z)``, and v - A goes exponentially."""
+        if self.is_coarse:
+            state, pulses = make_first(self, state, pulses, is_up, cells)
         factor, gamma, scale = self._shape(is_up, cells, state)
         signed = either(is_up, cells.up, -1.0 * cells.down, state) * self.step
         z = scale * state + self.b
@@ -196,6 +228,8 @@ class Power(Device):
         With q the share of the range that is left: ``q^(1-gamma)`` grows by ``(gamma - 1) g c n / range``;
         for gamma = 1 q falls by ``exp(-g c n / range)``.
         """
+        if self.step * max(self.gamma_up, self.gamma_down) / (self.bound - self.lowest) > COARSE:
+            state, pulses = make_first(self, state, pulses, is_up, cells)
         left, span = self._left(state, is_up, cells)
         gamma = either(is_up, self.gamma_up, self.gamma_down, state)
         taken = either(is_up, cells.up, cells.down, state) * self.step * pulses / span
