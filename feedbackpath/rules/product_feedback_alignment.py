@@ -56,6 +56,7 @@ class ProductFeedbackAlignment(KolenPollack):
         ...     optimizer.zero_grad()
         ...     (model(torch.randn(64, 30)) * torch.randn(64, 20)).sum().backward()
         ...     optimizer.step()
+        ...     path.step()
         >>> 4 < path.matrix_angles()[""] < 8
         True
     """
