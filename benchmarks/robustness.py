@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from marked import write_between
+from marked import not_run, write_between
 from rich.console import Console
 
 from feedbackpath import cli
@@ -112,7 +112,7 @@ def cells(results: Results) -> list[str]:
     told = []
     for rule in RULES:
         row = rows.get(rule, {})
-        parts = [row.get(results.metric.label, "not run"), intervals.get(rule, "")]
+        parts = [row.get(results.metric.label, "–"), intervals.get(rule, "")]
         if rule != "bp" and row:
             parts += [row["angle, worst epoch"], f"gain {row['gain']}"]
         told.append(", ".join(filter(None, parts)))
@@ -120,13 +120,16 @@ def cells(results: Results) -> list[str]:
 
 
 def table() -> str:
-    """Return the table of what has been run."""
+    """Return the table of what has been run, and a sentence on what has not."""
+    command = "python benchmarks/robustness.py run"
+    folders = {noise: OUT / folder_of(noise) for noise in NOISE}
+    done = {noise: folder for noise, folder in folders.items() if (folder / "results.json").exists()}
+    if not done:
+        return not_run(command)
     lines = [f"| noise | {' | '.join(f'`{rule}`' for rule in RULES)} |", "|---" * (len(RULES) + 1) + "|"]
-    for noise in NOISE:
-        folder = OUT / folder_of(noise)
-        results = read_results(folder) if (folder / "results.json").exists() else Results(runs=[])
-        lines.append(f"| {noise} | {' | '.join(cells(results))} |")
-    return "\n".join(lines)
+    lines += [f"| {noise} | {' | '.join(cells(read_results(folder)))} |" for noise, folder in done.items()]
+    absent = ", ".join(noise for noise in NOISE if noise not in done)
+    return "\n".join([*lines, *(["", not_run(command, absent)] if absent else [])])
 
 
 def write_page() -> None:
