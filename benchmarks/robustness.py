@@ -8,13 +8,14 @@
 settings on 10 other seeds, under each kind of noise in what every layer answers: in training, in the mirror
 and in the test. Both go on where they were broken off. ``page`` writes the table of docs/results.md.
 
-This is the third study. In the first two wm missed the margin: with a mirror of as many samples as a minibatch
-has, and with one whose angle the search chose. Why was then looked for on validation data. It is the mirror's
-memory, by which B is late, and not its noise (benchmarks/NOTES.md). So the search of wm chooses among memories
-too, in the same 12 trials. As two looks came before, the test is at a quarter of the level. Seeds are new.
+This is the third study. In the first two wm missed the margin: with a mirror of as many samples as a
+minibatch has, and with one whose angle the search chose. Why was then looked for on validation data. It is
+the mirror's memory, by which B is late, and not its noise (mirror_memory.py). So the search of wm chooses
+among memories too, in the same 12 trials. As two looks came before, the test is at a quarter of the level.
+Seeds are new.
 
-Margin, written down before any run: the upper end of the paired 97.5% interval of wm minus bp is below 1 point
-in every column.
+Margin, written down before any run: the upper end of the paired 97.5% interval of wm minus bp is below 1
+point in every column.
 """
 
 import argparse
