@@ -16,6 +16,7 @@ from typing import Any
 from cost_model import Calibration, LayerSize, predict_ratio
 from extrapolation import Training, add_every_rule, resnet50_on_32_devices, transformer_of_7_billion
 from layer_sizes import measure_layers
+from old_names import name_now
 
 from feedbackpath.bench.workloads import Workload
 
@@ -105,7 +106,7 @@ def table_of_training(training: Training) -> str:
     for rule, added in add_every_rule(training).items():
         is_mirror = rule.startswith("wm")
         rows.append([
-            rule if not is_mirror else {"wm": "wm, codes"}.get(rule, rule),
+            name_now(rule),
             _percent(added.flops),
             _percent(added.paper_flops) if added.paper_flops else "–",
             _percent(added.seconds),
@@ -149,7 +150,7 @@ def _with_quartiles(ratio: Mapping[str, float]) -> str:
 
 
 def _codes(rules: Iterable[str]) -> list[str]:
-    return [f"`{rule}`" for rule in rules]
+    return [f"`{name_now(rule)}`" for rule in rules]
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

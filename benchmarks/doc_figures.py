@@ -23,6 +23,7 @@ import language_page
 from growth_figure import draw_growth
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from old_names import name_now, read_with_names_of_now
 from one_input_figures import LOOKS, draw_angles
 from PIL import Image, PngImagePlugin
 from study_figures import render_study
@@ -32,7 +33,6 @@ from feedbackpath.report.figures import render_figures
 from feedbackpath.report.page import render_page
 from feedbackpath.report.panels import Panel, make_panel
 from feedbackpath.report.parts import FIGURE_STYLE, render
-from feedbackpath.train.results import read_results
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "docs" / "figures"
@@ -70,10 +70,7 @@ def read(source: str) -> Any:
 
 def read_panel(folder: str) -> Panel:
     """Read a comparison's folder; its rules get the names that they have today."""
-    results = read_results(RESULTS / folder)
-    if folder in EARLIER:
-        for run in results.runs:
-            run.rule = "wm-exact" if run.rule == "wm" else run.rule
+    results = read_with_names_of_now(RESULTS / folder)
     return make_panel([(folder, results.model_copy(update={"looks": results.looks | LOOKS}))])
 
 
@@ -117,7 +114,7 @@ def of_one_input() -> Figure:
 def of_growth() -> Figure:
     """Draw how a step's cost grows; the file's `wm` is today's `wm-exact`."""
     found = read("step-cost/growth.json")
-    found["settings"]["rules"] = [rule.replace("wm", "wm-exact") for rule in found["settings"]["rules"]]
+    found["settings"]["rules"] = [name_now(rule) for rule in found["settings"]["rules"]]
     for axis in found["growth"].values():
         for cell in axis["cells"]:
             cell["step"]["wm-exact"] = cell["step"].pop("wm")
@@ -134,7 +131,6 @@ def drawn(draw: Callable[[], Figure]) -> Callable[[], bytes]:
     return render_png
 
 
-EARLIER = ("fashion-mnist-lenet", "one-input")  # made when `wm` was the rule that is now `wm-exact`
 COMPARISONS = {
     "glyphs-resnet8": ("learning_curves", "alignment", "gains"),
     "fashion-mnist-lenet": ("learning_curves",),

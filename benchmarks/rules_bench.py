@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from marked import write_between
+from marked import not_run, write_between
 
 from feedbackpath import cli
 from feedbackpath.report.curves import finished, mean_and_error
@@ -190,34 +190,42 @@ def read_runs(task: str) -> tuple[list[Run], Metric]:
 
 
 def table(task: str) -> str:
-    """Return a task's table: what was measured, and which rules were not run."""
+    """Return a task's table: what was measured; below it, what was not run."""
     runs, metric = read_runs(task)
     rows = {row["rule"]: row for row in summary_rows(runs, metric)}
+    failed = [name for name in RULES if name not in rows and _all_diverged(task, name)]
+    absent = [name for name in RULES if name not in rows and name not in failed]
+    below = [not_run(f"python benchmarks/rules_bench.py run {task}", _names(absent) if rows else "")]
+    if not rows:
+        where = f"all {TRIALS} trials on {TUNED_ON.get(task, task)} diverged"
+        return " ".join(below + ([f"{_names(failed)}: {where}."] if failed else []))
     times, chosen = _times_of(task), last_choices(task)
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    for name, row in ((name, rows.get(name) or _why_absent(task, name)) for name in RULES):
+    columns = [column for column in COLUMNS if times or column != "step time"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name in (name for name in RULES if name not in absent):
+        row = rows.get(name) or dict.fromkeys(COLUMNS, "–") | {"n": f"all {TRIALS} trials diverged"}
         if name in rows:
             row["δ angle, worst epoch"] = _worst_delta([run for run in runs if run.rule == name])
             if chosen[name][0] > 1:
                 row["n"] += f", choice {chosen[name][0]}"
-        facts = RULES[name].facts
-        known = {
-            "group": group_of(RULES[name]),
-            "verdict": facts.verdict,
-            "step time": times.get(name, "not run"),
-        }
-        row = row | known | {"rule": f"`{name}`"}
-        lines.append(f"| {' | '.join(row[column] for column in COLUMNS)} |")
-    return "\n".join(lines)
+        known = {"group": group_of(RULES[name]), "verdict": RULES[name].facts.verdict}
+        row = row | known | {"rule": f"`{name}`", "step time": times.get(name, "–")}
+        lines.append(f"| {' | '.join(row[column] for column in columns)} |")
+    below = below if absent else []
+    if not times:
+        below.append(not_run("python benchmarks/rules_bench.py cost", "the time of a step under each rule"))
+    return "\n".join(lines) + "".join(f"\n\n{sentence}" for sentence in below)
 
 
-def _why_absent(task: str, rule: str) -> dict[str, str]:
-    """Return the row of a rule without runs: it was not run, or no settings of its search have worked."""
+def _names(rules: Sequence[str]) -> str:
+    return ", ".join(f"`{rule}`" for rule in rules)
+
+
+def _all_diverged(task: str, rule: str) -> bool:
+    """Whether no settings of a rule's search have worked."""
     file = RESULTS / TUNED_ON.get(task, task) / rule / "tuned" / "tune.json"
     trials = json.loads(file.read_text(encoding="utf-8"))["trials"] if file.exists() else []
-    if len(trials) < TRIALS or any(trial["status"] == "finished" for trial in trials):
-        return dict.fromkeys(COLUMNS, "not run")
-    return dict.fromkeys(COLUMNS, "–") | {"n": f"all {TRIALS} trials diverged"}
+    return len(trials) >= TRIALS and all(trial["status"] != "finished" for trial in trials)
 
 
 def _worst_delta(runs: Sequence[Run]) -> str:
@@ -241,7 +249,8 @@ def orders(task: str) -> str:
     """Say which of the known orders of test errors came out, and by how much, paired by seed."""
     runs, metric = read_runs(task)
     done = {rule: {run.seed: run.test for run in finished(runs) if run.rule == rule} for rule in RULES}
-    lines = ["| known order | came out | second minus first |", "|---|---|---|"]
+    told = "Orders of errors that the field expects, and whether they were found:"
+    lines = [told, "", "| known order | found | second minus first |", "|---|---|---|"]
     for lower, sign, higher in ORDERS[task]:
         pairs = [(done[lower][seed], done[higher][seed]) for seed in done[lower] if seed in done[higher]]
         gaps = [second - first for first, second in pairs if first is not None and second is not None]
@@ -263,7 +272,7 @@ def tables() -> str:
         search = f"{TRIALS} trials of each rule on {TUNED_ON.get(task, task)}"
         told = f"`{' '.join(flags)} --epochs {epochs}`, {SEEDS} seeds; settings by {search}."
         notes = [told, *([PUBLISHED[task]] if task in PUBLISHED else [])]
-        checked = [orders(task)] if task in ORDERS else []
+        checked = [orders(task)] if task in ORDERS and read_runs(task)[0] else []
         parts.append("\n\n".join([f"### {task}", *notes, table(task), *checked]) + "\n")
     return "\n".join(parts)
 

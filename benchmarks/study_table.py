@@ -19,7 +19,7 @@ STUDY_SCHEMA = 1
 """Version of the layout of ``study.json``."""
 
 PAPERS_NUMBERS = (0.1, 0.5)  # eta and lambda, Appendix D.2
-LABELS = {"bp": "bp", "default": "wm", "paper": "wm, paper"}
+LABELS = {"bp": "bp", "default": "wm-exact", "paper": "wm, paper"}  # of today; the file has "default"
 STUDY_COLUMNS = (
     "part", "network", "batch", "rule", "n", "angle, max", "δ angle, first", "gain", "test error",
 )  # fmt: skip

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from marked import write_between
+from marked import not_run, write_between
 from rich.console import Console
 from robustness import keep
 
@@ -76,7 +76,7 @@ def run() -> None:
 def table() -> str:
     """Return the table of what has been run, with the settings that were found."""
     if not (OUT / "results.json").exists():
-        return "Not run."
+        return not_run("python benchmarks/tuned_glyphs.py tune`, then `run")
     results, found = read_results(OUT), best_settings()
     lines = [f"| {' | '.join(COLUMNS)} | settings |", "|---" * (len(COLUMNS) + 1) + "|"]
     for row in summary_rows(results.runs, results.metric):

@@ -1,4 +1,4 @@
-"""Plain layers of a more brain-like network; nothing of rules in them, and they need torch alone.
+"""Plain layers of a more brain-like network. They know nothing of rules, and need only torch.
 
 Akrout et al. 2019, Section 6: "More brain-like implementations would have to replace BatchNorm with some
 kind of synaptic scaling, ReLU with a bounded function such as rectified tanh, and convolution with

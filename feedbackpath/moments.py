@@ -11,7 +11,7 @@ takes B's own memory, and not three times as much.
 
 Between steps the optimizer has state of B as of any parameter: copies of W's that take memory only when
 somebody writes to one of the two. So checkpoints, copies and audits see what they would see of separate
-moments, and whoever goes on without this goes on rightly.
+moments, and training can continue without this module.
 """
 
 from collections.abc import Callable, Sequence

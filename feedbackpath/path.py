@@ -56,7 +56,7 @@ def untie(
         strict: Raise an error, instead of a warning, if the rule cannot run some layers; also if the model
             has weights that are no matrices among its parameters: buffers, flat parameters, plain lists.
         activations: Glob patterns of layer paths to the activation after the layer (for mirror mode);
-            activations that are not given are found by tracing the model.
+            others are found in the first training step, or by tracing the model.
         batchnorm_feedback: What BatchNorm sends back in training: the whole gradient, as autograd does, or
             ``"sigma"``: delta times gamma / sigma, as in the paper's Appendix D.3.
         chip: The arrays that hold W and B; call ``chip.attach(optimizer)`` afterwards. None: no devices.

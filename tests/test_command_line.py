@@ -22,6 +22,19 @@ def run(capsys, *arguments):
     return stop.value.code, capsys.readouterr()
 
 
+HELPS = ("compare", "train", "tune", "audit", "bench", "hardware", "hardware tolerance", "mirror plan")
+
+
+@pytest.mark.parametrize("command", HELPS)
+def test_defaults_in_the_help_are_as_a_user_types_them(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "250")
+    code, printed = run(capsys, *command.split(), "--help")
+    assert code == 0
+    defaults = re.findall(r"\[default: (.*?)\]", printed.out)
+    assert defaults
+    assert not [default for default in defaults if re.search(r"[()\[\]{}' ]|None", default)]
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

@@ -106,7 +106,7 @@ def test_the_grid_has_both_readings_and_what_stands_beside(tmp_path):
         assert gains[setting] == pytest.approx(gain, rel=0.25), setting
     assert gains["printed", 1.0] / gains["printed", 0.1] == pytest.approx(10, rel=0.25)
     assert [row[3] for row in study_rows(study)] == [
-        "bp", "wm", "wm, paper inside", "wm, paper printed",
+        "bp", "wm-exact", "wm, paper inside", "wm, paper printed",
     ]  # fmt: skip
     assert markdown_study_table(study).count("\n") == 2 + 4
     assert {path.name for path in write_study_figures(study, tmp_path)} == {"grid.png", "grid.pdf"}

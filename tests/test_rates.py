@@ -65,5 +65,5 @@ def test_weak_codes_about_a_baseline_tell_all(way):
 def test_a_baseline_that_an_activation_never_reaches_is_refused():
     rule = fp.WeightMirror(fp.Mirror(rates="baseline", baseline=2.0))
     path = fp.untie(nn.Sequential(nn.Linear(40, 50), nn.Sigmoid()), rule)
-    with pytest.raises(fp.RuleError, match="never answers at the baseline rate 2"):
+    with pytest.raises(fp.RuleError, match="gives no output at the baseline rate 2"):
         path.mirror()

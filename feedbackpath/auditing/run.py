@@ -108,7 +108,7 @@ def _settle(passes: OfStep | OfBuild) -> Report:
         if without is None or (apart[0] and not without.differing):
             kind, layer = apart[0][0]
             return _unsettled(
-                f"done again with W as it was, the steps do something else ({kind} of {layer!r} first): let "
+                f"repeated with W unchanged, the steps give something else ({kind} of {layer!r} first): let "
                 "step be repeatable: deterministic operations, no clock; where no process can be forked (a "
                 "GPU, threads), one fixed minibatch, and schedulers and scalers in stateful=, or build=",
                 steps, passes.since, notes,

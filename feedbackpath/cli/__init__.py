@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 from cyclopts.exceptions import ValidationError as FlagError
 
 from feedbackpath import __version__
@@ -34,10 +34,18 @@ _SMALLER = "a smaller --batch-size, --samples-per-epoch or --model"
 TRACEBACK = "FEEDBACKPATH_TRACEBACK"
 """The environment variable with which errors that nobody foresaw are shown whole."""
 
+
+def _as_typed(default: object) -> str | None:
+    """Return a default as a user types it: several values with commas between them."""
+    values = default if isinstance(default, tuple) else () if default is None else (default,)
+    return ",".join(map(str, values)) or None
+
+
 app = App(
     name="feedbackpath",
     help="Deep learning without weight transport: train, compare and measure feedback paths that learn.",
     version=__version__,
+    default_parameter=Parameter(show_default=_as_typed),
     suppress_keyboard_interrupt=False,  # it would say nothing
 )
 app.command(
@@ -80,7 +88,8 @@ app.command(
 mirror_app = App(name="mirror", help="Show what mirror mode will do, before a run.")
 mirror_app.command(
     "feedbackpath.cli.mirror:plan",
-    help="Print what mirror mode will do with each layer: samples, predicted angle, FLOPs, and how often.",
+    help="Print what mirror mode will do with each layer: samples, predicted angle, FLOPs, and how often.\n\n"
+    "Example: feedbackpath mirror plan --model lenet --target-angle-deg 5",
 )
 app.command(mirror_app)
 
@@ -91,7 +100,11 @@ app.command(
     "Example: feedbackpath hardware --chip reram --read-bits 8 --rules bp,fa,ss,kp,wm",
 )
 
-app.command("feedbackpath.cli.rules:rules", help="List the rules: paper, equation, needs, verdict and cost.")
+app.command(
+    "feedbackpath.cli.rules:rules",
+    help="List the rules by group: paper, equation, what the rule needs, the audit's verdict, and cost.\n\n"
+    "Example: feedbackpath rules",
+)
 
 data_app = App(name="data", help="Check or shrink image folders for --data imagenet.")
 data_app.command(

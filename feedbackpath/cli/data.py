@@ -45,7 +45,7 @@ def check(folder: Folder, *, num_workers: Workers = 0) -> int:
 
 def shrink(
     folder: Folder,
-    out: Annotated[Path, Parameter(help="folder for the copy; goes on with one that was begun")],
+    out: Annotated[Path, Parameter(help="folder for the copy; continues one that was begun")],
     *,
     size: Annotated[int, Parameter(help="short side in pixels", validator=Number(gte=1))] = 256,
     quality: Annotated[int, Parameter(help="quality of the JPEGs", validator=Number(gte=1, lte=95))] = 95,

@@ -114,7 +114,7 @@ def tolerance(
             margin=margin, bisections=bisections, resume=resume, tell=console.print,
         )  # fmt: skip
     except Interrupted as stop:
-        console.print(f"interrupted: what has ended is kept in {out}; --resume goes on")
+        console.print(f"interrupted: what has ended is kept in {out}; --resume continues")
         return stop.exit_code
     heading, rows = table_of(kept)
     table = make_table(*heading)

@@ -15,7 +15,7 @@ Noise = Literal["gaussian", "uniform", "signs", "orthogonal", "hadamard"]
 def plan(
     *,
     model: Annotated[str, Parameter(help="network")] = "resnet8",
-    noise: Annotated[Noise, Parameter(help="gaussian, uniform, signs, orthogonal or hadamard")] = "gaussian",
+    noise: Annotated[Noise, Parameter(help="kind of noise, or of codes (orthogonal, hadamard)")] = "gaussian",
     target_angle_deg: Annotated[
         float | None,
         Parameter(

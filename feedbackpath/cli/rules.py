@@ -10,13 +10,13 @@ from feedbackpath.cli.exit_codes import DONE
 from feedbackpath.cli.output import make_console
 
 GROUPS = {
-    "ruler": "B is W itself",
+    "ruler": "B is W itself: backprop, which the other rules are measured against",
     "transports": "B is computed from W",
     "fixed": "B stays as it is drawn",
-    "learned": "B learns without W",
-    "broadcast": "the output's error goes straight to each layer",
+    "learned": "B learns without W, from the signals of training",
+    "broadcast": "the output's error, or the target, goes straight to each layer",
     "targets": "layers get targets in place of errors",
-    "mirrors": "noise shows B what W is",
+    "mirrors": "noise, codes or spikes go through W, and B learns from the answers",
 }
 
 

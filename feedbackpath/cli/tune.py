@@ -55,7 +55,7 @@ def tune(
     try:
         search = job(settings, out, trials=trials, resume=resume, command=command, tell=tell)
     except Interrupted as stop:
-        console.print(f"interrupted: finished trials are kept in {out}; --resume goes on")
+        console.print(f"interrupted: finished trials are kept in {out}; --resume continues")
         return stop.exit_code
     table = make_table("rule", "trials", f"validation {search.metric.name}", "settings", names=(0, 3))
     for rule, count, best in rows_of(search):

@@ -1,7 +1,7 @@
 """Signals that pass forward through a weight outside a model's own forward pass: mirror noise, say.
 
-Whoever watches a step for weight transport has to know them from a copy of the weight: noise that goes in at
-one end of a synapse and is received at the other carries what the synapse does to it, as data do.
+An audit has to distinguish them from a copy of the weight. Noise that goes in at one end of a synapse and is
+received at the other carries what the synapse does to it, as data do.
 """
 
 from collections.abc import Iterator

@@ -107,5 +107,5 @@ def _resting_bias(activation: Activation, beta: float, like: Tensor) -> Tensor:
         is_below = activation(middle.clone()) < beta
         low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
     if not torch.allclose(activation(high.clone()), torch.full_like(high, beta), rtol=1e-3):
-        raise RuleError(f"mirror mode: the activation never answers at the baseline rate {beta:g}")
+        raise RuleError(f"mirror mode: the activation gives no output at the baseline rate {beta:g}")
     return high

@@ -56,8 +56,8 @@ class Mirror(CheckedArguments):
             ``"uniform"``, ``"signs"``. Or codes that are orthogonal to each other: ``"orthogonal"``, the
             exact read-out, which assumes that W is read without noise; ``"hadamard"``, the same codes at
             sigma 1, always through the layer's own call, which average over noise.
-        sigma: Standard deviation of the noise; None: 1, or 0.01 for ``"orthogonal"``: so weak that any
-            smooth activation is linear to it.
+        sigma: Standard deviation of the noise; None: 1, or 0.01 for ``"orthogonal"``, so weak that any
+            smooth activation is nearly linear there.
         samples: Examples of independent noise a pass, on each device. In a convolution an example is a whole
             map, and each position of it is a sample. None: as many as ``target_angle_deg`` needs, or, where
             that is None too, as many as the minibatch of training has; 2048 where none has been seen.

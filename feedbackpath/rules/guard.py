@@ -119,7 +119,7 @@ class Guard:
         if patched:
             warnings.warn(
                 f"the forward of {', '.join(map(repr, sorted(patched)))} was replaced on the object after "
-                "untie; unless it calls the one that was there, errors go back through the weights there",
+                "untie; unless it calls the earlier forward, errors go back through W there, as in backprop",
                 UnconvertedLayerWarning,
                 stacklevel=level_outside(),
             )

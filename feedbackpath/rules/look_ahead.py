@@ -73,8 +73,8 @@ class LookAhead:
         if names := [repr(w.name) for w, is_other in zip(due, others, strict=True) if is_other]:
             raise RuleError(
                 f"{SETTING}: errors went through predicted feedback weights of "
-                f"{', '.join(names)}, and it made something else of them: take one backward pass a step, "
-                "in which each weight is used once, and do not clip or scale gradients, or write by a chip"
+                f"{', '.join(names)}, but the optimizer made others: take one backward pass a step, in which "
+                "each weight is used once, and do not clip or scale gradients, or write by a chip"
             )
 
     def close(self) -> None:

@@ -1,23 +1,25 @@
 """Product feedback alignment (PFA): errors come back through two matrices, whose product learns to be W.
 
 Li & Benna 2024, "Deep learning without weight symmetry"; equations as in the code that they published. A
-population of m neurons stands in the feedback path. With B m by n, fixed and random, and R learned, for a
+population of m neurons stands in the feedback path. With P m by n, fixed and random, and R learned, for a
 layer of n neurons::
 
-    F = B^T R                           what errors pass through, laid out as W
-    dR = -eta (B delta) x^T - lambda R
-    dF = -eta G delta x^T - lambda F    with G = B^T B, since B is fixed
+    B = P^T R                           what errors pass through, laid out as W
+    dR = -eta (P delta) x^T - lambda R
+    dB = -eta G delta x^T - lambda B    with G = P^T P, since P is fixed
 
-No neuron of the layer above has a synapse on a neuron below that gives it one: errors reach x from the
-population. The entries of B have the variance 1/m, so that G is I on average. W gets ``-eta delta x^T -
-lambda W``, so ``F - G W`` shrinks by (1 - lambda) a step, and F comes to be G W. G scatters about I: for
-Gaussian entries ``E|G W - W|^2 = (n + 1) / m |W|^2``, and ``E<G W, W> = |W|^2``. The angle left is near::
+The paper writes B for P. Here B is what errors pass through, as under every rule.
+
+A neuron of the layer above sends errors only to the population, and the population sends them to x. The
+entries of P have the variance 1/m, so that G is I on average. W gets ``-eta delta x^T - lambda W``, so
+``B - G W`` shrinks by (1 - lambda) a step, and B comes to be G W. G scatters about I: for Gaussian entries
+``E|G W - W|^2 = (n + 1) / m |W|^2``, and ``E<G W, W> = |W|^2``. The angle left is near::
 
     tan(angle) = sqrt((n + 1) / m)      17.5 degrees at m = 10 n, 5.7 at m = 100 n
 
-Differs from the paper: B is Gaussian, not uniform; it may not be sparse. The optimizer is given F, and not
-R: for SGD, with momentum and weight decay, dF is B^T dR exactly. A convolution has one population for each
-group and position, as there; its B has no kernel.
+Differs from the paper: P is Gaussian, not uniform; it may not be sparse. The optimizer is given B, and not
+R: for SGD, with momentum and weight decay, dB is P^T dR exactly. A convolution has one population for each
+group and position, as there; its P has no kernel.
 """
 
 import math
@@ -62,8 +64,8 @@ class ProductFeedbackAlignment(KolenPollack):
     name: ClassVar[str] = "pfa"
     facts: ClassVar[Facts] = Facts(
         paper="Li & Benna 2024",
-        equation="F = B^T R, B fixed; dR = -eta (B delta) x^T - lambda R",
-        needs="a population in each feedback path; weight decay",
+        equation="B = P^T R, P random and fixed; dR = -eta (P delta) x^T - lambda R",
+        needs="more neurons in each feedback path; weight decay",
         verdict="transport-free",
         flops=1.02,
     )
@@ -86,21 +88,21 @@ class ProductFeedbackAlignment(KolenPollack):
         return super().serves(weights) and not isinstance(weights[0].layer, LocallyConnected2d)
 
     def start(self, weights: Weights, context: RuleContext) -> None:
-        """Draw every B and R, and keep their product."""
+        """Draw every P and R, and keep their product."""
         super().start(weights, context)
         with torch.no_grad():
             for weight in weights:
-                b, r = self._draw(weight, context)
-                _as_matrix(weight, weight.feedback).copy_(b.mT @ r)
+                p, r = self._draw(weight, context)
+                _as_matrix(weight, weight.feedback).copy_(p.mT @ r)
 
     def gradients(
         self, weight: UntiedWeight, product: Tensor, context: RuleContext
     ) -> tuple[Tensor, Tensor | None]:
-        """Give W the outer product, and F what comes of it through the population."""
+        """Give W the outer product, and B what comes of it through the population."""
         if product.shape != weight.weight.shape:
             raise RuleError(
-                f"pfa: the weight of {weight.name!r} meets activity in parts, or in another shape, and its "
-                f"population is that of the whole; give it another rule, overrides={{{weight.name!r}: 'kp'}}"
+                f"pfa: the weight of {weight.name!r} meets activity in parts, or in another shape, and pfa "
+                f"needs the whole; give it another rule, overrides={{{weight.name!r}: 'kp'}}"
             )
         sent = torch.empty_like(product)
         matrix = _as_matrix(weight, product)
@@ -108,35 +110,35 @@ class ProductFeedbackAlignment(KolenPollack):
         return product, self.feedback_rate * sent
 
     def check_optimizer(self, weights: Weights, optimizer: torch.optim.Optimizer) -> None:
-        """See to what Kolen-Pollack needs; warn of an optimizer by which F is no longer the product."""
+        """See to what Kolen-Pollack needs; warn of an optimizer by which B is no longer the product."""
         super().check_optimizer(weights, optimizer)
         if not isinstance(optimizer, torch.optim.SGD):
             warnings.warn(
-                f"pfa: {type(optimizer).__name__} updates the product of the two matrices; only under SGD is "
-                "that what it would make of the learned one",
+                f"pfa: {type(optimizer).__name__} updates the product of the two matrices; only SGD gives "
+                "the product that it would give if it updated the learned matrix",
                 KolenPollackWarning,
                 stacklevel=3,
             )
 
     def _draw(self, weight: UntiedWeight, context: RuleContext) -> tuple[Tensor, Tensor]:
-        """Draw B ``[groups, m, n]`` from N(0, 1 / m) and R ``[groups, m, inputs]`` from Glorot's law."""
+        """Draw P ``[groups, m, n]`` from N(0, 1 / m) and R ``[groups, m, inputs]`` from Glorot's law."""
         groups, n, inputs = _as_matrix(weight, weight.weight).shape
         everywhere = context.model.__dict__["untied"].below
         name = next((other.name for other in everywhere if other.weight is weight.weight), weight.name)
-        cpu = torch.device("cpu")  # B is the same on every device
+        cpu = torch.device("cpu")  # P is the same on every device
         generator = generator_of(f"{context.seed}/pfa/{name}/{weight.feedback_name}", cpu)
         m, like = max(1, round(self.expansion * n)), weight.weight
-        b, r = (torch.randn(groups, m, size, generator=generator, device=cpu) for size in (n, inputs))
-        return (b / math.sqrt(m)).to(like), (r * math.sqrt(2.0 / (m + inputs))).to(like)
+        p, r = (torch.randn(groups, m, size, generator=generator, device=cpu) for size in (n, inputs))
+        return (p / math.sqrt(m)).to(like), (r * math.sqrt(2.0 / (m + inputs))).to(like)
 
     def _mixing(self, weight: UntiedWeight, context: RuleContext) -> Tensor:
         """Return G ``[groups, n, n]``; the layer keeps it."""
         kept: dict[Any, Tensor] = weight.layer.__dict__["untied"].memo.setdefault("pfa", {})
         key = (context.seed, weight.feedback_name)
         if key not in kept:
-            b, _ = self._draw(weight, context)
+            p, _ = self._draw(weight, context)
             kept.clear()
-            kept[key] = b.mT @ b
+            kept[key] = p.mT @ p
         return kept[key]
 
 

@@ -49,7 +49,14 @@ class WeightMirror(Rule):
         flops=1.67,
     )
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {
-        "mirror": ("choice", {}, {"target_angle_deg": 10.0}, {"target_angle_deg": 5.0})  # {}: a minibatch's
+        # As many samples as a minibatch and a long memory, or more samples and a short one: where W learns
+        # fast, a B that is late does more harm than one that is noisy.
+        "mirror": (
+            "choice",
+            {},
+            {"target_angle_deg": 20.0, "forgetting": 0.6},
+            {"target_angle_deg": 10.0, "forgetting": 0.3},
+        )
     }
     mirror: Mirror = field(default_factory=Mirror)
 

@@ -38,7 +38,7 @@ class Task(Dataset):
         metric: What the metric is called: ``error`` gives ``test_error`` in result files.
         unit: The unit, printed after its numbers.
         lower_is_better: Whether smaller numbers are better.
-        chance: The metric of guesses at random; None: not known, but for `wrong_percent` told by the classes.
+        chance: The metric of guesses at random; None: not known, or computed (`wrong_percent`).
     """
 
     loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy

@@ -65,7 +65,7 @@ class DataSettings(BaseModel):
     )
     on_bad_image: Annotated[Literal["error", "skip"] | None, DATA] = Field(
         None,
-        description="unreadable images: stop the run (error), or leave them out and count them (imagenet)",
+        description="unreadable images (imagenet): end the run (error), or leave out and count them (skip)",
     )
     evaluate_on: Annotated[Literal["test", "validation"], DATA] = Field(
         "test", description="split on which the metric is reported; choose settings on validation"
@@ -80,11 +80,11 @@ class NetworkSettings(BaseModel):
 
     model: Annotated[Name, NETWORK] = Field(
         "resnet8",
-        description="mlp, lenet, transformer, resnet8, 20, 56, 18 or 50, gpt, gpt-124m, lstm (text), or "
-        "your own",
+        description="mlp, lenet, transformer, resnet8, resnet20, resnet56, resnet18, resnet50; gpt, "
+        "gpt-124m, lstm (text); or your own",
     )
     norm: Annotated[Literal["after", "before", "scaling"], NETWORK] = Field(
-        "after", description="BatchNorm after the activation, or before it; or synaptic scaling after it"
+        "after", description="BatchNorm after or before the activation, or synaptic scaling after it"
     )
     activation: Annotated[Literal["relu", "rectified-tanh"], NETWORK] = Field(
         "relu", description="activation after a layer (lenet and small ResNets)"
@@ -93,7 +93,9 @@ class NetworkSettings(BaseModel):
         "shared", description="convolution, or separate weights at each position (lenet and small ResNets)"
     )
     batchnorm_feedback: Annotated[Literal["autograd", "sigma"], NETWORK] = Field(
-        "autograd", description="what BatchNorm sends back: the whole gradient, or delta times gamma / sigma"
+        "autograd",
+        description="what BatchNorm sends back: the whole gradient (autograd), or delta times gamma / sigma "
+        "(sigma)",
     )
     sync_batchnorm: Annotated[bool, NETWORK] = Field(
         False, description="BatchNorm statistics over all devices (CUDA)"
@@ -165,7 +167,9 @@ class ScheduleSettings(BaseModel):
     seed: Annotated[int, SCHEDULE] = Field(0, ge=0, lt=2**32, description="first seed")
     epochs: Annotated[int, SCHEDULE] = Field(6, ge=1, description="epochs")
     mirror_epochs: Annotated[int, SCHEDULE] = Field(
-        0, ge=0, description="first epochs in which only mirror mode runs (rules with mirror mode)"
+        0,
+        ge=0,
+        description="number of epochs at the start in which only mirror mode runs (rules with mirror mode)",
     )
     max_steps: Annotated[int | None, SCHEDULE] = Field(
         None, ge=1, description="stop after this number of training steps"
@@ -385,7 +389,7 @@ class AuditConfig(RuleSettings, OptimizerSettings, ChipSettings, NetworkSettings
 
     rule: Annotated[Name, RULES] = Field("kp", description="rule")
     steps: Annotated[int, RULES] = Field(
-        2, ge=1, description="number of successive training steps to watch and replay"
+        2, ge=1, description="number of successive training steps to watch and repeat"
     )
     seed: Annotated[int, RULES] = Field(0, ge=0, lt=2**32, description="seed")
     batch_size: Annotated[int, OPTIMIZER] = Field(8, ge=2, lt=2**31, description="samples of the minibatch")

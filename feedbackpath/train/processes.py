@@ -82,7 +82,7 @@ class Processes:
             time.sleep(0.2)
         time.sleep(PATIENCE_S)
         with suppress(OSError):
-            os.write(2, f"feedbackpath: {lost}; --resume goes on\n".encode())
+            os.write(2, f"feedbackpath: {lost}; --resume continues\n".encode())
         self._kill()
         os._exit(lost.exit_code)
 

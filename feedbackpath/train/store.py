@@ -227,7 +227,7 @@ class Checkpoints:
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise CheckpointError(
                 f"the checkpoint {self.folder / stem} could not be written ({reason}); the one before is "
-                "whole: make room, and go on with --resume"
+                "whole: make room, and continue by --resume"
             ) from None
 
     def _load(self, path: Path) -> dict[str, Any]:
