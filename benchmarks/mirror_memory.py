@@ -5,7 +5,7 @@
 Trains at the learning rate and decay that are best for ``bp`` in ``robustness.py``: ``bp``; ``wm`` with
 mirrors that leave one angle or another, and replace one share of B or another in each pass; and a control,
 ``late``, whose B follows W by the same shares without any noise. Error on validation data, 30 epochs, three
-seeds. It goes on where it was broken off, and writes mirror-memory/memory.json and the table of NOTES.md.
+seeds. It goes on where it was broken off. It writes mirror-memory/memory.json and a table of docs/results.md.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from feedbackpath.train.config import CompareConfig
 
 HERE = Path(__file__).parent
 OUT, WORK = HERE / "mirror-memory" / "memory.json", Path("runs") / "mirror-memory"
-PAGE = HERE / "NOTES.md"
+PAGE = HERE.parent / "docs" / "results.md"
 IMPORTS = ["benchmarks/digits_mlp.py", "benchmarks/late_feedback.py"]
 NETWORK = {"data": "digits", "model": "mlp-256-128", "batch_size": 32, "num_threads": 1}
 STUDY = {"lr": 0.0892, "weight_decay": 0.00153, "epochs": 30, "seed": 400, "seeds": 3}

@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import doc_figures
+import mirror_memory
 import pytest
 import robustness
 import rules_bench
@@ -360,7 +361,10 @@ def test_the_bench_of_rules_is_that_of_its_files():
     assert f"<!-- bench:begin -->\n{rules_bench.tables()}<!-- bench:end -->" in read("docs/rules.md")
 
 
-@pytest.mark.parametrize(("mark", "study"), [("robustness", robustness), ("tuned", tuned_glyphs)])
+@pytest.mark.parametrize(
+    ("mark", "study"),
+    [("robustness", robustness), ("tuned", tuned_glyphs), ("memory", mirror_memory)],
+)
 def test_tables_of_studies_are_those_of_their_files(mark, study):
     assert f"<!-- {mark}:begin -->\n{study.table()}\n<!-- {mark}:end -->" in read("docs/results.md")
 
