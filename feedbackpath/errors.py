@@ -48,7 +48,7 @@ class KolenPollackWarning(UserWarning):
 
 
 class ForgottenStepWarning(UserWarning):
-    """A model that is trained, and measured, without any ``path.step()``."""
+    """Weights that were updated many times, while their path was neither stepped nor mirrored."""
 
 
 def refuse_no_size(what: str, value: object) -> None:

@@ -214,7 +214,7 @@ class FeedbackPath(Measures):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that ``state_dict`` returned, of a path with the same rules."""
         with refusing(UntieError, "this is no state of a path"):
-            choice.refuse_other_rules(self.rules, state["rule_names"])
+            choice.refuse_other_rules(self.rules, state.get("rule_names"))
             self.context.load_state_dict(state)
             if self.chip is not None and "chip" in state:
                 self.chip.load_state_dict(state["chip"])

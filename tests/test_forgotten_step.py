@@ -41,7 +41,7 @@ def test_clipping_tells_it_in_the_loop():
         path.clip_grad_norm_(1.0)
 
 
-@pytest.mark.parametrize("rule", ["bp", "fa", "dfa"])
+@pytest.mark.parametrize("rule", ["bp", "fa", "kp", "pfa"])
 def test_rules_that_do_nothing_after_an_update_say_nothing(rule):
     train(rule, 11).matrix_angles()
 
@@ -55,5 +55,15 @@ def test_who_steps_or_mirrors_by_hand_or_has_only_begun_hears_nothing():
 
 
 def test_a_copy_counts_from_its_own_start():
-    path = copy.deepcopy(train("ss", 5))
+    model, path = copy.deepcopy((lambda path: (path.model, path))(train("ss", 11)))
+    path.matrix_angles()
+    assert not any(weight.weight._version for weight in path.weights)
+    assert model is path.model
+
+
+def test_weights_that_are_filled_and_not_trained_are_no_updates():
+    model = nn.Sequential(nn.Linear(6, 8))
+    path, state = fp.untie(model, "wm"), {"weight": torch.randn(8, 6), "bias": torch.randn(8)}
+    for _ in range(20):
+        model[0].load_state_dict(state, strict=False)
     path.matrix_angles()

@@ -332,3 +332,9 @@ def test_the_state_of_a_path_with_other_layers_is_refused():
     small = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
     with pytest.raises(fp.UntieError, match="there '2' has the rule 'kp', here no rule"):
         fp.untie(small, "kp").load_state_dict(fp.untie(make_mlp(), "kp").state_dict())
+
+
+def test_a_state_of_before_it_named_its_rules_is_taken():
+    state = fp.untie(make_mlp(), "kp").state_dict()
+    del state["rule_names"]
+    fp.untie(make_mlp(), "kp").load_state_dict(state)

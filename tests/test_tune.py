@@ -106,6 +106,15 @@ def test_every_rule_can_be_built_with_every_value_that_is_searched(rule):
             assert make_rule(rule, {name: value}).name == rule, kind
 
 
+def test_a_value_that_its_rule_refuses_is_named_before_the_first_trial(monkeypatch):
+    from feedbackpath.rules.exact_mirror import ExactMirror
+
+    span = {"mirror": ("choice", {"target_angle_deg": 5.0})}
+    monkeypatch.setattr(ExactMirror, "search_space", span)
+    with pytest.raises(ConfigError, match="wm-exact: mirror cannot be searched .*target_angle_deg is for"):
+        space_of("wm-exact", CompareConfig())
+
+
 def test_what_the_config_gives_a_rule_is_not_searched():
     given = CompareConfig(rule_settings={"ss": {"scale": "he"}, "wm": {"mirror": {"noise": "uniform"}}})
     assert "ss.scale" not in space_of("ss", given)

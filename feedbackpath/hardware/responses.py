@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def _over(slope: float, end: Values) -> Values:
     return slope / end if isinstance(end, Tensor) or end else 0.0
 
 
-COARSE = 0.02  # of its size: if a pulse changes the next one by more, the first pulses are made one by one
+COARSE = 0.05  # of its size: if a pulse changes the next one by more, the first pulses are made one by one
 FIRST = 16  # pulses; by then a response that falls has fallen so far that a closed form serves
 
 
@@ -25,11 +25,9 @@ def make_first(
 ) -> tuple[Tensor, Tensor]:
     """Make the first pulses one by one; return the state and the pulses that are left."""
     sign = torch.where(is_up, device.step, -device.step).to(state)
-    for _ in range(FIRST):
-        if not bool((pulses > 0).any()):
-            break
+    for _ in range(min(FIRST, math.ceil(float(pulses.max()))) if pulses.numel() else 0):
         moved = state + sign * device.response(state, is_up, cells) * pulses.clamp(max=1.0)
-        within = torch.clamp(moved, torch.as_tensor(cells.low), torch.as_tensor(cells.high))
+        within = torch.clamp(moved, cast(Any, cells.low), cast(Any, cells.high))
         state, pulses = torch.where(pulses > 0, within, state), (pulses - 1.0).clamp_min(0.0)
     return state, pulses
 

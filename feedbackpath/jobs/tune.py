@@ -16,7 +16,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from feedbackpath.errors import ConfigError
+from feedbackpath.errors import ConfigError, UserError
 from feedbackpath.jobs.book import metric_of, refuse_to_overwrite
 from feedbackpath.jobs.imports import import_files
 from feedbackpath.jobs.run import prepare
@@ -27,6 +27,7 @@ from feedbackpath.train.engine import Engine
 from feedbackpath.train.faults import first_fault
 from feedbackpath.train.loop import Diverged, Measured, Paused, train
 from feedbackpath.train.results import Metric
+from feedbackpath.train.rules import make_rule
 from feedbackpath.train.store import locked, write_json, write_text
 
 Span = Sequence[Any]
@@ -92,6 +93,15 @@ def space_of(rule: str, config: CompareConfig) -> dict[str, Span]:
                 f"search space of {rule}: {name} is {span!r}; give ('log', low, high), ('linear', low, high) "
                 "or ('choice', one, another)"
             )
+    for name, (_, *values) in own.items():
+        try:
+            for value in values:
+                make_rule(rule, {name: value})
+        except UserError as error:
+            raise ConfigError(
+                f"search space of {rule}: {name} cannot be searched ({error}); give {rule} a search_space of "
+                "its own"
+            ) from error
     if len(space) > MOST_SETTINGS:
         raise ConfigError(f"search space of {rule} has {len(space)} settings; give {MOST_SETTINGS} at most")
     return space

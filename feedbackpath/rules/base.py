@@ -13,7 +13,7 @@ from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.sendback import LOCAL, SendBack
 from feedbackpath.errors import RuleError
-from feedbackpath.rules.spelling import refuse_misspelt
+from feedbackpath.rules.spelling import warn_of_misspelt
 
 Weights = Sequence[UntiedWeight]
 Scale = Literal["xavier", "he", "zero"]
@@ -80,9 +80,9 @@ class Rule(CheckedArguments):
     colour: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **settings: Any) -> None:
-        """Refuse a subclass with a misspelt hook."""
+        """Warn of a subclass with a misspelt hook."""
         super().__init_subclass__(**settings)
-        refuse_misspelt(cls, Rule)
+        warn_of_misspelt(cls, Rule)
 
     def serves(self, weights: Weights) -> bool:
         """Whether the rule can run a layer with these weights; if not, a warning names the layer."""

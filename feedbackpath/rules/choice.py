@@ -79,17 +79,28 @@ def note_left(model: nn.Module, names: Iterable[str]) -> None:
 
 def rule_names(rules: Mapping[str, Rule]) -> dict[str, str]:
     """Return the names of the rules of layers."""
-    return {layer: rule.name for layer, rule in rules.items()}
+    return {layer: name_of(rule) for layer, rule in rules.items()}
 
 
-def refuse_other_rules(rules: Mapping[str, Rule], saved: Mapping[str, str]) -> None:
+def name_of(rule: Rule) -> str:
+    """Return a rule's name, or that of its class: a rule that is not in the table need not have one."""
+    return getattr(rule, "name", type(rule).__name__)
+
+
+def refuse_other_rules(rules: Mapping[str, Rule], saved: Mapping[str, str] | None) -> None:
     """Refuse the state of a path whose layers had other rules: what these keep would mean something else.
+
+    A state of before rules had their names in it passes.
 
     Raises:
         UntieError: Names the first layer that differs.
     """
+    if saved is None:
+        return
     own = rule_names(rules)
-    for layer in [layer for layer in {**own, **saved} if own.get(layer) != saved.get(layer)]:
+    differing = [layer for layer in {**own, **saved} if own.get(layer) != saved.get(layer)]
+    if differing:
+        layer = differing[0]
         raise UntieError(
             f"this state is of another path: there {layer!r} has {_told(saved, layer)}, here "
             f"{_told(own, layer)}; untie the model as it was when the state was saved"

@@ -7,19 +7,26 @@ from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.pytorch import version_of
 from feedbackpath.errors import ForgottenStepWarning, level_outside
 from feedbackpath.rules.base import Rule, Weights
+from feedbackpath.rules.choice import name_of
 
-PATIENCE = 10  # changes of a weight: a model may be filled from a file, or by hand, before it is trained
+PATIENCE = 10  # changes of a weight
 
 
 class Reminder:
-    """Warn once if weights have changed many times and their path was never stepped, nor mirrored.
+    """Warn once if weights were updated many times and their path was never stepped, nor mirrored.
 
-    Each write in place counts up a tensor's version. It is read, not hooked into: nothing waits in training.
+    Each write in place counts up a tensor's version, which is read here: nothing is done in training. Weights
+    without gradients are not being trained: an average, or a model that is filled from files. Where B learns
+    by the optimizer (Kolen-Pollack), a rule's step only checks, and nothing is said.
     """
 
     def __init__(self, groups: Sequence[tuple[Rule, Weights]]) -> None:
-        acting = [(rule, weights) for rule, weights in groups if type(rule).step is not Rule.step]
-        self._rules = sorted({rule.name for rule, _ in acting})
+        acting = [
+            (rule, weights)
+            for rule, weights in groups
+            if type(rule).step is not Rule.step and not rule.learns
+        ]
+        self._rules = sorted({name_of(rule) for rule, _ in acting})
         self._weights: list[UntiedWeight] = [weight for _, weights in acting for weight in weights]
         self._began = [_version_of(weight) for weight in self._weights]
 
@@ -34,7 +41,7 @@ class Reminder:
             ForgottenStepWarning: They have, and nobody has told the path.
         """
         since = zip(self._weights, self._began, strict=False)
-        if any(_version_of(weight) - began > PATIENCE for weight, began in since):
+        if any(w.weight.grad is not None and _version_of(w) - began > PATIENCE for w, began in since):
             self.dismiss()
             warnings.warn(
                 f"weights have changed many times, and path.step() was never called: what "
