@@ -340,7 +340,7 @@ def test_steps_that_cannot_be_repeated_are_not_settled():
     )
     report = task.audit()
     assert report.transport_free is None
-    assert report.verdict.startswith("not settled: done again with W as it was")
+    assert report.verdict.startswith("not settled: repeated with W unchanged")
     assert "build=" in report.verdict
 
 

@@ -209,7 +209,7 @@ def _to_html(figure: go.Figure, *, height: int, narrow: int) -> Markup:
     """
     figure.update_layout(
         template="none",
-        margin_l=62,
+        margin_l=72,
         margin_r=12,
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#1b1f24"},
         hoverlabel={"align": "left"},
