@@ -55,7 +55,8 @@ def test_who_steps_or_mirrors_by_hand_or_has_only_begun_hears_nothing():
 
 
 def test_a_copy_counts_from_its_own_start():
-    model, path = copy.deepcopy((lambda path: (path.model, path))(train("ss", 11)))
+    trained = train("ss", 11)
+    model, path = copy.deepcopy((trained.model, trained))
     path.matrix_angles()
     assert not any(weight.weight._version for weight in path.weights)
     assert model is path.model

@@ -89,7 +89,7 @@ def error_axis(
 
 
 def _nice_step(span: float) -> float:
-    """Return 1, 2 or 5 times a power of ten, of which a span has three to eight."""
+    """Return 1, 2 or 5 times a power of ten, of which a span has two to six."""
     decade = 10.0 ** floor(log10(span or 1.0))
     return next(step * decade for step in (0.2, 0.5, 1.0, 2.0) if span <= 5.5 * step * decade)
 

@@ -59,7 +59,8 @@ def draw_map(kept: Mapping[str, Any]) -> Figure:
     labels = [name.replace("_", " ") for name in names]
     draw_cells(axes, shades, texts, "Blues", Normalize(0, 1.4), across=labels, up=rules)
     axes.invert_yaxis()  # rules from above, as in a table
-    axes.set_xticks(range(len(names)), labels, rotation=25, ha="right")
+    for label in axes.get_xticklabels():
+        label.set(rotation=25, ha="right")
     points = "1 point" if kept["margin"] == 1 else f"{kept['margin']:g} points"
     axes.set_title(f"Worst value within {points} of the rule's error on an ideal chip", wrap=True)
     return figure
