@@ -45,6 +45,7 @@ from feedbackpath.recipes import RECIPES
 from feedbackpath.report import markdown_table
 from feedbackpath.report.equivalence import describe
 from feedbackpath.report.parts import COLUMN_WIDTH, PAGE_WIDTH
+from feedbackpath.report.table import summary_rows
 from feedbackpath.train import config, results
 from feedbackpath.train.config import AuditConfig, CompareConfig, RunConfig, TrainConfig
 from feedbackpath.train.rules import make_rule
@@ -402,15 +403,24 @@ def test_tables_of_results_are_those_of_the_result_files(name):
     assert table in read("docs/results.md")
     if name == "one-input":
         assert table in read("docs/one-input.md")
-    if name == "glyphs-resnet8":
-        assert table in read("README.md")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
-def test_verdicts_of_the_study_are_those_of_its_result_file(page):
+def test_the_readmes_table_is_that_of_its_result_file():
+    found = read_with_names_of_now(ROOT / "benchmarks" / "glyphs-resnet8")
+    shown = ("rule", "test error", "angle, max", "angle, worst epoch")
+    rows = re.findall(r"^\| `([\w-]+)` \| [^|]+ \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", read("README.md"), re.M)
+    assert rows == [tuple(row[name] for name in shown) for row in summary_rows(found.runs, found.metric)]
+
+
+def test_verdicts_of_the_study_are_those_of_its_result_file():
     found = describe(results.read_results(ROOT / "benchmarks" / "glyphs-resnet8-equivalence"))
     assert len(found) == 4
-    assert "\n".join(["```text", *found, "```"]) in read(page)
+    assert "\n".join(["```text", *found, "```"]) in read("docs/results.md")
+    told = re.findall(r"`([\w-]+)` \(([+-][\d.]+) points\)", read("README.md"))
+    assert [rule for rule, _ in told] == ["kp", "wm"]
+    for rule, difference in told:
+        (line,) = [line for line in found if line.startswith(f"{rule} minus bp: {difference} points")]
+        assert line.endswith("equivalent within 0.5")
 
 
 def test_tables_of_cost_are_those_of_the_result_file_and_of_the_model():
