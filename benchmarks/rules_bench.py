@@ -5,7 +5,8 @@
     python benchmarks/rules_bench.py page
 
 ``run`` tunes each rule (8 trials of a quarter of the epochs, judged by validation data), then trains it with
-its best settings on three other seeds. If one of them diverges, which training data alone tell, the next best
+its best settings on three other seeds. A rule all of whose trials diverged is tuned again with lower learning
+rates. If one of them diverges, which training data alone tell, the next best
 settings are taken, and the table says so. Each rule has a folder of its own: stopped at any time, in any
 order, the same command goes on. ``cost`` times a step beside plain PyTorch's. ``page`` writes the tables.
 
@@ -19,6 +20,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from marked import not_run, write_between
@@ -37,6 +39,7 @@ RESULTS = ROOT / "benchmarks" / "rules"
 PAGE = ROOT / "docs" / "rules.md"
 TRIALS, SEEDS, SHARE = 8, 3, 4  # of tuning, of the runs that count, and how many times longer these are
 FIRST_SEED = 100  # of the runs that count; the search has seed 0
+LOWER = (0.0003, 0.01)  # learning rates of a second search, where all trials of the first have diverged
 CHOICES = 3  # settings that a rule may try at full length, as long as a run diverges
 DIVERGED = 3  # what compare exits with if a run has
 TASKS = {  # flags, and epochs of a run that counts
@@ -121,8 +124,11 @@ def _run_rule(task: str, data_dir: Path | None, rule: str) -> bool:
     flags, epochs = TASKS[task]
     own = [*flags, "--num-threads", 1, *(("--data-dir", data_dir) if data_dir else ()), "--rules", rule]
     if task not in TUNED_ON:
-        short = ["--epochs", max(1, epochs // SHARE), "--trials", TRIALS]
-        if call("tune", *own, *short, "--out", RESULTS / task / rule / "tuned", "--resume") != 0:
+        short = ["--epochs", max(1, epochs // SHARE), "--trials", TRIALS, "--resume"]
+        first, lower = searches_of(task, rule)
+        if call("tune", *own, *short, "--out", first) != 0:
+            return False
+        if _all_diverged(first) and call("tune", *own, *short, "--lr-range", *LOWER, "--out", lower) != 0:
             return False
     seeds = ["--seed", FIRST_SEED, "--seeds", SEEDS]
     code = 1
@@ -139,11 +145,31 @@ def folders_of(task: str, rule: str) -> list[Path]:
     return [folder, *(folder / f"choice-{number}" for number in range(2, CHOICES + 1))]
 
 
+def searches_of(task: str, rule: str) -> list[Path]:
+    """Return the folders of a rule's search, and of the one with lower learning rates."""
+    folder = RESULTS / TUNED_ON.get(task, task) / rule
+    return [folder / "tuned", folder / "tuned-lower"]
+
+
+def last_search(task: str, rule: str) -> Path:
+    """Return the folder of the search that counts: of the second, if there is one."""
+    first, lower = searches_of(task, rule)
+    return lower if (lower / "tune.json").exists() else first
+
+
+def trials_of(search: Path) -> list[dict[str, Any]]:
+    """Return the trials of a search, as far as it has got."""
+    file = search / "tune.json"
+    trials: list[dict[str, Any]] = (
+        json.loads(file.read_text(encoding="utf-8"))["trials"] if file.exists() else []
+    )
+    return trials
+
+
 def choices(task: str, rule: str) -> list[Path]:
     """Write the settings of a rule's trials that finished, each into a file, the best first."""
-    folder = RESULTS / TUNED_ON.get(task, task) / rule / "tuned"
-    file = folder / "tune.json"
-    trials = json.loads(file.read_text(encoding="utf-8"))["trials"] if file.exists() else []
+    folder = last_search(task, rule)
+    trials = trials_of(folder)
     if len(trials) < TRIALS:
         sys.stderr.write(
             f"{rule} has not been tuned: {folder} lacks trials; run {folder.parent.parent.name} first\n"
@@ -193,21 +219,23 @@ def table(task: str) -> str:
     """Return a task's table: what was measured; below it, what was not run."""
     runs, metric = read_runs(task)
     rows = {row["rule"]: row for row in summary_rows(runs, metric)}
-    failed = [name for name in RULES if name not in rows and _all_diverged(task, name)]
+    failed = [name for name in RULES if name not in rows and _all_diverged(last_search(task, name))]
     absent = [name for name in RULES if name not in rows and name not in failed]
     below = [not_run(f"python benchmarks/rules_bench.py run {task}", _names(absent) if rows else "")]
     if not rows:
-        where = f"all {TRIALS} trials on {TUNED_ON.get(task, task)} diverged"
+        where = f"all trials on {TUNED_ON.get(task, task)} diverged"
         return " ".join(below + ([f"{_names(failed)}: {where}."] if failed else []))
     times, chosen = _times_of(task), last_choices(task)
     columns = [column for column in COLUMNS if times or column != "step time"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in (name for name in RULES if name not in absent):
-        row = rows.get(name) or dict.fromkeys(COLUMNS, "–") | {"n": f"all {TRIALS} trials diverged"}
+        row = rows.get(name) or dict.fromkeys(COLUMNS, "–") | {"n": "all trials diverged"}
         if name in rows:
             row["δ angle, worst epoch"] = _worst_delta([run for run in runs if run.rule == name])
             if chosen[name][0] > 1:
                 row["n"] += f", choice {chosen[name][0]}"
+            if last_search(task, name).name == "tuned-lower":
+                row["n"] += ", lower rates"
         known = {"group": group_of(RULES[name]), "verdict": RULES[name].facts.verdict}
         row = row | known | {"rule": f"`{name}`", "step time": times.get(name, "–")}
         lines.append(f"| {' | '.join(row[column] for column in columns)} |")
@@ -221,10 +249,9 @@ def _names(rules: Sequence[str]) -> str:
     return ", ".join(f"`{rule}`" for rule in rules)
 
 
-def _all_diverged(task: str, rule: str) -> bool:
-    """Whether no settings of a rule's search have worked."""
-    file = RESULTS / TUNED_ON.get(task, task) / rule / "tuned" / "tune.json"
-    trials = json.loads(file.read_text(encoding="utf-8"))["trials"] if file.exists() else []
+def _all_diverged(search: Path) -> bool:
+    """Whether no settings of a search have worked."""
+    trials = trials_of(search)
     return len(trials) >= TRIALS and all(trial["status"] != "finished" for trial in trials)
 
 

@@ -55,7 +55,21 @@ def test_a_rule_that_fails_or_never_finishes_stops_no_other_and_is_named(bench):
     with pytest.raises(SystemExit, match="digits-mlp: dfa, ss could not be run"):
         rules_bench.run("digits-mlp", None, ["dfa", "ss", "kp"])
     done = [(words[0], words[words.index("--rules") + 1]) for words in bench]
-    assert done == [("tune", "dfa"), ("tune", "ss"), ("tune", "kp"), ("compare", "kp")]
+    assert done == [("tune", "dfa"), ("tune", "ss"), ("tune", "ss"), ("tune", "kp"), ("compare", "kp")]
+
+
+def test_a_rule_of_which_no_trial_finishes_is_tuned_again_with_lower_rates(bench, tmp_path):
+    with pytest.raises(SystemExit, match="ss could not be run"):
+        rules_bench.run("digits-mlp", None, ["ss"])
+    first, second = bench
+    assert "--lr-range" not in first
+    assert second[second.index("--lr-range") + 1 :][:2] == ["0.0003", "0.01"]
+    assert second[second.index("--out") + 1] == str(tmp_path / "digits-mlp" / "ss" / "tuned-lower")
+    for number, trial in enumerate(trials := rules_bench.trials_of(tmp_path / "digits-mlp/ss/tuned-lower")):
+        trial |= {"status": "finished", "settings": {"lr": 0.001 * (number + 1)}}
+    (tmp_path / "digits-mlp/ss/tuned-lower/tune.json").write_text(json.dumps({"trials": trials}))
+    settings = yaml.safe_load(rules_bench.choices("digits-mlp", "ss")[0].read_text())
+    assert settings == {"by_rule": {"ss": {"lr": 0.002}}}
 
 
 def test_where_a_run_diverges_the_next_best_settings_are_taken(bench, tmp_path):
@@ -76,7 +90,7 @@ def test_a_rule_of_which_no_trial_finishes_is_told_from_one_that_was_not_run(tmp
     for task in ("fashion-mnist-lenet", "glyphs-resnet8"):
         assert rules_bench.table(task) == (
             f"Not run yet: `python benchmarks/rules_bench.py run {task}`. "
-            "`wm`: all 8 trials on fashion-mnist-lenet diverged."
+            "`wm`: all trials on fashion-mnist-lenet diverged."
         )
     run = Run(rule="bp", seed=100, status="finished", test=2.0)
     (tmp_path / "fashion-mnist-lenet" / "bp").mkdir()
@@ -84,7 +98,7 @@ def test_a_rule_of_which_no_trial_finishes_is_told_from_one_that_was_not_run(tmp
     file.write_text(Results(runs=[run]).model_dump_json(by_alias=True))
     table, not_run, cost = rules_bench.table("fashion-mnist-lenet").split("\n\n")
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["`bp`", "`wm`"]
-    assert "| `wm` | mirrors | all 8 trials diverged | – |" in table
+    assert "| `wm` | mirrors | all trials diverged | – |" in table
     assert "step time" not in table
     assert not_run.startswith("Not run yet: `fa`, `ss`, `kp`, `wm-exact`, ")
     assert cost.startswith("Not run yet: the time of a step under each rule")

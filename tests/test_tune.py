@@ -123,6 +123,57 @@ def test_what_the_config_gives_a_rule_is_not_searched():
     assert "wm.mirror" in space_of("wm", CompareConfig())
 
 
+def test_the_range_of_learning_rates_can_be_given(tmp_path):
+    rates = {"rules": ("bp",), "trials": 4}
+    config = CompareConfig(**SMALL, rules=("bp",))
+    given = {"resume": True, "command": "", "tell": lambda *_: None, "trials": 4}
+    found = tune(config, tmp_path, lr_range=(0.0003, 0.001), **given)
+    assert all(0.0003 <= trial.settings["lr"] <= 0.001 for trial in found.trials)
+    assert found.spaces["bp"]["lr"] == ["log", 0.0003, 0.001]
+    with pytest.raises(ConfigError, match="over another space"):
+        search(tmp_path, resume=True, **rates)
+
+
+@pytest.mark.parametrize(
+    "rates", [(0.1, 0.01), (0.0, 0.1), (0.1, 0.1), (0.1, float("inf")), (float("nan"), 1)]
+)
+def test_a_range_that_makes_no_sense_is_refused(rates, tmp_path):
+    with pytest.raises(ConfigError, match="lr-range is .*: give the lowest, above 0, and then the highest"):
+        tune(
+            CompareConfig(**SMALL),
+            tmp_path,
+            trials=1,
+            resume=False,
+            command="",
+            tell=lambda *_: None,
+            lr_range=rates,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rule_whose_trials_all_diverge_is_named_with_the_next_step(tmp_path, capsys):
+    arguments = [
+        "tune",
+        "--rules",
+        "bp",
+        "--trials",
+        "1",
+        "--out",
+        str(tmp_path),
+        "--lr-range",
+        "1e20",
+        "1e30",
+    ]
+    arguments += [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "no trial of bp gave a result: search again with lower learning rates, --lr-range 3e+18 1e+20"
+        in printed
+    )
+
+
 def test_a_flag_of_what_is_searched_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["tune", "--data", "digits", "--model", "mlp", "--lr", "0.3", "--out", str(tmp_path / "x")])

@@ -22,6 +22,12 @@ def tune(
     *,
     flags: Annotated[CompareConfig, Parameter(name="*")] = CompareConfig(),  # noqa: B008 (frozen)
     trials: Annotated[int, Parameter(help="training runs of each rule", validator=Number(gte=1))] = 16,
+    lr_range: Annotated[
+        tuple[float, float] | None,
+        Parameter(
+            help="lowest and highest learning rate; by default 0.01 and 1, and 0.0001 and 0.01 with adamw"
+        ),
+    ] = None,
     config: Annotated[Path | None, Parameter(help="YAML file of settings; flags override it")] = None,
     out: Annotated[Path, Parameter(help="folder for tune.json and chosen.yaml")] = Path("runs/tune"),
     resume: Annotated[
@@ -53,7 +59,9 @@ def tune(
         raise ConfigError(f"--{name.replace('_', '-')} is what tune searches; leave it out")
     command = shlex.join(["feedbackpath", *sys.argv[1:]])
     try:
-        search = job(settings, out, trials=trials, resume=resume, command=command, tell=tell)
+        search = job(
+            settings, out, trials=trials, resume=resume, command=command, tell=tell, lr_range=lr_range
+        )
     except Interrupted as stop:
         console.print(f"interrupted: finished trials are kept in {out}; --resume continues")
         return stop.exit_code
@@ -64,6 +72,12 @@ def tune(
         )
         table.add_row(rule, str(count), *shown)
     console.print(table)
+    if failed := [rule for rule, _, best in rows_of(search) if best is None]:
+        lowest = search.spaces[failed[0]]["lr"][1]
+        console.print(
+            f"no trial of {', '.join(failed)} gave a result: search again with lower learning rates, "
+            f"--lr-range {lowest / 30:.1g} {lowest:g}, and another --out"
+        )
     console.print(f"every trial is in {out}; now compare the rules with these settings and new seeds:")
     console.print(
         shlex.join(["feedbackpath", "compare", "--config", str(out / "chosen.yaml")])

@@ -6,6 +6,7 @@ adds by ``search_space``. Trial k of every rule takes the k-th point of one scra
 split is never looked at.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -74,7 +75,9 @@ class Search(BaseModel):
         return min(done, key=lambda trial: sign * float(trial.validation or 0.0), default=None)
 
 
-def space_of(rule: str, config: CompareConfig) -> dict[str, Span]:
+def space_of(
+    rule: str, config: CompareConfig, lr_range: tuple[float, float] | None = None
+) -> dict[str, Span]:
     """Return a rule's search space: what all share, then its own, without what the config gives the rule.
 
     Raises:
@@ -82,9 +85,8 @@ def space_of(rule: str, config: CompareConfig) -> dict[str, Span]:
     """
     own: Mapping[str, Span] = RULES[resolve_rule(rule).name].search_space
     given = config.rule_settings.get(rule, {})
-    space = SHARED[config.optimizer] | {
-        f"{rule}.{name}": span for name, span in own.items() if name not in given
-    }
+    shared = SHARED[config.optimizer] | ({"lr": ("log", *lr_range)} if lr_range else {})
+    space = shared | {f"{rule}.{name}": span for name, span in own.items() if name not in given}
     for name, span in space.items():
         kind, *values = span
         is_range = kind in ("log", "linear") and len(values) == 2 and values[0] < values[1]
@@ -140,6 +142,7 @@ def tune(
     resume: bool,
     command: str,
     tell: Callable[[Search, Trial], None],
+    lr_range: tuple[float, float] | None = None,
 ) -> Search:
     """Search settings for every rule of a config, and keep every trial in ``tune.json``.
 
@@ -152,11 +155,16 @@ def tune(
         resume: Go on with what the folder holds, if it holds anything.
         command: The command line, for the result file.
         tell: Called after each trial.
+        lr_range: The lowest and the highest learning rate of the search, for every rule; by default, those of
+            ``SHARED``.
 
     Raises:
-        ConfigError: The folder holds another search, or is in use.
+        ConfigError: The range makes no sense, or the folder holds another search, or is in use.
         Interrupted: SIGINT or SIGTERM came; finished trials are kept.
     """
+    if lr_range is not None and not 0 < lr_range[0] < lr_range[1] < math.inf:
+        low, high = lr_range
+        raise ConfigError(f"lr-range is {low:g} to {high:g}: give the lowest, above 0, and then the highest")
     import_files(config.imports)
     engine = Engine(config) if config.devices * config.num_nodes == 1 else None  # it would start the others
     if engine is None or engine.world_size > 1:
@@ -167,7 +175,7 @@ def tune(
     if kept is not None:  # rules that an earlier call has searched stay part, so that all get as many trials
         config = config.model_copy(update={"rules": tuple(dict.fromkeys([*kept.spaces, *config.rules]))})
     task, _ = prepare(config, engine)
-    spaces = {rule: space_of(rule, config) for rule in config.rules}
+    spaces = {rule: space_of(rule, config, lr_range) for rule in config.rules}
     search = Search(
         command=command,
         metric=metric_of(task),
