@@ -26,7 +26,7 @@ import yaml
 from marked import not_run, write_between
 
 from feedbackpath import cli
-from feedbackpath.report.curves import finished, mean_and_error
+from feedbackpath.report.curves import finished, layers_of, mean_and_error, measured
 from feedbackpath.report.table import format_metric, summary_rows
 from feedbackpath.rules import RULES
 from feedbackpath.rules.base import group_of
@@ -258,7 +258,7 @@ def _all_diverged(search: Path) -> bool:
 def _worst_delta(runs: Sequence[Run]) -> str:
     """Return the largest δ angle of all layers, epochs and runs that have finished, as the table's others."""
     entries = [entry for run in finished(runs) for entry in run.history if entry.epoch]
-    deltas = [value for entry in entries for value in entry.delta_angle_deg.values() if value is not None]
+    deltas = [value for entry in entries for value in measured(layers_of(entry, "delta_angle_deg").values())]
     return f"{max(deltas):.1f}°" if deltas else "–"
 
 

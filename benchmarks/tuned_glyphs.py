@@ -23,6 +23,7 @@ from robustness import keep
 
 from feedbackpath import cli
 from feedbackpath.jobs import run_job
+from feedbackpath.jobs.tune import in_words
 from feedbackpath.report.live import LiveView
 from feedbackpath.report.table import summary_rows
 from feedbackpath.train.config import CompareConfig
@@ -82,9 +83,7 @@ def table() -> str:
     for row in summary_rows(results.runs, results.metric):
         rule = row["rule"]
         settings = found["by_rule"][rule] | found["rule_settings"].get(rule, {})
-        told = ", ".join(f"{name} {value}" for name, value in settings.items()).replace(
-            "weight_decay", "decay"
-        )
+        told = in_words(settings).replace("weight_decay", "decay")
         lines.append(f"| {' | '.join(row[column] for column in COLUMNS)} | {told} |")
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ from feedbackpath.report.curves import layer_curves
 from feedbackpath.report.page import describe_rules, describe_task
 from feedbackpath.report.page import render_page as render_panels
 from feedbackpath.report.panels import make_panel, styles_of
-from feedbackpath.report.parts import KINDS
+from feedbackpath.report.parts import KINDS, legend_columns
 from feedbackpath.report.scales import error_axis
 from feedbackpath.report.style import choose_styles, style_of
 from feedbackpath.rules import RULES
@@ -147,6 +147,17 @@ def test_row_shows_the_last_epoch_of_finished_runs(results):
     assert row["δ angle, max"] == "16.0°"
     assert row["gain"] == "1.00…1.20"
     assert (row["n"], row["s per epoch"], row["status"]) == ("2/2", "2.0", "finished")
+
+
+def test_no_error_below_the_output_layer_is_no_agreement(results):
+    for run in results.runs:
+        for entry in run.history:
+            entry.delta_angle_deg = dict.fromkeys(LAYERS, None) | {"fc": 0.0}
+    assert row_of(results, "kp")["δ angle, max"] == "–"
+
+
+def test_a_legend_without_entries_has_a_column():
+    assert legend_columns([], 3.0, 2) == 2
 
 
 def test_tiny_angles_do_not_print_as_zero(results):

@@ -181,6 +181,17 @@ def test_a_flag_of_what_is_searched_is_refused(tmp_path, capsys):
     assert "--lr is what tune searches; leave it out" in capsys.readouterr().err
 
 
+def test_a_rate_of_the_config_file_that_is_searched_is_told(tmp_path, capsys):
+    (tmp_path / "given.yaml").write_text("lr: 0.3\nmomentum: 0.5\n")
+    arguments = ["tune", "--rules", "bp", "--trials", "1", "--out", str(tmp_path / "out")]
+    arguments += [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--config", str(tmp_path / "given.yaml")])
+    printed = capsys.readouterr().out
+    assert "lr 0.3 of the config file has no effect: tune searches it" in printed
+    assert "momentum" not in printed
+
+
 def test_the_command_prints_a_table_and_says_how_to_go_on(tmp_path, capsys):
     arguments = ["tune", "--rules", "bp", "--trials", "1", "--out", str(tmp_path)]
     arguments += [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]

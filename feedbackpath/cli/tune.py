@@ -39,7 +39,7 @@ def tune(
     Exit codes: 0 done, 2 bad input, 130 or 143 interrupted (finished trials are kept).
     """
     from feedbackpath.jobs import Interrupted
-    from feedbackpath.jobs.tune import SHARED, Search, Trial, rows_of
+    from feedbackpath.jobs.tune import SHARED, Search, Trial, in_words, rows_of
     from feedbackpath.jobs.tune import tune as job
 
     console = make_console()
@@ -48,7 +48,7 @@ def tune(
         nothing = "not finite" if trial.status == "finished" else trial.status
         found = nothing if trial.validation is None else f"{trial.validation:.2f}{search.metric.unit}"
         console.print(
-            f"{trial.rule} trial {trial.number + 1} of {trials}: {_as_text(trial.settings)}, validation "
+            f"{trial.rule} trial {trial.number + 1} of {trials}: {in_words(trial.settings)}, validation "
             f"{search.metric.name} {found}"
         )
 
@@ -57,6 +57,10 @@ def tune(
         raise ConfigError(f"--{name.replace('_', '-')} has no effect in a search; leave it out")
     for name in flags.model_fields_set & SHARED[settings.optimizer].keys():
         raise ConfigError(f"--{name.replace('_', '-')} is what tune searches; leave it out")
+    default = CompareConfig()
+    for name in SHARED[settings.optimizer]:
+        if (value := getattr(settings, name)) != getattr(default, name):
+            console.print(f"{name} {value:g} of the config file has no effect: tune searches it")
     command = shlex.join(["feedbackpath", *sys.argv[1:]])
     try:
         search = job(
@@ -68,7 +72,7 @@ def tune(
     table = make_table("rule", "trials", f"validation {search.metric.name}", "settings", names=(0, 3))
     for rule, count, best in rows_of(search):
         shown = (
-            (f"{best.validation:.2f}{search.metric.unit}", _as_text(best.settings)) if best else ("–", "–")
+            (f"{best.validation:.2f}{search.metric.unit}", in_words(best.settings)) if best else ("–", "–")
         )
         table.add_row(rule, str(count), *shown)
     console.print(table)
@@ -85,13 +89,3 @@ def tune(
         soft_wrap=True,
     )
     return DONE
-
-
-def _as_text(settings: dict[str, object]) -> str:
-    return ", ".join(_one_as_text(name.split(".")[-1], value) for name, value in settings.items())
-
-
-def _one_as_text(name: str, value: object) -> str:
-    if not isinstance(value, dict):
-        return f"{name} {value}"
-    return f"{name} as by default" if not value else _as_text(value)

@@ -300,6 +300,22 @@ def _write(search: Search, out: Path) -> None:
     write_text(out / "chosen.yaml", header + yaml.safe_dump(chosen, sort_keys=False))
 
 
+def in_words(settings: Mapping[str, Any]) -> str:
+    """Write the settings of a trial in a line.
+
+    Example:
+        >>> in_words({"lr": 0.1, "wm.mirror": {"forgetting": 0.6}}), in_words({"wm.mirror": {}})
+        ('lr 0.1, forgetting 0.6', 'mirror as by default')
+    """
+    return ", ".join(_one_in_words(name.split(".")[-1], value) for name, value in settings.items())
+
+
+def _one_in_words(name: str, value: object) -> str:
+    if not isinstance(value, Mapping):
+        return f"{name} {value}"
+    return in_words(value) if value else f"{name} as by default"
+
+
 class Row(NamedTuple):
     """A line of the table that ``tune`` prints."""
 

@@ -82,7 +82,7 @@ def legend_columns(labels: Sequence[str], width: float, most: int) -> int:
         TextPath((0, 0), label, size=FIGURE_STYLE["legend.fontsize"]).get_extents().width for label in labels
     ]
     for columns in range(most, 1, -1):
-        rows = ceil(len(labels) / columns)
+        rows = max(1, ceil(len(labels) / columns))
         texts = sum(max(lengths[first : first + rows]) for first in range(0, len(labels), rows))
         if texts + KEY_ROOM * columns <= 72 * width:
             return columns

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from math import ceil, floor, isclose, log10
 from typing import Any
 
@@ -38,10 +39,10 @@ def write_numbers(values: Sequence[float]) -> list[str]:
     """Write the ticks of a linear axis, all with as many decimals.
 
     Example:
-        >>> write_numbers([-0.5, 0.0, 0.5]), write_numbers([0.0, 15.0])
-        (['−0.5', '0.0', '0.5'], ['0', '15'])
+        >>> write_numbers([-0.5, 0.0, 0.5]), write_numbers([0.0, 15.0]), write_numbers([0.0, 5e-05])
+        (['−0.5', '0.0', '0.5'], ['0', '15'], ['0.00000', '0.00005'])
     """
-    decimals = max(len(f"{value:g}".partition(".")[2]) for value in values)
+    decimals = max(len(f"{Decimal(f'{value:g}'):f}".partition(".")[2]) for value in values)
     return [f"{value:.{decimals}f}".replace("-", "−") for value in values]
 
 
