@@ -5,9 +5,9 @@
     python benchmarks/rules_bench.py page
 
 ``run`` tunes each rule (8 trials of a quarter of the epochs, judged by validation data), then trains it with
-its best settings on three other seeds. A rule all of whose trials diverged is tuned again with lower learning
-rates. If one of them diverges, which training data alone tell, the next best
-settings are taken, and the table says so. Each rule has a folder of its own: stopped at any time, in any
+its best settings on three other seeds. If one of them diverges, which training data alone tell, the next best
+settings are taken, and the table says so. A rule of which no trial gives a result is tuned again, with lower
+learning rates, and the table says so, too. Each rule has a folder of its own: stopped at any time, in any
 order, the same command goes on. ``cost`` times a step beside plain PyTorch's. ``page`` writes the tables.
 
 All rules search the same learning rates and decays (one Sobol sequence) and start from the same weights. A
@@ -175,7 +175,7 @@ def choices(task: str, rule: str) -> list[Path]:
             f"{rule} has not been tuned: {folder} lacks trials; run {folder.parent.parent.name} first\n"
         )
         return []
-    ended = sorted((t for t in trials if t["status"] == "finished"), key=lambda trial: trial["validation"])
+    ended = sorted((t for t in trials if t["validation"] is not None), key=lambda trial: trial["validation"])
     if not ended:
         sys.stderr.write(f"{rule}: none of {TRIALS} trials has finished\n")
     written = []
@@ -223,13 +223,13 @@ def table(task: str) -> str:
     absent = [name for name in RULES if name not in rows and name not in failed]
     below = [not_run(f"python benchmarks/rules_bench.py run {task}", _names(absent) if rows else "")]
     if not rows:
-        where = f"all trials on {TUNED_ON.get(task, task)} diverged"
-        return " ".join(below + ([f"{_names(failed)}: {where}."] if failed else []))
+        where = f"on {TUNED_ON.get(task, task)}"
+        return " ".join([*below, *(f"`{name}`: {_all_failed(task, name)} {where}." for name in failed)])
     times, chosen = _times_of(task), last_choices(task)
     columns = [column for column in COLUMNS if times or column != "step time"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in (name for name in RULES if name not in absent):
-        row = rows.get(name) or dict.fromkeys(COLUMNS, "–") | {"n": "all trials diverged"}
+        row = rows.get(name) or dict.fromkeys(COLUMNS, "–") | {"n": _all_failed(task, name)}
         if name in rows:
             row["δ angle, worst epoch"] = _worst_delta([run for run in runs if run.rule == name])
             if chosen[name][0] > 1:
@@ -249,10 +249,14 @@ def _names(rules: Sequence[str]) -> str:
     return ", ".join(f"`{rule}`" for rule in rules)
 
 
+def _all_failed(task: str, rule: str) -> str:
+    return f"all {sum(len(trials_of(search)) for search in searches_of(task, rule))} trials diverged"
+
+
 def _all_diverged(search: Path) -> bool:
     """Whether no settings of a search have worked."""
     trials = trials_of(search)
-    return len(trials) >= TRIALS and all(trial["status"] != "finished" for trial in trials)
+    return len(trials) >= TRIALS and all(trial["validation"] is None for trial in trials)
 
 
 def _worst_delta(runs: Sequence[Run]) -> str:

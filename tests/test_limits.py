@@ -1,6 +1,7 @@
 """Each line of docs/limits.md is held by a test: one in this file, or one elsewhere that is named here."""
 
 import ast
+import json
 import re
 import warnings
 from pathlib import Path
@@ -48,6 +49,7 @@ HELD = {
         "`torch.fx.symbolic_trace`": "test_an_untied_model_cannot_be_traced_and_a_retied_one_can",
         "`path` belongs": "test_a_copy_of_a_model_is_not_measured_by_its_path",
         "A plain model refuses": "test_a_plain_model_refuses_feedback_keys",
+        "Networks are small": "test_no_measured_result_comes_from_a_larger_network",
         "GPUs are not": "test_no_measured_result_comes_from_a_gpu",
         "It does not download": "test_no_file_of_the_package_opens_a_connection",
         "It limits the size of data": "test_the_bounds_of_data_are_those_that_are_stated",
@@ -360,6 +362,14 @@ def test_a_plain_model_refuses_feedback_keys():
 def test_no_measured_result_comes_from_a_gpu():
     for file in (TESTS.parent / "benchmarks").rglob("results.json"):
         assert '"device": "cuda' not in file.read_text(), file
+
+
+def test_no_measured_result_comes_from_a_larger_network():
+    known = {"mlp", "lenet", "transformer", "resnet8", "resnet18", "resnet20", "resnet56", "gpt", "lstm"}
+    for file in (TESTS.parent / "benchmarks").rglob("results.json"):
+        name, *sizes = json.loads(file.read_text())["model"].split("-")
+        assert name in known, file
+        assert not sizes or (name == "mlp" and max(map(int, sizes)) <= 512), file
 
 
 def test_no_file_of_the_package_opens_a_connection():

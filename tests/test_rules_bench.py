@@ -22,7 +22,11 @@ def bench(tmp_path, monkeypatch):
             out.mkdir(parents=True)
             status = "diverged" if rule == "ss" else "finished"
             trials = [
-                {"settings": {"lr": lr, f"{rule}.rate": 0.1}, "status": status, "validation": 10 * lr}
+                {
+                    "settings": {"lr": lr, f"{rule}.rate": 0.1},
+                    "status": status,
+                    "validation": None if rule == "ss" else 10 * lr,
+                }
                 for lr in (0.5, 0.3, 0.7, 0.4, 0.6, 0.8, 0.9, 1.0)
             ]
             (out / "tune.json").write_text(json.dumps({"trials": trials}))
@@ -66,10 +70,10 @@ def test_a_rule_of_which_no_trial_finishes_is_tuned_again_with_lower_rates(bench
     assert second[second.index("--lr-range") + 1 :][:2] == ["0.0003", "0.01"]
     assert second[second.index("--out") + 1] == str(tmp_path / "digits-mlp" / "ss" / "tuned-lower")
     for number, trial in enumerate(trials := rules_bench.trials_of(tmp_path / "digits-mlp/ss/tuned-lower")):
-        trial |= {"status": "finished", "settings": {"lr": 0.001 * (number + 1)}}
+        trial |= {"status": "finished", "validation": 5.0, "settings": {"lr": 0.001 * (number + 1)}}
     (tmp_path / "digits-mlp/ss/tuned-lower/tune.json").write_text(json.dumps({"trials": trials}))
     settings = yaml.safe_load(rules_bench.choices("digits-mlp", "ss")[0].read_text())
-    assert settings == {"by_rule": {"ss": {"lr": 0.002}}}
+    assert settings == {"by_rule": {"ss": {"lr": 0.001}}}
 
 
 def test_where_a_run_diverges_the_next_best_settings_are_taken(bench, tmp_path):
@@ -86,11 +90,13 @@ def test_a_rule_of_which_no_trial_finishes_is_told_from_one_that_was_not_run(tmp
     monkeypatch.setattr(rules_bench, "RESULTS", tmp_path)
     folder = tmp_path / "fashion-mnist-lenet" / "wm" / "tuned"
     folder.mkdir(parents=True)
-    (folder / "tune.json").write_text(json.dumps({"trials": 8 * [{"status": "diverged"}]}))
+    (folder / "tune.json").write_text(
+        json.dumps({"trials": 8 * [{"status": "diverged", "validation": None}]})
+    )
     for task in ("fashion-mnist-lenet", "glyphs-resnet8"):
         assert rules_bench.table(task) == (
             f"Not run yet: `python benchmarks/rules_bench.py run {task}`. "
-            "`wm`: all trials on fashion-mnist-lenet diverged."
+            "`wm`: all 8 trials diverged on fashion-mnist-lenet."
         )
     run = Run(rule="bp", seed=100, status="finished", test=2.0)
     (tmp_path / "fashion-mnist-lenet" / "bp").mkdir()
@@ -98,7 +104,7 @@ def test_a_rule_of_which_no_trial_finishes_is_told_from_one_that_was_not_run(tmp
     file.write_text(Results(runs=[run]).model_dump_json(by_alias=True))
     table, not_run, cost = rules_bench.table("fashion-mnist-lenet").split("\n\n")
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["`bp`", "`wm`"]
-    assert "| `wm` | mirrors | all trials diverged | – |" in table
+    assert "| `wm` | mirrors | all 8 trials diverged | – |" in table
     assert "step time" not in table
     assert not_run.startswith("Not run yet: `fa`, `ss`, `kp`, `wm-exact`, ")
     assert cost.startswith("Not run yet: the time of a step under each rule")

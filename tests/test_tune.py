@@ -168,10 +168,11 @@ def test_a_rule_whose_trials_all_diverge_is_named_with_the_next_step(tmp_path, c
     with pytest.raises(SystemExit):
         cli.main(arguments)
     printed = " ".join(capsys.readouterr().out.split())
-    assert (
-        "no trial of bp gave a result: search again with lower learning rates, --lr-range 3e+18 1e+20"
-        in printed
+    assert "compare --config" not in printed
+    advice = (
+        "no trial of bp gave a result: search again with lower learning rates, --rules bp --lr-range 3e+18"
     )
+    assert advice in printed
 
 
 def test_a_flag_of_what_is_searched_is_refused(tmp_path, capsys):
@@ -182,14 +183,17 @@ def test_a_flag_of_what_is_searched_is_refused(tmp_path, capsys):
 
 
 def test_a_rate_of_the_config_file_that_is_searched_is_told(tmp_path, capsys):
-    (tmp_path / "given.yaml").write_text("lr: 0.3\nmomentum: 0.5\n")
+    (tmp_path / "given.yaml").write_text("lr: 0.3\nmomentum: 0.5\nby_rule: {bp: {weight_decay: 0.5}}\n")
     arguments = ["tune", "--rules", "bp", "--trials", "1", "--out", str(tmp_path / "out")]
     arguments += [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     with pytest.raises(SystemExit):
         cli.main([*arguments, "--config", str(tmp_path / "given.yaml")])
     printed = capsys.readouterr().out
-    assert "lr 0.3 of the config file has no effect: tune searches it" in printed
+    assert "\nlr 0.3 of the config file has no effect: tune searches it" in "\n" + printed
+    assert "by_rule.bp.weight_decay 0.5 of the config file has no effect" in printed
     assert "momentum" not in printed
+    chosen = yaml.safe_load((tmp_path / "out" / "chosen.yaml").read_text())
+    assert (chosen["momentum"], chosen.get("lr")) == (0.5, None)
 
 
 def test_the_command_prints_a_table_and_says_how_to_go_on(tmp_path, capsys):

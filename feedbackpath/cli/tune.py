@@ -39,7 +39,7 @@ def tune(
     Exit codes: 0 done, 2 bad input, 130 or 143 interrupted (finished trials are kept).
     """
     from feedbackpath.jobs import Interrupted
-    from feedbackpath.jobs.tune import SHARED, Search, Trial, in_words, rows_of
+    from feedbackpath.jobs.tune import SHARED, Search, Trial, given_in_vain, in_words, rows_of
     from feedbackpath.jobs.tune import tune as job
 
     console = make_console()
@@ -57,10 +57,8 @@ def tune(
         raise ConfigError(f"--{name.replace('_', '-')} has no effect in a search; leave it out")
     for name in flags.model_fields_set & SHARED[settings.optimizer].keys():
         raise ConfigError(f"--{name.replace('_', '-')} is what tune searches; leave it out")
-    default = CompareConfig()
-    for name in SHARED[settings.optimizer]:
-        if (value := getattr(settings, name)) != getattr(default, name):
-            console.print(f"{name} {value:g} of the config file has no effect: tune searches it")
+    for name, value in given_in_vain(settings).items():
+        console.print(f"{name} {value:g} of the config file has no effect: tune searches it")
     command = shlex.join(["feedbackpath", *sys.argv[1:]])
     try:
         search = job(
@@ -76,16 +74,18 @@ def tune(
         )
         table.add_row(rule, str(count), *shown)
     console.print(table)
-    if failed := [rule for rule, _, best in rows_of(search) if best is None]:
+    found = [rule for rule, _, best in rows_of(search) if best is not None]
+    if failed := [rule for rule in search.spaces if rule not in found]:
         lowest = search.spaces[failed[0]]["lr"][1]
         console.print(
             f"no trial of {', '.join(failed)} gave a result: search again with lower learning rates, "
-            f"--lr-range {lowest / 30:.1g} {lowest:g}, and another --out"
+            f"--rules {','.join(failed)} --lr-range {lowest / 30:.1g} {lowest:g}, and another --out"
         )
-    console.print(f"every trial is in {out}; now compare the rules with these settings and new seeds:")
-    console.print(
-        shlex.join(["feedbackpath", "compare", "--config", str(out / "chosen.yaml")])
-        + f" --rules {','.join(search.spaces)} --seed {search.seed + 100}",
-        soft_wrap=True,
-    )
+    if found:
+        console.print(f"every trial is in {out}; now compare the rules with these settings and new seeds:")
+        console.print(
+            shlex.join(["feedbackpath", "compare", "--config", str(out / "chosen.yaml")])
+            + f" --rules {','.join(found)} --seed {search.seed + 100}",
+            soft_wrap=True,
+        )
     return DONE

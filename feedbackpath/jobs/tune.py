@@ -215,6 +215,24 @@ def settings_for(config: CompareConfig, rule: str, point: Mapping[str, Any]) -> 
     return CompareConfig.model_validate(config.model_dump() | changed)
 
 
+def given_in_vain(config: CompareConfig) -> dict[str, float]:
+    """Return what a config gives and the search replaces, for all rules or for one.
+
+    Example:
+        >>> given_in_vain(CompareConfig(lr=0.3, by_rule={"kp": {"lr": 0.5, "momentum": 0.5}}))
+        {'lr': 0.3, 'by_rule.kp.lr': 0.5}
+    """
+    default, searched = CompareConfig(), SHARED[config.optimizer]
+    given = {name: getattr(config, name) for name in searched}
+    own = {
+        f"by_rule.{rule}.{name}": value
+        for rule, settings in config.by_rule.items()
+        for name, value in settings.items()
+        if name in searched
+    }
+    return {name: value for name, value in given.items() if value != getattr(default, name)} | own
+
+
 def _try(
     config: CompareConfig,
     rule: str,
@@ -287,7 +305,8 @@ def _write(search: Search, out: Path) -> None:
     write_json(out / "tune.json", search.model_dump(mode="json"))
     default = RunConfig().model_dump(mode="json")  # what was given holds for what is done with the choice
     config = deepcopy(search.config)
-    given = {k: v for k, v in config.items() if k in default and k not in NOT_CHOSEN and v != default[k]}
+    left = NOT_CHOSEN | SHARED[search.config["optimizer"]].keys()
+    given = {k: v for k, v in config.items() if k in default and k not in left and v != default[k]}
     by_rule: dict[str, dict[str, Any]] = given.pop("by_rule", {})
     rule_settings: dict[str, dict[str, Any]] = given.pop("rule_settings", {})
     for rule in search.spaces:

@@ -121,13 +121,13 @@ def ends_of_bands(curves: Iterable[LearningCurves]) -> list[float]:
 
 
 def layers_of(entry: Entry, quantity: str) -> Layers:
-    """Return one of `QUANTITIES` by layer, without the δ angle of an output layer below which no error goes.
+    """Return one of `QUANTITIES` by layer; no δ angle where no error goes below the output layer.
 
-    That angle is always 0, and next to layers without an error it would look like agreement.
+    The output layer's is always 0, and next to layers without an error it would look like agreement.
     """
     layers: Layers = getattr(entry, quantity)
-    values = set(layers.values())
-    return {} if quantity == "delta_angle_deg" and values == {None, 0.0} else layers
+    has_no_error = quantity == "delta_angle_deg" and set(layers.values()) == {None, 0.0}
+    return dict.fromkeys(layers) if has_no_error else layers
 
 
 def _metric_curve(runs: Iterable[Run]) -> Curve:
