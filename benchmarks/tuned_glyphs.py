@@ -1,13 +1,14 @@
 """Rules at settings of their own: glyphs, ResNet-8, with equal tuning effort for each.
 
-    python benchmarks/tuned_glyphs.py tune
+    python benchmarks/tuned_glyphs.py tune [--optimizers sgd]
     python benchmarks/tuned_glyphs.py run
     python benchmarks/tuned_glyphs.py page
 
 ``tune`` gives each rule 8 trials by SGD and 8 by AdamW, on validation data, at a third of the budget:
 learning rate, decay, and the scale of the initial B where it is random (Xavier's or He's). ``run`` trains
-each rule with the best of its 16 on five other seeds. Both go on where they were broken off. ``page`` writes
-the table of docs/results.md. ``no-feedback`` is a control: B = 0, so that only the output layer learns.
+each rule with the best of its 16 on five other seeds. Both go on where they were broken off; the two
+optimizers can be searched at the same time. ``page`` writes the table of docs/results.md. ``no-feedback`` is
+a control: B = 0, so that only the output layer learns.
 """
 
 import argparse
@@ -37,9 +38,9 @@ OPTIMIZERS, TRIALS, SHORT, EPOCHS, SEEDS, FIRST_SEED = ("sgd", "adamw"), 8, 2, 6
 COLUMNS = ("rule", "n", "test error", "minus bp", "angle, max", "angle, worst epoch", "gain")
 
 
-def tune() -> None:
+def tune(optimizers: Sequence[str]) -> None:
     """Search settings for each rule, by each optimizer."""
-    for optimizer in OPTIMIZERS:
+    for optimizer in optimizers:
         own = ["--optimizer", optimizer, "--out", str(WORK / optimizer)]
         asked = ["--rules", ",".join(RULES), "--trials", str(TRIALS), "--epochs", str(SHORT), "--resume"]
         cli.main(["tune", "--import", CONTROL, "--num-threads", "1", *asked, *own])
@@ -96,12 +97,24 @@ def write_page() -> None:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return what a command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("part", choices=PARTS)
+    commands = parser.add_subparsers(dest="command", required=True)
+    search = commands.add_parser("tune", help="search settings for each rule")
+    search.add_argument("--optimizers", default=",".join(OPTIMIZERS), help="names, by commas")
+    commands.add_parser("run", help="train each rule with its best settings")
+    commands.add_parser("page", help="write the table of docs/results.md")
     return parser.parse_args(arguments)
 
 
-PARTS = {"tune": tune, "run": run, "page": write_page}
+def main(arguments: Sequence[str]) -> None:
+    """Do what a command line asks for."""
+    asked = parse(arguments)
+    if asked.command == "tune":
+        tune(asked.optimizers.split(","))
+    elif asked.command == "run":
+        run()
+    else:
+        write_page()
 
 
 if __name__ == "__main__":
-    PARTS[parse(sys.argv[1:]).part]()
+    main(sys.argv[1:])

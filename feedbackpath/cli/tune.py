@@ -3,10 +3,11 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
+from rich.console import Console
 
 from feedbackpath.cli.compare import with_all_rules
 from feedbackpath.cli.exit_codes import DONE
@@ -14,6 +15,9 @@ from feedbackpath.cli.output import make_console, make_table
 from feedbackpath.errors import ConfigError
 from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.settings import merge_config
+
+if TYPE_CHECKING:
+    from feedbackpath.jobs.tune import Search, Trial
 
 IDLE = {"seeds", "equivalence", "evaluate_on", "select_best", "checkpoint_steps", "keep_checkpoints"}
 
@@ -39,12 +43,12 @@ def tune(
     Exit codes: 0 done, 2 bad input, 130 or 143 interrupted (finished trials are kept).
     """
     from feedbackpath.jobs import Interrupted
-    from feedbackpath.jobs.tune import SHARED, Search, Trial, given_in_vain, in_words, rows_of
+    from feedbackpath.jobs.tune import SHARED, given_in_vain, in_words
     from feedbackpath.jobs.tune import tune as job
 
     console = make_console()
 
-    def tell(search: Search, trial: Trial) -> None:
+    def tell(search: "Search", trial: "Trial") -> None:
         nothing = "not finite" if trial.status == "finished" else trial.status
         found = nothing if trial.validation is None else f"{trial.validation:.2f}{search.metric.unit}"
         console.print(
@@ -67,6 +71,14 @@ def tune(
     except Interrupted as stop:
         console.print(f"interrupted: finished trials are kept in {out}; --resume continues")
         return stop.exit_code
+    _print_outcome(search, out, console)
+    return DONE
+
+
+def _print_outcome(search: "Search", out: Path, console: Console) -> None:
+    """Print the best trials, and how to go on with them."""
+    from feedbackpath.jobs.tune import in_words, rows_of
+
     table = make_table("rule", "trials", f"validation {search.metric.name}", "settings", names=(0, 3))
     for rule, count, best in rows_of(search):
         shown = (
@@ -88,4 +100,3 @@ def tune(
             + f" --rules {','.join(found)} --seed {search.seed + 100}",
             soft_wrap=True,
         )
-    return DONE
