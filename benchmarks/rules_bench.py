@@ -57,6 +57,7 @@ TUNED_ON = {"glyphs-resnet8": "fashion-mnist-lenet"}
 COLUMNS = [
     "rule",
     "group",
+    "learning rate",
     "n",
     "test error",
     "minus bp",
@@ -232,12 +233,14 @@ def table(task: str) -> str:
         row = rows.get(name) or dict.fromkeys(COLUMNS, "–") | {"n": _all_failed(task, name)}
         if name in rows:
             row["δ angle, worst epoch"] = _worst_delta([run for run in runs if run.rule == name])
-            if chosen[name][0] > 1:
-                row["n"] += f", choice {chosen[name][0]}"
-            if last_search(task, name).name == "tuned-lower":
-                row["n"] += ", lower rates"
-        known = {"group": group_of(RULES[name]), "verdict": RULES[name].facts.verdict}
-        row = row | known | {"rule": f"`{name}`", "step time": times.get(name, "–")}
+            row["n"] += _how_chosen(task, name, chosen[name][0])
+        row |= {
+            "rule": f"`{name}`",
+            "group": group_of(RULES[name]),
+            "learning rate": _rate_of(chosen[name][1], name) if name in chosen else "–",
+            "verdict": RULES[name].facts.verdict,
+            "step time": times.get(name, "–"),
+        }
         lines.append(f"| {' | '.join(row[column] for column in columns)} |")
     below = below if absent else []
     if not times:
@@ -247,6 +250,17 @@ def table(task: str) -> str:
 
 def _names(rules: Sequence[str]) -> str:
     return ", ".join(f"`{rule}`" for rule in rules)
+
+
+def _how_chosen(task: str, rule: str, choice: int) -> str:
+    """Return what the table says of settings that are not the best of the first search."""
+    is_lower = last_search(task, rule).name == "tuned-lower"
+    return f", choice {choice}" * (choice > 1) + ", lower rates" * is_lower
+
+
+def _rate_of(folder: Path, rule: str) -> str:
+    """Return the learning rate of a rule's runs."""
+    return f"{read_results(folder).config['by_rule'][rule]['lr']:g}"
 
 
 def _all_failed(task: str, rule: str) -> str:

@@ -101,10 +101,12 @@ def test_a_rule_of_which_no_trial_finishes_is_told_from_one_that_was_not_run(tmp
     run = Run(rule="bp", seed=100, status="finished", test=2.0)
     (tmp_path / "fashion-mnist-lenet" / "bp").mkdir()
     file = tmp_path / "fashion-mnist-lenet" / "bp" / "results.json"
-    file.write_text(Results(runs=[run]).model_dump_json(by_alias=True))
+    config = {"by_rule": {"bp": {"lr": 0.25}}}
+    file.write_text(Results(runs=[run], config=config).model_dump_json(by_alias=True))
     table, not_run, cost = rules_bench.table("fashion-mnist-lenet").split("\n\n")
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["`bp`", "`wm`"]
-    assert "| `wm` | mirrors | all 8 trials diverged | – |" in table
+    assert "| `bp` | ruler | 0.25 | 1/1 | " in table
+    assert "| `wm` | mirrors | – | all 8 trials diverged | – |" in table
     assert "step time" not in table
     assert not_run.startswith("Not run yet: `fa`, `ss`, `kp`, `wm-exact`, ")
     assert cost.startswith("Not run yet: the time of a step under each rule")
