@@ -1,6 +1,7 @@
 """Every rule on three tasks, tuned with equal effort: the tables of docs/rules.md.
 
     python benchmarks/rules_bench.py run TASK [--data-dir DIR] [--rules kp,wm]
+    python benchmarks/rules_bench.py one-rate
     python benchmarks/rules_bench.py cost
     python benchmarks/rules_bench.py page
 
@@ -8,7 +9,8 @@
 its best settings on three other seeds. If one of them diverges, which training data alone tell, the next best
 settings are taken, and the table says so. A rule of which no trial gives a result is tuned again, with lower
 learning rates, and the table says so, too. Each rule has a folder of its own: stopped at any time, in any
-order, the same command goes on. ``cost`` times a step beside plain PyTorch's. ``page`` writes the tables.
+order, the same command goes on. ``one-rate`` trains some rules with one learning rate. ``cost`` times a step
+beside plain PyTorch's. ``page`` writes the tables.
 
 All rules search the same learning rates and decays (one Sobol sequence) and start from the same weights. A
 rule with settings of its own searches these in the same 8 trials. Test data are measured, and decide nothing.
@@ -27,7 +29,7 @@ from marked import not_run, write_between
 
 from feedbackpath import cli
 from feedbackpath.report.curves import finished, layers_of, mean_and_error, measured
-from feedbackpath.report.table import format_metric, summary_rows
+from feedbackpath.report.table import format_metric, markdown_table, summary_rows
 from feedbackpath.rules import RULES
 from feedbackpath.rules.base import group_of
 from feedbackpath.train.results import Metric, Run, read_results
@@ -66,6 +68,7 @@ COLUMNS = [
     "step time",
     "verdict",
 ]
+ONE_RATE = ("bp", "ss", "kp", "wm")  # at the learning rate and decay that sc has in the bench, on glyphs
 # Errors in percent that papers report for the same data and a network of the same kind; none is ours.
 PUBLISHED = {
     "fashion-mnist-lenet": "BioTorch's README has, for LeNet on Fashion-MNIST: bp 8.88, fa 12.77, dfa 12.76, "
@@ -88,6 +91,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     run_.add_argument("task", choices=TASKS)
     run_.add_argument("--data-dir", type=Path, help="kept in the result files: give a relative path")
     run_.add_argument("--rules", default=",".join(RULES), help="names, by commas")
+    commands.add_parser("one-rate", help="train some rules on glyphs with one learning rate")
     commands.add_parser("cost", help="time a step of each network under every rule")
     commands.add_parser("page", help="write the tables of docs/rules.md")
     return parser.parse_args(arguments)
@@ -188,6 +192,30 @@ def choices(task: str, rule: str) -> list[Path]:
         written.append(folder / f"choice-{number}.yaml")
         written[-1].write_text(yaml.safe_dump(settings), encoding="utf-8")
     return written
+
+
+def run_at_one_rate() -> None:
+    """Train rules on glyphs with the learning rate and decay of ``one-rate.yaml``.
+
+    Raises:
+        SystemExit: They could not be run.
+    """
+    flags, epochs = TASKS["glyphs-resnet8"]
+    rules = ["--config", RESULTS / "one-rate.yaml", "--rules", ",".join(ONE_RATE), "--num-threads", 1]
+    seeds = ["--epochs", epochs, "--seed", FIRST_SEED, "--seeds", SEEDS]
+    if call("compare", *rules, *flags, *seeds, "--out", RESULTS / "glyphs-one-rate", "--resume"):
+        raise SystemExit("the runs with one learning rate ended with an error; what stands above says why")
+
+
+def one_rate() -> str:
+    """Return the table of the runs with one learning rate."""
+    folder = RESULTS / "glyphs-one-rate"
+    told = "The same with one learning rate and decay for all, those of `sc` above"
+    told += " (`python benchmarks/rules_bench.py one-rate`):"
+    if not (folder / "results.json").exists():
+        return not_run("python benchmarks/rules_bench.py one-rate", "the same with one learning rate for all")
+    shown = ("rule", "n", "test error", "minus bp", "angle, worst epoch")
+    return f"{told}\n\n{markdown_table(read_results(folder), shown)}"
 
 
 def time_steps() -> None:
@@ -317,7 +345,7 @@ def tables() -> str:
         search = f"{TRIALS} trials of each rule on {TUNED_ON.get(task, task)}"
         told = f"`{' '.join(flags)} --epochs {epochs}`, {SEEDS} seeds; settings by {search}."
         notes = [told, *([PUBLISHED[task]] if task in PUBLISHED else [])]
-        checked = [orders(task)] if task in ORDERS and read_runs(task)[0] else []
+        checked = [orders(task), one_rate()] if task in ORDERS and read_runs(task)[0] else []
         parts.append("\n\n".join([f"### {task}", *notes, table(task), *checked]) + "\n")
     return "\n".join(parts)
 
@@ -332,6 +360,8 @@ def main(arguments: Sequence[str]) -> None:
     asked = parse(arguments)
     if asked.command == "run":
         run(asked.task, asked.data_dir, asked.rules.split(","))
+    elif asked.command == "one-rate":
+        run_at_one_rate()
     elif asked.command == "cost":
         time_steps()
     else:
