@@ -429,6 +429,19 @@ def test_tables_of_cost_are_those_of_the_result_file_and_of_the_model():
         assert marked in page, "write them anew: python benchmarks/cost_page.py"
 
 
+def test_rules_that_break_graphs_and_send_more_are_told_as_measured():
+    told = re.search(r"Rules that listen to each layer \((.*)\) break", read("docs/cost.md"))
+    listening = set(re.findall(r"`(\w+)`", told[1]))
+    for file in (ROOT / "benchmarks" / "rules").glob("cost-*.json"):
+        (network,) = json.loads(file.read_text())["networks"].values()
+        assert {rule for rule, breaks in network["graph_breaks"].items() if breaks} == listening
+        sent = {rule: sum(bytes_of.values()) for rule, bytes_of in network["collective_bytes"].items()}
+        more = {rule: round(sent[rule] / sent["plain"]) for rule in sent if sent[rule] > sent["plain"]}
+        assert more.keys() == listening | {"dkp"}
+        assert {more[rule] for rule in listening} == {2}
+        assert file.stem != "cost-resnet8" or more["dkp"] == 90
+
+
 def test_what_an_audit_costs_is_told_as_measured():
     cost = json.loads(read("benchmarks/audit-cost/cost.json"))
     assert cost["task"].startswith("audit of two steps, resnet18")
