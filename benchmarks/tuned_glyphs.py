@@ -13,6 +13,7 @@ a control: B = 0, so that only the output layer learns.
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +22,8 @@ from typing import Any
 from marked import not_run, write_between
 from rich.console import Console
 from robustness import keep
+from rules_bench import call
 
-from feedbackpath import cli
 from feedbackpath.jobs import run_job
 from feedbackpath.jobs.tune import in_words
 from feedbackpath.report.live import LiveView
@@ -39,12 +40,25 @@ COLUMNS = ("rule", "n", "test error", "minus bp", "angle, max", "angle, worst ep
 
 
 def tune(optimizers: Sequence[str]) -> None:
-    """Search settings for each rule, by each optimizer."""
+    """Search settings for each rule, by each optimizer; what was kept of a search that broke off goes on.
+
+    Raises:
+        SystemExit: A search was interrupted, or could not be run.
+    """
     for optimizer in optimizers:
-        own = ["--optimizer", optimizer, "--out", str(WORK / optimizer)]
-        asked = ["--rules", ",".join(RULES), "--trials", str(TRIALS), "--epochs", str(SHORT), "--resume"]
-        cli.main(["tune", "--import", CONTROL, "--num-threads", "1", *asked, *own])
-        keep(WORK / optimizer / "tune.json", OUT / optimizer)
+        work, kept = WORK / optimizer / "tune.json", OUT / optimizer / "tune.json"
+        if kept.exists() and not work.exists():
+            work.parent.mkdir(parents=True)
+            shutil.copy(kept, work)
+        rules = ["--import", CONTROL, "--rules", ",".join(RULES), "--optimizer", optimizer]
+        effort = ["--trials", TRIALS, "--epochs", SHORT, "--num-threads", 1]
+        try:
+            code = call("tune", *rules, *effort, "--out", work.parent, "--resume")
+        finally:
+            if work.exists():
+                keep(work, kept.parent)
+        if code:
+            raise SystemExit(code)
 
 
 def best_settings() -> dict[str, dict[str, Any]]:

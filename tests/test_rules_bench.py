@@ -4,6 +4,7 @@ import json
 
 import pytest
 import rules_bench
+import tuned_glyphs
 import yaml
 
 from feedbackpath.train.results import Results, Run
@@ -131,3 +132,28 @@ def test_known_orders_are_told_from_the_result_files(tmp_path, monkeypatch):
         "| `ss` < `dfa` | not decided: no seed has finished under both | – |",
         "| `ss` < `fa` | not run | not run |",
     ]
+
+
+def test_a_search_of_the_tuned_study_that_broke_off_is_kept_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuned_glyphs, "OUT", tmp_path / "kept")
+    searched = []
+
+    def call(command, *arguments):
+        folder = arguments[arguments.index("--out") + 1]
+        file = folder / "tune.json"
+        trials = json.loads(file.read_text())["trials"] if file.exists() else []
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"trials": [*trials, len(trials)]}))
+        searched.append(folder.name)
+        if len(trials) == 0:
+            raise SystemExit(130)
+        return 0
+
+    monkeypatch.setattr(tuned_glyphs, "call", call)
+    monkeypatch.setattr(tuned_glyphs, "WORK", tmp_path / "one machine")
+    with pytest.raises(SystemExit):
+        tuned_glyphs.tune(("sgd", "adamw"))
+    assert searched == ["sgd"]
+    monkeypatch.setattr(tuned_glyphs, "WORK", tmp_path / "another")
+    tuned_glyphs.tune(("sgd",))
+    assert json.loads((tmp_path / "kept" / "sgd" / "tune.json").read_text())["trials"] == [0, 1]
