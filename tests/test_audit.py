@@ -394,7 +394,7 @@ def test_the_command_exits_by_the_verdict(unsettled, is_found, code, monkeypatch
     assert ended.value.code == code
 
 
-def test_a_step_that_ends_its_process_is_not_settled():
+def test_a_step_that_ends_its_process_is_not_settled(forking):
     report = Task(after_update=lambda task: os._exit(3)).audit()
     assert report.transport_free is None
     assert "exit code" in report.verdict
@@ -550,12 +550,14 @@ def test_data_may_come_from_a_file_that_is_open_already(mode, buffering, tmp_pat
 
 
 @pytest.mark.parametrize("is_forked", [True, False])
-def test_an_interrupt_leaves_everything_as_it_was(is_forked, tmp_path, monkeypatch):
+def test_an_interrupt_leaves_everything_as_it_was(is_forked, tmp_path, monkeypatch, request):
     monkeypatch.setattr("feedbackpath.auditing.passes.can_fork", lambda: is_forked)
     task = Task("kp", after_update=write_log)
     task.place = tmp_path / "log"
     before = copy.deepcopy(state_of(task))
     parent = os.getpid()
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, usual))
 
     def step():
         task.step()
@@ -954,7 +956,7 @@ ROWS = TABLE.findall(PAGE[PAGE.index("## Kinds of steps") :])
         for number, row in enumerate(ROWS)
     ],
 )
-def test_the_table_of_kinds_is_right(kind, begin, end, verdict, tmp_path, monkeypatch):
+def test_the_table_of_kinds_is_right(kind, begin, end, verdict, forking, tmp_path, monkeypatch):
     """Each row has a line that runs when a step begins, and one that runs when it ends."""
     monkeypatch.chdir(tmp_path)
     task = Task("kp")
