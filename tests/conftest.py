@@ -1,5 +1,8 @@
 """What every test starts from: one thread, and random numbers of a fixed seed."""
 
+import threading
+import time
+
 import pytest
 import torch
 
@@ -13,6 +16,19 @@ def pytest_configure():
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+_staying = set()
+
+
+@pytest.fixture(autouse=True)
+def _alone():
+    """Wait for threads of the test before, once: an audit forks only where there are no others."""
+    deadline = time.monotonic() + 5.0
+    while others := set(threading.enumerate()) - {threading.current_thread()} - _staying:
+        if time.monotonic() > deadline:
+            _staying.update(others)
+        time.sleep(0.01)
 
 
 @pytest.fixture
