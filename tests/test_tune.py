@@ -16,6 +16,7 @@ from feedbackpath.train.rules import make_rule
 from feedbackpath.train.settings import merge_config
 
 SMALL = {"data": "digits", "model": "mlp", "epochs": 1, "samples_per_epoch": 256, "num_threads": 1}
+FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
 
 
 def search(out, *, trials=2, resume=False, **settings) -> Search:
@@ -152,19 +153,8 @@ def test_a_range_that_makes_no_sense_is_refused(rates, tmp_path):
 
 
 def test_a_rule_whose_trials_all_diverge_is_named_with_the_next_step(tmp_path, capsys):
-    arguments = [
-        "tune",
-        "--rules",
-        "bp",
-        "--trials",
-        "1",
-        "--out",
-        str(tmp_path),
-        "--lr-range",
-        "1e20",
-        "1e30",
-    ]
-    arguments += [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    arguments = ["tune", "--rules", "bp", "--trials", "1", "--out", str(tmp_path)]
+    arguments += ["--lr-range", "1e20", "1e30", *FLAGS]
     with pytest.raises(SystemExit):
         cli.main(arguments)
     printed = " ".join(capsys.readouterr().out.split())
@@ -185,7 +175,7 @@ def test_a_flag_of_what_is_searched_is_refused(tmp_path, capsys):
 def test_a_rate_of_the_config_file_that_is_searched_is_told(tmp_path, capsys):
     (tmp_path / "given.yaml").write_text("lr: 0.3\nmomentum: 0.5\nby_rule: {bp: {weight_decay: 0.5}}\n")
     arguments = ["tune", "--rules", "bp", "--trials", "1", "--out", str(tmp_path / "out")]
-    arguments += [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    arguments += FLAGS
     with pytest.raises(SystemExit):
         cli.main([*arguments, "--config", str(tmp_path / "given.yaml")])
     printed = capsys.readouterr().out
@@ -198,7 +188,7 @@ def test_a_rate_of_the_config_file_that_is_searched_is_told(tmp_path, capsys):
 
 def test_the_command_prints_a_table_and_says_how_to_go_on(tmp_path, capsys):
     arguments = ["tune", "--rules", "bp", "--trials", "1", "--out", str(tmp_path)]
-    arguments += [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    arguments += FLAGS
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 0
