@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 
 import pytest
 from rich.console import Console
@@ -9,7 +10,8 @@ from test_report import make_results, make_run
 
 import feedbackpath as fp
 from feedbackpath import cli
-from feedbackpath.cli.output import make_table
+from feedbackpath.cli.output import make_table, show_warnings_in_one_line
+from feedbackpath.errors import MirrorWarning
 from feedbackpath.report import rich_error_table, rich_table
 from feedbackpath.report.panels import lay_side_by_side
 
@@ -142,3 +144,13 @@ def test_mirror_plan_prints_numbers_that_a_person_reads(capsys, monkeypatch, mod
     _, printed = run(capsys, "mirror", "plan", "--model", model)
     assert not re.search(r"\de[+-]?\d|…", printed.out)
     assert max(map(len, printed.out.splitlines())) <= 80
+
+
+def test_warnings_of_the_library_are_one_line_and_others_name_their_place(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    show_warnings_in_one_line()
+    ours = MirrorWarning("2 neurons of 'fc1'\ndo not answer")
+    told = warnings.formatwarning(ours, MirrorWarning, "loop.py", 3)
+    assert told == "feedbackpath: warning: 2 neurons of 'fc1' do not answer\n"
+    others = warnings.formatwarning(DeprecationWarning("old"), DeprecationWarning, "users_model.py", 3)
+    assert others.startswith("users_model.py:3: DeprecationWarning: old\n")

@@ -14,7 +14,7 @@ from cyclopts.exceptions import ValidationError as FlagError
 
 from feedbackpath import __version__
 from feedbackpath.cli.exit_codes import BAD_INPUT, DONE
-from feedbackpath.cli.output import complain, write_out_what_cannot_be_encoded
+from feedbackpath.cli.output import complain, show_warnings_in_one_line, write_out_what_cannot_be_encoded
 from feedbackpath.errors import ConfigError, UserError
 
 _NEXT_STEPS = {
@@ -120,6 +120,7 @@ app.command(data_app)
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; whatever goes wrong is one line on standard error."""
     write_out_what_cannot_be_encoded()
+    show_warnings_in_one_line()
     try:
         _refuse_slips(sys.argv[1:] if arguments is None else arguments)
         code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")

@@ -7,6 +7,7 @@ terminal cannot show is written out, as are control characters in the names of f
 import io
 import os
 import sys
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, cast
@@ -16,7 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from feedbackpath import errors
 from feedbackpath.errors import printable
+
+_AS_PYTHON_DOES = warnings.formatwarning
 
 
 class _Outlet(io.TextIOBase):
@@ -103,6 +107,19 @@ def complain(message: str) -> None:
     with _going_on_unread(sys.stderr):
         sys.stderr.write(f"feedbackpath: {printable(' '.join(message.split()))}\n")
         sys.stderr.flush()
+
+
+def show_warnings_in_one_line() -> None:
+    """Print the library's warnings as ``complain`` prints; a line of its code would say nothing to a user."""
+    warnings.formatwarning = _formatted
+
+
+def _formatted(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if category.__module__ != errors.__name__:
+        return _AS_PYTHON_DOES(message, category, filename, lineno, line)
+    return f"feedbackpath: warning: {printable(' '.join(str(message).split()))}\n"
 
 
 def write_out_what_cannot_be_encoded() -> None:
