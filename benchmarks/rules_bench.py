@@ -28,6 +28,7 @@ import yaml
 from marked import not_run, write_between
 
 from feedbackpath import cli
+from feedbackpath.jobs.tune import shared_and_own
 from feedbackpath.report.curves import finished, layers_of, mean_and_error, measured
 from feedbackpath.report.table import format_metric, markdown_table, summary_rows
 from feedbackpath.rules import RULES
@@ -185,9 +186,7 @@ def choices(task: str, rule: str) -> list[Path]:
         sys.stderr.write(f"{rule}: none of {TRIALS} trials has finished\n")
     written = []
     for number, trial in enumerate(ended[:CHOICES], start=1):
-        shared = {name: value for name, value in trial["settings"].items() if "." not in name}
-        rest = trial["settings"].keys() - shared.keys()
-        own = {name.removeprefix(f"{rule}."): trial["settings"][name] for name in sorted(rest)}
+        shared, own = shared_and_own(trial["settings"])
         settings = {"by_rule": {rule: shared}} | ({"rule_settings": {rule: own}} if own else {})
         written.append(folder / f"choice-{number}.yaml")
         written[-1].write_text(yaml.safe_dump(settings), encoding="utf-8")

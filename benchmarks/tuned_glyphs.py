@@ -25,7 +25,7 @@ from robustness import keep
 from rules_bench import call
 
 from feedbackpath.jobs import run_job
-from feedbackpath.jobs.tune import in_words
+from feedbackpath.jobs.tune import in_words, shared_and_own
 from feedbackpath.report.live import LiveView
 from feedbackpath.report.table import summary_rows
 from feedbackpath.train.config import CompareConfig
@@ -67,8 +67,7 @@ def best_settings() -> dict[str, dict[str, Any]]:
     for rule in RULES:
         trials = [(optimizer, trial) for optimizer in OPTIMIZERS for trial in trials_of(rule, optimizer)]
         optimizer, trial = min(trials, key=lambda found: found[1]["validation"])
-        shared = {name: value for name, value in trial["settings"].items() if "." not in name}
-        own = {name.partition(".")[2]: value for name, value in trial["settings"].items() if "." in name}
+        shared, own = shared_and_own(trial["settings"])
         by_rule[rule] = {"optimizer": optimizer, **shared}
         rule_settings |= {rule: own} if own else {}
     return {"by_rule": by_rule, "rule_settings": rule_settings}

@@ -205,10 +205,20 @@ def tune(
     return search
 
 
+def shared_and_own(point: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a trial's settings that all rules have, and the rule's own, without the rule's name before them.
+
+    Example:
+        >>> shared_and_own({"lr": 0.1, "kp.scale": "he"})
+        ({'lr': 0.1}, {'scale': 'he'})
+    """
+    shared = {name: value for name, value in point.items() if "." not in name}
+    return shared, {name.partition(".")[2]: value for name, value in point.items() if "." in name}
+
+
 def settings_for(config: CompareConfig, rule: str, point: Mapping[str, Any]) -> CompareConfig:
     """Return a config with a trial's settings, those of the rule among ``rule_settings``."""
-    own = {name.removeprefix(f"{rule}."): value for name, value in point.items() if "." in name}
-    shared = {name: value for name, value in point.items() if "." not in name}
+    shared, own = shared_and_own(point)
     rule_settings = config.rule_settings | ({rule: config.rule_settings.get(rule, {}) | own} if own else {})
     by_rule = config.by_rule | {rule: config.by_rule.get(rule, {}) | shared}
     changed = {"rule_settings": rule_settings, "by_rule": by_rule}
@@ -311,9 +321,10 @@ def _write(search: Search, out: Path) -> None:
     rule_settings: dict[str, dict[str, Any]] = given.pop("rule_settings", {})
     for rule in search.spaces:
         best = search.best(rule)
-        for name, value in (best.settings if best else {}).items():
-            place = by_rule if name in SHARED[search.config["optimizer"]] else rule_settings
-            place.setdefault(rule, {})[name.removeprefix(f"{rule}.")] = value
+        shared, own = shared_and_own(best.settings if best else {})
+        for place, found in ((by_rule, shared), (rule_settings, own)):
+            if found:
+                place.setdefault(rule, {}).update(found)
     chosen = given | {"by_rule": by_rule} | ({"rule_settings": rule_settings} if rule_settings else {})
     header = f"# Best of {search.trials_per_rule} trials each, by {search.metric.name} on validation data\n"
     write_text(out / "chosen.yaml", header + yaml.safe_dump(chosen, sort_keys=False))
