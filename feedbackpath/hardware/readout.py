@@ -80,15 +80,14 @@ class Read:
         if bits is None:
             return signal if largest is None else signal.clamp(-largest, largest)
         levels = 2 ** (bits - 1) - 1
-        flat = in_memory_order(signal)
-        top = torch.stack(flat.aminmax()).abs().amax() if largest is None else signal.new_tensor(largest)
-        scale: Tensor = (top / levels).clamp_min_(1e-30)
-        if signal.dtype is torch.float32 and bits <= 16:  # one pass over the signal
-            zero = torch.zeros(1, dtype=torch.int32, device=signal.device)
-            row: Tensor = torch.fake_quantize_per_tensor_affine(flat, scale.view(1), zero, -levels, levels)
-            return laid_out_as(signal, row)
-        rounded: Tensor = (signal / scale).round_().clamp_(-levels, levels)
-        return rounded.mul_(scale)
+        if largest is None:
+            top = torch.stack(in_memory_order(signal).aminmax()).abs().amax()
+        else:
+            top = signal.new_tensor(largest)
+        at_least_float32 = torch.promote_types(signal.dtype, torch.float32)
+        step = (top.to(at_least_float32) / levels).clamp_min_(1e-30)
+        rounded: Tensor = (signal * step.reciprocal()).round_().clamp_(-levels, levels)
+        return rounded.mul_(step)
 
     def enter(self, signal: Tensor) -> Tensor:
         """Return the inputs as the array gets them."""
