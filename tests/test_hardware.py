@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import chip_step
 import hardware_counts
 import pytest
 from matplotlib import rc_context
@@ -204,3 +205,11 @@ def test_the_page_has_the_table_of_the_study():
     assert listed == list(IMPERFECTIONS)
     marked = f"<!-- counts:begin -->\n{hardware_counts.make_table()}<!-- counts:end -->"
     assert marked in page, "write it anew: python benchmarks/hardware_counts.py --draw"
+
+
+def test_the_page_has_what_the_simulation_of_a_chip_costs_and_that_is_below_its_goal():
+    marked = f"<!-- chip-step:begin -->\n{chip_step.table()}\n<!-- chip-step:end -->"
+    page = Path(__file__).parent.parent / "docs" / "hardware.md"
+    assert marked in page.read_text(encoding="utf-8"), "write it anew: python benchmarks/chip_step.py --draw"
+    rows = json.loads(chip_step.OUT.read_text(encoding="utf-8"))["rows"]
+    assert max(row[f"{chip_step.BITS} bits"]["q3"] for row in rows) < 2.5
