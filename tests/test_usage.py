@@ -303,11 +303,10 @@ class HidesAList(Net):
         return x @ self.hidden[0]
 
 
-QUIET = [Calls, Loops, Helpers, Positions]
+QUIET = [Calls, Loops, Helpers, Positions, UsesBuffer]
 NOT_QUIET = [
     Reads, ReadsInAHelper, ReadsInALoop, ReadsByName, ReadsAll, ReadsState, ReadsInside, ReadsVars,
-    ReadsGlobal, ReadsGlobalList, ReadsTable, SumsWeights, SumsAndReads, JoinsWeights, UsesBuffer, Stores,
-    RenamesItself,
+    ReadsGlobal, ReadsGlobalList, ReadsTable, SumsWeights, SumsAndReads, JoinsWeights, Stores, RenamesItself,
     TakesAWeight, ShadowsAGlobal, Super, Property, ClassAttribute, Decorated, Imports, UsesNN, UsesABank,
     AsksATeller, UsesAnIterator, UsesAList, HidesAList,
 ]  # fmt: skip

@@ -119,8 +119,9 @@ class _Reading:
         value = scope.value_of(node)
         if isinstance(value, nn.Module):
             return id(value) in self._known
-        if isinstance(value, Tensor):
-            return not is_matrix(value) or scope.is_added_to_activity(node)
+        if isinstance(value, Tensor):  # a buffer is no weight
+            is_weight = isinstance(value, nn.Parameter) and is_matrix(value)
+            return not is_weight or scope.is_added_to_activity(node)
         if value is _UNKNOWN or is_plain(value) or _is_operation(value):
             return True
         function = getattr(value, "__func__", value)
