@@ -1,10 +1,12 @@
-"""What is known of the library's own layers, told as a user tells it of theirs: by ``register_layer``."""
+"""What is known of the library's own layers, told as a user tells it of theirs; and attention's short way."""
 
+import dataclasses
 from typing import cast
 
 from torch import Tensor, nn
 
-from feedbackpath.core.layers import register_layer
+from feedbackpath.attention import attend
+from feedbackpath.core.layers import KINDS, register_layer
 from feedbackpath.layers import LocallyConnected2d
 
 
@@ -24,3 +26,4 @@ register_layer(
     fan_out=_fan_out,
     as_matrix=_as_groups,
 )
+KINDS[nn.MultiheadAttention] = dataclasses.replace(KINDS[nn.MultiheadAttention], short=attend)

@@ -17,6 +17,7 @@ LEVELS = {
     "arguments": 0,
     "layers": 0,  # plain modules: torch, and nothing of the package
     "core": 1,
+    "attention": 2,
     "kinds": 2,
     "mirror": 2,
     "hardware": 2,

@@ -28,6 +28,7 @@ from feedbackpath.core import pytorch
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.modules import tapped
 from feedbackpath.core.operations import is_matrix
+from feedbackpath.core.products import multiply
 from feedbackpath.mirror.passage import LISTENERS
 from feedbackpath.path import FeedbackPath
 
@@ -88,7 +89,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def run(self, step: Callable[[], object], steps: int) -> Record:
         """Do the steps, and look at B after each."""
-        inner = [one for one in self.subject.path.layers.values() if not one.untied.is_one_product]
+        inner = [one for one in self.subject.path.layers.values() if one.untied.short is not multiply]
         self.record.aliases = self.subject.find_aliases()
         try:
             self._stack.enter_context(tapped(inner, self._tap))
@@ -146,7 +147,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             wait_for_error(output, self._doubted)
             self._doubted = []
         name, untied = self.subject.layer_names.get(id(module)), vars(module).get("untied")
-        if name is None or self._passages or untied is None or not untied.is_one_product:
+        if name is None or self._passages or untied is None or untied.short is not multiply:
             return
         is_probe = self.subject.model not in [*self._modules, module]
         probes = self._probes.get(name, 0) if is_probe else 0

@@ -12,8 +12,9 @@ from torch import nn
 
 from feedbackpath.core.batchnorm import SigmaBatchNorm
 from feedbackpath.core.context import RuleContext
-from feedbackpath.core.layers import UntiedWeight, is_torchs_own, kind_of
+from feedbackpath.core.layers import UNKNOWN, UntiedWeight, is_torchs_own, kind_of
 from feedbackpath.core.modules import FeedbackModule
+from feedbackpath.core.products import multiply
 from feedbackpath.core.sendback import LOCAL
 from feedbackpath.core.surgery import retie_module, retie_norm, send_back_sigma, untie_modules
 from feedbackpath.errors import UntieError
@@ -81,7 +82,8 @@ def assemble(
         made.weights = [weight for name in layers for weight in made.layers[name].untied.weights]
         for module in made.modules:
             module.untied.is_watched = _is_watched(module, module is model)
-            module.untied.is_one_product = _is_one_product(module)
+            kind = kind_of(module) if _can_go_short(module) else UNKNOWN
+            module.untied.short = multiply if kind.is_one_product else kind.short
         _make_feedback(made)
         for rule, group in made.groups:
             ready = [weight for weight in group if weight.has_feedback]
@@ -132,12 +134,12 @@ def _is_watched(module: FeedbackModule, is_model: bool) -> bool:
     return not module.untied.is_quiet and any(not untied.is_tied for untied in below)
 
 
-def _is_one_product(module: FeedbackModule) -> bool:
+def _can_go_short(module: FeedbackModule) -> bool:
     """Whether a layer can go the short way: torch's own product, B in W's place, no more to tell its rule."""
     untied = module.untied
     if not (untied.weights and untied.is_watched) or untied.tells_rule or untied.rule.gradients is not None:
         return False
-    return untied.send_back == LOCAL and kind_of(module).is_one_product and is_torchs_own(module.plain_type)
+    return untied.send_back == LOCAL and is_torchs_own(module.plain_type)
 
 
 def _new_feedback(weight: UntiedWeight, rule: Any) -> nn.Parameter | None:

@@ -32,6 +32,7 @@ class LayerKind:
         as_matrix: Views a tensor laid out as W as ``[groups, neurons, inputs]``, given the layer and the
             tensor: a mirror works on that. None: mirror mode leaves this kind of layer alone.
         is_one_product: Whether torch's own forward pass is one product of an input and the weight.
+        short: Runs torch's own forward pass unwatched, given the layer, args and kwargs; may return None.
     """
 
     weights: Callable[[nn.Module], dict[str, str]]
@@ -39,6 +40,7 @@ class LayerKind:
     fan_out: Callable[[nn.Module, Tensor], int]
     as_matrix: Callable[[nn.Module, Tensor], Tensor] | None = None
     is_one_product: bool = False
+    short: Callable[[Any, Any, Any], Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from feedbackpath.core import pytorch
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.exchange import RUNNING, Exchange, watch
 from feedbackpath.core.layers import UntiedWeight
-from feedbackpath.core.products import multiply
+from feedbackpath.core.operations import Args, Kwargs
 from feedbackpath.core.sendback import LOCAL, SendBack, broadcast_error
 from feedbackpath.core.usage import is_plain
 
@@ -40,7 +40,7 @@ class Untied:
         is_tied: Whether B is W itself.
         is_quiet: Whether its code takes up no weight but inside the layer that owns it.
         is_watched: Whether its forward pass may let a weight meet activity, or has to lead a broadcast.
-        is_one_product: Whether all that it does is torch's own product of an input and one weight.
+        short: Runs it without watching it, where it can; returns None where it cannot.
         taps: Called with (weight, input, output, rows of W) when a weight of its meets activity; not copied.
         tells_rule: Whether its rule is told of errors as they arrive.
         memo: What its rule keeps with it.
@@ -54,7 +54,7 @@ class Untied:
     is_tied: bool = False
     is_quiet: bool = False
     is_watched: bool = False
-    is_one_product: bool = False
+    short: Callable[[Any, Args, Kwargs], Any] | None = None
     taps: tuple[Tap, ...] = ()
     tells_rule: bool = False
     memo: dict[str, Any] = field(default_factory=dict)
@@ -98,19 +98,17 @@ class FeedbackModule(nn.Module):
             return forward(*args, **kwargs)
         is_traced = pytorch.is_traced()
         exchange = running.traced if is_traced and torch.compiler.is_compiling() else running.exchange
-        if untied.is_one_product and not (untied.taps or is_traced or running.is_backprop):
-            weight = untied.weights[0]
-            w, b = getattr(self, weight.weight_name), getattr(self, weight.feedback_name, None)
-            if not torch.is_autocast_enabled(w.device.type):
+        short = None if untied.taps or is_traced or running.is_backprop else untied.short
+        if short is not None and not torch.is_autocast_enabled(untied.weights[0].weight.device.type):
+            if exchange is not None:
+                exchange.is_aside = True
+            try:
+                output = short(self, args, kwargs)
+            finally:
                 if exchange is not None:
-                    exchange.is_aside = True
-                try:
-                    output = multiply(self, w, b, args, kwargs)
-                finally:
-                    if exchange is not None:
-                        exchange.is_aside = False
-                if output is not None:
-                    return output
+                    exchange.is_aside = False
+            if output is not None:
+                return output
         send_back = LOCAL if running.is_backprop else untied.send_back
         if exchange is not None:
             exchange.learn(untied.weights)

@@ -1,8 +1,7 @@
 """The short way for torch's linear layers and convolutions: one autograd function a call.
 
-``feedbackpath.core.one_operation`` serves these layers as well, and does where anything stands between:
-another form of input, autocast, ``torch.compile``, somebody who listens. It makes several calls per operation
-where this makes one, and small layers are most of what people train. Going forward it is the plain PyTorch
+``feedbackpath.core.one_operation`` serves these layers too, by several calls, and does where anything stands
+between: another form of input, autocast, ``torch.compile``, a listener. Going forward this is the plain
 operation. Going backward, with delta = dL/dy arriving from above (equation numbers of Akrout et al. 2019)::
 
     dL/dx = delta sent back through B        equation 3
@@ -25,16 +24,16 @@ from feedbackpath.core.operations import Args, Kwargs
 Gradients = tuple[Tensor | None, ...]
 
 
-def multiply(layer: Any, w: Tensor, b: Tensor | None, args: Args, kwargs: Kwargs) -> Tensor | None:
+def multiply(layer: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
     """Return what a layer makes of its input; None where it has to go the long way.
 
     Args:
         layer: A linear layer or a convolution that runs torch's own forward pass.
-        w: Its weight.
-        b: Its feedback weight.
-        args: What it is called with: a batch ``[N, in_features]`` or ``[N, C, ...]``.
+        args: A batch ``[N, in_features]`` or ``[N, C, ...]``.
         kwargs: None may be given.
     """
+    (weight,) = layer.untied.weights
+    w, b = getattr(layer, weight.weight_name), getattr(layer, weight.feedback_name, None)
     is_like_w = b is not None and b.shape == w.shape and b.dtype == w.dtype and b.device == w.device
     if len(args) != 1 or kwargs or not is_like_w or args[0].layout is not torch.strided:
         return None
@@ -43,9 +42,9 @@ def multiply(layer: Any, w: Tensor, b: Tensor | None, args: Args, kwargs: Kwargs
         if x.dtype != w.dtype or x.dim() < 2 or not x.is_contiguous():
             return None
         if x.dim() == 2:
-            return _linear(x, w, b, layer.bias)
+            return linear(x, w, b, layer.bias)
         # As torch does. The view is made outside: one that a function returns may not be changed in place.
-        return _linear(x.flatten(0, -2), w, b, layer.bias).view(*x.shape[:-1], len(w))
+        return linear(x.flatten(0, -2), w, b, layer.bias).view(*x.shape[:-1], len(w))
     padding = layer.padding
     if layer.padding_mode != "zeros" or isinstance(padding, str) or x.dim() != w.dim() or x.dtype != w.dtype:
         return None
@@ -67,12 +66,13 @@ class _Linear(torch.autograd.Function):
         (delta,) = deltas
         x, b = _saved(ctx)
         asks_x, asks_w, asks_b, asks_bias = ctx.needs_input_grad
-        for_w = delta.t().mm(x) if asks_w or asks_b else None
+        rows = delta.reshape(-1, delta.shape[-1])
+        for_w = rows.t().mm(x.reshape(-1, x.shape[-1])) if asks_w or asks_b else None
         return (
-            delta.mm(b) if asks_x else None,
+            rows.mm(b).view(*delta.shape[:-1], -1) if asks_x else None,
             for_w if asks_w else None,
             pytorch.share(for_w) if asks_b and for_w is not None else None,
-            delta.sum(0) if asks_bias else None,
+            rows.sum(0) if asks_bias else None,
         )
 
 
@@ -104,5 +104,5 @@ def _saved(ctx: Any) -> tuple[Tensor, Tensor]:
 
 
 # What ``apply`` comes to where nothing is traced, without looking once more whether that is so.
-_linear: Callable[..., Tensor] = super(torch.autograd.Function, _Linear).apply
+linear: Callable[..., Tensor] = super(torch.autograd.Function, _Linear).apply
 _convolution: Callable[..., Tensor] = super(torch.autograd.Function, _Convolution).apply

@@ -132,21 +132,18 @@ def random_numbers_from(state: Tensor, like: Tensor) -> Iterator[None]:
         yield
 
 
-def _without_override_check(function: types.FunctionType) -> types.FunctionType:
-    """Return a function of PyTorch's that does not ask whether somebody watches.
-
-    ``F.multi_head_attention_forward`` hands itself over whole to whoever watches. Its own code, run past that
-    question, shows its projections one by one.
-    """
-    seen = {**function.__globals__, "has_torch_function": lambda arguments: False}
-    copy = types.FunctionType(
-        function.__code__, seen, function.__name__, function.__defaults__, function.__closure__
-    )
+def rewired(function: Any, **names: Any) -> Callable[..., Any]:
+    """Return a function of PyTorch's that finds something else behind some of the names in its code."""
+    seen = {**function.__globals__, **names}
+    copy = types.FunctionType(function.__code__, seen, None, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 
-attention = _without_override_check(F.multi_head_attention_forward)  # type: ignore[arg-type]
+# It hands itself over whole to whoever watches. Past that question its code shows its projections one by one.
+attention = rewired(F.multi_head_attention_forward, has_torch_function=lambda arguments: False)
+# The part of it that projects. Fallback: none, and attention is watched.
+in_projection = _find("nn.functional._in_projection_packed")
 
 
 def has_processes() -> bool:
