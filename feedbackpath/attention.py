@@ -43,10 +43,14 @@ def attend(layer: Any, args: Args, kwargs: Kwargs) -> Any:
     untied = getattr(out, "untied", None)
     if untied is None or untied.short is None or untied.taps:
         return None
-    weights = [*layer.untied.weights, *untied.weights]
-    if any(not weight.has_feedback or args[0].dtype != weight.weight.dtype for weight in weights):
+    pairs: list[tuple[Tensor, Any]] = [
+        (getattr(owner, weight.weight_name), getattr(owner, weight.feedback_name, None))
+        for owner in (layer, out)
+        for weight in owner.untied.weights
+    ]
+    if any(b is None or args[0].dtype != w.dtype for w, b in pairs):
         return None
-    _RUNNING.unmet = {id(weight.weight): weight.feedback for weight in weights}
+    _RUNNING.unmet = {id(w): b for w, b in pairs}
     try:
         output = _forward(layer, *args, **kwargs)
     finally:
