@@ -377,7 +377,8 @@ def test_outer_hooks_see_what_autograd_would_show_them():
         shapes = []
 
         def pack(saved):
-            shapes.append(sorted(saved.shape))  # a linear layer's B is saved as it is, W transposed
+            rows = saved.reshape(-1, saved.shape[-1])  # attention's x is saved in rows, or as it is
+            shapes.append(sorted(rows.shape))  # a linear layer's B is saved as it is, W transposed
             return saved.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):

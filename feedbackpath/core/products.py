@@ -69,7 +69,7 @@ class _Linear(torch.autograd.Function):
         rows = delta.reshape(-1, delta.shape[-1])
         for_w = rows.t().mm(x.reshape(-1, x.shape[-1])) if asks_w or asks_b else None
         return (
-            rows.mm(b).view(*delta.shape[:-1], -1) if asks_x else None,
+            rows.mm(b).view(*delta.shape[:-1], b.shape[1]) if asks_x else None,
             for_w if asks_w else None,
             pytorch.share(for_w) if asks_b and for_w is not None else None,
             rows.sum(0) if asks_bias else None,
