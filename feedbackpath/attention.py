@@ -7,7 +7,6 @@ unwatched. Only where it calls ``linear``, it calls one that knows the B of each
 
 import threading
 import types
-from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,18 +14,19 @@ from torch import Tensor, nn
 
 from feedbackpath.core.operations import Args, Kwargs
 from feedbackpath.core.products import linear
-from feedbackpath.core.pytorch import in_projection, rewired
+from feedbackpath.core.pytorch import rewired
 
 
 class _Running(threading.local):
     """The attention that runs in this thread: B of each W that it has yet to meet, by the id of W."""
 
     def __init__(self) -> None:
-        self.unmet: dict[int, Tensor] = {}
+        self.unmet: dict[int, Any] = {}
 
 
 _RUNNING = _Running()
-_PYTORCHS = F.multi_head_attention_forward
+PROJECTING = "_in_projection_packed"  # the part of attention that does, in PyTorch's code
+_PYTORCHS = nn.MultiheadAttention.forward, F.multi_head_attention_forward
 
 
 def attend(layer: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -37,25 +37,30 @@ def attend(layer: Any, args: Args, kwargs: Kwargs) -> Any:
         args: What it is called with.
         kwargs: What else.
     """
-    out, is_of_one_input = layer.out_proj, len(args) > 2 and args[0] is args[1] is args[2]
-    if not is_of_one_input or layer.in_proj_weight is None or F.multi_head_attention_forward is not _PYTORCHS:
+    is_of_one_input = len(args) > 2 and args[0] is args[1] is args[2] and args[0].dim() == 3
+    is_patched = (nn.MultiheadAttention.forward, F.multi_head_attention_forward) != _PYTORCHS
+    untied = getattr(layer.out_proj, "untied", None)
+    if not is_of_one_input or is_patched or untied is None or untied.short is None or untied.taps:
         return None
-    untied = getattr(out, "untied", None)
-    if untied is None or untied.short is None or untied.taps:
-        return None
-    pairs: list[tuple[Tensor, Any]] = [
-        (getattr(owner, weight.weight_name), getattr(owner, weight.feedback_name, None))
-        for owner in (layer, out)
+    pairs = [
+        (owner._parameters.get(weight.weight_name), getattr(owner, weight.feedback_name, None))
+        for owner in (layer, layer.out_proj)
         for weight in owner.untied.weights
     ]
-    if any(b is None or args[0].dtype != w.dtype for w, b in pairs):
+    if not all(_is_alike(w, b) and args[0].dtype == w.dtype for w, b in pairs):
         return None
-    _RUNNING.unmet = {id(w): b for w, b in pairs}
+    unmet = {id(w): b for w, b in pairs}
+    before, _RUNNING.unmet = _RUNNING.unmet, unmet
     try:
         output = _forward(layer, *args, **kwargs)
     finally:
-        unmet, _RUNNING.unmet = _RUNNING.unmet, {}
+        _RUNNING.unmet = before
     return None if unmet else output  # another version of PyTorch may project by other means
+
+
+def _is_alike(w: Any, b: Any) -> bool:
+    is_there = w is not None and b is not None
+    return is_there and (b.shape, b.dtype, b.device) == (w.shape, w.dtype, w.device)
 
 
 def _linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -63,13 +68,11 @@ def _linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, w, bias) if b is None else linear(x, w, b, bias)
 
 
-def _rewire() -> Callable[..., Any]:
-    """Return the forward pass of PyTorch's attention, with the ``linear`` above."""
-    parts = {"linear": _linear, "has_torch_function": lambda arguments: False}
-    if in_projection is not None:
-        parts[in_projection.__name__] = rewired(in_projection, linear=_linear)
-    functions = vars(F) | {"multi_head_attention_forward": rewired(_PYTORCHS, **parts)}
-    return rewired(nn.MultiheadAttention.forward, F=types.SimpleNamespace(**functions))
-
-
-_forward = _rewire()
+def _forward(layer: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
+    """Run the forward pass of PyTorch's attention, all of it as it is now, with the ``linear`` above."""
+    parts: dict[str, Any] = {"linear": _linear, "has_torch_function": lambda arguments: False}
+    if PROJECTING in vars(F):  # else W is not met, and attention goes the long way
+        parts[PROJECTING] = rewired(vars(F)[PROJECTING], linear=_linear)
+    attention = rewired(F.multi_head_attention_forward, **parts)
+    functions = types.SimpleNamespace(**vars(F) | {"multi_head_attention_forward": attention})
+    return rewired(nn.MultiheadAttention.forward, F=functions)(layer, *args, **kwargs)

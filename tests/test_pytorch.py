@@ -23,7 +23,6 @@ FALLBACKS = {
     "_C._current_graph_task_id": {"_graph_task": None},
     "_version": {"version_of": lambda tensor: 0},
     "autograd.Variable._execution_engine": {"_engine": None},
-    "nn.functional._in_projection_packed": {"in_projection": None},  # read at import: tests/test_attention.py
 }
 FALLBACKS["all"] = {name: other for others in FALLBACKS.values() for name, other in others.items()}
 

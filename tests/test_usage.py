@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from problems import PAPER_RULES, rule_that_starts_at_once
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import feedbackpath as fp
@@ -71,6 +72,39 @@ class Helpers(Net):
 class Positions(Net):
     def forward(self, x):
         return self.second(self.first(x) + self.table.weight)
+
+
+class HandsAMask(Net):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(SIZE, 2, SIZE, dropout=0.0)
+
+    def forward(self, x):
+        return self.encoder(self.second(x).unsqueeze(1), src_mask=self.fixed).squeeze(1)
+
+
+class HandsAWeight(HandsAMask):
+    def forward(self, x):
+        return self.encoder(self.second(x).unsqueeze(1), self.first.weight).squeeze(1)
+
+
+class PrunedKernel(Net):
+    def __init__(self):
+        super().__init__()
+        self.kernel = Kernel()
+        prune.l1_unstructured(self.kernel, "kernel", 0.3)
+
+    def forward(self, x):
+        return self.kernel(self.first(x))
+
+
+class Kernel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(SIZE, SIZE))
+
+    def forward(self, x):
+        return x @ self.kernel
 
 
 class Reads(Net):
@@ -303,12 +337,12 @@ class HidesAList(Net):
         return x @ self.hidden[0]
 
 
-QUIET = [Calls, Loops, Helpers, Positions, UsesBuffer]
+QUIET = [Calls, Loops, Helpers, Positions, HandsAMask]
 NOT_QUIET = [
     Reads, ReadsInAHelper, ReadsInALoop, ReadsByName, ReadsAll, ReadsState, ReadsInside, ReadsVars,
-    ReadsGlobal, ReadsGlobalList, ReadsTable, SumsWeights, SumsAndReads, JoinsWeights, Stores, RenamesItself,
-    TakesAWeight, ShadowsAGlobal, Super, Property, ClassAttribute, Decorated, Imports, UsesNN, UsesABank,
-    AsksATeller, UsesAnIterator, UsesAList, HidesAList,
+    ReadsGlobal, ReadsGlobalList, ReadsTable, SumsWeights, SumsAndReads, JoinsWeights, UsesBuffer, Stores,
+    RenamesItself, TakesAWeight, ShadowsAGlobal, Super, Property, ClassAttribute, Decorated, Imports, UsesNN,
+    HandsAWeight, PrunedKernel, UsesABank, AsksATeller, UsesAnIterator, UsesAList, HidesAList,
 ]  # fmt: skip
 
 

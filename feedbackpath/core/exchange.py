@@ -102,10 +102,8 @@ class Exchange(TorchFunctionMode):
                 is_many = isinstance(arg, (list, tuple)) and kind is not torch.Size
                 if is_many or id(arg) in by_id or (kind is Parameter and (arg.dim() > 1 or arg is args[0])):
                     is_plain = False
-        if kwargs:
-            for arg in kwargs.values():
-                if isinstance(arg, (Tensor, list, tuple, dict)):
-                    is_plain = False
+        if kwargs and any(isinstance(arg, (Tensor, list, tuple, dict)) for arg in kwargs.values()):
+            is_plain = False
         if is_plain:
             return func(*args, **(kwargs or {}))
         return self._run_with_care(func, args, kwargs or {})
@@ -127,8 +125,8 @@ class Exchange(TorchFunctionMode):
                 self._learn(output, None, is_signal=is_signal, is_stranger=bool(strangers))
             return output
         if func is F.multi_head_attention_forward:
-            with self:
-                return pytorch.attention(*args, **kwargs)
+            with self:  # it hands itself over whole: past that question its projections show
+                return pytorch.rewired(_ATTENTION, has_torch_function=lambda _: False)(*args, **kwargs)
         if name in ops.NO_WEIGHTS and not (args and met[0].tensor is args[0]):  # else W is standardised
             return run(func, args, kwargs)
         if name in ops.SHAPED_ALIKE:
@@ -253,6 +251,7 @@ class _Running(threading.local):
 
 
 RUNNING = _Running()
+_ATTENTION = F.multi_head_attention_forward  # somebody may put another in its place, which calls it
 
 
 @contextmanager

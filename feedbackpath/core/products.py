@@ -32,9 +32,8 @@ def multiply(layer: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
         args: A batch ``[N, in_features]`` or ``[N, C, ...]``.
         kwargs: None may be given.
     """
-    (weight,) = layer.untied.weights
-    w, b = getattr(layer, weight.weight_name), getattr(layer, weight.feedback_name, None)
-    is_like_w = b is not None and b.shape == w.shape and b.dtype == w.dtype and b.device == w.device
+    w, b = layer.weight, layer.feedback
+    is_like_w = b is not None and (b.shape, b.dtype, b.device) == (w.shape, w.dtype, w.device)
     if len(args) != 1 or kwargs or not is_like_w or args[0].layout is not torch.strided:
         return None
     x = args[0]
@@ -66,8 +65,8 @@ class _Linear(torch.autograd.Function):
         (delta,) = deltas
         x, b = _saved(ctx)
         asks_x, asks_w, asks_b, asks_bias = ctx.needs_input_grad
-        rows = delta.reshape(-1, delta.shape[-1])
-        for_w = rows.t().mm(x.reshape(-1, x.shape[-1])) if asks_w or asks_b else None
+        rows = delta.flatten(0, -2)
+        for_w = rows.t().mm(x.flatten(0, -2)) if asks_w or asks_b else None
         return (
             rows.mm(b).view(*delta.shape[:-1], b.shape[1]) if asks_x else None,
             for_w if asks_w else None,

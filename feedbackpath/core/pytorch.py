@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
@@ -138,12 +137,6 @@ def rewired(function: Any, **names: Any) -> Callable[..., Any]:
     copy = types.FunctionType(function.__code__, seen, None, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
-
-
-# It hands itself over whole to whoever watches. Past that question its code shows its projections one by one.
-attention = rewired(F.multi_head_attention_forward, has_torch_function=lambda arguments: False)
-# The part of it that projects. Fallback: none, and attention is watched.
-in_projection = _find("nn.functional._in_projection_packed")
 
 
 def has_processes() -> bool:

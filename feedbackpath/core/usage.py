@@ -67,7 +67,9 @@ def quiet_modules(model: nn.Module) -> set[int]:
     """
     known = {id(module) for module in model.modules()}
     own = {id(module): _Reading(module, known).is_quiet() for module in model.modules()}
-    return {id(module) for module in model.modules() if all(own[id(part)] for part in module.modules())}
+    quiet = {id(module) for module in model.modules() if all(own[id(part)] for part in module.modules())}
+    # Attention takes up the weight of its output projection. It alone does, and those about it stay quiet.
+    return quiet - {id(module) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
 
 
 class _Reading:
@@ -119,9 +121,8 @@ class _Reading:
         value = scope.value_of(node)
         if isinstance(value, nn.Module):
             return id(value) in self._known
-        if isinstance(value, Tensor):  # a buffer is no weight
-            is_weight = isinstance(value, nn.Parameter) and is_matrix(value)
-            return not is_weight or scope.is_added_to_activity(node)
+        if isinstance(value, Tensor):
+            return not is_matrix(value) or scope.is_added_to_activity(node) or scope.is_handed_on(node, value)
         if value is _UNKNOWN or is_plain(value) or _is_operation(value):
             return True
         function = getattr(value, "__func__", value)
@@ -171,6 +172,14 @@ class _Scope:
         is_value = holder is _UNKNOWN or isinstance(holder, Tensor) or is_plain(holder)
         return _UNKNOWN if is_value and node.attr in _OF_TENSORS else _REFUSED
 
+    def is_handed_on(self, node: ast.AST, value: Tensor) -> bool:
+        """Whether a buffer goes into one of torch's own modules, as a mask does."""
+        parent = self.parents[node]
+        call = self.parents[parent] if isinstance(parent, ast.keyword) else parent
+        taker = self.value_of(call.func) if isinstance(call, ast.Call) else None
+        is_torchs = isinstance(taker, nn.Module) and type(taker).__module__.startswith("torch.nn.")
+        return is_torchs and type(value) is Tensor and not value.requires_grad
+
     def is_added_to_activity(self, node: ast.AST) -> bool:
         """Whether an expression is added to what a module has just computed."""
         parent = self.parents[node]
@@ -204,7 +213,8 @@ def _is_operation(value: Any) -> bool:
 def _may_hide_a_weight(name: str, value: Any) -> bool:
     """Whether code could get at an attribute of a module without naming it as a module's."""
     is_implicit = name.startswith("__") and callable(value) and name not in _NOT_IN_A_PASS
-    return is_implicit or (name in _OF_TENSORS and not is_plain(value))
+    is_made = isinstance(value, Tensor) and value.grad_fn is not None  # by a hook before each pass: pruning
+    return is_implicit or is_made or (name in _OF_TENSORS and not is_plain(value))
 
 
 def _tree_of(code: Any) -> ast.stmt | None:
