@@ -18,6 +18,7 @@ from typing import Any
 import balance
 import competing_units
 import estimating_w
+import figure_4
 import hardware_theory
 import language_page
 from growth_figure import draw_growth
@@ -33,6 +34,7 @@ from feedbackpath.report.figures import render_figures
 from feedbackpath.report.page import render_page
 from feedbackpath.report.panels import Panel, make_panel
 from feedbackpath.report.parts import FIGURE_STYLE, render
+from feedbackpath.train.results import read_results
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "docs" / "figures"
@@ -156,6 +158,10 @@ DRAWN: dict[str, tuple[list[str], Callable[[], bytes]]] = {
     "estimating-w.png": (
         ["estimating-w/angles.json"],
         drawn(lambda: estimating_w.draw_methods(read("estimating-w/angles.json")["points"])),
+    ),
+    "figure-4.png": (
+        ["figure-4/results.json", "figure-4/theory.json"],
+        drawn(lambda: figure_4.draw(read_results(RESULTS / "figure-4"), read("figure-4/theory.json"))),
     ),
     "kh-features.png": (
         ["competing-units/mnist.json"],
