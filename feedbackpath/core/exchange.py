@@ -126,7 +126,7 @@ class Exchange(TorchFunctionMode):
             return output
         if func is F.multi_head_attention_forward:
             with self:  # it hands itself over whole: past that question its projections show
-                return pytorch.rewired(_ATTENTION, has_torch_function=lambda _: False)(*args, **kwargs)
+                return _attention(*args, **kwargs)
         if name in ops.NO_WEIGHTS and not (args and met[0].tensor is args[0]):  # else W is standardised
             return run(func, args, kwargs)
         if name in ops.SHAPED_ALIKE:
@@ -251,7 +251,7 @@ class _Running(threading.local):
 
 
 RUNNING = _Running()
-_ATTENTION = F.multi_head_attention_forward  # somebody may put another in its place, which calls it
+_attention = pytorch.rewired(F.multi_head_attention_forward, has_torch_function=lambda arguments: False)
 
 
 @contextmanager
