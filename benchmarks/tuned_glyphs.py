@@ -85,14 +85,14 @@ def run() -> None:
     config = CompareConfig.model_validate({"imports": [CONTROL], **study, **best_settings()})
     view, command = LiveView(Console(quiet=True)), "python benchmarks/tuned_glyphs.py run"
     run_job(config, WORK / "run", resume=True, command=command, view=view)
-    keep(WORK / "run" / "results.json", OUT)
+    keep(WORK / "run" / "results.json", OUT / "run")
 
 
 def table() -> str:
     """Return the table of what has been run, with the settings that were found."""
-    if not (OUT / "results.json").exists():
+    if not (OUT / "run" / "results.json").exists():
         return not_run("python benchmarks/tuned_glyphs.py tune`, then `run")
-    results, found = read_results(OUT), best_settings()
+    results, found = read_results(OUT / "run"), best_settings()
     lines = [f"| {' | '.join(COLUMNS)} | settings |", "|---" * (len(COLUMNS) + 1) + "|"]
     for row in summary_rows(results.runs, results.metric):
         rule = row["rule"]

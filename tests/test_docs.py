@@ -424,6 +424,20 @@ def test_verdicts_of_the_study_are_those_of_its_result_file():
         assert line.endswith(": equivalent within 0.5")
 
 
+def test_the_readme_tells_the_order_of_tuned_rules_as_measured():
+    runs = results.read_results(ROOT / "benchmarks" / "glyphs-resnet8-tuned" / "run")
+    tuned = {row["rule"]: row["test error"] for row in summary_rows(runs.runs, runs.metric)}
+    shared = read_with_names_of_now(ROOT / "benchmarks" / "glyphs-resnet8")
+    before = {row["rule"]: row["test error"] for row in summary_rows(shared.runs, shared.metric)}
+
+    def order(errors):
+        return sorted(before, key=lambda rule: float(errors[rule].partition("(")[0]))
+
+    assert order(tuned) == order(before)
+    assert all(float(tuned[rule].split("(")[0]) < float(before[rule].split("(")[0]) for rule in before)
+    assert f"(`fa` has {tuned['fa'].partition('(')[0]}%)" in read("README.md")
+
+
 def test_tables_of_cost_are_those_of_the_result_file_and_of_the_model():
     page, growth = (
         read("benchmarks/step-cost/README.md"),
