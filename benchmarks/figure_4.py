@@ -30,7 +30,7 @@ from feedbackpath.jobs.run import make_task
 from feedbackpath.measure.angles import angle_deg
 from feedbackpath.report.figures import LAYER_COLOURS, LAYER_FIGURES, draw_layer_figure
 from feedbackpath.report.panels import make_panel, styles_of
-from feedbackpath.report.parts import REFERENCE
+from feedbackpath.report.parts import PAGE_WIDTH, REFERENCE
 from feedbackpath.tasks import Task
 from feedbackpath.train.build import make_network, make_path
 from feedbackpath.train.config import CompareConfig
@@ -113,18 +113,16 @@ def draw(results: Results, theory: dict[str, Any]) -> Figure:
     panel = make_panel([("figure-4", results)])
     figure = draw_layer_figure(panel, styles_of([panel]), LAYER_FIGURES["alignment"])
     assert figure is not None
+    figure.set_figwidth(PAGE_WIDTH)
     rules = [rule for rule in RULES if rule != "bp"]
     for axes in figure.axes[: 2 * len(rules)]:
         for milestone in MILESTONES:
             axes.axvline(milestone, linestyle=":", **REFERENCE)
-    epochs = range(EPOCHS + 1)
-    for rule, by_epoch in (("kp", theory["kp"]), ("wm", [theory["wm"]] * (EPOCHS + 1))):
+    for rule, by_epoch in (("kp", theory["kp"][1:]), ("wm", [theory["wm"]] * EPOCHS)):
         axes = figure.axes[rules.index(rule)]
         for place, layer in enumerate(theory["wm"]):
-            colour = LAYER_COLOURS(place / (len(theory["wm"]) - 1))
-            axes.plot(
-                epochs, [angles[layer] for angles in by_epoch], "o", mfc="none", color=colour, markersize=3
-            )
+            looks = {"color": LAYER_COLOURS(place / (len(theory["wm"]) - 1)), "mfc": "none", "markersize": 3}
+            axes.plot(range(1, EPOCHS + 1), [angles[layer] for angles in by_epoch], "o", **looks)
     return figure
 
 

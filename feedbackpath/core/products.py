@@ -32,7 +32,7 @@ def multiply(layer: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
         args: A batch ``[N, in_features]`` or ``[N, C, ...]``.
         kwargs: None may be given.
     """
-    w, b = layer.weight, layer.feedback
+    w, b = layer.weight, getattr(layer, "feedback", None)
     is_like_w = b is not None and (b.shape, b.dtype, b.device) == (w.shape, w.dtype, w.device)
     if len(args) != 1 or kwargs or not is_like_w or args[0].layout is not torch.strided:
         return None
