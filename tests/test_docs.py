@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import doc_figures
+import gpt_step
 import mirror_memory
 import pytest
 import robustness
@@ -422,6 +423,10 @@ def test_verdicts_of_the_study_are_those_of_its_result_file():
     for rule, difference in told:
         (line,) = [line for line in found if line.startswith(f"{rule} minus bp: {difference} points")]
         assert line.endswith(": equivalent within 0.5")
+
+
+def test_what_a_step_of_the_small_gpt_costs_is_told_as_measured():
+    assert f"<!-- gpt-step:begin -->\n{gpt_step.table()}\n<!-- gpt-step:end -->" in read("docs/language.md")
 
 
 def test_the_readme_tells_the_order_of_tuned_rules_as_measured():

@@ -1,0 +1,101 @@
+"""What a step of the small GPT costs under each rule, over plain PyTorch's.
+
+    python benchmarks/gpt_step.py          # measure, and write the table of docs/language.md
+    python benchmarks/gpt_step.py --draw   # write the table from the result file alone
+
+AdamW, moments shared under Kolen-Pollack, one thread, steps in turns, CPU time. Two minutes of one core.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from marked import write_between
+
+import feedbackpath as fp
+from feedbackpath.bench.measure import keep_freed_memory, ratio_to, time_in_turns
+from feedbackpath.jobs.run import make_task
+from feedbackpath.tasks import Task
+from feedbackpath.train.build import make_network
+from feedbackpath.train.config import CompareConfig
+
+HERE = Path(__file__).parent
+OUT, PAGE = HERE / "language" / "step.json", HERE.parent / "docs" / "language.md"
+PLAIN, RULES, BATCHES, ROUNDS = "plain", ("bp", "fa", "ss", "kp", "mirror-kp"), (16, 64), 60
+CONFIG = CompareConfig(data="text", model="gpt", optimizer="adamw", lr=0.003, weight_decay=0.1)
+
+
+class GPTStep:
+    """One network, its optimizer and its minibatch; calling it does one step.
+
+    Args:
+        rule: The rule that it is untied by, or ``PLAIN``.
+        task: The text.
+        batch_size: Windows a step.
+    """
+
+    def __init__(self, rule: str, task: Task, batch_size: int) -> None:
+        self.task, self.model = task, make_network(CONFIG, 0, task)
+        self.path = None if rule == PLAIN else fp.untie(self.model, rule)
+        x, self.y = task.train.batch(torch.arange(batch_size), 1)
+        self.x = task.train.prepare(x)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.003, weight_decay=0.1)
+        if self.path is not None and "kp" in rule:
+            fp.share_moments(self.path, self.optimizer)
+
+    def __call__(self) -> None:
+        """Do a step."""
+        self.optimizer.zero_grad()
+        self.task.loss(self.model(self.x), self.y).backward()
+        self.optimizer.step()
+        if self.path is not None:
+            self.path.step()
+
+
+def measure() -> dict[str, dict[str, Any]]:
+    """Return the ratio of each rule's step to the plain one's, by batch size."""
+    keep_freed_memory()
+    task, found = make_task(CONFIG, 0), {}
+    for batch_size in BATCHES:
+        steps = {rule: GPTStep(rule, task, batch_size) for rule in (PLAIN, *RULES)}
+        for step in steps.values():
+            step()
+        seconds = time_in_turns(steps, ROUNDS)
+        found[str(batch_size)] = {rule: ratio_to(seconds[PLAIN], seconds[rule]) for rule in RULES}
+    return found
+
+
+def table() -> str:
+    """Return the table of docs/language.md."""
+    found = json.loads(OUT.read_text(encoding="utf-8"))["ratios"]
+    lines = [
+        f"| windows a step | {' | '.join(f'`{rule}`' for rule in RULES)} |",
+        "|---" * (len(RULES) + 1) + "|",
+    ]
+    for batch_size, ratios in found.items():
+        cells = [f"{r['median']:.3f} ({r['q1']:.2f}–{r['q3']:.2f})" for r in (ratios[rule] for rule in RULES)]
+        lines.append(f"| {batch_size} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return what a command line asks for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--draw", action="store_true", help="measure nothing")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure unless only the table is asked for, and write the table."""
+    if not parse(arguments).draw:
+        torch.set_num_threads(1)
+        OUT.write_text(json.dumps({"torch": torch.__version__, "ratios": measure()}, indent=1) + "\n")
+    write_between(PAGE, "gpt-step", table() + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
