@@ -7,16 +7,15 @@ Steps are taken in turns, in CPU time, one thread: net updates, SGD with momentu
 of all tensors after a step beyond those without a chip. Three minutes of one core.
 """
 
-import argparse
 import gc
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from marked import write_between
+from marked import measure_into, with_quartiles, write_between
+from marked import parse_draw as parse
 
 import feedbackpath as fp
 from feedbackpath.bench.measure import keep_freed_memory, ratio_to, time_in_turns
@@ -51,8 +50,9 @@ class StepOnChip(TrainingStep):
 def measure() -> list[dict[str, Any]]:
     """Return what each chip costs, by rule: ratios of times, without and with converters, and memory."""
     keep_freed_memory()
-    rows = []
+    rows, unit = [], bytes_of_weights()
     for rule in RULES:
+        without = bytes_after_a_step(rule, WITHOUT)
         for chip in CHIPS:
             steps = {
                 WITHOUT: StepOnChip(rule, WITHOUT, None),
@@ -64,7 +64,7 @@ def measure() -> list[dict[str, Any]]:
             seconds = time_in_turns(steps, ROUNDS)
             ratios = {name: ratio_to(seconds[WITHOUT], seconds[name]) for name in list(steps)[1:]}
             steps.clear()
-            memory = (bytes_after_a_step(rule, chip) - bytes_after_a_step(rule, WITHOUT)) / bytes_of_weights()
+            memory = (bytes_after_a_step(rule, chip) - without) / unit
             rows.append({"rule": rule, "chip": chip, "memory": memory, **ratios})
             sys.stderr.write(f"{rows[-1]}\n")
     return rows
@@ -101,29 +101,12 @@ def table() -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for chip in CHIPS:
         rows = [row for row in found["rows"] if row["chip"] == chip]
-        ratios = [
-            f"{row[read]['median']:.2f} ({row[read]['q1']:.2f}–{row[read]['q3']:.2f})"
-            for row in rows
-            for read in reads
-        ]
+        ratios = [with_quartiles(row[read], 2) for row in rows for read in reads]
         lines.append(f"| `{chip}` | {' | '.join(ratios)} | {max(row['memory'] for row in rows):.1f} |")
     return "\n".join(lines)
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return what a command line asks for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--draw", action="store_true", help="measure nothing")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Measure unless only the table is asked for, and write the table."""
-    if not parse(arguments).draw:
-        torch.set_num_threads(1)
-        OUT.write_text(json.dumps({"torch": torch.__version__, "rows": measure()}, indent=1) + "\n")
-    write_between(PAGE, "chip-step", table() + "\n")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if not parse(sys.argv[1:]).draw:
+        measure_into(OUT, "rows", measure)
+    write_between(PAGE, "chip-step", table() + "\n")

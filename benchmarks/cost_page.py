@@ -16,6 +16,7 @@ from typing import Any
 from cost_model import Calibration, LayerSize, predict_ratio
 from extrapolation import Training, add_every_rule, resnet50_on_32_devices, transformer_of_7_billion
 from layer_sizes import measure_layers
+from marked import with_quartiles
 from old_names import name_now
 
 from feedbackpath.bench.workloads import Workload
@@ -45,7 +46,7 @@ def table_of_growth(growth: Mapping[str, Any]) -> str:
     """Return measured ratios, medians and quartiles: a row a size, a column a rule."""
     rules = growth["settings"]["rules"]
     rows = [
-        [*_name(axis, cell), str(cell["rounds"]), *(_with_quartiles(cell["step"][rule]) for rule in rules)]
+        [*_name(axis, cell), str(cell["rounds"]), *(with_quartiles(cell["step"][rule], 3) for rule in rules)]
         for axis, cell in _cells(growth)
     ]
     return _table(["axis", "size", "rounds", *_codes(rules)], rows)
@@ -143,10 +144,6 @@ def _cells(growth: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]
 
 def _name(axis: str, cell: Mapping[str, Any]) -> list[str]:
     return [axis, f"{cell['size']} ({cell['model']}, batch {cell['batch_size']})"]
-
-
-def _with_quartiles(ratio: Mapping[str, float]) -> str:
-    return f"{ratio['median']:.3f} ({ratio['q1']:.2f}–{ratio['q3']:.2f})"
 
 
 def _codes(rules: Iterable[str]) -> list[str]:

@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ from robustness import keep
 from rules_bench import call
 from torch import Tensor
 
+import feedbackpath as fp
 from feedbackpath.jobs.run import make_task
 from feedbackpath.measure.angles import angle_deg
 from feedbackpath.report.figures import LAYER_COLOURS, LAYER_FIGURES, draw_layer_figure
 from feedbackpath.report.panels import make_panel, styles_of
 from feedbackpath.report.parts import PAGE_WIDTH, REFERENCE
 from feedbackpath.tasks import Task
-from feedbackpath.train.build import make_network, make_path
+from feedbackpath.train.build import make_network, make_optimizer, make_path
 from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.engine import Engine
 from feedbackpath.train.loop import Measured, train
@@ -75,7 +77,7 @@ def predict_kolen_pollack(config: CompareConfig, task: Task) -> list[Angles]:
     """Train by ``kp``; return the predicted angles after each epoch, from epoch 0."""
     path = make_path(config, "kp", FIRST_SEED, make_network(config, FIRST_SEED, task))
     first = {name: (w.detach().clone(), b.detach().clone()) for name, w, b in path.pairs()}
-    efolds = efolds_by_epoch(config, math.ceil((len(task.train) - 1) / config.batch_size))
+    efolds = efolds_by_epoch(config, path, math.ceil((len(task.train) - 1) / config.batch_size))
     predicted = []
     for event in train(config, "kp", FIRST_SEED, task, Engine(config)):
         if isinstance(event, Measured):
@@ -86,12 +88,20 @@ def predict_kolen_pollack(config: CompareConfig, task: Task) -> list[Angles]:
     return predicted
 
 
-def efolds_by_epoch(config: CompareConfig, steps: int) -> list[float]:
-    """Return c after each epoch, from epoch 0: the sum of lr wd / (1 - momentum)."""
-    total = config.epochs * steps
-    rates = [learning_rate(step, steps, total, config) for step in range(total)]
-    factor = config.weight_decay / (1.0 - config.momentum)
-    return [sum(rates[: epoch * steps]) * factor for epoch in range(config.epochs + 1)]
+def efolds_by_epoch(config: CompareConfig, path: fp.FeedbackPath, steps: int) -> list[float]:
+    """Return c after each epoch, from epoch 0; an epoch has so many steps."""
+    optimizer, total = make_optimizer(path, config), config.epochs * steps
+
+    def rate(step: int) -> float:
+        return learning_rate(step, steps, total, config)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fp.KolenPollackWarning)  # the first epochs have few
+        counts = [
+            path.check_optimizer(optimizer, steps=epoch * steps, schedule=rate)
+            for epoch in range(1, config.epochs + 1)
+        ]
+    return [0.0, *(min(count.values()) for count in counts)]
 
 
 def predicted_angle(weight: Tensor, first_weight: Tensor, first_feedback: Tensor, efolds: float) -> float:

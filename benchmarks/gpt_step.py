@@ -6,15 +6,14 @@
 AdamW, moments shared under Kolen-Pollack, one thread, steps in turns, CPU time. Two minutes of one core.
 """
 
-import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from marked import write_between
+from marked import measure_into, with_quartiles, write_between
+from marked import parse_draw as parse
 
 import feedbackpath as fp
 from feedbackpath.bench.measure import keep_freed_memory, ratio_to, time_in_turns
@@ -43,7 +42,9 @@ class GPTStep:
         self.path = None if rule == PLAIN else fp.untie(self.model, rule)
         x, self.y = task.train.batch(torch.arange(batch_size), 1)
         self.x = task.train.prepare(x)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.003, weight_decay=0.1)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=CONFIG.lr, weight_decay=CONFIG.weight_decay
+        )
         if self.path is not None and "kp" in rule:
             fp.share_moments(self.path, self.optimizer)
 
@@ -77,25 +78,12 @@ def table() -> str:
         "|---" * (len(RULES) + 1) + "|",
     ]
     for batch_size, ratios in found.items():
-        cells = [f"{r['median']:.3f} ({r['q1']:.2f}–{r['q3']:.2f})" for r in (ratios[rule] for rule in RULES)]
+        cells = [with_quartiles(ratios[rule], 3) for rule in RULES]
         lines.append(f"| {batch_size} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return what a command line asks for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--draw", action="store_true", help="measure nothing")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Measure unless only the table is asked for, and write the table."""
-    if not parse(arguments).draw:
-        torch.set_num_threads(1)
-        OUT.write_text(json.dumps({"torch": torch.__version__, "ratios": measure()}, indent=1) + "\n")
-    write_between(PAGE, "gpt-step", table() + "\n")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if not parse(sys.argv[1:]).draw:
+        measure_into(OUT, "ratios", measure)
+    write_between(PAGE, "gpt-step", table() + "\n")
