@@ -105,7 +105,7 @@ def write_out(text: str) -> None:
 def complain(message: str) -> None:
     """Write one line to standard error."""
     with _going_on_unread(sys.stderr):
-        sys.stderr.write(f"feedbackpath: {printable(' '.join(message.split()))}\n")
+        sys.stderr.write(_one_line(message))
         sys.stderr.flush()
 
 
@@ -119,7 +119,11 @@ def _formatted(
 ) -> str:
     if category.__module__ != errors.__name__:
         return _AS_PYTHON_DOES(message, category, filename, lineno, line)
-    return f"feedbackpath: warning: {printable(' '.join(str(message).split()))}\n"
+    return _one_line(f"warning: {message}")
+
+
+def _one_line(message: str) -> str:
+    return f"feedbackpath: {printable(' '.join(message.split()))}\n"
 
 
 def write_out_what_cannot_be_encoded() -> None:
