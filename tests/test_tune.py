@@ -1,6 +1,7 @@
 """Tuning: the same number of trials and the same points for every rule, on validation data alone."""
 
 import json
+from statistics import fmean
 
 import pytest
 import yaml
@@ -66,6 +67,24 @@ def test_a_search_goes_on_where_it_was_and_more_trials_leave_the_first_as_they_a
     assert numbers(found) == numbers(whole)
     with pytest.raises(ConfigError, match="a search with another config"):
         search(tmp_path / "broken", trials=3, resume=True, epochs=2)
+
+
+def test_a_trial_of_several_seeds_counts_by_their_mean_and_goes_on_between_seeds(tmp_path):
+    found = search(tmp_path, rules=("ss",), seeds=3)
+    assert [(t.number, t.repeat) for t in found.trials] == [(n, k) for n in range(2) for k in range(3)]
+    alone = search(tmp_path / "alone", rules=("ss",), trials=1, seed=1)
+    assert found.trials[1].validation != alone.trials[0].validation  # the points of another seed are others
+    means = [fmean(t.validation for t in found.trials if t.number == number) for number in range(2)]
+    assert found.best("ss").validation == min(means)
+    assert found.best("ss").settings == found.trials[3 * means.index(min(means))].settings
+    kept = found.model_copy(deep=True)
+    kept.trials = kept.trials[:4]  # broken off within the second trial
+    (tmp_path / "tune.json").write_text(kept.model_dump_json())
+    again = search(tmp_path, rules=("ss",), seeds=3, resume=True)
+    values = [[t.validation for t in result.trials] for result in (found, again)]
+    assert values[0] == values[1]
+    found.trials[1].validation = None  # one seed of a trial diverged: the trial is no choice
+    assert found.best("ss").validation == means[1]
 
 
 def test_points_cover_their_spans():

@@ -19,13 +19,15 @@ from feedbackpath.train.settings import merge_config
 if TYPE_CHECKING:
     from feedbackpath.jobs.tune import Search, Trial
 
-IDLE = {"seeds", "equivalence", "evaluate_on", "select_best", "checkpoint_steps", "keep_checkpoints"}
+IDLE = {"equivalence", "evaluate_on", "select_best", "checkpoint_steps", "keep_checkpoints"}
 
 
 def tune(
     *,
     flags: Annotated[CompareConfig, Parameter(name="*")] = CompareConfig(),  # noqa: B008 (frozen)
-    trials: Annotated[int, Parameter(help="training runs of each rule", validator=Number(gte=1))] = 16,
+    trials: Annotated[
+        int, Parameter(help="settings that are tried for each rule", validator=Number(gte=1))
+    ] = 16,
     lr_range: Annotated[
         tuple[float, float] | None,
         Parameter(
@@ -40,6 +42,8 @@ def tune(
 ) -> int:
     """Search settings for each rule on validation data, with equally many trials for every rule.
 
+    With --seeds N, a trial trains with N seeds, and the mean over them counts.
+
     Exit codes: 0 done, 2 bad input, 130 or 143 interrupted (finished trials are kept).
     """
     from feedbackpath.jobs import Interrupted
@@ -51,9 +55,10 @@ def tune(
     def tell(search: "Search", trial: "Trial") -> None:
         nothing = "not finite" if trial.status == "finished" else trial.status
         found = nothing if trial.validation is None else f"{trial.validation:.2f}{search.metric.unit}"
+        seed = f" seed {search.seed + trial.repeat}" if settings.seeds > 1 else ""
         console.print(
-            f"{trial.rule} trial {trial.number + 1} of {trials}: {in_words(trial.settings)}, validation "
-            f"{search.metric.name} {found}"
+            f"{trial.rule} trial {trial.number + 1} of {trials}{seed}: {in_words(trial.settings)}, "
+            f"validation {search.metric.name} {found}"
         )
 
     settings = with_all_rules(merge_config(flags, config))

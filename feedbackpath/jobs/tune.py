@@ -2,15 +2,18 @@
 
 Each rule has a declared search space: learning rate and weight decay, which all share, and what its class
 adds by ``search_space``. Trial k of every rule takes the k-th point of one scrambled Sobol sequence (Sobol
-1967; Owen 1998): learning rates and decays are the same for all, and no rule gets a better search. The test
-split is never looked at.
+1967; Owen 1998): learning rates and decays are the same for all, and no rule gets a better search. A trial
+may train with several seeds, the same ones for all trials; their mean counts. The test split is never looked
+at.
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -42,16 +45,24 @@ SHARED: dict[str, dict[str, Span]] = {
 
 
 class Trial(BaseModel):
-    """One training run of the search."""
+    """One training run of the search: a trial, or one seed of it."""
 
     model_config = ConfigDict(extra="forbid")
 
     rule: str
     number: int
+    repeat: int = Field(0, description="which of the trial's seeds, counted from the search's seed")
     settings: dict[str, Any] = Field(description="of the optimizer; those after a dot are the rule's own")
     status: Literal["finished", "diverged"]
     validation: float | None = Field(description="the metric on validation data after the last epoch")
     seconds: float
+
+
+class Choice(NamedTuple):
+    """What a search found: settings, and their validation metric (with several seeds, its mean)."""
+
+    settings: dict[str, Any]
+    validation: float
 
 
 class Search(BaseModel):
@@ -68,11 +79,16 @@ class Search(BaseModel):
     data: dict[str, Any]
     trials: list[Trial] = Field(default_factory=list)
 
-    def best(self, rule: str) -> Trial | None:
-        """Return the trial of a rule with the best validation metric, the first of equals."""
-        done = [trial for trial in self.trials if trial.rule == rule and trial.validation is not None]
+    def best(self, rule: str) -> Choice | None:
+        """Return a rule's settings with the best mean over seeds, the first of equals, if no seed diverged."""
+        choices = []
+        for number in range(self.trials_per_rule):
+            runs = [trial for trial in self.trials if (trial.rule, trial.number) == (rule, number)]
+            values = [run.validation for run in runs if run.validation is not None]
+            if len(values) == self.config.get("seeds", 1):
+                choices.append(Choice(runs[0].settings, fmean(values)))
         sign = 1 if self.metric.lower_is_better else -1
-        return min(done, key=lambda trial: sign * float(trial.validation or 0.0), default=None)
+        return min(choices, key=lambda choice: sign * choice.validation, default=None)
 
 
 def space_of(
@@ -149,7 +165,7 @@ def tune(
     ``chosen.yaml`` has each rule's best settings, for ``feedbackpath compare --config``.
 
     Args:
-        config: The settings that are not searched; its first seed is that of all trials.
+        config: The settings that are not searched; every trial trains with each of its seeds.
         out: The folder.
         trials: Trials of each rule.
         resume: Go on with what the folder holds, if it holds anything.
@@ -190,17 +206,16 @@ def tune(
             kept = _read_search(out, trials, resume=resume) or kept  # another process may have added trials
             _refuse_another_search(out, search, kept)
             search.trials = kept.trials
-        done = {(trial.rule, trial.number) for trial in search.trials}
-        for number in range(trials):
-            for rule in config.rules:
-                if (rule, number) in done:
-                    continue
-                trial = _try(
-                    config, rule, number, point_of(spaces[rule], number, config.seed), task, engine, stop
-                )
-                search.trials.append(trial)
-                _write(search, out)
-                tell(search, trial)
+        done = {(trial.number, trial.rule, trial.repeat) for trial in search.trials}
+        for run in product(range(trials), config.rules, range(config.seeds)):
+            if run in done:
+                continue
+            number, rule, repeat = run
+            point = point_of(spaces[rule], number, config.seed)
+            trial = _try(config, rule, number, repeat, point, task, engine, stop)
+            search.trials.append(trial)
+            _write(search, out)
+            tell(search, trial)
         _write(search, out)
     return search
 
@@ -247,6 +262,7 @@ def _try(
     config: CompareConfig,
     rule: str,
     number: int,
+    repeat: int,
     point: dict[str, Any],
     task: Any,
     engine: Engine,
@@ -259,7 +275,7 @@ def _try(
     )
     value: float | None = None
     status: Literal["finished", "diverged"] = "finished"
-    for event in train(settings, rule, config.seed, task, engine, must_stop=lambda: bool(stop)):
+    for event in train(settings, rule, config.seed + repeat, task, engine, must_stop=lambda: bool(stop)):
         if isinstance(event, Measured):
             value = event.entry.test
         elif isinstance(event, Diverged):
@@ -269,6 +285,7 @@ def _try(
     return Trial(
         rule=rule,
         number=number,
+        repeat=repeat,
         settings=point,
         status=status,
         validation=value,
@@ -351,12 +368,12 @@ class Row(NamedTuple):
 
     rule: str
     trials: int
-    best: Trial | None
+    best: Choice | None
 
 
 def rows_of(search: Search) -> list[Row]:
     """Return each rule's number of trials and its best one."""
     return [
-        Row(rule, sum(trial.rule == rule for trial in search.trials), search.best(rule))
+        Row(rule, len({trial.number for trial in search.trials if trial.rule == rule}), search.best(rule))
         for rule in search.spaces
     ]
