@@ -80,7 +80,7 @@ class Search(BaseModel):
     trials: list[Trial] = Field(default_factory=list)
 
     def best(self, rule: str) -> Choice | None:
-        """Return a rule's settings with the best mean over seeds, the first of equals, if no seed diverged."""
+        """Return a rule's settings with the best mean over seeds, the first of equals, if none diverged."""
         choices = []
         for number in range(self.trials_per_rule):
             runs = [trial for trial in self.trials if (trial.rule, trial.number) == (rule, number)]
