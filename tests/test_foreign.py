@@ -2,12 +2,13 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from zoo import gradients, let_feedback_be_weights
 
 import feedbackpath as fp
@@ -216,6 +217,30 @@ def test_weights_that_b_cannot_follow_are_left_by_name():
     path = fp.untie(model, "fa", strict=True, overrides={"layers.[12]*": "bp"})
     model(torch.randn(3, 6)).sum().backward()
     path.step()
+
+
+class Kernel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        return F.linear(x, self.kernel)
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [(Kernel(), "kernel"), (nn.LSTM(6, 6), "weight_hh_l0"), (nn.MultiheadAttention(6, 2), "in_proj_weight")],
+    ids=["of one's own", "LSTM", "attention"],
+)
+@pytest.mark.parametrize(
+    "wrap", [spectral_norm, partial(prune.l1_unstructured, amount=0.5)], ids=["norm", "pruned"]
+)
+def test_a_weight_that_a_hook_makes_is_left_whatever_its_name(layer, name, wrap):
+    model = nn.Sequential(nn.Linear(6, 6), wrap(copy.deepcopy(layer), name))
+    with pytest.warns(fp.UnconvertedLayerWarning, match=r"'1' "):
+        path = fp.untie(model, "fa")
+    assert "1" not in path.layers
 
 
 def test_layers_of_a_kind_are_named_together_with_the_path_of_their_class():

@@ -49,8 +49,8 @@ def is_patched(module: nn.Module) -> bool:
     """Whether this very object has another forward pass than its class, or a W that B could not follow."""
     # B goes through weight_norm beside W; spectral_norm, say, keeps vectors that belong to W alone.
     made = module if isinstance(module, nn.utils.parametrize.ParametrizationList) else ()
-    is_made = any(type(part).__name__ != "_WeightNorm" for part in made)
-    return is_made or "weight_orig" in module._parameters or "forward" in vars(module)
+    renamed = any(name.endswith("_orig") and hasattr(module, name[:-5]) for name in module._parameters)
+    return renamed or "forward" in vars(module) or any(type(part).__name__ != "_WeightNorm" for part in made)
 
 
 def untie_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[FeedbackModule]:
