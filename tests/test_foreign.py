@@ -243,6 +243,18 @@ def test_a_weight_that_a_hook_makes_is_left_whatever_its_name(layer, name, wrap)
     assert "1" not in path.layers
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_weight_that_a_hook_of_the_model_itself_makes_is_refused():
+    for layer, name in ((nn.Linear(6, 6), "weight"), (Kernel(), "kernel"), (nn.LSTM(6, 6), "weight_hh_l0")):
+        with pytest.raises(fp.UntieError, match="nothing to untie"):
+            fp.untie(weight_norm(layer, name), "fa")
+        path = fp.untie(nn.Sequential(layer), "fa")  # inside another, all of it is seen
+        assert list(path.layers) == ["0"]
+    with pytest.warns(fp.UnconvertedLayerWarning, match=r"'' \(MultiheadAttention\)"):
+        path = fp.untie(weight_norm(nn.MultiheadAttention(6, 2), "in_proj_weight"), "fa")
+    assert list(path.layers) == ["out_proj"]
+
+
 def test_layers_of_a_kind_are_named_together_with_the_path_of_their_class():
     class Linear(nn.Bilinear):
         """Not torch's, whatever it is called."""

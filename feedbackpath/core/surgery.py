@@ -36,7 +36,7 @@ def survey(model: nn.Module) -> Survey:
         UntieError: No module in it owns a weight that can be untied.
     """
     layers = {name: module for name, module in model.named_modules() if kind_of(module).weights(module)}
-    unconverted = {name: class_name(type(layer)) for name, layer in layers.items() if is_patched(layer)}
+    unconverted = {name: class_name(type(m)) for name, m in layers.items() if is_patched(m, model)}
     convertible = {name: layer for name, layer in layers.items() if name not in unconverted}
     if not convertible:
         left = ", ".join(f"{name!r} ({kind})" for name, kind in unconverted.items())
@@ -45,11 +45,13 @@ def survey(model: nn.Module) -> Survey:
     return Survey(convertible, unconverted)
 
 
-def is_patched(module: nn.Module) -> bool:
+def is_patched(module: nn.Module, model: nn.Module | None = None) -> bool:
     """Whether this very object has another forward pass than its class, or a W that B could not follow."""
     # B goes through weight_norm beside W; spectral_norm, say, keeps vectors that belong to W alone.
+    # What a hook of the model itself makes is made before its forward pass begins, and so out of sight.
     made = module if isinstance(module, nn.utils.parametrize.ParametrizationList) else ()
-    renamed = any(name.endswith("_orig") and hasattr(module, name[:-5]) for name in module._parameters)
+    ends = ("_orig", "_v") if module is model else ("_orig",)
+    renamed = any(n.endswith(ends) and n.rpartition("_")[0] in vars(module) for n in module._parameters)
     return renamed or "forward" in vars(module) or any(type(part).__name__ != "_WeightNorm" for part in made)
 
 
@@ -102,9 +104,7 @@ def send_back_sigma(model: nn.Module) -> list[SigmaBatchNorm]:
     if not norms:
         names = ", ".join(kind.__name__ for kind in kinds)
         raise UntieError(f"batchnorm_feedback='sigma' needs a BatchNorm layer ({names}); leave it out here")
-    refused = [
-        f"{name!r} ({type(norm).__name__})" for name, norm in norms.items() if sigma_type(type(norm)) is None
-    ]
+    refused = [f"{n!r} ({type(m).__name__})" for n, m in norms.items() if sigma_type(type(m)) is None]
     if refused:
         raise UntieError(
             f"batchnorm_feedback='sigma': {', '.join(refused)} have their own forward pass, which is more "
