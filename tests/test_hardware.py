@@ -20,7 +20,7 @@ from feedbackpath.report.parts import FIGURE_STYLE
 from feedbackpath.report.tolerance import draw_errors, draw_tolerance
 from feedbackpath.train.chips import make_chip
 from feedbackpath.train.config import CHIPS, CompareConfig
-from feedbackpath.train.results import Results, Run, read_results
+from feedbackpath.train.results import Metric, Results, Run, read_results
 
 SMALL = [
     "--data",
@@ -121,7 +121,7 @@ def test_flags_that_do_not_fit_are_refused_in_one_line(flags, message, tmp_path,
     assert error.count("\n") == 1
 
 
-def search(out, resume=False, margin=100.0, **settings):
+def search(out, resume=False, margin=100.0, imperfections=("step", "swapped"), **settings):
     config = CompareConfig(
         data="digits", model="mlp", epochs=1, samples_per_epoch=256, num_threads=1,
         **({"rules": ("bp", "kp")} | settings),
@@ -129,7 +129,7 @@ def search(out, resume=False, margin=100.0, **settings):
     return find_tolerance(
         config,
         out,
-        imperfections=("step", "swapped"),
+        imperfections=imperfections,
         margin=margin,
         bisections=1,
         resume=resume,
@@ -167,6 +167,38 @@ def test_a_search_bisects_between_what_passes_and_what_fails(tmp_path, monkeypat
     )
     kept = search(tmp_path, margin=0.1, rules=("kp",))
     assert kept.found["kp"] == {"step": pytest.approx(0.0316), "swapped": 0.02}
+
+
+def test_no_seed_runs_after_a_value_has_failed(tmp_path, monkeypatch):
+    from feedbackpath.jobs import tolerance
+
+    found = {
+        None: [5.0] * 4,
+        1e-3: [5.5, 5.5, 5.0, 5.0],
+        1.0: [23.9, 0.0, 0.0, 0.5],
+        0.0316: [8.0, 8.0, 8.0, None],
+    }
+    monkeypatch.setattr(tolerance._Search, "_train", lambda self, rule, name, value, seed: found[value][seed])
+    kept = search(tmp_path, margin=1.0, rules=("kp",), seeds=4, imperfections=("step",))
+    runs = [(trial.value, trial.seed) for trial in kept.trials]
+    # 24 in sum may still pass; 24.4 and 24.0 with one that diverged do not.
+    assert [seed for value, seed in runs if value == 1.0] == [0, 1, 2, 3]
+    assert [seed for value, seed in runs if value == 0.0316] == [0, 1, 2, 3]
+    assert kept.found["kp"] == {"step": 1e-3}
+    found[1.0] = [24.1, 0.0, 0.0, 0.0]
+    kept = search(tmp_path / "other", margin=1.0, rules=("kp",), seeds=4, imperfections=("step",))
+    assert [trial.seed for trial in kept.trials if trial.value == 1.0] == [0]
+
+
+def test_what_cannot_be_searched_is_refused(tmp_path, monkeypatch):
+    from feedbackpath.jobs import tolerance
+
+    monkeypatch.setattr(tolerance._Search, "_train", lambda *_: None)
+    with pytest.raises(ConfigError, match="kp diverged on an ideal chip: give it a lower learning rate"):
+        search(tmp_path, rules=("kp",))
+    monkeypatch.setattr(tolerance, "metric_of", lambda _: Metric(name="accuracy", lower_is_better=False))
+    with pytest.raises(ConfigError, match="needs a metric that falls; accuracy of digits rises"):
+        search(tmp_path / "other")
 
 
 def test_theory_and_measurement_part_where_the_page_says():

@@ -1,8 +1,8 @@
 """Find the worst value of each imperfection of a chip at which a rule's error stays near its ideal.
 
 A value passes if the mean error over the seeds is at most ``margin`` points above that of the same seeds on
-an ideal chip. The search bisects on a logarithmic scale. Every run that ends is written down, and a search
-that is begun again takes it from there.
+an ideal chip. No further seeds run once a value has failed, whatever they would give. The search bisects on a
+logarithmic scale. Every run that ends is written down, and a search that is begun again takes it from there.
 """
 
 import math
@@ -138,7 +138,8 @@ def find_tolerance(
     """Search every rule and imperfection; see the module.
 
     Raises:
-        ConfigError: There is no such imperfection, or the folder holds another search.
+        ConfigError: There is no such imperfection, the folder holds another search, the task's metric rises,
+            or a rule diverged on an ideal chip.
         Interrupted: SIGINT or SIGTERM came; what has ended is kept.
     """
     unknown = [name for name in imperfections if name not in IMPERFECTIONS]
@@ -152,7 +153,12 @@ def find_tolerance(
     task, _ = prepare(config, engine)
     with locked(out), StopRequest() as stop:
         search = _Search(config, out, margin, bisections, resume, engine, stop, tell)
-        search.kept.unit = metric_of(task).unit
+        metric = metric_of(task)
+        if not metric.lower_is_better:
+            raise ConfigError(
+                f"hardware tolerance needs a metric that falls; {metric.name} of {config.data} rises"
+            )
+        search.kept.unit = metric.unit
         for rule in config.rules:
             for name in imperfections:
                 if IMPERFECTIONS[name].of_learners and not RULES[rule].learns:
@@ -203,15 +209,24 @@ class _Search:
 
     def passes(self, rule: str, name: str, value: float) -> bool:
         """Whether a rule stays within the margin of its own ideal."""
-        ideal, errors = self._mean(rule, None, None), self._mean(rule, name, value)
-        is_near = errors <= ideal + self.kept.margin
-        unit = self.kept.unit
-        self.tell(f"{rule}, {name} {value:g}: {errors:.2f}{unit} (ideal {ideal:.2f}{unit})")
-        return is_near
+        ideal = self._mean(rule, None, None)
+        if ideal == math.inf:
+            raise ConfigError(
+                f"{rule} diverged on an ideal chip: give it a lower learning rate, and another --out"
+            )
+        limit = ideal + self.kept.margin
+        error, unit = self._mean(rule, name, value, limit), self.kept.unit
+        self.tell(f"{rule}, {name} {value:g}: {error:.2f}{unit} (ideal {ideal:.2f}{unit})")
+        return error <= limit
 
-    def _mean(self, rule: str, name: str | None, value: float | None) -> float:
+    def _mean(self, rule: str, name: str | None, value: float | None, limit: float = math.inf) -> float:
+        """Return the mean over seeds, or over the first ones if it must then end above the limit."""
         known = {t.seed for t in self.kept.trials if (t.rule, t.imperfection, t.value) == (rule, name, value)}
         for seed in range(self.config.seed, self.config.seed + self.config.seeds):
+            # A share of errors is never below 0. A run that diverged counts as infinite.
+            so_far = sum(self.kept.errors(rule, name, value))
+            if so_far > limit * self.config.seeds and (self.kept.unit == "%" or so_far == math.inf):
+                break
             if seed not in known:
                 error = self._train(rule, name, value, seed)
                 self.kept.trials.append(
