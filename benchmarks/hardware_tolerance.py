@@ -1,0 +1,119 @@
+"""What each rule tolerates on imperfect arrays: the study of docs/hardware.md.
+
+    python benchmarks/hardware_tolerance.py tune
+    python benchmarks/hardware_tolerance.py digits [--rules bp,kp]
+    python benchmarks/hardware_tolerance.py page
+
+``tune`` gives every rule the same 12 trials on an ideal chip; a trial counts by its mean over three seeds of
+validation data. ``digits`` searches, with five other seeds, the worst value of each imperfection at which a
+rule's mean test error stays within 1 point of its own on an ideal chip. Both go on where they were broken
+off, and processes with other ``--rules`` can work at the same time. ``page`` joins what has been found, and
+writes the table of docs/hardware.md.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from marked import write_between
+from robustness import keep
+from rules_bench import call
+
+from feedbackpath.jobs.tolerance import IMPERFECTIONS, Tolerance, table_of
+from feedbackpath.report.tolerance import draw_tolerance
+
+HERE = Path(__file__).parent
+OUT, WORK, PAGE = (
+    HERE / "hardware-tolerance",
+    Path("runs/hardware-tolerance"),
+    HERE.parent / "docs/hardware.md",
+)
+RULES = ("bp", "fa", "ss", "kp", "wm", "mirror-kp", "dfa")
+DIGITS = ("--data", "digits", "--model", "mlp", "--epochs", 10, "--num-threads", 1)
+TRIALS, TUNING_SEEDS, FIRST_SEED, SEEDS, MARGIN, BISECTIONS = 12, 3, 100, 5, 1.0, 4
+
+
+def tune() -> None:
+    """Search settings for each rule, and keep what came out.
+
+    Raises:
+        SystemExit: The search was interrupted, or could not be run.
+    """
+    effort = ("--rules", ",".join(RULES), "--trials", TRIALS, "--seeds", TUNING_SEEDS)
+    if code := call("tune", *DIGITS, *effort, "--out", WORK / "tuned", "--resume"):
+        raise SystemExit(code)
+    for name in ("tune.json", "chosen.yaml"):
+        keep(WORK / "tuned" / name, OUT / "tuned")
+
+
+def search(rules: Sequence[str]) -> None:
+    """Search what each rule tolerates, in a folder of its own.
+
+    Raises:
+        SystemExit: The search was interrupted, or could not be run.
+    """
+    seeds = ("--seed", FIRST_SEED, "--seeds", SEEDS, "--num-threads", 1)
+    effort = ("--imperfections", ",".join(IMPERFECTIONS), "--margin", MARGIN, "--bisections", BISECTIONS)
+    for rule in rules:
+        config = (
+            "--config",
+            OUT / "tuned" / "chosen.yaml",
+            "--rules",
+            rule,
+            "--out",
+            WORK / rule,
+            "--resume",
+        )
+        if code := call("hardware", "tolerance", *config, *seeds, *effort):
+            raise SystemExit(code)
+
+
+def join() -> None:
+    """Put together what has been searched, rule by rule, and draw it."""
+    whole, *others = [read(WORK / rule) for rule in RULES if (WORK / rule / "tolerance.json").exists()]
+    for part in others:
+        whole.trials += part.trials
+        whole.found |= part.found
+        whole.ended |= part.ended
+    (OUT / "tolerance.json").write_text(whole.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    draw_tolerance(whole.model_dump(), OUT)
+
+
+def read(folder: Path) -> Tolerance:
+    """Return what a folder's search has found."""
+    return Tolerance.model_validate_json((folder / "tolerance.json").read_text(encoding="utf-8"))
+
+
+def table() -> str:
+    """Return the tolerance map: rules down, imperfections across."""
+    names, rows = table_of(read(OUT))
+    lines = [[names[0], *[f"`{name}`" for name in names[1:]]]]
+    lines += [[f"`{row[0]}`", *[cell or "–" for cell in row[1:]]] for row in rows]
+    head, *body = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([head, "|---" * len(names) + "|", *body])
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return what a command line asks for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("part", choices=("tune", "digits", "page"))
+    parser.add_argument("--rules", default=",".join(RULES), help="those of digits, by commas")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Do what a command line asks for."""
+    asked = parse(arguments)
+    if asked.part == "tune":
+        tune()
+    elif asked.part == "digits":
+        search(asked.rules.split(","))
+    else:
+        if any(WORK.glob("*/tolerance.json")):
+            join()
+        write_between(PAGE, "tolerance", table() + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
