@@ -1,5 +1,6 @@
 """What every test starts from: one thread, and random numbers of a fixed seed."""
 
+import os
 import threading
 import time
 
@@ -11,6 +12,8 @@ from feedbackpath.auditing import passes
 
 def pytest_configure():
     torch.set_num_threads(1)
+    # torch.compile would leave a thread that waits for more to compile, and audits then fork no process.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
