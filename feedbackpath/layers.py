@@ -175,7 +175,7 @@ class LocallyConnected2d(nn.Module):
         else:
             self.weight.normal_(0.0, std)
         exists = self.patches(self.weight.new_ones(1, self.in_channels, *self.input_size))
-        self.as_groups(self.weight).mul_(exists[0][:, None])
+        self.as_groups(self.weight).mul_(exists.mT)
         if self.bias is not None:
             self.bias.uniform_(-bound, bound)
 
@@ -184,10 +184,19 @@ class LocallyConnected2d(nn.Module):
         return weight.reshape(-1, self.out_channels // self.groups, weight[0, 0, 0].numel())
 
     def patches(self, x: Tensor) -> Tensor:
-        """Return what neurons see of ``[N, C, H, W]``, as ``[N, positions * groups, inputs]``."""
-        columns = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)
-        inputs = columns.shape[1] // self.groups
-        return columns.transpose(1, 2).reshape(len(x), -1, inputs)
+        """Return what neurons see of ``[N, C, H, W]``, as ``[positions * groups, inputs, N]``.
+
+        Samples stand side by side in memory, so that each position's product is one of plain matrices.
+        """
+        (down, along), (high, wide) = self.padding, self.output_size
+        padded = F.pad(x.permute(1, 2, 3, 0), (0, 0, along, along, down, down)).contiguous()
+        seen = [
+            padded[:, i :: self.stride[0], j :: self.stride[1]][:, :high, :wide].permute(1, 2, 0, 3)
+            for i in range(self.kernel_size[0])
+            for j in range(self.kernel_size[1])
+        ]
+        inputs = self.weight[0, 0, 0].numel()
+        return torch.stack(seen, 3).reshape(high * wide * self.groups, inputs, len(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[N, C_in, H, W]`` to ``[N, C_out, H_out, W_out]``."""
@@ -196,8 +205,8 @@ class LocallyConnected2d(nn.Module):
                 f"LocallyConnected2d: expected [N, {self.in_channels}, {self.input_size[0]}, "
                 f"{self.input_size[1]}], not {list(x.shape)}"
             )
-        z = torch.einsum("bqi,qoi->bqo", self.patches(x), self.as_groups(self.weight))
-        z = z.reshape(len(x), *self.output_size, self.out_channels).permute(0, 3, 1, 2)
+        z = torch.bmm(self.as_groups(self.weight), self.patches(x))
+        z = z.view(*self.output_size, self.out_channels, len(x)).permute(3, 2, 0, 1)
         return z if self.bias is None else z + self.bias
 
     def extra_repr(self) -> str:

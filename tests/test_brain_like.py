@@ -110,8 +110,8 @@ def test_codes_that_repeat_are_orthogonal_wherever_a_neuron_looks():
     fired = []
     layer.register_forward_hook(lambda module, inputs, output: fired.append(inputs[0]))
     path.mirror(steps=1, settings=fp.Mirror(noise="hadamard"))
-    patches = layer.patches(torch.cat(fired)).transpose(0, 1)
-    products = patches.mT @ patches / patches.shape[1]
+    patches = layer.patches(torch.cat(fired))
+    products = patches @ patches.mT / patches.shape[2]
     assert torch.equal(products, products.diagonal(dim1=1, dim2=2).diag_embed())
 
 

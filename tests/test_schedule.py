@@ -126,6 +126,15 @@ def test_uses_are_counted_where_attention_is_called_by_keywords():
     assert set(path.context.part(MirrorMode).uses.values()) == {10.0}
 
 
+def test_local_connections_get_noise_of_the_shape_of_the_minibatch():
+    layer = fp.LocallyConnected2d(4, 6, (7, 5), 3, stride=2, groups=2)
+    path = fp.untie(nn.Sequential(nn.Conv2d(2, 4, 1), layer), "wm")
+    path.model(torch.randn(9, 2, 7, 5)).sum().backward()
+    path.step()
+    mode = path.context.part(MirrorMode)
+    assert (mode.uses["1"], mode.shapes["1"]) == (9, (9, 4, 7, 5))
+
+
 def test_the_minibatch_is_that_of_all_devices_so_that_their_number_makes_no_difference(monkeypatch):
     path = fp.untie(make_net(), "fa")
     counter = UseCounter(path.weights)

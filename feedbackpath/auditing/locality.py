@@ -121,6 +121,6 @@ def _rows_of_first_neuron(weight: Tensor, transposed: bool) -> Tensor:
 
 def _channel_axis(layer: Any, output: Tensor) -> int:
     if isinstance(layer, LocallyConnected2d):
-        return 1  # of [N, positions, neurons]: W's first rows hold the first position
+        return 0  # of [positions, neurons, N]: W's first rows hold the first position
     kernel = getattr(layer, "kernel_size", None)
     return output.dim() - 1 - len(kernel) if kernel is not None else output.dim() - 1

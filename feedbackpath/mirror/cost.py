@@ -155,8 +155,8 @@ class UseCounter:
         signal = x if weight.transposed else output
         kernel_dims = len(weight.layer.kernel_size) if hasattr(weight.layer, "kernel_size") else 0
         positions, seen = signal.numel() / signal.shape[-1 - kernel_dims], tuple(x.shape)
-        if is_local(weight):  # what it sees are patches of a map, each value of W once
-            positions, seen = len(x), (len(x), weight.layer.in_channels, *weight.layer.input_size)
+        if is_local(weight):  # what it sees are patches of a map [..., N], each value of W once
+            positions, seen = x.shape[-1], (x.shape[-1], weight.layer.in_channels, *weight.layer.input_size)
         size = len(weight.weight)
         share = len(range(*rows.indices(size))) / size
         name = self._names[id(weight.layer), weight.weight_name]

@@ -79,7 +79,7 @@ class Field:
         weight = self.weight
         if is_local(weight):
             z: Tensor = weight.layer(_tile(weight.layer, x))
-            return z.flatten(2).transpose(1, 2).flatten(1)  # as as_matrix has them: each neuron is its own
+            return z.permute(2, 3, 1, 0).flatten(0, 2).mT  # as as_matrix has them: each neuron is its own
         if runs_itself(weight):
             z = weight.layer(x)
             if not isinstance(z, Tensor):
@@ -99,13 +99,15 @@ class Field:
             return conv_products(geometry_of(weight.layer, padding), like, x, answer)
         if runs_itself(weight):
             return answer.mT @ x.flatten(0, -2)
-        if is_local(weight):
-            x = weight.layer.patches(_tile(weight.layer, x))
         products = torch.empty_like(weight.weight, dtype=answer.dtype)
         matrix = _matrix_of(weight, products)
         groups, neurons, inputs = matrix.shape
-        one, other = answer.view(-1, groups, neurons), x.reshape(-1, groups, inputs)
-        matrix.copy_(one.permute(1, 2, 0) @ other.transpose(0, 1))
+        answers = answer.view(-1, groups, neurons).permute(1, 2, 0)
+        if is_local(weight):
+            seen = weight.layer.patches(_tile(weight.layer, x)).mT
+        else:
+            seen = x.reshape(-1, groups, inputs).transpose(0, 1)
+        matrix.copy_(answers @ seen)
         return products
 
 
