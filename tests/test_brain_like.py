@@ -10,7 +10,7 @@ from reference import angle_deg
 from torch import nn
 
 import feedbackpath as fp
-from feedbackpath.mirror import rates
+from feedbackpath.mirror import fields, rates
 from feedbackpath.models import _USERS, MODELS, build_model, register_model
 from feedbackpath.train.config import AuditConfig, CompareConfig, RunConfig
 from feedbackpath.train.settings import merge_config
@@ -102,6 +102,24 @@ def test_a_mirror_settles_at_local_weights_through_the_layers_own_call(noise, se
     assert path.matrix_angles()["0"] < (8 if noise == "gaussian" else 0.1)
     assert path.gains()["0"] == pytest.approx(1.0, abs=0.02)
     assert set(heard) == {(4, 7, 6)}
+
+
+def test_a_mirror_of_few_examples_at_a_time_is_that_of_all_at_once(monkeypatch):
+    def mirror(values):
+        monkeypatch.setattr(fields, "SEEN_VALUES", values)
+        torch.manual_seed(0)
+        layer = fp.LocallyConnected2d(4, 6, (7, 6), (3, 2), groups=2, padding=1).double()
+        calls = []
+        layer.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+        path = fp.untie(nn.Sequential(layer, nn.ReLU()), "fa")
+        path.mirror(steps=1, settings=fp.Mirror(noise="gaussian", samples=50))
+        return layer.feedback.clone(), calls
+
+    whole, calls = mirror(10**6)
+    assert calls == [50]
+    in_parts, calls = mirror(16 * 7 * 7 * 2 * 12)  # 7x7 positions, 2 groups, 12 inputs
+    assert calls == [16, 16, 16, 2]
+    assert torch.allclose(in_parts, whole, rtol=0, atol=1e-12)
 
 
 def test_codes_that_repeat_are_orthogonal_wherever_a_neuron_looks():

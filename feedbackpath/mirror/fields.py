@@ -21,6 +21,8 @@ from feedbackpath.errors import RuleError
 from feedbackpath.layers import LocallyConnected2d
 from feedbackpath.mirror.layouts import view_of
 
+SEEN_VALUES = 6_000_000  # in float32, 24 MB: below the size from which glibc maps new memory for each tensor
+
 
 class ConvGeometry(NamedTuple):
     """How a convolution walks over its input; the tuples hold one number for each spatial dimension."""
@@ -78,8 +80,9 @@ class Field:
         """
         weight = self.weight
         if is_local(weight):
-            z: Tensor = weight.layer(_tile(weight.layer, x))
-            return z.permute(2, 3, 1, 0).flatten(0, 2).mT  # as as_matrix has them: each neuron is its own
+            answers: list[Tensor] = [weight.layer(part) for part in _parts(weight.layer, x)]
+            # As as_matrix has them: each neuron is its own.
+            return torch.cat([z.permute(2, 3, 1, 0).flatten(0, 2) for z in answers], 1).mT
         if runs_itself(weight):
             z = weight.layer(x)
             if not isinstance(z, Tensor):
@@ -103,11 +106,13 @@ class Field:
         matrix = _matrix_of(weight, products)
         groups, neurons, inputs = matrix.shape
         answers = answer.view(-1, groups, neurons).permute(1, 2, 0)
-        if is_local(weight):
-            seen = weight.layer.patches(_tile(weight.layer, x)).mT
-        else:
-            seen = x.reshape(-1, groups, inputs).transpose(0, 1)
-        matrix.copy_(answers @ seen)
+        if not is_local(weight):
+            matrix.copy_(answers @ x.reshape(-1, groups, inputs).transpose(0, 1))
+            return products
+        matrix.zero_()
+        parts = _parts(weight.layer, x)
+        for part, answer in zip(parts, torch.split(answers, [len(part) for part in parts], 2), strict=True):
+            matrix.baddbmm_(answer, weight.layer.patches(part).mT)
         return products
 
 
@@ -126,12 +131,16 @@ def is_local(weight: UntiedWeight) -> bool:
     return isinstance(weight.layer, LocallyConnected2d)
 
 
-def _tile(layer: LocallyConnected2d, x: Tensor) -> Tensor:
-    """Cover a layer's map with patches ``[N, C, *kernel]`` of codes; a whole map stays as it is."""
-    if x.shape[2:] == layer.input_size:
-        return x
-    counts = (-(-size // k) for size, k in zip(layer.input_size, layer.kernel_size, strict=True))
-    return x.repeat(1, 1, *counts)[:, :, : layer.input_size[0], : layer.input_size[1]]
+def _parts(layer: LocallyConnected2d, x: Tensor) -> tuple[Tensor, ...]:
+    """Cover a layer's map with patches ``[N, C, *kernel]`` of codes; a whole map stays as it is.
+
+    Some examples at a time: what all neurons see of many takes new memory each time, which is slow.
+    """
+    if x.shape[2:] != layer.input_size:
+        counts = (-(-size // k) for size, k in zip(layer.input_size, layer.kernel_size, strict=True))
+        x = x.repeat(1, 1, *counts)[:, :, : layer.input_size[0], : layer.input_size[1]]
+    seen = layer.weight.numel() // (layer.out_channels // layer.groups)
+    return torch.split(x, max(1, SEEN_VALUES // seen))
 
 
 def make_field(weight: UntiedWeight, seen: Sequence[int] | None) -> Field:
