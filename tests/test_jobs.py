@@ -305,7 +305,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_its_cause(tmp_path, capsy
         (["compare", "--milestones", "1,2"], "belongs to --schedule steps"),
         (["train", "--channels-last"], "mlp has no convolution"),
         (["audit", "--samples-per-epoch", "64"], "an audit takes one minibatch"),
-        (["tune", "--seeds", "2"], "no effect in a search"),
+        (["tune", "--checkpoint-steps", "5"], "no effect in a search"),
     ],
 )
 def test_a_flag_without_effect_is_refused(tmp_path, monkeypatch, capsys, arguments, message):
