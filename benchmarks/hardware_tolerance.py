@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from marked import write_between
-from robustness import keep
+from robustness import search
 from rules_bench import call
 
 from feedbackpath.jobs.tolerance import IMPERFECTIONS, Tolerance, table_of
@@ -41,13 +41,10 @@ def tune() -> None:
         SystemExit: The search was interrupted, or could not be run.
     """
     effort = ("--rules", ",".join(RULES), "--trials", TRIALS, "--seeds", TUNING_SEEDS)
-    if code := call("tune", *DIGITS, *effort, "--out", WORK / "tuned", "--resume"):
-        raise SystemExit(code)
-    for name in ("tune.json", "chosen.yaml"):
-        keep(WORK / "tuned" / name, OUT / "tuned")
+    search(WORK / "tuned", OUT / "tuned", *DIGITS, *effort)
 
 
-def search(rules: Sequence[str]) -> None:
+def bisect(rules: Sequence[str]) -> None:
     """Search what each rule tolerates, in a folder of its own.
 
     Raises:
@@ -108,7 +105,7 @@ def main(arguments: Sequence[str]) -> None:
     if asked.part == "tune":
         tune()
     elif asked.part == "digits":
-        search(asked.rules.split(","))
+        bisect(asked.rules.split(","))
     else:
         if any(WORK.glob("*/tolerance.json")):
             join()

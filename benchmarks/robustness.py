@@ -151,10 +151,19 @@ def tune(study: Study) -> None:
     work.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(yaml.safe_dump(study.settings | chip_with(study.tuned_under)), encoding="utf-8")
     effort = ["--rules", ",".join(study.rules), "--trials", TRIALS]
-    if code := call("tune", "--config", config, *effort, *study.search, "--out", work, "--resume"):
+    search(work, OUT / study.tuned, "--config", config, *effort, *study.search)
+
+
+def search(work: Path, kept: Path, *arguments: object) -> None:
+    """Call ``feedbackpath tune``, or go on with it, and keep what came out.
+
+    Raises:
+        SystemExit: The search was interrupted, or could not be run.
+    """
+    if code := call("tune", *arguments, "--out", work, "--resume"):
         raise SystemExit(code)
     for name in ("tune.json", "chosen.yaml"):
-        keep(work / name, OUT / study.tuned)
+        keep(work / name, kept)
 
 
 def settings_of(study: Study) -> dict[str, Any]:

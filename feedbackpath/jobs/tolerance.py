@@ -151,13 +151,13 @@ def find_tolerance(
     import_files(config.imports)
     engine = Engine(config)
     task, _ = prepare(config, engine)
+    metric = metric_of(task)
+    if not metric.lower_is_better:
+        raise ConfigError(
+            f"hardware tolerance needs a metric that falls; {metric.name} of {config.data} rises"
+        )
     with locked(out), StopRequest() as stop:
         search = _Search(config, out, margin, bisections, resume, engine, stop, tell)
-        metric = metric_of(task)
-        if not metric.lower_is_better:
-            raise ConfigError(
-                f"hardware tolerance needs a metric that falls; {metric.name} of {config.data} rises"
-            )
         search.kept.unit = metric.unit
         for rule in config.rules:
             for name in imperfections:
