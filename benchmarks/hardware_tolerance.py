@@ -30,7 +30,8 @@ OUT, WORK, PAGE = (
     HERE.parent / "docs/hardware.md",
 )
 RULES = ("bp", "fa", "ss", "kp", "wm", "mirror-kp", "dfa")
-DIGITS = ("--data", "digits", "--model", "mlp", "--epochs", 10, "--num-threads", 1)
+DIGITS = ("--data", "digits", "--model", "mlp-256-128", "--import", "benchmarks/digits_mlp.py")
+BUDGET = ("--batch-size", 32, "--epochs", 15, "--num-threads", 1)
 TRIALS, TUNING_SEEDS, FIRST_SEED, SEEDS, MARGIN, BISECTIONS = 12, 3, 100, 5, 1.0, 4
 
 
@@ -41,7 +42,7 @@ def tune() -> None:
         SystemExit: The search was interrupted, or could not be run.
     """
     effort = ("--rules", ",".join(RULES), "--trials", TRIALS, "--seeds", TUNING_SEEDS)
-    search(WORK / "tuned", OUT / "tuned", *DIGITS, *effort)
+    search(WORK / "tuned", OUT / "tuned", *DIGITS, *BUDGET, *effort)
 
 
 def bisect(rules: Sequence[str]) -> None:
