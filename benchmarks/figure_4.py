@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from robustness import keep
-from rules_bench import call
+from studies import call, keep
 from torch import Tensor
 
 import feedbackpath as fp

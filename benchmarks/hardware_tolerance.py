@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from marked import write_between
-from robustness import search
-from rules_bench import call
+from studies import call, search
 
 from feedbackpath.jobs.tolerance import IMPERFECTIONS, Tolerance, table_of
 from feedbackpath.report.tolerance import draw_tolerance

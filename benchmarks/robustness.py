@@ -33,7 +33,6 @@ four-bits-by-mean 99.375%) of wm minus bp is below 1 point in every column.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,14 +41,10 @@ from typing import Any
 
 import yaml
 from marked import not_run, write_between
-from rich.console import Console
-from rules_bench import call
+from studies import search, train
 
-from feedbackpath.jobs import run_job
 from feedbackpath.report.equivalence import LEVEL, compare_with_backprop
-from feedbackpath.report.live import LiveView
 from feedbackpath.report.table import summary_rows
-from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.results import Results, read_results
 
 HERE = Path(__file__).parent
@@ -154,18 +149,6 @@ def tune(study: Study) -> None:
     search(work, OUT / study.tuned, "--config", config, *effort, *study.search)
 
 
-def search(work: Path, kept: Path, *arguments: object) -> None:
-    """Call ``feedbackpath tune``, or go on with it, and keep what came out.
-
-    Raises:
-        SystemExit: The search was interrupted, or could not be run.
-    """
-    if code := call("tune", *arguments, "--out", work, "--resume"):
-        raise SystemExit(code)
-    for name in ("tune.json", "chosen.yaml"):
-        keep(work / name, kept)
-
-
 def settings_of(study: Study) -> dict[str, Any]:
     """Return what a study trains with: what its search chose, if it has one."""
     if study.tuned is None:
@@ -186,24 +169,8 @@ def run(study: Study) -> None:
     asked = {"rules": study.rules, "seed": first, "seeds": count}
     asked |= {"equivalence": MARGIN} if study.level else {}
     for noise in study.noises:
-        config = CompareConfig.model_validate(settings_of(study) | chip_with(noise) | asked)
-        place = Path(study.folder) / folder_of(noise)
-        view, command = LiveView(Console(quiet=True)), "python benchmarks/robustness.py run"
-        run_job(config, WORK / place, resume=True, command=command, view=view)
-        keep(WORK / place / "results.json", OUT / place)
-        print(place, flush=True)
-
-
-def keep(file: Path, folder: Path) -> None:
-    """Copy a result file, without the folders of the machine that made it, and what each epoch counted."""
-    text = file.read_text(encoding="utf-8").replace(f"{HERE.parent}/", "")
-    if file.suffix == ".json":
-        content = json.loads(text)
-        for entry in [entry for run in content.get("runs", ()) for entry in run["history"]]:
-            entry.pop("counts", None)
-        text = json.dumps(content) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / file.name).write_text(text, encoding="utf-8")
+        settings, place = settings_of(study) | chip_with(noise) | asked, Path(study.folder) / folder_of(noise)
+        train(settings, WORK / place, OUT / place, "python benchmarks/robustness.py run")
 
 
 def cells(results: Results, study: Study) -> list[str]:

@@ -26,8 +26,8 @@ from typing import Any
 
 import yaml
 from marked import not_run, write_between
+from studies import call
 
-from feedbackpath import cli
 from feedbackpath.jobs.tune import shared_and_own
 from feedbackpath.report.curves import finished, layers_of, mean_and_error, measured
 from feedbackpath.report.table import format_metric, markdown_table, summary_rows
@@ -96,23 +96,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands.add_parser("cost", help="time a step of each network under every rule")
     commands.add_parser("page", help="write the tables of docs/rules.md")
     return parser.parse_args(arguments)
-
-
-def call(*arguments: object) -> int:
-    """Run a command of the program and return its exit code.
-
-    Raises:
-        SystemExit: It was interrupted: so is this script.
-    """
-    sys.argv = ["feedbackpath", *map(str, arguments)]  # what result files keep as their command
-    try:
-        cli.main(sys.argv[1:])
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-        if code >= 128:
-            raise
-        return code
-    return 0
 
 
 def run(task: str, data_dir: Path | None, rules: Sequence[str]) -> None:

@@ -13,22 +13,16 @@ a control: B = 0, so that only the output layer learns.
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from marked import not_run, write_between
-from rich.console import Console
-from robustness import keep
-from rules_bench import call
+from studies import search, train
 
-from feedbackpath.jobs import run_job
 from feedbackpath.jobs.tune import in_words, shared_and_own
-from feedbackpath.report.live import LiveView
 from feedbackpath.report.table import summary_rows
-from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.results import read_results
 
 HERE = Path(__file__).parent
@@ -40,25 +34,15 @@ COLUMNS = ("rule", "n", "test error", "minus bp", "angle, max", "angle, worst ep
 
 
 def tune(optimizers: Sequence[str]) -> None:
-    """Search settings for each rule, by each optimizer; what was kept of a search that broke off goes on.
+    """Search settings for each rule, by each optimizer.
 
     Raises:
         SystemExit: A search was interrupted, or could not be run.
     """
     for optimizer in optimizers:
-        work, kept = WORK / optimizer / "tune.json", OUT / optimizer / "tune.json"
-        if kept.exists() and not work.exists():
-            work.parent.mkdir(parents=True)
-            shutil.copy(kept, work)
         rules = ["--import", CONTROL, "--rules", ",".join(RULES), "--optimizer", optimizer]
         effort = ["--trials", TRIALS, "--epochs", SHORT, "--num-threads", 1]
-        try:
-            code = call("tune", *rules, *effort, "--out", work.parent, "--resume")
-        finally:
-            if work.exists():
-                keep(work, kept.parent)
-        if code:
-            raise SystemExit(code)
+        search(WORK / optimizer, OUT / optimizer, *rules, *effort)
 
 
 def best_settings() -> dict[str, dict[str, Any]]:
@@ -82,10 +66,8 @@ def trials_of(rule: str, optimizer: str) -> list[dict[str, Any]]:
 def run() -> None:
     """Train each rule with its best settings, and keep the result file."""
     study = {"rules": RULES, "seed": FIRST_SEED, "seeds": SEEDS, "epochs": EPOCHS, "num_threads": 1}
-    config = CompareConfig.model_validate({"imports": [CONTROL], **study, **best_settings()})
-    view, command = LiveView(Console(quiet=True)), "python benchmarks/tuned_glyphs.py run"
-    run_job(config, WORK / "run", resume=True, command=command, view=view)
-    keep(WORK / "run" / "results.json", OUT / "run")
+    settings = {"imports": [CONTROL], **study, **best_settings()}
+    train(settings, WORK / "run", OUT / "run", "python benchmarks/tuned_glyphs.py run")
 
 
 def table() -> str:

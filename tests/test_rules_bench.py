@@ -4,6 +4,7 @@ import json
 
 import pytest
 import rules_bench
+import studies
 import tuned_glyphs
 import yaml
 
@@ -134,7 +135,7 @@ def test_known_orders_are_told_from_the_result_files(tmp_path, monkeypatch):
     ]
 
 
-def test_a_search_of_the_tuned_study_that_broke_off_is_kept_and_goes_on(tmp_path, monkeypatch):
+def test_a_search_of_a_study_that_broke_off_is_kept_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(tuned_glyphs, "OUT", tmp_path / "kept")
     searched = []
 
@@ -149,7 +150,7 @@ def test_a_search_of_the_tuned_study_that_broke_off_is_kept_and_goes_on(tmp_path
             raise SystemExit(130)
         return 0
 
-    monkeypatch.setattr(tuned_glyphs, "call", call)
+    monkeypatch.setattr(studies, "call", call)
     monkeypatch.setattr(tuned_glyphs, "WORK", tmp_path / "one machine")
     with pytest.raises(SystemExit):
         tuned_glyphs.tune(("sgd", "adamw"))
