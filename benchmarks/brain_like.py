@@ -1,30 +1,42 @@
 """The brain-like network of Section 6 (Akrout et al. 2019): each replacement alone, and all together.
 
-`python benchmarks/brain_like.py digits-resnet8` trains by backprop, feedback alignment, Kolen-Pollack and the
-mirror, with the usual parts, each of the three replacements, and all. A job of `feedbackpath compare`
-for each; what was broken off goes on. Result files are kept in `benchmarks/brain-like/`. `... table` prints
-error, worst angle over all epochs and time of what there is.
+    python benchmarks/brain_like.py tune glyphs-resnet8 [--parts usual,all]
+    python benchmarks/brain_like.py run glyphs-resnet8 [--parts usual,all]
+    python benchmarks/brain_like.py cost
+    python benchmarks/brain_like.py page
+
+``tune`` gives backprop, feedback alignment, Kolen-Pollack and the mirror 8 trials each, on validation data,
+at a third of the epochs: with the usual parts, with each of the three replacements, and with all. ``run``
+trains each with its best settings on three other seeds. Both go on where they were broken off, and can work
+on other parts at the same time. ``cost`` takes training steps of ResNet-8 in turns (CPU time, one thread,
+batches of 128). ``page`` writes the tables of docs/brain-like.md.
 """
 
 import argparse
-import math
-import shlex
-import shutil
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import yaml
+from marked import measure_into, not_run, with_quartiles, write_between
+from studies import search, train
+from torch import nn
 
-from feedbackpath.jobs import run_job
-from feedbackpath.report.live import LiveView
-from feedbackpath.train.config import CompareConfig
+from feedbackpath.bench.measure import keep_freed_memory, ratio_to, time_in_turns
+from feedbackpath.bench.workloads import Arithmetic, TrainingStep, Workload, find_workload
+from feedbackpath.jobs.tune import in_words
+from feedbackpath.models import build_model
+from feedbackpath.report.table import summary_rows
 from feedbackpath.train.results import Results, read_results
 
-OUT, WORK = Path(__file__).parent / "brain-like", Path("runs") / "brain-like"
+HERE = Path(__file__).parent
+OUT, WORK, PAGE = HERE / "brain-like", Path("runs") / "brain-like", HERE.parent / "docs" / "brain-like.md"
 RULES = ("bp", "fa", "kp", "wm")
 SCALING, TANH, LOCAL = {"norm": "scaling"}, {"activation": "rectified-tanh"}, {"connections": "local"}
-PARTS: dict[str, dict[str, Any]] = {
+PARTS: dict[str, dict[str, str]] = {
     "usual": {},
     "scaling": SCALING,
     "rectified-tanh": TANH,
@@ -32,90 +44,149 @@ PARTS: dict[str, dict[str, Any]] = {
     "all": SCALING | TANH | LOCAL,
 }
 STUDIES: dict[str, dict[str, Any]] = {
-    "digits-resnet8": {"data": "digits", "epochs": 10, "batch_size": 64, "lr": 0.05, "weight_decay": 5e-3},
-    "glyphs-resnet8": {"data": "glyphs", "epochs": 8},
-    "fashion-mnist-lenet": {
-        "data": "fashion-mnist", "model": "lenet", "epochs": 8, "batch_size": 32, "optimizer": "adamw",
-        "lr": 0.003, "weight_decay": 0.3,
-    },
-}  # fmt: skip
+    "glyphs-resnet8": {"data": "glyphs", "model": "resnet8", "samples_per_epoch": 10_000},
+    "fashion-mnist-lenet": {"data": "fashion-mnist", "model": "lenet", "samples_per_epoch": 10_000},
+}
+TRIALS, SHORT, EPOCHS, SEEDS, FIRST_SEED = 8, 2, 6, 3, 100
+COST, COST_RULES, BATCH, ROUNDS = OUT / "cost.json", ("bp", "kp", "wm"), 128, 7
+COLUMNS = ("rule", "n", "test error", "minus bp", "angle, worst epoch")
 
 
-def run_study(name: str, parts: Sequence[str], seeds: int, **changes: Any) -> None:
-    """Train all rules with each of the parts, and keep the result files."""
-    for part in parts:
-        settings = {**STUDIES[name], **PARTS[part], **changes}
-        config = CompareConfig(rules=RULES, seeds=seeds, num_threads=1, **settings)
-        command = shlex.join(
-            ["python", "benchmarks/brain_like.py", name, "--seeds", str(seeds), "--parts", part]
-        )
-        folder = WORK / f"{name}-{part}"
-        try:
-            run_job(config, folder, resume=True, command=command, view=LiveView(Console()))
-        finally:  # what is finished of a job that is broken off is kept as well
-            (OUT / name / part).mkdir(parents=True, exist_ok=True)
-            shutil.copy(folder / "results.json", OUT / name / part)
+def tune(study: str, part: str, data_dir: Path | None) -> None:
+    """Search settings for each rule with the parts, and keep what came out.
 
-
-def table(name: str) -> list[list[str]]:
-    """Return rows of a study: parts, rule, error, worst angle over all epochs, seconds of a run.
-
-    The worst angle leaves out what was measured before training.
+    Raises:
+        SystemExit: The search was interrupted, or could not be run.
     """
-    rows = [["parts", "rule", "n", "error (%)", "worst angle (°)", "seconds"]]
-    for part in PARTS:
-        folder = OUT / name / part
-        if folder.exists():
-            rows += [[part, *row] for row in _rows_of(read_results(folder))]
-    return rows
+    place = Path(study) / part / "tuned"
+    work, settings = WORK / place, WORK / place.with_suffix(".yaml")
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    asked = STUDIES[study] | PARTS[part] | {"rules": RULES, "epochs": SHORT, "num_threads": 1}
+    asked |= {"data_dir": str(data_dir)} if data_dir else {}
+    settings.write_text(yaml.safe_dump(asked), encoding="utf-8")
+    search(work, OUT / place, "--config", settings, "--trials", TRIALS)
 
 
-def _rows_of(results: Results) -> list[list[str]]:
+def run(study: str, part: str, data_dir: Path | None) -> None:
+    """Train each rule with its best settings, and keep the result file."""
+    place = Path(study) / part
+    chosen: dict[str, Any] = yaml.safe_load((OUT / place / "tuned/chosen.yaml").read_text(encoding="utf-8"))
+    chosen |= {"rules": RULES, "epochs": EPOCHS, "seed": FIRST_SEED, "seeds": SEEDS}
+    chosen |= {"data_dir": data_dir} if data_dir else {}
+    command = f"python benchmarks/brain_like.py run {study} --parts {part}"
+    train(chosen, WORK / place / "run", OUT / place, command)
+
+
+def table(study: str) -> str:
+    """Return a study's table, and a sentence on what has not been run."""
+    folders = {part: OUT / study / part for part in PARTS}
+    done = {part: folder for part, folder in folders.items() if (folder / "results.json").exists()}
+    command = f"python benchmarks/brain_like.py tune {study}`, then `run {study}"
+    if not done:
+        return not_run(command)
+    lines = [f"| parts | {' | '.join(COLUMNS)} | settings |", "|---" * (len(COLUMNS) + 2) + "|"]
+    lines += [
+        f"| {part} | {line} |" for part, folder in done.items() for line in _lines(read_results(folder))
+    ]
+    absent = ", ".join(part for part in PARTS if part not in done)
+    return "\n".join([*lines, *(["", not_run(command, absent)] if absent else [])])
+
+
+def _lines(results: Results) -> list[str]:
+    lines = []
+    for row in summary_rows(results.runs, results.metric):
+        rule = row["rule"]
+        settings = results.config["by_rule"][rule] | results.config["rule_settings"].get(rule, {})
+        words = in_words(settings).replace("weight_decay", "decay")
+        lines.append(" | ".join([*(row[column] for column in COLUMNS), words]))
+    return lines
+
+
+@dataclass(frozen=True)
+class Network(Workload):
+    """ResNet-8 with some parts replaced.
+
+    Attributes:
+        parts: As ``build_model`` takes them.
+    """
+
+    parts: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """Return the network with fresh weights."""
+        return build_model(
+            self.model, sample_shape=self.sample_shape, num_classes=self.num_classes, **self.parts
+        )
+
+
+def measure_cost() -> list[dict[str, Any]]:
+    """Return weights of each network, and its step by each rule over the usual one's by backprop."""
+    keep_freed_memory()
     rows = []
-    for rule in RULES:
-        runs = [run for run in results.runs if run.rule == rule and run.status == "finished"]
-        if not runs:
-            continue
-        errors = [run.test for run in runs if run.test is not None]
-        mean = sum(errors) / len(errors)
-        error = f"{mean:.1f}"
-        if len(errors) > 1:
-            variance = sum((e - mean) ** 2 for e in errors) / (len(errors) - 1)
-            error += f" ± {math.sqrt(variance / len(errors)):.1f}"
-        angles = [
-            a
-            for run in runs
-            for entry in run.history
-            for a in entry.matrix_angle_deg.values()
-            if a is not None
-        ]
-        seconds = sum(run.seconds for run in runs) / len(runs)
-        rows.append([rule, str(len(runs)), error, f"{max(angles):.0f}", f"{seconds:.0f}"])
+    for part, settings in PARTS.items():
+        steps = {"usual": make_step("bp", {})} | {rule: make_step(rule, settings) for rule in COST_RULES}
+        seconds = time_in_turns(steps, ROUNDS)
+        ratios = {rule: ratio_to(seconds["usual"], seconds[rule]) for rule in COST_RULES}
+        weights = sum(parameter.numel() for parameter in steps["bp"].model.parameters())
+        rows.append({"part": part, "weights": weights, **ratios})
+        sys.stderr.write(f"{rows[-1]}\n")
     return rows
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return what was asked for on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("study", choices=[*STUDIES, "table"])
-    parser.add_argument(
-        "--parts", type=lambda text: text.split(","), default=list(PARTS), help="by commas (all)"
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of each rule (3)")
-    parser.add_argument("--data-dir", type=Path, default=None, help="folder of data files (fashion-mnist)")
-    return parser.parse_args(argv)
+def make_step(rule: str, parts: Mapping[str, Any]) -> TrainingStep:
+    """Return a training step of ResNet-8 that has been taken once."""
+    usual = find_workload("resnet8")
+    network = Network(usual.model, usual.sample_shape, usual.num_classes, usual.batch_size, parts=parts)
+    step = TrainingStep(network, rule, BATCH, Arithmetic(), 8)
+    step()
+    return step
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run a study, or print the tables."""
-    asked = parse(argv)
-    if asked.study != "table":
-        changes = {} if asked.data_dir is None else {"data_dir": asked.data_dir}
-        run_study(asked.study, asked.parts, asked.seeds, **changes)
-    for name in STUDIES if asked.study == "table" else [asked.study]:
-        rows = table(name)
-        print(f"{name}\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows if len(rows) > 1))
+def cost_table() -> str:
+    """Return the table of weights and of the time of a step."""
+    if not COST.exists():
+        return not_run("python benchmarks/brain_like.py cost")
+    heads = ["parts", "weights", *(f"step of `{rule}`" for rule in COST_RULES)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in json.loads(COST.read_text(encoding="utf-8"))["rows"]:
+        ratios = [with_quartiles(row[rule], 2) for rule in COST_RULES]
+        weights = f"{row['weights']:,}"
+        lines.append(f"| {' | '.join([row['part'], weights, *ratios])} |")
+    return "\n".join(lines)
+
+
+def write_page() -> None:
+    """Put the tables into the page."""
+    write_between(PAGE, "brain-like-cost", cost_table() + "\n")
+    for study in STUDIES:
+        write_between(PAGE, study, table(study) + "\n")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return what a command line asks for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in (("tune", "search settings for each rule"), ("run", "train with the best settings")):
+        one = commands.add_parser(name, help=what)
+        one.add_argument("study", choices=STUDIES)
+        one.add_argument("--parts", default=",".join(PARTS), help="names, by commas")
+        one.add_argument("--data-dir", type=Path, help="kept in the result files: give a relative path")
+    commands.add_parser("cost", help="time a step of ResNet-8 with each of the parts")
+    commands.add_parser("page", help="write the tables of docs/brain-like.md")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Do what a command line asks for."""
+    asked = parse(arguments)
+    if asked.command == "page":
+        write_page()
+    elif asked.command == "cost":
+        measure_into(COST, "rows", measure_cost)
+    else:
+        for part in asked.parts.split(","):
+            {"tune": tune, "run": run}[asked.command](asked.study, part, asked.data_dir)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

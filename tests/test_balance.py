@@ -6,7 +6,10 @@ import math
 import balance
 import brain_like
 import pytest
+import yaml
 from cells import run_cells
+
+from feedbackpath.train.config import CompareConfig
 
 
 def test_a_study_goes_on_where_it_was_broken_off(tmp_path):
@@ -47,10 +50,34 @@ def test_the_mirror_has_cells_of_its_own():
     assert "predicted" not in found
 
 
-def test_every_study_of_the_brain_like_network_can_be_made():
-    for settings in brain_like.STUDIES.values():
-        for parts in brain_like.PARTS.values():
-            assert (
-                brain_like.CompareConfig(rules=brain_like.RULES, **settings, **parts).rules
-                == brain_like.RULES
-            )
+@pytest.mark.parametrize("study", brain_like.STUDIES)
+def test_a_study_of_the_brain_like_network_tunes_and_trains_the_same_network(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(brain_like, "WORK", tmp_path / "work")
+    monkeypatch.setattr(brain_like, "OUT", tmp_path / "kept")
+    searched, trained = [], []
+
+    def search(work, kept, config, file, *effort):
+        searched.append(CompareConfig.model_validate(yaml.safe_load(file.read_text())))
+        kept.mkdir(parents=True)
+        (kept / "chosen.yaml").write_text(file.read_text())
+
+    monkeypatch.setattr(brain_like, "search", search)
+    monkeypatch.setattr(
+        brain_like, "train", lambda settings, *_: trained.append(CompareConfig.model_validate(settings))
+    )
+    for command in ("tune", "run"):
+        brain_like.main([command, study, "--data-dir", "data"])
+    shared = ("data", "model", "norm", "activation", "connections", "rules", "data_dir")
+    for one, other in zip(searched, trained, strict=True):
+        assert [getattr(one, name) for name in shared] == [getattr(other, name) for name in shared]
+        assert one.epochs * 3 == other.epochs
+    networks = [(one.norm, one.activation, one.connections) for one in trained]
+    assert len(set(networks)) == len(brain_like.PARTS)
+
+
+def test_the_page_of_the_brain_like_network_has_the_tables_of_its_files():
+    page = brain_like.PAGE.read_text()
+    for study in brain_like.STUDIES:
+        assert f"<!-- {study}:begin -->\n{brain_like.table(study)}\n<!-- {study}:end -->" in page
+    marked = f"<!-- brain-like-cost:begin -->\n{brain_like.cost_table()}\n<!-- brain-like-cost:end -->"
+    assert marked in page
