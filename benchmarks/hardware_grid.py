@@ -1,7 +1,7 @@
 """Rules on imperfect arrays at fixed values: what mends asymmetric devices, and ResNet-8 on glyphs.
 
     python benchmarks/hardware_grid.py mend
-    python benchmarks/hardware_grid.py glyphs
+    python benchmarks/hardware_grid.py glyphs [--imperfections update_noise]
     python benchmarks/hardware_grid.py page
 
 ``mend`` trains the network of hardware_tolerance.py, with the settings that were chosen there and five other
@@ -9,8 +9,11 @@ seeds, on soft bounds whose up and down pulses differ from cell to cell. It trie
 mirroring once, now and then, or after every update, and reference columns that hold each cell's symmetry
 point (zero shifting). ``fa``, whose B needs no agreement, and ``bp`` on one array stand beside them.
 
-``glyphs`` trains bp, kp and wm on ResNet-8, six epochs of 10,000 samples, two seeds, with the settings that
-tuned_glyphs.py has found by equal trials. It describes; it tests nothing.
+``glyphs`` trains bp, kp and wm on ResNet-8, four epochs of 10,000 samples, two seeds, with the settings that
+tuned_glyphs.py has found by equal trials. Its two imperfections are those at which one array and two differ
+most on digits: the spread of the asymmetry of devices, and noise in the signals of an update. (Only the
+spread of the step differs more there, but no rule fails below a scatter of 80%.) It describes; it tests
+nothing.
 
 Both go on where they were broken off. ``page`` writes the tables of docs/hardware.md.
 """
@@ -75,9 +78,12 @@ WAYS = {
     "`wm`, after every update": Way("wm"),
 }
 MEND_SEEDS, GLYPHS_SEEDS = (200, 5), (700, 2)
-GLYPHS = {"samples_per_epoch": 10_000, "epochs": 6, "num_threads": 1}
+GLYPHS = {"samples_per_epoch": 10_000, "epochs": 4, "num_threads": 1}
 GLYPHS_RULES = ("bp", "kp", "wm")
-GRID: dict[str, tuple[float, ...]] = {}
+GRID: dict[str, tuple[float, ...]] = {
+    "asymmetry_spread": (0.1, 0.2, 0.4, 0.8, 1.6),
+    "update_noise": (0.05, 0.1, 0.2, 0.4, 0.8),
+}
 
 
 def name_of(text: str, value: float | None) -> str:
@@ -110,13 +116,15 @@ def glyphs_places() -> dict[tuple[str, float | None], Path]:
     return {(name, value): Path("glyphs") / name_of(name, value) for name, value in columns}
 
 
-def glyphs() -> None:
-    """Train the three rules at every value of the grid."""
+def glyphs(imperfections: Sequence[str]) -> None:
+    """Train the three rules on ideal arrays, and at every value of some imperfections."""
     found = best_settings()
     settings = {
         part: {rule: found[part][rule] for rule in GLYPHS_RULES if rule in found[part]} for part in found
     }
     for (name, value), place in glyphs_places().items():
+        if value is not None and name not in imperfections:
+            continue
         chip = Way("bp", name).chip_at(value)
         train_at({**GLYPHS, **settings, **chip, "rules": GLYPHS_RULES}, GLYPHS_SEEDS, place)
 
@@ -168,12 +176,15 @@ def main(arguments: Sequence[str]) -> None:
     """Do what a command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("part", choices=("mend", "glyphs", "page"))
-    part = parser.parse_args(arguments).part
-    if part == "page":
+    parser.add_argument("--imperfections", nargs="+", choices=GRID, default=list(GRID), help="of glyphs")
+    asked = parser.parse_args(arguments)
+    if asked.part == "mend":
+        mend()
+    elif asked.part == "glyphs":
+        glyphs(asked.imperfections)
+    else:
         for mark, make in TABLES.items():
             write_between(PAGE, mark, make() + "\n")
-    else:
-        {"mend": mend, "glyphs": glyphs}[part]()
 
 
 if __name__ == "__main__":
