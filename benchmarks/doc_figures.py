@@ -34,6 +34,7 @@ from feedbackpath.report.figures import render_figures
 from feedbackpath.report.page import render_page
 from feedbackpath.report.panels import Panel, make_panel
 from feedbackpath.report.parts import FIGURE_STYLE, render
+from feedbackpath.report.tolerance import draw_errors, draw_map
 from feedbackpath.train.results import read_results
 
 ROOT = Path(__file__).parent.parent
@@ -166,6 +167,14 @@ DRAWN: dict[str, tuple[list[str], Callable[[], bytes]]] = {
     "kh-features.png": (
         ["competing-units/mnist.json"],
         drawn(lambda: competing_units.draw(read("competing-units/mnist.json"))),
+    ),
+    "hardware-tolerance.png": (
+        ["hardware-tolerance/tolerance.json"],
+        drawn(lambda: draw_map(read("hardware-tolerance/tolerance.json"))),
+    ),
+    "hardware-errors.png": (
+        ["hardware-tolerance/tolerance.json"],
+        drawn(lambda: draw_errors(read("hardware-tolerance/tolerance.json"))),
     ),
     "hardware-theory.png": (
         ["hardware-theory/theory.json"],

@@ -141,14 +141,19 @@ def cell(results: Results, rule: str) -> str:
 
 
 def table(heads: Sequence[str], rows: Mapping[str, Sequence[tuple[Path, str]]], part: str) -> str:
-    """Return a table of cells: a folder and a rule each."""
-    if not all((OUT / place / "results.json").exists() for cells in rows.values() for place, _ in cells):
-        return not_run(f"python benchmarks/hardware_grid.py {part}")
+    """Return a table of cells, a folder and a rule each; below it, what has not been run."""
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    absent = []
     for head, cells in rows.items():
-        told = [cell(read_results(OUT / place), rule) for place, rule in cells]
-        lines.append(f"| {' | '.join([head, *told])} |")
-    return "\n".join(lines)
+        if all((OUT / place / "results.json").exists() for place, _ in cells):
+            told = [cell(read_results(OUT / place), rule) for place, rule in cells]
+            lines.append(f"| {' | '.join([head, *told])} |")
+        else:
+            absent.append(head)
+    command = f"python benchmarks/hardware_grid.py {part}"
+    if len(absent) == len(rows):
+        return not_run(command)
+    return "\n".join([*lines, *(["", not_run(command, ", ".join(absent))] if absent else [])])
 
 
 def mend_table() -> str:

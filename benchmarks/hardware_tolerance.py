@@ -2,13 +2,13 @@
 
     python benchmarks/hardware_tolerance.py tune
     python benchmarks/hardware_tolerance.py digits [--rules bp,kp]
-    python benchmarks/hardware_tolerance.py page
+    python benchmarks/hardware_tolerance.py join
 
 ``tune`` gives every rule the same 12 trials on an ideal chip; a trial counts by its mean over three seeds of
 validation data. ``digits`` searches, with five other seeds, the worst value of each imperfection at which a
 rule's mean test error stays within 1 point of its own on an ideal chip. Both go on where they were broken
-off, and processes with other ``--rules`` can work at the same time. ``page`` joins what has been found, and
-writes the table of docs/hardware.md.
+off, and processes with other ``--rules`` can work at the same time. ``join`` puts together what has been
+found; `doc_figures.py` draws it for docs/hardware.md.
 """
 
 import argparse
@@ -16,18 +16,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from marked import write_between
 from studies import call, search
 
-from feedbackpath.jobs.tolerance import IMPERFECTIONS, Tolerance, table_of
-from feedbackpath.report.tolerance import draw_tolerance
+from feedbackpath.jobs.tolerance import IMPERFECTIONS, Tolerance
 
 HERE = Path(__file__).parent
-OUT, WORK, PAGE = (
-    HERE / "hardware-tolerance",
-    Path("runs/hardware-tolerance"),
-    HERE.parent / "docs/hardware.md",
-)
+OUT, WORK = HERE / "hardware-tolerance", Path("runs/hardware-tolerance")
 RULES = ("bp", "fa", "ss", "kp", "wm", "mirror-kp", "dfa")
 DIGITS = ("--data", "digits", "--model", "mlp-256-128", "--import", "benchmarks/digits_mlp.py")
 BUDGET = ("--batch-size", 32, "--epochs", 15, "--num-threads", 1)
@@ -67,14 +61,13 @@ def bisect(rules: Sequence[str]) -> None:
 
 
 def join() -> None:
-    """Put together what has been searched, rule by rule, and draw it."""
+    """Put together what has been searched, rule by rule."""
     whole, *others = [read(WORK / rule) for rule in RULES if (WORK / rule / "tolerance.json").exists()]
     for part in others:
         whole.trials += part.trials
         whole.found |= part.found
         whole.ended |= part.ended
     (OUT / "tolerance.json").write_text(whole.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    draw_tolerance(whole.model_dump(), OUT)
 
 
 def read(folder: Path) -> Tolerance:
@@ -82,19 +75,10 @@ def read(folder: Path) -> Tolerance:
     return Tolerance.model_validate_json((folder / "tolerance.json").read_text(encoding="utf-8"))
 
 
-def table() -> str:
-    """Return the tolerance map: rules down, imperfections across."""
-    names, rows = table_of(read(OUT))
-    lines = [[names[0], *[f"`{name}`" for name in names[1:]]]]
-    lines += [[f"`{row[0]}`", *[cell or "–" for cell in row[1:]]] for row in rows]
-    head, *body = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([head, "|---" * len(names) + "|", *body])
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return what a command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("part", choices=("tune", "digits", "page"))
+    parser.add_argument("part", choices=("tune", "digits", "join"))
     parser.add_argument("--rules", default=",".join(RULES), help="those of digits, by commas")
     return parser.parse_args(arguments)
 
@@ -107,9 +91,7 @@ def main(arguments: Sequence[str]) -> None:
     elif asked.part == "digits":
         bisect(asked.rules.split(","))
     else:
-        if any(WORK.glob("*/tolerance.json")):
-            join()
-        write_between(PAGE, "tolerance", table() + "\n")
+        join()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import chip_step
 import hardware_counts
+import hardware_grid
 import hardware_tolerance
 import pytest
 from matplotlib import rc_context
@@ -145,7 +146,10 @@ def test_a_search_is_kept_resumed_and_drawn(tmp_path):
     wider = search(tmp_path, resume=True)
     assert wider.trials[:3] == kept.trials
     assert "swapped" not in wider.found["bp"]  # its B gets no updates
-    assert table_of(wider)[1][0] == ["kp", "≥ 1", "≥ 1"]
+    assert table_of(wider) == (
+        ["imperfection", "kp", "bp"],
+        [["step", "≥ 1", "≥ 1"], ["swapped", "≥ 1", "–"]],
+    )
     draw_tolerance(wider.model_dump(), tmp_path)
     with rc_context(FIGURE_STYLE):
         figure = draw_errors(wider.model_dump())
@@ -223,10 +227,17 @@ def test_theory_and_measurement_part_where_the_page_says():
         assert cell["angle_deg"] == pytest.approx(expected, rel=0.03)
 
 
-def test_the_page_has_the_table_of_the_study():
+def test_the_page_has_what_the_studies_found():
     root = Path(__file__).parent.parent
     page = (root / "docs/hardware.md").read_text()
-    assert f"<!-- tolerance:begin -->\n{hardware_tolerance.table()}\n<!-- tolerance:end -->" in page
+    found = hardware_tolerance.read(hardware_tolerance.OUT)
+    assert list(found.found) == list(hardware_tolerance.RULES)
+    for rule in found.found:
+        errors = found.errors(rule, None, None)
+        assert len(errors) == hardware_tolerance.SEEDS
+        assert f"`{rule}` {sum(errors) / len(errors):.1f}%" in page
+    for mark, make in hardware_grid.TABLES.items():
+        assert f"<!-- {mark}:begin -->\n{make()}\n<!-- {mark}:end -->" in page
     listed = [
         line.split("`")[1] for line in page.splitlines() if line.startswith("| `") and "; from " in line
     ]

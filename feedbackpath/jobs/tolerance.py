@@ -61,7 +61,7 @@ IMPERFECTIONS = {
     ),
     "noise": Imperfection("noise of a pulse, in its size", 0.3, 300.0, *_device("linear", "noise")),
     "spread": Imperfection("spread of the step", 0.03, 10.0, *_device("linear", "spread")),
-    "asymmetry": Imperfection("up over down pulses", 0.01, 10.0, *_device("soft", "asymmetry")),
+    "asymmetry": Imperfection("excess of up over down pulses", 0.01, 10.0, *_device("soft", "asymmetry")),
     "asymmetry_spread": Imperfection(
         "spread of up and of down pulses", 0.01, 10.0, *_device("soft", "asymmetry_spread")
     ),
@@ -258,18 +258,16 @@ class _Search:
 
 
 def table_of(kept: Tolerance) -> tuple[list[str], list[list[str]]]:
-    """Return the tolerance map as text: rules down, imperfections across."""
-    names = list(dict.fromkeys(name for found in kept.found.values() for name in found))
-    rows = []
-    for rule, found in kept.found.items():
-        cells = []
-        for name in names:
-            if name not in found:
-                cells.append("")
-            elif found[name] is None:
-                cells.append(f"< {IMPERFECTIONS[name].mildest:g}")
-            else:
-                beyond = "≥ " if name in kept.ended.get(rule, []) else ""
-                cells.append(f"{beyond}{found[name]:.2g}")
-        rows.append([rule, *cells])
-    return ["rule", *names], rows
+    """Return the tolerance map as text: imperfections down, rules across."""
+    names = dict.fromkeys(name for found in kept.found.values() for name in found)
+    rows = [[name, *(_cell(kept, rule, name) for rule in kept.found)] for name in names]
+    return ["imperfection", *kept.found], rows
+
+
+def _cell(kept: Tolerance, rule: str, name: str) -> str:
+    if name not in kept.found[rule]:
+        return "–"
+    value = kept.found[rule][name]
+    if value is None:
+        return f"< {IMPERFECTIONS[name].mildest:g}"
+    return f"{'≥ ' * (name in kept.ended.get(rule, []))}{float(f'{value:.2g}'):g}"

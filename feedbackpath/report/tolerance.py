@@ -38,32 +38,45 @@ def draw_tolerance(kept: Mapping[str, Any], out: Path) -> None:
 
 
 def draw_map(kept: Mapping[str, Any]) -> Figure:
-    """Draw the worst tolerated values: each imperfection has its own scale, darker is more tolerant."""
-    found, ended = kept["found"], kept["ended"]
+    """Draw the worst tolerated value of each rule, and the next one, which failed; darker is more tolerant.
+
+    Each imperfection has a scale of its own, of a factor of 10 or more.
+    """
+    found = kept["found"]
     rules, names = in_order(found), list(dict.fromkeys(name for row in found.values() for name in row))
-    width = min(PAGE_WIDTH, 1.0 + 0.9 * len(names))
-    figure = Figure(figsize=(width, 1.0 + 0.3 * len(rules)), layout="constrained")
+    width = COLUMN_WIDTH if len(rules) <= 3 else PAGE_WIDTH
+    figure = Figure(figsize=(width, 0.7 + 0.24 * len(names)), layout="constrained")
     axes = figure.subplots()
-    shades = [[math.nan] * len(names) for _ in rules]
-    texts = [[""] * len(names) for _ in rules]
-    for column, name in enumerate(names):
-        values = [math.log10(found[rule][name]) if found[rule].get(name) else None for rule in rules]
-        told = [value for value in values if value is not None]
-        span = (max(told) - min(told)) or 1.0 if told else 1.0
-        for row, (rule, value) in enumerate(zip(rules, values, strict=True)):
-            if value is not None:
-                shades[row][column] = 0.15 + 0.7 * (value - min(told)) / span
-            tolerated = found[rule].get(name)
-            text = "–" if name not in found[rule] else "none" if tolerated is None else f"{tolerated:.2g}"
-            texts[row][column] = f"≥ {text}" if name in ended.get(rule, []) else text
+    shades = []
+    for name in names:
+        values = [math.log10(found[rule][name]) if found[rule].get(name) else math.nan for rule in rules]
+        told = [value for value in values if not math.isnan(value)] or [0.0]
+        span = max(max(told) - min(told), 1.0)
+        shades.append([0.15 + 0.7 * (value - min(told)) / span for value in values])
+    texts = [[_told(kept, rule, name) for rule in rules] for name in names]
     labels = [name.replace("_", " ") for name in names]
-    draw_cells(axes, shades, texts, "Blues", Normalize(0, 1.4), across=labels, up=rules)
-    axes.invert_yaxis()  # rules from above, as in a table
-    for label in axes.get_xticklabels():
-        label.set(rotation=25, ha="right")
+    draw_cells(axes, shades, texts, "Blues", Normalize(0, 1.4), across=rules, up=labels)
+    axes.invert_yaxis()  # from above, as in a table
+    axes.xaxis.tick_top()
     points = "1 point" if kept["margin"] == 1 else f"{kept['margin']:g} points"
-    axes.set_title(f"Worst value within {points} of the rule's error on an ideal chip", wrap=True)
+    axes.set_xlabel(f"value within {points} of the rule's error on an ideal chip – next value, which failed")
     return figure
+
+
+def _told(kept: Mapping[str, Any], rule: str, name: str) -> str:
+    """Return the text of a cell: what passed, and what failed next."""
+    if name not in kept["found"][rule]:
+        return "–"
+    passed = kept["found"][rule][name]
+    tried = [t["value"] for t in kept["trials"] if (t["rule"], t["imperfection"]) == (rule, name)]
+    failed = min((value for value in tried if value > (passed or 0.0)), default=None)
+    if failed is None:
+        return f"≥ {passed:g}"
+    return f"{_short(passed)}–{_short(failed)}" if passed else f"< {_short(failed)}"
+
+
+def _short(value: float) -> str:
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def draw_errors(kept: Mapping[str, Any]) -> Figure:
