@@ -89,7 +89,7 @@ GRID: dict[str, tuple[float, ...]] = {
 def name_of(text: str, value: float | None) -> str:
     """Return the folder of a cell."""
     kept = "".join(letter for letter in text if letter.isalnum() or letter in " _-")
-    return f"{kept.replace(' ', '-')}-{'ideal' if value is None else f'{value:g}'}"
+    return f"{kept.replace(' ', '-')}-{'ideal' if value is None else f'{value:g}'}".lstrip("-")
 
 
 def train_at(settings: Mapping[str, Any], seeds: tuple[int, int], place: Path) -> None:
@@ -177,12 +177,17 @@ def glyphs_table() -> str:
 TABLES = {"mend": mend_table, "hardware-glyphs": glyphs_table}
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Do what a command line asks for."""
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return what a command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("part", choices=("mend", "glyphs", "page"))
     parser.add_argument("--imperfections", nargs="+", choices=GRID, default=list(GRID), help="of glyphs")
-    asked = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Do what a command line asks for."""
+    asked = parse(arguments)
     if asked.part == "mend":
         mend()
     elif asked.part == "glyphs":
