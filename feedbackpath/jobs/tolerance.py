@@ -17,6 +17,7 @@ from feedbackpath.jobs.book import metric_of
 from feedbackpath.jobs.imports import import_files
 from feedbackpath.jobs.run import make_task, prepare
 from feedbackpath.jobs.signals import Interrupted, StopRequest
+from feedbackpath.report.table import in_two_digits
 from feedbackpath.rules import RULES
 from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.engine import Engine
@@ -270,4 +271,4 @@ def _cell(kept: Tolerance, rule: str, name: str) -> str:
     value = kept.found[rule][name]
     if value is None:
         return f"< {IMPERFECTIONS[name].mildest:g}"
-    return f"{'≥ ' * (name in kept.ended.get(rule, []))}{float(f'{value:.2g}'):g}"
+    return f"{'≥ ' * (name in kept.ended.get(rule, []))}{in_two_digits(value)}"

@@ -266,3 +266,13 @@ def _status(runs: Sequence[Run]) -> str:
     if len(stops) == 1 and len(unfinished(runs)) == len(runs):
         return next(iter(stops))
     return "; ".join(f"{seeds} {stop}" for stop, seeds in stops.items()) or "finished"
+
+
+def in_two_digits(value: float) -> str:
+    """Return a value with two significant digits, without an exponent where it is not tiny.
+
+    Example:
+        >>> in_two_digits(112.0), in_two_digits(0.0748)
+        ('110', '0.075')
+    """
+    return f"{float(f'{value:.2g}'):g}"

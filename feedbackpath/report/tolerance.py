@@ -24,6 +24,7 @@ from feedbackpath.report.parts import (
 )
 from feedbackpath.report.scales import axis_title
 from feedbackpath.report.style import choose_styles, in_order
+from feedbackpath.report.table import in_two_digits
 from feedbackpath.train.results import Metric
 from feedbackpath.train.store import write_bytes
 
@@ -72,11 +73,7 @@ def _told(kept: Mapping[str, Any], rule: str, name: str) -> str:
     failed = min((value for value in tried if value > (passed or 0.0)), default=None)
     if failed is None:
         return f"≥ {passed:g}"
-    return f"{_short(passed)}–{_short(failed)}" if passed else f"< {_short(failed)}"
-
-
-def _short(value: float) -> str:
-    return f"{float(f'{value:.2g}'):g}"
+    return f"{in_two_digits(passed)}–{in_two_digits(failed)}" if passed else f"< {in_two_digits(failed)}"
 
 
 def draw_errors(kept: Mapping[str, Any]) -> Figure:
