@@ -21,16 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from marked import measure_into, not_run, with_quartiles, write_between
-from studies import search, train
+from marked import as_far_as_run, as_table, measure_into, not_run, with_quartiles, write_between
+from studies import search_with, settings_in_words, train
 from torch import nn
 
 from feedbackpath.bench.measure import keep_freed_memory, ratio_to, time_in_turns
 from feedbackpath.bench.workloads import Arithmetic, TrainingStep, Workload, find_workload
-from feedbackpath.jobs.tune import in_words
 from feedbackpath.models import build_model
 from feedbackpath.report.table import summary_rows
-from feedbackpath.train.results import Results, read_results
+from feedbackpath.train.results import read_results
 
 HERE = Path(__file__).parent
 OUT, WORK, PAGE = HERE / "brain-like", Path("runs") / "brain-like", HERE.parent / "docs" / "brain-like.md"
@@ -59,12 +58,9 @@ def tune(study: str, part: str, data_dir: Path | None) -> None:
         SystemExit: The search was interrupted, or could not be run.
     """
     place = Path(study) / part / "tuned"
-    work, settings = WORK / place, WORK / place.with_suffix(".yaml")
-    settings.parent.mkdir(parents=True, exist_ok=True)
     asked = STUDIES[study] | PARTS[part] | {"rules": RULES, "epochs": SHORT, "num_threads": 1}
     asked |= {"data_dir": str(data_dir)} if data_dir else {}
-    settings.write_text(yaml.safe_dump(asked), encoding="utf-8")
-    search(work, OUT / place, "--config", settings, "--trials", TRIALS)
+    search_with(asked, WORK / place, OUT / place, "--trials", TRIALS)
 
 
 def run(study: str, part: str, data_dir: Path | None) -> None:
@@ -79,27 +75,21 @@ def run(study: str, part: str, data_dir: Path | None) -> None:
 
 def table(study: str) -> str:
     """Return a study's table, and a sentence on what has not been run."""
-    folders = {part: OUT / study / part for part in PARTS}
-    done = {part: folder for part, folder in folders.items() if (folder / "results.json").exists()}
     command = f"python benchmarks/brain_like.py tune {study}`, then `run {study}"
-    if not done:
-        return not_run(command)
-    lines = [f"| parts | {' | '.join(COLUMNS)} | settings |", "|---" * (len(COLUMNS) + 2) + "|"]
-    lines += [
-        f"| {part} | {line} |" for part, folder in done.items() for line in _lines(read_results(folder))
+    rows = {part: rows_of(study, part) for part in PARTS}
+    return as_far_as_run(["parts", *COLUMNS, "settings"], rows, command)
+
+
+def rows_of(study: str, part: str) -> list[list[str]]:
+    """Return the rows of a network, one for each rule; none if it has not been run."""
+    folder = OUT / study / part
+    if not (folder / "results.json").exists():
+        return []
+    results = read_results(folder)
+    return [
+        [part, *(row[column] for column in COLUMNS), settings_in_words(results.config, row["rule"])]
+        for row in summary_rows(results.runs, results.metric)
     ]
-    absent = ", ".join(part for part in PARTS if part not in done)
-    return "\n".join([*lines, *(["", not_run(command, absent)] if absent else [])])
-
-
-def _lines(results: Results) -> list[str]:
-    lines = []
-    for row in summary_rows(results.runs, results.metric):
-        rule = row["rule"]
-        settings = results.config["by_rule"][rule] | results.config["rule_settings"].get(rule, {})
-        words = in_words(settings).replace("weight_decay", "decay")
-        lines.append(" | ".join([*(row[column] for column in COLUMNS), words]))
-    return lines
 
 
 @dataclass(frozen=True)
@@ -147,12 +137,11 @@ def cost_table() -> str:
     if not COST.exists():
         return not_run("python benchmarks/brain_like.py cost")
     heads = ["parts", "weights", *(f"step of `{rule}`" for rule in COST_RULES)]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in json.loads(COST.read_text(encoding="utf-8"))["rows"]:
-        ratios = [with_quartiles(row[rule], 2) for rule in COST_RULES]
-        weights = f"{row['weights']:,}"
-        lines.append(f"| {' | '.join([row['part'], weights, *ratios])} |")
-    return "\n".join(lines)
+    rows = [
+        [row["part"], f"{row['weights']:,}", *(with_quartiles(row[rule], 2) for rule in COST_RULES)]
+        for row in json.loads(COST.read_text(encoding="utf-8"))["rows"]
+    ]
+    return as_table(heads, rows)
 
 
 def write_page() -> None:

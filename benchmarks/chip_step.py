@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from marked import measure_into, with_quartiles, write_between
+from marked import as_table, measure_into, with_quartiles, write_between
 from marked import parse_draw as parse
 
 import feedbackpath as fp
@@ -98,12 +98,12 @@ def table() -> str:
     found = json.loads(OUT.read_text(encoding="utf-8"))
     reads = ("ideal reads", f"{BITS} bits")
     columns = ["chip", *(f"`{rule}`, {read}" for rule in RULES for read in reads), "memory, in W"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = []
     for chip in CHIPS:
         rows = [row for row in found["rows"] if row["chip"] == chip]
         ratios = [with_quartiles(row[read], 2) for row in rows for read in reads]
-        lines.append(f"| `{chip}` | {' | '.join(ratios)} | {max(row['memory'] for row in rows):.1f} |")
-    return "\n".join(lines)
+        lines.append([f"`{chip}`", *ratios, f"{max(row['memory'] for row in rows):.1f}"])
+    return as_table(columns, lines)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from marked import measure_into, with_quartiles, write_between
+from marked import as_table, measure_into, with_quartiles, write_between
 from marked import parse_draw as parse
 
 import feedbackpath as fp
@@ -73,14 +73,11 @@ def measure() -> dict[str, dict[str, Any]]:
 def table() -> str:
     """Return the table of docs/language.md."""
     found = json.loads(OUT.read_text(encoding="utf-8"))["ratios"]
-    lines = [
-        f"| windows a step | {' | '.join(f'`{rule}`' for rule in RULES)} |",
-        "|---" * (len(RULES) + 1) + "|",
+    rows = [
+        [batch_size, *(with_quartiles(ratios[rule], 3) for rule in RULES)]
+        for batch_size, ratios in found.items()
     ]
-    for batch_size, ratios in found.items():
-        cells = [with_quartiles(ratios[rule], 3) for rule in RULES]
-        lines.append(f"| {batch_size} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return as_table(["windows a step", *(f"`{rule}`" for rule in RULES)], rows)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from marked import not_run, write_between
+from marked import as_far_as_run, write_between
 from studies import train
 from tuned_glyphs import best_settings
 
@@ -135,25 +135,22 @@ def cell(results: Results, rule: str) -> str:
     if row is None:
         return "–"
     angle = row["angle, max"]
-    parts = [row[results.metric.label], *([f"{angle}"] if rule != "bp" and angle != "–" else [])]
+    parts = [row[results.metric.label], *([angle] if rule != "bp" and angle != "–" else [])]
     count, of_all = row["n"].split("/")
     return ", ".join(parts) + (f" ({row['n']} finished)" if count != of_all else "")
 
 
 def table(heads: Sequence[str], rows: Mapping[str, Sequence[tuple[Path, str]]], part: str) -> str:
     """Return a table of cells, a folder and a rule each; below it, what has not been run."""
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    absent = []
-    for head, cells in rows.items():
-        if all((OUT / place / "results.json").exists() for place, _ in cells):
-            told = [cell(read_results(OUT / place), rule) for place, rule in cells]
-            lines.append(f"| {' | '.join([head, *told])} |")
-        else:
-            absent.append(head)
-    command = f"python benchmarks/hardware_grid.py {part}"
-    if len(absent) == len(rows):
-        return not_run(command)
-    return "\n".join([*lines, *(["", not_run(command, ", ".join(absent))] if absent else [])])
+    places = {place for cells in rows.values() for place, _ in cells}
+    found = {place: read_results(OUT / place) for place in places if (OUT / place / "results.json").exists()}
+    parts = {
+        head: [[head, *(cell(found[place], rule) for place, rule in cells)]]
+        if all(place in found for place, _ in cells)
+        else []
+        for head, cells in rows.items()
+    }
+    return as_far_as_run(heads, parts, f"python benchmarks/hardware_grid.py {part}")
 
 
 def mend_table() -> str:

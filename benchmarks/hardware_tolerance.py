@@ -44,7 +44,7 @@ def bisect(rules: Sequence[str]) -> None:
     Raises:
         SystemExit: The search was interrupted, or could not be run.
     """
-    seeds = ("--seed", FIRST_SEED, "--seeds", SEEDS, "--num-threads", 1)
+    seeds = ("--seed", FIRST_SEED, "--seeds", SEEDS)
     effort = ("--imperfections", ",".join(IMPERFECTIONS), "--margin", MARGIN, "--bisections", BISECTIONS)
     for rule in rules:
         config = (

@@ -3,7 +3,7 @@
 import argparse
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,28 @@ def write_between(page: Path, mark: str, text: str) -> None:
 def not_run(command: str, what: str = "") -> str:
     """Return the sentence for what a table does not have yet, or for a whole table."""
     return f"Not run yet: {what} (`{command}`)." if what else f"Not run yet: `{command}`."
+
+
+def as_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown.
+
+    Example:
+        >>> print(as_table(["rule", "error"], [["bp", "2%"]]))
+        | rule | error |
+        |---|---|
+        | bp | 2% |
+    """
+    head, *body = [f"| {' | '.join(line)} |" for line in (heads, *rows)]
+    return "\n".join([head, "|---" * len(heads) + "|", *body])
+
+
+def as_far_as_run(heads: Sequence[str], parts: Mapping[str, Sequence[Sequence[str]]], command: str) -> str:
+    """Return a table of the rows of each part of a study, and a sentence on the parts that have none yet."""
+    absent = [part for part, rows in parts.items() if not rows]
+    if len(absent) == len(parts):
+        return not_run(command)
+    whole = as_table(heads, [row for rows in parts.values() for row in rows])
+    return f"{whole}\n\n{not_run(command, ', '.join(absent))}" if absent else whole
 
 
 def with_quartiles(ratio: Mapping[str, float], digits: int) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from marked import write_between
+from marked import as_table, write_between
 from rich.console import Console
 
 from feedbackpath.jobs import run_job
@@ -74,17 +74,14 @@ def run() -> None:
 def table() -> str:
     """Return the table of what came out."""
     rows = json.loads(OUT.read_text(encoding="utf-8"))["rows"]
-    lines = [
-        f"| `B` | {' | '.join(f'd = {share:g}' for share in SHARES)} |",
-        "|---" * (len(SHARES) + 1) + "|",
-    ]
-    for what, group in (
-        ("late, without noise", rows[1:5]),
-        ("`wm`, 20°", rows[5:9]),
-        ("`wm`, 10°", rows[9:]),
-    ):
-        lines.append(f"| {what} | {' | '.join(_errors(row) for row in group)} |")
-    return "\n".join([*lines, f"| `bp` | {' | '.join([_errors(rows[0])] * len(SHARES))} |"])
+    groups = {
+        "late, without noise": rows[1:5],
+        "`wm`, 20°": rows[5:9],
+        "`wm`, 10°": rows[9:],
+        "`bp`": rows[:1] * len(SHARES),
+    }
+    cells = [[what, *(_errors(row) for row in group)] for what, group in groups.items()]
+    return as_table(["`B`", *(f"d = {share:g}" for share in SHARES)], cells)
 
 
 def _errors(row: dict[str, Any]) -> str:

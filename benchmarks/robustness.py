@@ -40,8 +40,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from marked import not_run, write_between
-from studies import search, train
+from marked import as_far_as_run, write_between
+from studies import search_with, train
 
 from feedbackpath.report.equivalence import LEVEL, compare_with_backprop
 from feedbackpath.report.table import summary_rows
@@ -142,11 +142,9 @@ def tune(study: Study) -> None:
     """
     if study.tuned is None:
         return
-    work, config = WORK / study.tuned, WORK / f"{study.tuned}.yaml"
-    work.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(yaml.safe_dump(study.settings | chip_with(study.tuned_under)), encoding="utf-8")
+    settings = study.settings | chip_with(study.tuned_under)
     effort = ["--rules", ",".join(study.rules), "--trials", TRIALS]
-    search(work, OUT / study.tuned, "--config", config, *effort, *study.search)
+    search_with(settings, WORK / study.tuned, OUT / study.tuned, *effort, *study.search)
 
 
 def settings_of(study: Study) -> dict[str, Any]:
@@ -196,16 +194,11 @@ def table(study: Study = STUDIES["digits"]) -> str:
     """Return the table of what has been run, and a sentence on what has not."""
     command = "python benchmarks/robustness.py run"
     folders = {noise: OUT / study.folder / folder_of(noise) for noise in study.noises}
-    done = {noise: folder for noise, folder in folders.items() if (folder / "results.json").exists()}
-    if not done:
-        return not_run(command)
-    names = [f"`{rule}`" for rule in study.rules]
-    lines = [f"| noise | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    lines += [
-        f"| {noise} | {' | '.join(cells(read_results(folder), study))} |" for noise, folder in done.items()
-    ]
-    absent = ", ".join(noise for noise in study.noises if noise not in done)
-    return "\n".join([*lines, *(["", not_run(command, absent)] if absent else [])])
+    parts = {
+        noise: [[noise, *cells(read_results(folder), study)]] if (folder / "results.json").exists() else []
+        for noise, folder in folders.items()
+    }
+    return as_far_as_run(["noise", *(f"`{rule}`" for rule in study.rules)], parts, command)
 
 
 def write_page() -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from marked import not_run, write_between
+from marked import as_table, not_run, write_between
 from studies import call
 
 from feedbackpath.jobs.tune import shared_and_own
@@ -238,7 +238,7 @@ def table(task: str) -> str:
         return " ".join([*below, *(f"`{name}`: {_all_failed(task, name)} {where}." for name in failed)])
     times, chosen = _times_of(task), last_choices(task)
     columns = [column for column in COLUMNS if times or column != "step time"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = []
     for name in (name for name in RULES if name not in absent):
         row = rows.get(name) or dict.fromkeys(COLUMNS, "–") | {"n": _all_failed(task, name)}
         if name in rows:
@@ -251,11 +251,11 @@ def table(task: str) -> str:
             "verdict": RULES[name].facts.verdict,
             "step time": times.get(name, "–"),
         }
-        lines.append(f"| {' | '.join(row[column] for column in columns)} |")
+        lines.append([row[column] for column in columns])
     below = below if absent else []
     if not times:
         below.append(not_run("python benchmarks/rules_bench.py cost", "the time of a step under each rule"))
-    return "\n".join(lines) + "".join(f"\n\n{sentence}" for sentence in below)
+    return as_table(columns, lines) + "".join(f"\n\n{sentence}" for sentence in below)
 
 
 def _names(rules: Sequence[str]) -> str:

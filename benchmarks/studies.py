@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from feedbackpath import cli
 from feedbackpath.jobs import run_job
+from feedbackpath.jobs.tune import in_words
 from feedbackpath.report.live import LiveView
 from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.results import Results
@@ -54,6 +56,18 @@ def search(work: Path, kept: Path, *arguments: object) -> None:
         raise SystemExit(code)
 
 
+def search_with(settings: Mapping[str, Any], work: Path, kept: Path, *arguments: object) -> None:
+    """Search as ``search`` does, with settings that are written beside the search.
+
+    Raises:
+        SystemExit: The search was interrupted, or could not be run.
+    """
+    config = work.with_suffix(".yaml")
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(yaml.safe_dump(dict(settings)), encoding="utf-8")
+    search(work, kept, "--config", config, *arguments)
+
+
 def train(settings: Mapping[str, Any], work: Path, kept: Path, command: str) -> Results:
     """Train what a job of ``feedbackpath compare`` asks for, or go on with it, and keep its result file."""
     config = CompareConfig.model_validate(settings)
@@ -76,3 +90,9 @@ def keep(file: Path, folder: Path) -> None:
         text = json.dumps(content) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / file.name).write_text(text, encoding="utf-8")
+
+
+def settings_in_words(found: Mapping[str, Any], rule: str) -> str:
+    """Return a rule's settings, those of training and its own, from what a search or a job was given."""
+    settings = found["by_rule"][rule] | found["rule_settings"].get(rule, {})
+    return in_words(settings).replace("weight_decay", "decay")

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from marked import not_run, write_between
-from studies import search, train
+from marked import as_table, not_run, write_between
+from studies import search, settings_in_words, train
 
-from feedbackpath.jobs.tune import in_words, shared_and_own
+from feedbackpath.jobs.tune import shared_and_own
 from feedbackpath.report.table import summary_rows
 from feedbackpath.train.results import read_results
 
@@ -75,13 +75,11 @@ def table() -> str:
     if not (OUT / "run" / "results.json").exists():
         return not_run("python benchmarks/tuned_glyphs.py tune`, then `run")
     results, found = read_results(OUT / "run"), best_settings()
-    lines = [f"| {' | '.join(COLUMNS)} | settings |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for row in summary_rows(results.runs, results.metric):
-        rule = row["rule"]
-        settings = found["by_rule"][rule] | found["rule_settings"].get(rule, {})
-        told = in_words(settings).replace("weight_decay", "decay")
-        lines.append(f"| {' | '.join(row[column] for column in COLUMNS)} | {told} |")
-    return "\n".join(lines)
+    rows = [
+        [*(row[column] for column in COLUMNS), settings_in_words(found, row["rule"])]
+        for row in summary_rows(results.runs, results.metric)
+    ]
+    return as_table([*COLUMNS, "settings"], rows)
 
 
 def write_page() -> None:

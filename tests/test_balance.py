@@ -6,6 +6,7 @@ import math
 import balance
 import brain_like
 import pytest
+import studies
 import yaml
 from cells import run_cells
 
@@ -61,7 +62,7 @@ def test_a_study_of_the_brain_like_network_tunes_and_trains_the_same_network(stu
         kept.mkdir(parents=True)
         (kept / "chosen.yaml").write_text(file.read_text())
 
-    monkeypatch.setattr(brain_like, "search", search)
+    monkeypatch.setattr(studies, "search", search)
     monkeypatch.setattr(
         brain_like, "train", lambda settings, *_: trained.append(CompareConfig.model_validate(settings))
     )
