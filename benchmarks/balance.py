@@ -4,8 +4,9 @@ Akrout et al. 2019, Section 7: "A big lambda speeds up alignment, but may hamper
 are needed to assess the two mechanisms' [...] sensitivity to hyperparameters".
 
 `python benchmarks/balance.py balance` trains a fully connected network on digits over decay, learning rate,
-depth, norm, start of B and optimizer; `... kp` and `... wm` map the two mechanisms' settings. Each cell is
-kept as it ends, in `benchmarks/balance/`; broken off, the same command goes on. `doc_figures.py` draws.
+depth, norm, start of B and optimizer; `... falling` compares a constant decay with one that falls with time;
+`... kp` and `... wm` map the two mechanisms' settings. Each cell is kept as it ends, in
+`benchmarks/balance/`; broken off, the same command goes on. `doc_figures.py` draws.
 """
 
 import argparse
@@ -42,6 +43,7 @@ DEFAULTS: Cell = {
     "rule": "kp", "depth": 2, "norm": "none", "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-3,
     "momentum": 0.9, "start": 1.0, "epochs": 20, "seed": 0,
 }  # fmt: skip
+FALLING: Cell = {"power": 3}  # of the share of the run that is left, in a decay that falls with time
 MIRROR: Cell = {"rule": "wm", "rate": 0.1, "decay": 0.5, "sigma": 1.0, "samples": 64, "every": 1}
 WIDTH, BATCH = 128, 64
 MAPS = {
@@ -79,6 +81,16 @@ def _balance() -> list[Cell]:
     return cells
 
 
+def _falling() -> list[Cell]:
+    rates = {0.03: (0.03, 0.1, 0.3), 0.2: (0.01, 0.03, 0.1)}
+    return [
+        {"lr": lr, "rule": rule, "norm": norm, "weight_decay": decay, **falling}
+        for lr, decays in rates.items()
+        for falling in ({}, FALLING)
+        for rule, norm, decay in itertools.product(("bp", "kp"), ("none", "batchnorm"), decays)
+    ]
+
+
 def _kp() -> list[Cell]:
     rates = _grid(lr=(0.01, 0.03, 0.1, 0.3, 1.0), weight_decay=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2))
     return rates + _grid(momentum=(0.0, 0.5, 0.9, 0.97), start=(0.0, 0.3, 1.0, 3.0, 10.0))
@@ -92,7 +104,7 @@ def _wm() -> list[Cell]:
     return [cell for cell in whole if cell["rate"] * cell["decay"] <= 1.0]  # more than all of B cannot go
 
 
-GRIDS = {"balance": _balance, "kp": _kp, "wm": _wm}
+GRIDS = {"balance": _balance, "falling": _falling, "kp": _kp, "wm": _wm}
 
 
 @functools.cache
@@ -132,6 +144,27 @@ def make_optimizer(model: nn.Module, settings: Cell) -> torch.optim.Optimizer:
     return torch.optim.SGD(learning, momentum=settings["momentum"], **told)
 
 
+def schedule(settings: Cell, steps: int) -> list[tuple[float, float]]:
+    """Return each step's learning rate and decay: a half cosine, and a constant or a falling one.
+
+    A decay that falls has as many e-folds as the constant one::
+
+        lr_t = lr (1 + cos(pi t / T)) / 2
+        wd_t = wd s_t (sum of lr_t) / (sum of lr_t s_t)        s_t = (1 - t / T)^power
+
+    Example:
+        >>> falls = schedule({"lr": 1.0, "weight_decay": 0.5, "power": 3}, 100)
+        >>> round(sum(lr * decay for lr, decay in falls) / sum(lr for lr, _ in falls), 6)
+        0.5
+    """
+    rates = [settings["lr"] * 0.5 * (1.0 + math.cos(math.pi * done / steps)) for done in range(steps)]
+    shares = [(1.0 - done / steps) ** settings.get("power", 0) for done in range(steps)]
+    scale = sum(rates) / sum(rate * share for rate, share in zip(rates, shares, strict=True))
+    return [
+        (rate, settings["weight_decay"] * share * scale) for rate, share in zip(rates, shares, strict=True)
+    ]
+
+
 def measure(settings: Cell) -> Cell:
     """Train once; return the error in percent, angles in degrees, and what theory says of them."""
     data, model = digits(), make_network(settings)
@@ -144,16 +177,15 @@ def measure(settings: Cell) -> Cell:
     optimizer, efolds, worst = make_optimizer(model, settings), 0.0, 0.0
     if path.mirrors:
         path.mirror()
-    steps = settings["epochs"] * math.ceil((len(data.train) - 1) / BATCH)
-    done = 0
+    planned = iter(schedule(settings, settings["epochs"] * math.ceil((len(data.train) - 1) / BATCH)))
     for epoch in range(1, settings["epochs"] + 1):
         model.train()
         for x, y in minibatches(
             data.train, batch_size=BATCH, seed=settings["seed"], epoch=epoch, shuffle=True
         ):
-            rate = settings["lr"] * 0.5 * (1.0 + math.cos(math.pi * done / steps))
+            rate, decay = next(planned)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"], group["weight_decay"] = rate, decay
             optimizer.zero_grad()
             loss = F.cross_entropy(model(data.train.prepare(x)), y)
             if not math.isfinite(float(loss.detach())):
@@ -162,8 +194,7 @@ def measure(settings: Cell) -> Cell:
             optimizer.step()
             path.step()
             momentum = settings["momentum"] if settings["optimizer"] == "sgd" else 0.0
-            efolds += rate * settings["weight_decay"] / (1.0 - momentum)
-            done += 1
+            efolds += rate * decay / (1.0 - momentum)
         worst = max(worst, *path.matrix_angles().values())
     angles, gains = path.matrix_angles(), path.gains()
     found = {"error": error_of(model, data), "worst": worst, "last": max(angles.values()), "efolds": efolds}
