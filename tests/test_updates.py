@@ -97,6 +97,27 @@ def test_feedback_weights_that_are_updated_without_forward_weights_are_found():
         path.step()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("large", "small"), [("weight", "feedback"), ("feedback", "weight")])
+def test_an_update_that_rounding_loses_in_one_of_both_is_let_be(large, small, dtype):
+    """Errors of a deep network may be so small that they change a B of 0, and no value of W."""
+    model = make_net().to(dtype)
+    path = fp.untie(model, "kp")
+    last = model[2]
+    nn.init.constant_(last.get_parameter(large), 1e3)
+    nn.init.zeros_(last.get_parameter(small))
+    inputs = torch.ones(8, 6, dtype=dtype)
+    model(inputs).sum().backward()
+    torch.optim.SGD(last.parameters(), lr=1e-8).step()
+    path.step()
+    assert (last.get_parameter(large) == 1e3).all()
+    assert last.get_parameter(small).any()
+    model(inputs).sum().backward()
+    torch.optim.SGD([last.get_parameter(small)], lr=1e3).step()  # that is not lost
+    with pytest.raises(fp.RuleError, match="the optimizer updates the .* weights of '2'"):
+        path.step()
+
+
 def test_each_weight_is_watched_until_its_own_first_update():
     model = make_net()
     path = fp.untie(model, "kp", overrides={"2": fp.KolenPollack(feedback_rate=0.5)})

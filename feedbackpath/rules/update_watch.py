@@ -5,7 +5,6 @@ version counter counts a write through ``.data``; and whether a norm that counts
 """
 
 import math
-import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,21 +16,29 @@ from torch.utils.hooks import RemovableHandle
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.pytorch import version_of
-from feedbackpath.errors import KolenPollackWarning, RuleError, level_outside
+from feedbackpath.errors import RuleError
 from feedbackpath.rules.base import Weights
+from feedbackpath.rules.clipping import scale_of, size_of, warn_of_clipping
 
 _Key = tuple[int, str]
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _Noted(NamedTuple):
-    """W and B when a step's first gradient had arrived, and the gradient when its last one had."""
+    """W and B when a step's first gradient had arrived, and the gradient when its last one had.
+
+    Attributes:
+        place: Of the gradient's largest value.
+        values: Of W and of B at that place.
+    """
 
     weight: Tensor
     feedback: Tensor
     gradient: Tensor
     version: int
     size: Tensor
+    place: Tensor
+    values: Tensor
 
 
 class UpdateWatch:
@@ -63,11 +70,13 @@ class UpdateWatch:
     def note(self, weight: UntiedWeight) -> None:
         """Note W, B, and B's gradient, which is as it ought to be: what scales it next is something else."""
         key, gradient = _key_of(weight), weight.feedback.grad
-        if key in self._watches and gradient is not None and not hasattr(gradient, "full_tensor"):
+        if key not in self._watches or gradient is None or hasattr(gradient, "full_tensor"):
+            return
+        if gradient.numel():
             w, b, *_ = self._noted.get(key) or (_digest(weight.weight), _digest(weight.feedback))
-            self._noted[key] = _Noted(
-                w, b, gradient, version_of(gradient), torch.stack([gradient.norm(), gradient.sum()])
-            )
+            size, place = size_of(gradient), gradient.abs().argmax()
+            values = _values_at(place, weight)
+            self._noted[key] = _Noted(w, b, gradient, version_of(gradient), size, place, values)
 
     def check(self, weights: Weights) -> None:
         """Refuse an optimizer that has updated one of W and B alone, and warn of a norm that counts B.
@@ -88,12 +97,12 @@ class UpdateWatch:
             has_b = bool(_digest(weight.feedback) != noted.feedback)
             if not (has_b or noted.gradient.any() or weight.feedback.any()):
                 continue  # B is 0 and no error has come so far: decay alone has changed W
-            if has_w != has_b:
+            if has_w != has_b and not _is_lost(noted, weight):
                 (without_b if has_w else without_w).append(repr(weight.name))
-            elif has_w:
+            elif has_w and has_b:
                 self._stop(_key_of(weight))
                 is_written = version_of(noted.gradient) > noted.version
-                scales.append(_scale_of(noted) if is_written else math.nan)
+                scales.append(scale_of(noted.gradient, noted.size) if is_written else math.nan)
         for names, whose, others in ((without_b, "forward", "feedback"), (without_w, "feedback", "forward")):
             if names:
                 raise RuleError(
@@ -101,15 +110,7 @@ class UpdateWatch:
                     f"{', '.join(names)}; make it after untie, from model.parameters(), after any "
                     "load_state_dict(assign=True), and, if the rule broadcasts, when the model has run once"
                 )
-        if scales and all(map(_is_clipped, scales)):
-            warnings.warn(
-                f"Kolen-Pollack: gradients were scaled by {scales[0]:.3g} between the backward pass and "
-                "path.step(). If that was clipping to a norm, as torch.nn.utils.clip_grad_norm_, Lightning, "
-                "Hugging Face's Trainer and accelerate do it, the norm counts feedback weights too, and "
-                "clips harder than under backprop: switch it off and call path.clip_grad_norm_",
-                KolenPollackWarning,
-                stacklevel=level_outside(),
-            )
+        warn_of_clipping(scales)
 
     def _stop(self, key: _Key) -> None:
         if key in self._watches:
@@ -137,14 +138,11 @@ def _digest(tensor: Tensor) -> Tensor:
     return tensor.detach().view(_INTEGERS[tensor.element_size()]).sum()
 
 
-def _scale_of(noted: _Noted) -> float:
-    """Return by what a gradient was scaled; not a number where something else was done to it."""
-    norm, total = noted.size.tolist()
-    new_norm, new_total = float(noted.gradient.norm()), float(noted.gradient.sum())
-    scale = new_norm / norm if norm else math.nan
-    return scale if abs(new_total - scale * total) <= 1e-3 * new_norm else math.nan
+def _values_at(place: Tensor, weight: UntiedWeight) -> Tensor:
+    return torch.stack([w.detach().take(place) for w in (weight.weight, weight.feedback)])
 
 
-def _is_clipped(scale: float) -> bool:
-    """Whether a scale is above 0 and at most 1, and none by which GradScaler unscales: 1/2, 1/4, ..."""
-    return 0.0 < scale <= 1.0 and (scale == 1.0 or math.frexp(scale)[0] != 0.5)
+def _is_lost(noted: _Noted, weight: UntiedWeight) -> bool:
+    """Whether rounding loses, in the one of W and B that did not change, half of what the other did."""
+    changes = _values_at(noted.place, weight) - noted.values
+    return bool((noted.values + changes.flip(0) / 2 == noted.values).all())
