@@ -195,15 +195,20 @@ def measure(settings: Cell) -> Cell:
             path.step()
             momentum = settings["momentum"] if settings["optimizer"] == "sgd" else 0.0
             efolds += rate * decay / (1.0 - momentum)
-        worst = max(worst, *path.matrix_angles().values())
-    angles, gains = path.matrix_angles(), path.gains()
-    found = {"error": error_of(model, data), "worst": worst, "last": max(angles.values()), "efolds": efolds}
+        worst = max(worst, largest_angle(path))
+    gains = path.gains()
+    found = {"error": error_of(model, data), "worst": worst, "last": largest_angle(path), "efolds": efolds}
     found |= {"least_gain": min(gains.values()), "most_gain": max(gains.values())}
     if settings["rule"] == "kp":
         found["predicted"] = max(
             predict_angle(efolds, float(w.detach().norm()), *first[name]) for name, w, _ in path.pairs()
         )
     return {name: round(value, 4) for name, value in found.items()}
+
+
+def largest_angle(path: fp.FeedbackPath) -> float:
+    """Return the largest angle between a B and its W, in degrees; a B that is still 0 counts as 90."""
+    return max(90.0 if math.isnan(angle) else angle for angle in path.matrix_angles().values())
 
 
 @torch.no_grad()

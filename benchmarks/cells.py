@@ -25,7 +25,7 @@ def run_cells(
 
     Args:
         file: Where they are kept; it is whole at every moment, so that a run may be broken off at any time.
-        command: What made it.
+        command: What makes what is missing, and would make the whole file.
         cells: The settings, each with those that it leaves at their defaults.
         measure: Returns what comes of a cell.
         at_most: How many new ones to measure; None: all.
@@ -41,6 +41,8 @@ def run_cells(
         kept = json.loads(file.read_text())
     known = {_key(cell["settings"]) for cell in kept["cells"]}
     missing = [cell for cell in cells if _key(cell) not in known]
+    if missing:
+        kept |= {"command": command, "feedbackpath": feedbackpath.__version__, **machine}
     for settings in missing[:at_most]:
         kept["cells"].append({"settings": settings, "found": measure(settings)})
         print(settings, kept["cells"][-1]["found"], flush=True)
