@@ -40,7 +40,7 @@ def run_cells(
     if file.exists():
         kept = json.loads(file.read_text())
     known = {_key(cell["settings"]) for cell in kept["cells"]}
-    missing = [cell for cell in cells if _key(cell) not in known]
+    missing = [cell for key, cell in {_key(cell): cell for cell in cells}.items() if key not in known]
     if missing:
         kept |= {"command": command, "feedbackpath": feedbackpath.__version__, **machine}
     for settings in missing[:at_most]:
