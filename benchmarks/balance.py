@@ -6,7 +6,8 @@ are needed to assess the two mechanisms' [...] sensitivity to hyperparameters".
 `python benchmarks/balance.py balance` trains a fully connected network on digits over decay, learning rate,
 depth, norm, start of B and optimizer; `... falling` compares a constant decay with one that falls with time;
 `... kp` and `... wm` map the two mechanisms' settings. Each cell is kept as it ends, in
-`benchmarks/balance/`; broken off, the same command goes on. `doc_figures.py` draws.
+`benchmarks/balance/`; broken off, the same command goes on. `balance_page.py` has the figures and the table
+of docs/balance.md.
 """
 
 import argparse
@@ -20,23 +21,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cells import Cell, run_cells
-from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from torch import nn
 
 import feedbackpath as fp
 from feedbackpath.data import load_dataset, minibatches
-from feedbackpath.report.parts import (
-    PAGE_WIDTH,
-    REFERENCE,
-    draw_cells,
-    draw_legend,
-    key,
-    scale_linear,
-    write_letters,
-)
-from feedbackpath.report.style import style_of
 
 OUT = Path(__file__).parent / "balance"
 DEFAULTS: Cell = {
@@ -45,18 +33,7 @@ DEFAULTS: Cell = {
 }  # fmt: skip
 FALLING: Cell = {"power": 3}  # of the share of the run that is left, in a decay that falls with time
 MIRROR: Cell = {"rule": "wm", "rate": 0.1, "decay": 0.5, "sigma": 1.0, "samples": 64, "every": 1}
-WIDTH, BATCH = 128, 64
-MAPS = {
-    "kp": (("weight_decay", "lr"), ("start", "momentum")),
-    "wm": (("decay", "rate"), ("samples", "sigma"), ("lr", "every")),
-}
-QUANTITIES = (("error", 20.0, "test error (%)"), ("worst", 90.0, "worst matrix angle (°)"))
-NAMES = {
-    "lr": "learning rate", "weight_decay": "weight decay", "momentum": "momentum",
-    "rate": "rate of the mirror, η", "decay": "decay of the mirror, λ", "samples": "samples of noise",
-    "sigma": "noise, σ", "every": "steps between mirror phases",
-    "start": "size of the initial B (default: 1)",
-}  # fmt: skip
+WIDTH, BATCH, DEPTHS = 128, 64, (2, 6)
 
 
 def cells_of(part: str, seeds: int) -> Iterator[Cell]:
@@ -74,7 +51,7 @@ def _balance() -> list[Cell]:
     sgd = {"lr": (0.03, 0.2), "weight_decay": (0.0, 1e-4, 1e-3, 1e-2, 3e-2)}
     adamw = {"optimizer": ("adamw",), "lr": (3e-3,), "weight_decay": (0.01, 0.1, 1.0)}
     cells = []
-    for depth, norm in itertools.product((2, 6), ("none", "batchnorm")):
+    for depth, norm in itertools.product(DEPTHS, ("none", "batchnorm")):
         for settings in (sgd, adamw):
             shape = {"depth": (depth,), "norm": (norm,), **settings}
             cells += _grid(rule=("bp",), **shape) + _grid(rule=("kp",), start=(1.0, 0.0), **shape)
@@ -238,93 +215,6 @@ def predict_angle(efolds: float, w: float, w_first: float, b_first: float) -> fl
     if square <= 0.0 or w == 0.0:
         return 90.0
     return math.degrees(math.acos(min(1.0, max(-1.0, product / (w * math.sqrt(square))))))
-
-
-def draw_balance(cells: list[Cell]) -> Figure:
-    """Draw angles against theory, and errors beyond backprop's against the e-folds of a run."""
-    figure = Figure(figsize=(PAGE_WIDTH, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    whole = [c for c in cells if not c["found"].get("diverged")]
-    colour = style_of("kp").colour
-    keys = []
-    for start in (1.0, 0.0):
-        for norm, marker in (("none", "o"), ("batchnorm", "^")):
-            wanted = {"rule": "kp", "start": start, "norm": norm}
-            shown = [c for c in whole if wanted.items() <= c["settings"].items()]
-            looks: dict[str, Any] = {
-                "color": colour, "linestyle": "", "marker": marker, "markersize": 4,
-                "markerfacecolor": colour if start else "none", "markeredgewidth": 0.8,
-            }  # fmt: skip
-            place = "at random" if start else "at 0"
-            keys.append(key(f"B starts {place}, {'no norm' if norm == 'none' else 'BatchNorm'}", **looks))
-            left.plot([c["found"]["predicted"] for c in shown], [c["found"]["last"] for c in shown], **looks)
-            beyond = [c["found"]["error"] - _backprop_beside(c, whole) for c in shown]
-            right.plot([c["found"]["efolds"] for c in shown], beyond, **looks)
-    left.plot([0, 90], [0, 90], **REFERENCE)
-    left.set(xlabel="angle by theory (°)", ylabel="largest angle after training (°)", aspect="equal")
-    scale_linear(left, "x", (0, 90), 15)
-    scale_linear(left, "y", (0, 90), 15)
-    right.set_xscale("symlog", linthresh=0.01)
-    right.set_xlim(-0.002, 35)
-    right.set_xticks((0, 0.01, 0.1, 1, 3, 10, 30), ("0", "0.01", "0.1", "1", "3", "10", "30"))
-    scale_linear(right, "y", (-1.5, 2.5), 0.5)
-    right.set_xlabel("e-folds of the run, linear to 0.01, then log scale")
-    right.set_ylabel("test error minus backprop's (points)")
-    right.axhline(0.0, **REFERENCE)
-    right.axvline(3.0, linestyle="--", **REFERENCE)
-    write_letters((left, right))
-    draw_legend(figure, keys, 2, handlelength=1)
-    return figure
-
-
-def _backprop_beside(cell: Cell, cells: list[Cell]) -> float:
-    """Return backprop's error at the same settings."""
-    wanted = {**cell["settings"], "rule": "bp", "start": 1.0}
-    return next((float(c["found"]["error"]) for c in cells if c["settings"] == wanted), math.nan)
-
-
-def draw_maps(part: str, cells: list[Cell]) -> Figure:
-    """Draw a part's error and worst angle over each pair of settings, the others at their defaults."""
-    axes = MAPS[part]
-    figure = Figure(figsize=(PAGE_WIDTH, 4.6), layout="constrained")
-    grid = figure.subplots(2, len(axes), squeeze=False)
-    others = {**DEFAULTS, **MIRROR} if part == "wm" else DEFAULTS
-    for row, (name, most, label) in zip(grid, QUANTITIES, strict=True):
-        for axis, (across, up) in zip(row, axes, strict=True):
-            fixed = {key: value for key, value in others.items() if key not in (across, up, "seed")}
-            shown = [c for c in cells if all(c["settings"].get(key) == at for key, at in fixed.items())]
-            drawn = _draw_map(axis, shown, name, most, across, up)
-        colours = figure.colorbar(drawn, ax=list(row), label=label, extend="max", pad=0.01, aspect=16)
-        colours.ax.grid(visible=False)
-        colours.set_ticks([0, most / 2, most])
-    write_letters(grid.flat)
-    return figure
-
-
-def _draw_map(axes: Axes, shown: list[Cell], name: str, most: float, across: str, up: str) -> Any:
-    """Draw one quantity over two settings; what diverged has a cross, what was not run has nothing."""
-    xs, ys = (sorted({c["settings"][key] for c in shown}) for key in (across, up))
-    values, texts = [], []
-    for y in ys:
-        at = [[c for c in shown if (c["settings"][across], c["settings"][up]) == (x, y)] for x in xs]
-        values.append([_mean(found, name) for found in at])
-        texts.append([_cell_text(_mean(found, name)) if found else "" for found in at])
-    axes.set(xlabel=NAMES[across], ylabel=NAMES[up])
-    return draw_cells(
-        axes, values, texts, "viridis_r", Normalize(0, most),
-        across=[f"{x:g}" for x in xs], up=[f"{y:g}" for y in ys],
-    )  # fmt: skip
-
-
-def _cell_text(value: float) -> str:
-    """Return a value with two digits; a cross where a run diverged."""
-    return "×" if math.isnan(value) else "< 0.1" if 0 < value < 0.1 else f"{value:.{int(value < 9.95)}f}"
-
-
-def _mean(found: list[Cell], name: str) -> float:
-    """Return the mean over seeds; not a number where a run diverged or none was made."""
-    values = [cell["found"].get(name, math.nan) for cell in found]
-    return sum(values) / len(values) if values else math.nan
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -15,7 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import balance
+import balance_page
 import competing_units
 import estimating_w
 import figure_4
@@ -147,14 +147,14 @@ DRAWN: dict[str, tuple[list[str], Callable[[], bytes]]] = {
     },
     "balance.png": (
         ["balance/balance.json"],
-        drawn(lambda: balance.draw_balance(read("balance/balance.json")["cells"])),
+        drawn(lambda: balance_page.draw_balance(read("balance/balance.json")["cells"])),
     ),
     **{
         f"balance-{part}.png": (
             [f"balance/{part}.json"],
-            drawn(lambda part=part: balance.draw_maps(part, read(f"balance/{part}.json")["cells"])),  # type: ignore[misc]
+            drawn(lambda part=part: balance_page.draw_maps(part, read(f"balance/{part}.json")["cells"])),  # type: ignore[misc]
         )
-        for part in balance.MAPS
+        for part in balance_page.MAPS
     },
     "estimating-w.png": (
         ["estimating-w/angles.json"],

@@ -4,6 +4,7 @@ import json
 import math
 
 import balance
+import balance_page
 import brain_like
 import pytest
 import studies
@@ -43,6 +44,30 @@ def test_theory_is_what_a_run_does(start):
     found = balance.measure(settings)
     assert found["last"] == pytest.approx(found["predicted"], abs=5)
     assert found["efolds"] == pytest.approx(0.2 * 1e-2 / 0.1 * 4 * 19 / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("power", [0, 3])
+def test_a_decay_that_falls_has_the_e_folds_of_a_constant_one(power):
+    plan = balance.schedule({"lr": 0.2, "weight_decay": 0.03, "power": power}, 380)
+    assert sum(lr * decay for lr, decay in plan) == pytest.approx(0.03 * sum(lr for lr, _ in plan))
+    assert plan[0][0] == 0.2
+    first, last = plan[0][1], plan[-1][1]
+    assert (first == pytest.approx(last)) if power == 0 else (first > 1.5 * 0.03 and last < 1e-5)
+
+
+def test_a_cell_of_several_seeds_has_their_mean_and_one_that_diverged_counts_as_chance():
+    cells = [
+        {"settings": {"lr": 1.0, "seed": seed}, "found": found}
+        for seed, found in enumerate([{"error": 10.0, "last": 4.0}, {"diverged": True}])
+    ]
+    (mean,) = balance_page.means_over_seeds(cells)
+    assert mean["found"] == {"error": 50.0, "last": 4.0}
+
+
+def test_the_table_of_a_falling_decay_is_written_from_the_result_file():
+    cells = json.loads((balance.OUT / "falling.json").read_text())["cells"]
+    page = balance_page.PAGE.read_text(encoding="utf-8")
+    assert balance_page.falling_table(cells) in page
 
 
 def test_the_mirror_has_cells_of_its_own():

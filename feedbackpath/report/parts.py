@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from math import ceil, isnan
+from string import ascii_lowercase
 from typing import Any, Literal
 
 import matplotlib
@@ -107,7 +108,7 @@ def draw_legend(figure: Figure | Axes, keys: Sequence[Line2D], columns: int, **m
 
 def write_letters(panels: Iterable[Axes]) -> None:
     """Call panels a, b, c and so on."""
-    for axes, letter in zip(panels, "abcdefgh", strict=False):
+    for axes, letter in zip(panels, ascii_lowercase, strict=False):
         axes.set_title(letter, loc="left", fontweight="bold")
 
 
