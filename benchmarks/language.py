@@ -1,74 +1,136 @@
-"""Learned feedback in networks that read text: the study behind docs/language.md.
+"""Learned feedback in networks that read text: the studies behind docs/language.md.
 
-    python benchmarks/language.py                      # every part, one seed
-    python benchmarks/language.py --seeds 3            # two more seeds: what is there is kept
-    python benchmarks/language.py --parts gpt-equivalence --seeds 10
+    python benchmarks/language.py tune gpt
+    python benchmarks/language.py run gpt
+    python benchmarks/language.py equivalence gpt
+    python benchmarks/language.py long gpt [--ways same]
+    python benchmarks/language_page.py
 
-Each part is a job of ``feedbackpath compare`` in a folder of its own; run again, it goes on where it was. The
-parts ``*-equivalence`` have seeds that no other part has used, and a margin that was written here before any
-of them ran. Margins are in bits per byte.
+``gpt`` or ``lstm``. ``tune`` gives each rule 8 trials on validation data, at half the epochs: learning rate,
+decay, and what else the rule has. ``run`` trains every rule with its best settings on three other seeds.
+``equivalence`` trains those that are said to be as good as backprop on ten further seeds; its margins, in
+bits per byte, were written here before any of them ran. ``long`` gives Kolen-Pollack ten times as many steps,
+and 5.2 e-folds: AdamW's decoupled decay shrinks W - B by exp(-sum of lr wd) = exp(-0.003 * 0.35 * 0.5 *
+10,000). Beside it stand a B that starts at 0, and backprop with the same settings and with its own best.
 
-Decay of the parts ``*-efolds``: over 1,000 steps of a cosine schedule, AdamW's decoupled decay shrinks W - B
-by exp(-sum of lr wd) = exp(-0.003 * 3.5 * 0.5 * 1000), 5.2 e-folds. The parts ``gpt-long*`` have as many in
-ten times as many steps, with a tenth of the decay: a run takes some 20 minutes of one core.
+All go on where they were broken off. The two networks, and the ways of ``long``, can be run at the same time.
 """
 
 import argparse
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-TEXT = (
-    "--data text --optimizer adamw --lr 0.003 --weight-decay 0.1 --batch-size 16 --samples-per-epoch 4000 "
-    "--epochs 4 --num-threads 1"
-)
-ZERO = Path(__file__).parent / "language_zero.yaml"  # kp whose B starts at 0
-STRONG_DECAY = "--weight-decay 3.5"
-LONG = "--weight-decay 0.35 --epochs 40"
-MARGINS = {"gpt-equivalence": 0.02, "lstm-equivalence": 0.05}
-PARTS = {
-    "gpt": "--model gpt --rules bp,mirror-kp,kp,ss,fa,dfa",
-    "lstm": "--model lstm --rules bp,mirror-kp,kp,ss,fa",
-    "gpt-efolds": f"--model gpt --rules bp,kp {STRONG_DECAY}",
-    "gpt-efolds-zero": f"--config {ZERO} --model gpt --rules kp {STRONG_DECAY}",
-    "gpt-long": f"--model gpt --rules bp,kp {LONG}",
-    "gpt-long-zero": f"--config {ZERO} --model gpt --rules kp {LONG}",
-    "lstm-efolds": f"--model lstm --rules bp,kp {STRONG_DECAY}",
-    "gpt-wm": "--model gpt --rules wm",
-    "lstm-wm": "--model lstm --rules wm",
-    "gpt-equivalence": "--model gpt --rules bp,mirror-kp,wm --seed 100",
-    "lstm-equivalence": "--model lstm --rules bp,mirror-kp,wm --seed 100",
+import yaml
+from studies import search_with, train
+
+HERE = Path(__file__).parent
+OUT, WORK = HERE / "language", Path("runs") / "language"
+RULES = {
+    "gpt": ("bp", "mirror-kp", "wm", "kp", "ss", "fa", "dfa"),
+    "lstm": ("bp", "mirror-kp", "wm", "kp", "ss", "fa"),
+}
+AS_GOOD = {"gpt": ("bp", "mirror-kp", "wm"), "lstm": ("bp", "mirror-kp", "wm", "kp")}
+MARGINS = {"gpt": 0.02, "lstm": 0.05}
+TEXT: dict[str, Any] = {
+    "data": "text", "optimizer": "adamw", "batch_size": 16, "samples_per_epoch": 4000, "num_threads": 1,
+}  # fmt: skip
+TRIALS, SHORT, EPOCHS = 8, 2, 4
+LONG = {"lr": 0.003, "weight_decay": 0.35}
+LONG_EPOCHS = 40
+WAYS: dict[str, dict[str, Any]] = {
+    "same": {"rules": ("bp", "kp"), **LONG},
+    "zero": {"rules": ("kp",), "rule_settings": {"kp": {"scale": "zero"}}, **LONG},
+    "best": {"rules": ("bp",)},
 }
 
 
-def command_of(part: str, seeds: int, out: Path) -> list[str]:
-    """Return the command of a part: a later flag goes before an earlier one."""
-    words = " ".join([TEXT, PARTS[part]]).split()
-    flags = dict(zip(words[::2], words[1::2], strict=True))
-    flags |= {"--seeds": str(seeds), "--out": str(out / part)}
-    if part in MARGINS:
-        flags["--equivalence"] = str(MARGINS[part])
-    return [
-        *(sys.executable, "-m", "feedbackpath", "compare"),
-        *[word for flag in flags.items() for word in flag],
-        "--resume",
-    ]
+def tune(network: str) -> None:
+    """Search settings for each rule, and keep what came out.
+
+    Raises:
+        SystemExit: The search was interrupted, or could not be run.
+    """
+    place = Path(network) / "tuned"
+    asked = TEXT | {"model": network, "rules": RULES[network], "epochs": SHORT}
+    search_with(asked, WORK / place, OUT / place, "--trials", TRIALS)
 
 
-def main() -> None:
-    """Run parts of the study, one after the other."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--parts", default=",".join(p for p in PARTS if p not in MARGINS), help=", ".join(PARTS)
-    )
-    parser.add_argument("--seeds", type=int, default=1, help="of each part")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "language")
-    options = parser.parse_args()
-    for part in options.parts.split(","):
-        if part not in PARTS:
-            parser.error(f"there is no part {part!r}; parts are {', '.join(PARTS)}")
-        subprocess.run(command_of(part, options.seeds, options.out), check=True)
+def best_settings(network: str) -> dict[str, Any]:
+    """Return what the search has chosen, as the settings of a job."""
+    chosen = OUT / network / "tuned" / "chosen.yaml"
+    found: dict[str, Any] = yaml.safe_load(chosen.read_text(encoding="utf-8"))
+    return found
+
+
+def settings_of(study: str, network: str, way: str = "") -> dict[str, Any]:
+    """Return the settings of a job.
+
+    Args:
+        study: ``run``, ``equivalence`` or ``long``.
+        network: ``gpt`` or ``lstm``.
+        way: Of ``long``: ``same``, ``zero`` or ``best``.
+    """
+    base = TEXT | {"model": network, "seeds": 3}
+    if way:
+        own = WAYS[way] if way != "best" else _of_rules(best_settings(network), ("bp",))
+        return base | own | {"epochs": LONG_EPOCHS, "seed": 300}
+    if study == "run":
+        return base | _of_rules(best_settings(network), RULES[network]) | {"epochs": EPOCHS, "seed": 100}
+    chosen = _of_rules(best_settings(network), AS_GOOD[network])
+    return base | chosen | {"epochs": EPOCHS, "seed": 200, "seeds": 10, "equivalence": MARGINS[network]}
+
+
+def _of_rules(chosen: dict[str, Any], rules: Sequence[str]) -> dict[str, Any]:
+    """Return chosen settings of some rules alone: a job refuses those of rules that it does not train."""
+    parts = {
+        part: {rule: found for rule, found in chosen.get(part, {}).items() if rule in rules}
+        for part in ("by_rule", "rule_settings")
+    }
+    return {**chosen, **parts, "rules": rules}
+
+
+def place_of(study: str, network: str, way: str = "") -> Path:
+    """Return the folder of a job's results, within that of the study."""
+    return Path(network) / f"{study}-{way}" if way else Path(network) / study
+
+
+def run(study: str, network: str, way: str = "") -> None:
+    """Train what a job asks for, or go on with it, and keep its result file."""
+    place = place_of(study, network, way)
+    command = f"python benchmarks/language.py {study} {network}{' --ways ' * bool(way)}{way}"
+    train(settings_of(study, network, way), WORK / place, OUT / place, command)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return what a command line asks for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in (
+        ("tune", "search settings for each rule"),
+        ("run", "train each rule with its best settings"),
+        ("equivalence", "compare some rules with backprop on ten seeds"),
+        ("long", "train Kolen-Pollack for five e-folds"),
+    ):
+        one = commands.add_parser(name, help=what)
+        one.add_argument("network", choices=RULES)
+        if name == "long":
+            one.add_argument("--ways", default=",".join(WAYS), help="names, by commas")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Do what a command line asks for."""
+    asked = parse(arguments)
+    if asked.command == "tune":
+        tune(asked.network)
+    elif asked.command == "long":
+        for way in asked.ways.split(","):
+            run("long", asked.network, way)
+    else:
+        run(asked.command, asked.network)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

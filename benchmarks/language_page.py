@@ -4,15 +4,19 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import nan
 from pathlib import Path
 from typing import Any
 
 from cost_page import put_tables
+from language import OUT, RULES, WAYS, place_of
+from marked import as_table, not_run
 from matplotlib.figure import Figure
+from studies import settings_in_words
 
 from feedbackpath.report import markdown_table
+from feedbackpath.report.equivalence import describe
 from feedbackpath.report.parts import (
     PAGE_WIDTH,
     REFERENCE,
@@ -23,24 +27,51 @@ from feedbackpath.report.parts import (
     write_letters,
 )
 from feedbackpath.report.style import in_order, legend_label
-from feedbackpath.train.results import read_results
+from feedbackpath.report.table import summary_rows
+from feedbackpath.train.results import Results, read_results
 
-ROOT = Path(__file__).parent.parent
-FOLDER = ROOT / "benchmarks" / "language"
-PAGE = ROOT / "docs" / "language.md"
+PAGE = Path(__file__).parent.parent / "docs" / "language.md"
 SHOWN = ("rule", "n", "test bits per byte", "minus bp", "angle, max", "δ angle, max", "gain")
-
-
+FIRST_LOOK = OUT / "untuned"  # one seed, the same settings for all rules
 NAMES = {"self_attn": "qkv", "out_proj": "out", "linear1": "ff 1", "linear2": "ff 2", "head": "output"}
 
 
 def tables() -> dict[str, str]:
-    """Return the tables of the page, by name: of each part that has been run, and of samples."""
-    cells = json.loads((FOLDER / "samples.json").read_text())
-    parts = [file.parent for file in sorted(FOLDER.glob("*/results.json"))]
-    return {part.name: markdown_table(read_results(part), SHOWN).strip() + "\n" for part in parts} | {
-        "samples": samples_table(cells)
-    }
+    """Return the tables of the page, by name."""
+    found = {"samples": samples_table(json.loads((OUT / "samples.json").read_text()))}
+    for part in sorted(FIRST_LOOK.iterdir()):
+        found[part.name] = markdown_table(read_results(part), SHOWN).strip() + "\n"
+    for network in RULES:
+        found[f"{network}-run"] = table_of("run", network)
+        found[f"{network}-equivalence"] = table_of("equivalence", network)
+        found[f"{network}-long"] = table_of("long", network, tuple(WAYS))
+    return found
+
+
+def table_of(study: str, network: str, ways: Sequence[str] = ("",)) -> str:
+    """Return the table of a study's jobs with the settings of each rule, and the verdict if it has one."""
+    places = {way: OUT / place_of(study, network, way) for way in ways}
+    rows, verdicts, absent = [], [], []
+    for way, place in places.items():
+        if (place / "results.json").exists():
+            results = read_results(place)
+            rows += rows_of(results, way)
+            verdicts += [describe(results)] if results.equivalence else []
+        else:
+            absent.append(way)
+    if not rows:
+        return not_run(f"python benchmarks/language.py {study} {network}") + "\n"
+    table = as_table([*["way"][: len(ways) - 1], *SHOWN, "settings"], rows)
+    more = [not_run(f"python benchmarks/language.py {study} {network}", ", ".join(absent))] if absent else []
+    return "\n\n".join([table, *verdicts, *more]) + "\n"
+
+
+def rows_of(results: Results, way: str) -> list[list[str]]:
+    """Return the rows of a job, one for each rule."""
+    return [
+        [*[way][: bool(way)], *(row[name] for name in SHOWN), settings_in_words(results.config, row["rule"])]
+        for row in summary_rows(results.runs, results.metric)
+    ]
 
 
 def samples_table(cells: Mapping[str, Any]) -> str:
@@ -63,7 +94,7 @@ def draw(cells: Mapping[str, Any]) -> Figure:
     """Draw delta angles by depth of the GPT (seed 0), and by steps back in time of the LSTM."""
     figure = Figure(figsize=(PAGE_WIDTH, 2.8), layout="constrained")
     by_depth, by_time = figure.subplots(1, 2, sharey=True)
-    found_runs = {run.rule: run for run in read_results(FOLDER / "gpt").runs if run.seed == 0}
+    found_runs = {run.rule: run for run in read_results(FIRST_LOOK / "gpt").runs if run.seed == 0}
     runs = [found_runs[rule] for rule in in_order(found_runs) if rule != "bp"]
     layers = list(runs[0].history[-1].delta_angle_deg)
     for run in runs:

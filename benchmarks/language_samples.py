@@ -1,12 +1,12 @@
 """What networks of the study in ``language.py`` write, and how far their errors are from backprop's.
 
-    python benchmarks/language_samples.py --out benchmarks/language/samples.json
+    python benchmarks/language_samples.py [--networks lstm] [--out benchmarks/language/samples.json]
 
-Trains the cells of the parts ``gpt`` and ``lstm`` once more, seed 0, and keeps of each: its bits per byte on
-test text; 200 bytes that it writes after a prompt (temperature 0.8, the same random numbers for all); delta
-angles by layer; and, of the LSTM, the angle between the error through B and that through W that arrives at
-the input of a time step, from the loss of the last one, by the steps in between. Killed, it goes on where it
-was.
+Trains each rule with its best settings once more, with the first seed of the study, and keeps of each: its
+bits per byte on test text; 200 bytes that it writes after a prompt (temperature 0.8, the same random numbers
+for all); delta angles by layer; and, of the LSTM, the angle between the error through B and that through W
+that arrives at the input of a time step, from the loss of the last one, by the steps in between. Killed, it
+goes on where it was.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from language import command_of
+from language import OUT, RULES, settings_of
 from torch import Tensor, nn
 
 from feedbackpath.core.exchange import as_backprop
@@ -25,17 +25,8 @@ from feedbackpath.tasks.text import CONTEXT, byte_loss
 from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.engine import Engine
 from feedbackpath.train.loop import Measured, Training
-from feedbackpath.train.settings import read_config
 
 PROMPT = "def read_lines(path):\n    "
-
-
-def config_of(part: str) -> CompareConfig:
-    """Return the settings of a part, as its command line has them."""
-    words = command_of(part, 2, Path())[4:-1]
-    flags = {flag[2:].replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
-    given = read_config(Path(flags.pop("config"))) if "config" in flags else {}
-    return CompareConfig.model_validate(given | {name: v for name, v in flags.items() if name != "out"})
 
 
 @torch.no_grad()
@@ -65,18 +56,18 @@ def angles_by_step(model: Any, x: Tensor, y: Tensor) -> list[float]:
     return [angle_deg(ours[:, -1 - back], exact[:, -1 - back]) for back in range(x.shape[1])]
 
 
-def run_cell(part: str, rule: str) -> dict[str, Any]:
+def run_cell(network: str, rule: str) -> dict[str, Any]:
     """Train one network and look at it."""
-    config = config_of(part)
+    config = CompareConfig.model_validate(settings_of("run", network))
     torch.set_num_threads(1)
-    task = load_task("text", seed=0, samples_per_epoch=config.samples_per_epoch)
-    training = Training(config, rule, 0, task, Engine(config))
+    task = load_task("text", seed=config.seed, samples_per_epoch=config.samples_per_epoch)
+    training = Training(config.for_rule(rule), rule, config.seed, task, Engine(config))
     measured = training.begin()
     while not training.is_finished:
         for event in training.go_through_epoch():
             measured = event if isinstance(event, Measured) else measured
     x, y = task.test.batch(torch.arange(64), 0)
-    angles = angles_by_step(training.model, x, y) if part == "lstm" else None
+    angles = angles_by_step(training.model, x, y) if network == "lstm" else None
     return {
         "bits_per_byte": measured.entry.test,
         "sample": write(training.model.eval()),
@@ -88,15 +79,14 @@ def run_cell(part: str, rule: str) -> dict[str, Any]:
 def main() -> None:
     """Run what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "language" / "samples.json")
-    parser.add_argument("--parts", default="lstm,gpt")
-    parser.add_argument("--rules", default="mirror-kp,kp,fa,bp")
+    parser.add_argument("--out", type=Path, default=OUT / "samples.json")
+    parser.add_argument("--networks", default=",".join(RULES), help="names, by commas")
     options = parser.parse_args()
     cells = json.loads(options.out.read_text()) if options.out.exists() else {}
-    for part in options.parts.split(","):
-        for rule in options.rules.split(","):
-            if f"{part}/{rule}" not in cells:
-                cells[f"{part}/{rule}"] = run_cell(part, rule)
+    for network in options.networks.split(","):
+        for rule in RULES[network]:
+            if f"{network}/{rule}" not in cells:
+                cells[f"{network}/{rule}"] = run_cell(network, rule)
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 options.out.write_text(json.dumps(cells, indent=1) + "\n")
 

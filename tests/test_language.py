@@ -2,34 +2,75 @@
 
 import json
 
+import language
 import pytest
 import torch
+import yaml
 from cost_page import put_tables
-from language import MARGINS, PARTS, command_of
-from language_page import FOLDER, PAGE, draw, tables
-from language_samples import angles_by_step, config_of, write
+from language_page import OUT, PAGE, draw, tables
+from language_samples import angles_by_step, write
 
 import feedbackpath as fp
 from feedbackpath.models.language import TextLSTM
+from feedbackpath.train.config import CompareConfig
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_each_part_is_a_job(part):
-    config = config_of(part)
-    assert config.data == "text"
-    assert config.weight_decay == (3.5 if "efolds" in part else 0.35 if "long" in part else 0.1)
+@pytest.fixture
+def searched(tmp_path, monkeypatch):
+    """Settings as a search leaves them, of rules that not every job trains."""
+    found = {
+        "epochs": 2,
+        "by_rule": {rule: {"lr": 0.004, "weight_decay": 0.02} for rule in language.RULES["gpt"]},
+        "rule_settings": {"kp": {"scale": "he"}, "fa": {"scale": "xavier"}},
+    }
+    monkeypatch.setattr(language, "OUT", tmp_path)
+    for network in language.RULES:
+        (tmp_path / network / "tuned").mkdir(parents=True)
+        (tmp_path / network / "tuned" / "chosen.yaml").write_text(yaml.safe_dump(found))
+
+
+JOBS = [("run", ""), ("equivalence", ""), *(("long", way) for way in language.WAYS)]
+
+
+@pytest.mark.usefixtures("searched")
+@pytest.mark.parametrize("network", language.RULES)
+@pytest.mark.parametrize(("study", "way"), JOBS)
+def test_each_study_is_a_job_with_seeds_of_its_own(study, way, network):
+    config = CompareConfig.model_validate(language.settings_of(study, network, way))
+    assert (config.data, config.model) == ("text", network)
+    assert config.seed == {"run": 100, "equivalence": 200, "long": 300}[study]
+    assert config.seeds == (10 if study == "equivalence" else 3)
+    assert config.equivalence == (language.MARGINS[network] if study == "equivalence" else None)
+    assert set(config.by_rule) == (set() if way in ("same", "zero") else set(config.rules))
+
+
+def test_margins_are_those_that_were_declared():
+    assert language.MARGINS == {"gpt": 0.02, "lstm": 0.05}
+
+
+@pytest.mark.parametrize("way", ["same", "zero"])
+def test_a_long_run_of_kolen_pollack_has_five_e_folds(way):
+    config = CompareConfig.model_validate(language.settings_of("long", "gpt", way))
     steps = config.epochs * config.samples_per_epoch // config.batch_size
-    if "efolds" in part or "long" in part:
-        assert config.lr * config.weight_decay * steps / 2 == pytest.approx(5.25)
-    assert config.rule_settings == ({"kp": {"scale": "zero"}} if part.endswith("zero") else {})
+    assert config.lr * config.weight_decay * steps / 2 == pytest.approx(5.25)
 
 
-def test_equivalence_has_its_margin_and_seeds_of_its_own(tmp_path):
-    assert MARGINS == {"gpt-equivalence": 0.02, "lstm-equivalence": 0.05}
-    for part in PARTS:
-        command = command_of(part, 10, tmp_path)
-        assert ("--equivalence" in command) == (part in MARGINS)
-        assert ("--seed" in command) == (part in MARGINS)
+@pytest.mark.usefixtures("searched")
+def test_a_search_and_a_run_are_of_the_same_rules_and_network(monkeypatch):
+    searched, trained = [], []
+    monkeypatch.setattr(language, "search_with", lambda *given: searched.append(given))
+    monkeypatch.setattr(language, "train", lambda *given: trained.append(given))
+    language.main(["tune", "gpt"])
+    language.main(["run", "gpt"])
+    language.main(["long", "lstm", "--ways", "zero,best"])
+    (search, *_), (run, *_) = searched[0], trained[0]
+    assert {name: run[name] for name in ("model", "rules", *language.TEXT)} == {
+        name: search[name] for name in ("model", "rules", *language.TEXT)
+    }
+    assert search["epochs"] < run["epochs"]
+    assert [given[3] for given in trained[1:]] == [
+        f"python benchmarks/language.py long lstm --ways {way}" for way in ("zero", "best")
+    ]
 
 
 def test_errors_through_time_are_compared_step_by_step():
@@ -55,4 +96,4 @@ def test_a_sample_depends_on_the_network_alone():
 def test_the_page_has_what_the_result_files_have():
     page = PAGE.read_text()
     assert put_tables(page, tables()) == page, "write it anew: python benchmarks/language_page.py"
-    assert len(draw(json.loads((FOLDER / "samples.json").read_text())).axes) == 2
+    assert len(draw(json.loads((OUT / "samples.json").read_text())).axes) == 2
