@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from balance import DEFAULTS, DEPTHS, FALLING, MIRROR, OUT
+from balance import DEFAULTS, DEPTHS, FALLING, MIRROR, OUT, exact_efolds, schedule
 from cells import Cell
 from marked import as_table, write_between
 from matplotlib.axes import Axes
@@ -32,7 +32,14 @@ from feedbackpath.report.parts import (
 from feedbackpath.report.style import style_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "balance.md"
+STEPS = 380  # of a run
 CHANCE, FAILED = 90.0, 50.0  # percent of errors: of ten classes, and above which a network has not learned
+OPTIMIZERS = {
+    "SGD, rate 0.03": ({"optimizer": "sgd", "lr": 0.03}, "o"),
+    "SGD, rate 0.2": ({"optimizer": "sgd", "lr": 0.2}, "s"),
+    "AdamW": ({"optimizer": "adamw"}, "^"),
+}
+SERIES = {("kp", 1.0): "kp", ("kp", 0.0): "kp, B starts at 0", ("mirror-kp", 1.0): "mirror-kp"}
 MAPS = {
     "kp": (("weight_decay", "lr"), ("start", "momentum")),
     "wm": (("decay", "rate"), ("samples", "sigma"), ("lr", "every")),
@@ -46,49 +53,91 @@ NAMES = {
 
 
 def draw_balance(cells: list[Cell]) -> Figure:
-    """Draw angles against theory, and errors beyond backprop's against the e-folds of a run, by depth."""
-    figure = Figure(figsize=(PAGE_WIDTH, 2.9), layout="constrained")
-    left, *right = figure.subplots(1, 3, width_ratios=(1.1, 1, 1))
+    """Draw angles against theory, and errors beyond backprop's against e-folds: a row for each depth."""
+    figure = Figure(figsize=(PAGE_WIDTH, 5.2), layout="constrained")
+    grid = figure.subplots(2, 3, width_ratios=(1, 1.1, 1.1), sharex="col")
     found = means_over_seeds(cells)
-    colour, keys = style_of("kp").colour, []
-    for start, (norm, marker) in itertools.product((1.0, 0.0), (("none", "o"), ("batchnorm", "^"))):
-        looks: dict[str, Any] = {
-            "color": colour, "linestyle": "", "marker": marker, "markersize": 4,
-            "markerfacecolor": colour if start else "none", "markeredgewidth": 0.8,
-        }  # fmt: skip
-        place = "at random" if start else "at 0"
-        keys.append(key(f"B starts {place}, {'no norm' if norm == 'none' else 'BatchNorm'}", **looks))
-        for axes, depth in zip(right, DEPTHS, strict=True):
-            wanted = {"rule": "kp", "start": start, "norm": norm, "depth": depth}
-            shown = [c for c in found if wanted.items() <= c["settings"].items()]
-            learned = [c["found"] for c in shown if c["found"]["error"] < FAILED]
-            left.plot([f["predicted"] for f in learned], [f["last"] for f in learned], **looks)
-            pairs = [(c["found"], _backprop_beside(c, found)) for c in shown]
-            beyond = [(bp["efolds"], f["error"] - bp["error"]) for f, bp in pairs if bp["error"] < FAILED]
-            axes.plot(*zip(*beyond, strict=True), **looks)
-    left.plot([0, 90], [0, 90], **REFERENCE)
-    left.set(xlabel="angle by theory (°)", ylabel="largest angle after training (°)", aspect="equal")
-    scale_linear(left, "x", (0, 90), 30)
-    scale_linear(left, "y", (0, 90), 30)
-    for axes, depth in zip(right, DEPTHS, strict=True):
-        axes.set_xscale("symlog", linthresh=0.01)
-        axes.set_xlim(-0.003, 35)
-        axes.set_xticks((0, 0.01, 0.1, 1, 3, 10), ("0", "0.01", "0.1", "1", "3", "10"))
-        axes.set_yscale("symlog", linthresh=2)
-        axes.set_ylim(-1.6, 100)
-        axes.set_yticks((-1, 0, 1, 2, 5, 10, 30, 90), ("−1", "0", "1", "2", "5", "10", "30", "90"))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.set(xlabel=f"e-folds, {depth} hidden layers")
-        axes.axhline(0.0, **REFERENCE)
-        axes.axvline(3.0, linestyle="--", **REFERENCE)
-    right[0].set_ylabel("test error minus bp's (points)")
-    write_letters((left, *right))
-    draw_legend(figure, keys, 2, handlelength=1)
+    for row, depth in zip(grid, DEPTHS, strict=True):
+        at_depth = [cell for cell in found if cell["settings"]["depth"] == depth]
+        _draw_angles(row[0], at_depth)
+        for axes, norm in zip(row[1:], ("none", "batchnorm"), strict=True):
+            _draw_errors(axes, [cell for cell in at_depth if cell["settings"]["norm"] == norm])
+            axes.set_title(f"{depth} hidden layers, {'no norm' if norm == 'none' else 'BatchNorm'}")
+        row[0].set_title(f"{depth} hidden layers")
+        row[0].set_ylabel("angle after training (°)")
+        row[1].set_ylabel("test error minus bp's (points)")
+    for axes, label in zip(grid[1], ("angle by theory (°)", "e-folds", "e-folds"), strict=True):
+        axes.set_xlabel(label)
+    write_letters(grid.flat)
+    keys = [key(label, **_looks(*series, "o")) for series, label in SERIES.items()]
+    marks = [
+        key(label, color="black", linestyle="", marker=marker, markersize=4)
+        for label, (_, marker) in OPTIMIZERS.items()
+    ]
+    draw_legend(figure, [one for pair in zip(keys, marks, strict=True) for one in pair], 3, handlelength=1)
     return figure
 
 
+def _looks(rule: str, start: float, marker: str) -> dict[str, Any]:
+    colour = style_of(rule).colour
+    return {
+        "color": colour, "linestyle": "", "marker": marker, "markersize": 4,
+        "markerfacecolor": colour if start else "white", "markeredgewidth": 0.8,
+    }  # fmt: skip
+
+
+def _draw_angles(axes: Axes, cells: list[Cell]) -> None:
+    """Draw the largest angle after training against theory, of networks that have learned."""
+    axes.plot([0, 90], [0, 90], **REFERENCE)
+    for (rule, start), (wanted, marker) in itertools.product(SERIES, OPTIMIZERS.values()):
+        if rule == "kp":
+            shown = _chosen(cells, rule, start, wanted)
+            learned = [cell["found"] for cell in shown if cell["found"]["error"] < FAILED]
+            points = [(found["predicted"], found["last"]) for found in learned]
+            axes.plot(*zip(*points, strict=True), **_looks(rule, start, marker))
+    scale_linear(axes, "x", (0, 90), 30)
+    scale_linear(axes, "y", (0, 90), 30)
+
+
+def _draw_errors(axes: Axes, cells: list[Cell]) -> None:
+    """Draw errors beyond backprop's, with their range over seeds, where every seed of backprop learned."""
+    axes.axhline(0.0, **REFERENCE)
+    axes.axvline(3.0, linestyle="--", **REFERENCE)
+    backprop = {_without_rule(cell): cell["found"] for cell in cells if cell["settings"]["rule"] == "bp"}
+    for (rule, start), (wanted, marker) in itertools.product(SERIES, OPTIMIZERS.values()):
+        looks = _looks(rule, start, marker)
+        for cell in _chosen(cells, rule, start, wanted):
+            bp = backprop[_without_rule(cell)]
+            if max(bp["errors"]) < FAILED:
+                beyond = [
+                    one - other for one, other in zip(cell["found"]["errors"], bp["errors"], strict=True)
+                ]
+                axes.plot([bp["efolds"]] * 2, [min(beyond), max(beyond)], color=looks["color"], linewidth=0.6)
+                axes.plot(bp["efolds"], statistics.fmean(beyond), **looks)
+    axes.set_xscale("symlog", linthresh=0.01)
+    axes.set_xlim(-0.003, 60)
+    axes.set_xticks((0, 0.01, 0.1, 1, 3, 10), ("0", "0.01", "0.1", "1", "3", "10"))
+    axes.set_yscale("symlog", linthresh=2)
+    axes.set_ylim(-10, 100)
+    axes.set_yticks((-5, -2, -1, 0, 1, 2, 5, 10, 30, 90))
+    axes.set_yticklabels(("−5", "−2", "−1", "0", "1", "2", "5", "10", "30", "90"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _chosen(cells: list[Cell], rule: str, start: float, wanted: Cell) -> list[Cell]:
+    wanted = {"rule": rule, "start": start, **wanted}
+    return [cell for cell in cells if wanted.items() <= cell["settings"].items()]
+
+
+def _without_rule(cell: Cell) -> str:
+    return json.dumps({**cell["settings"], "rule": None, "start": None})
+
+
 def means_over_seeds(cells: list[Cell]) -> list[Cell]:
-    """Return a cell for each set of settings but the seed; one whose run diverged has an error of chance."""
+    """Return a cell for each set of settings but the seed; a run that diverged has an error of chance.
+
+    Each has the means of what was found, and the errors of all seeds as ``errors``.
+    """
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(json.dumps({**cell["settings"], "seed": None}), []).append(cell["found"])
@@ -96,15 +145,10 @@ def means_over_seeds(cells: list[Cell]) -> list[Cell]:
     for settings, found in groups.items():
         whole = [{"error": CHANCE} if one.get("diverged") else one for one in found]
         names = set.union(*map(set, whole))
-        mean = {name: statistics.fmean(one[name] for one in whole if name in one) for name in names}
+        mean: Cell = {name: statistics.fmean(one[name] for one in whole if name in one) for name in names}
+        mean["errors"] = [one["error"] for one in whole]
         means.append({"settings": json.loads(settings), "found": mean})
     return means
-
-
-def _backprop_beside(cell: Cell, cells: list[Cell]) -> Cell:
-    """Return what was found of backprop at the same settings."""
-    wanted = {**cell["settings"], "rule": "bp", "start": 1.0}
-    return next(dict(c["found"]) for c in cells if c["settings"] == wanted)
 
 
 @dataclass(frozen=True)
@@ -149,14 +193,13 @@ def farthest_gain(found: Cell) -> float:
     return most if most * least > 1.0 else least
 
 
+ANGLES: dict[str, Any] = {"colours": "viridis_r", "norm": Normalize(0, 90), "ticks": (0, 45, 90)}
 QUANTITIES = (
     Quantity(
         "test error (%)", lambda c: c["error"], _in_two_digits, "viridis_r", Normalize(0, 20), (0, 10, 20)
     ),
-    Quantity(
-        "worst matrix angle (°)", lambda c: c["worst"], _in_two_digits,
-        "viridis_r", Normalize(0, 90), (0, 45, 90),
-    ),
+    Quantity("largest angle of\nany epoch (°)", lambda c: c["worst"], _in_two_digits, **ANGLES),
+    Quantity("largest angle\nafter training (°)", lambda c: c["last"], _in_two_digits, **ANGLES),
     Quantity(
         "gain farthest from 1", farthest_gain, _as_ratio, "PuOr", LogNorm(0.1, 10), (0.1, 1, 10), "both"
     ),
@@ -166,7 +209,7 @@ QUANTITIES = (
 def draw_maps(part: str, cells: list[Cell]) -> Figure:
     """Draw a part's quantities over each pair of settings, the others at their defaults."""
     axes = MAPS[part]
-    figure = Figure(figsize=(PAGE_WIDTH, 6.9), layout="constrained")
+    figure = Figure(figsize=(PAGE_WIDTH, 8.4), layout="constrained")
     grid = figure.subplots(len(QUANTITIES), len(axes), squeeze=False)
     others = {**DEFAULTS, **MIRROR} if part == "wm" else DEFAULTS
     for row, quantity in zip(grid, QUANTITIES, strict=True):
@@ -185,18 +228,14 @@ def draw_maps(part: str, cells: list[Cell]) -> Figure:
 
 
 def _draw_map(axes: Axes, shown: list[Cell], quantity: Quantity, across: str, up: str) -> Any:
-    """Draw one quantity over two settings; what diverged has a cross, what was not run has nothing."""
+    """Draw one quantity over two settings; where most seeds fail is a cross, where none was run nothing."""
     xs, ys = (sorted({c["settings"][key] for c in shown}) for key in (across, up))
     values, texts = [], []
     for y in ys:
         at = [[c for c in shown if (c["settings"][across], c["settings"][up]) == (x, y)] for x in xs]
-        values.append([_median(found, quantity) for found in at])
-        texts.append(
-            [
-                _cell_text(value, quantity) if found else ""
-                for value, found in zip(values[-1], at, strict=True)
-            ]
-        )
+        pairs = [value_and_text(quantity, [cell["found"] for cell in cells]) for cells in at]
+        values.append([value for value, _ in pairs])
+        texts.append([text for _, text in pairs])
     axes.set(xlabel=NAMES[across], ylabel=NAMES[up])
     return draw_cells(
         axes, values, texts, quantity.colours, quantity.norm,
@@ -204,16 +243,16 @@ def _draw_map(axes: Axes, shown: list[Cell], quantity: Quantity, across: str, up
     )  # fmt: skip
 
 
-def _cell_text(value: float, quantity: Quantity) -> str:
-    """Return the text of a cell; a cross where runs diverged."""
-    return "×" if math.isnan(value) else quantity.write(value)
+def value_and_text(quantity: Quantity, found: list[Cell]) -> tuple[float, str]:
+    """Return the median of the seeds that have learned, with a star if others have not.
 
-
-def _median(found: list[Cell], quantity: Quantity) -> float:
-    """Return the median over seeds; not a number where most runs diverged or none was made."""
-    whole = [math.inf if c["found"].get("diverged") else quantity.of(c["found"]) for c in found]
-    value = statistics.median_low(whole) if whole else math.inf
-    return value if math.isfinite(value) else math.nan
+    If most have not, there is no value, and a cross; if there are none, no text either.
+    """
+    learned = [one for one in found if one.get("error", CHANCE) < FAILED]
+    if 2 * len(learned) <= len(found):
+        return math.nan, "×" if found else ""
+    value = statistics.median(quantity.of(one) for one in learned)
+    return value, quantity.write(value) + "*" * (len(learned) < len(found))
 
 
 def falling_table(cells: list[Cell]) -> str:
@@ -229,11 +268,17 @@ def falling_table(cells: list[Cell]) -> str:
         pairs = {rule: [at(named, rule, falling) for falling in ({}, FALLING)] for rule in ("bp", "kp")}
         errors = [f"{one['error']:.1f}%" for rule in ("bp", "kp") for one in pairs[rule]]
         angles = [f"{one['last']:.1f}°" for one in pairs["kp"]]
-        efolds = f"{pairs['kp'][0]['efolds']:.1f}"
+        efolds = [f"{efolds_of({**DEFAULTS, **named, **falling}):.1f}" for falling in ({}, FALLING)]
         norm = {"none": "none", "batchnorm": "BatchNorm"}[settings[0]]
-        rows.append([norm, f"{settings[1]:g}", f"{settings[2]:g}", efolds, *errors, *angles])
-    heads = ["`bp`", "`bp`, falling", "`kp`", "`kp`, falling", "angle", "angle, falling"]
-    return as_table(["norm", "rate", "decay", "e-folds", *heads], sorted(rows, reverse=True))
+        sums = f"{pairs['bp'][0]['efolds']:.1f}"
+        rows.append([norm, f"{settings[1]:g}", f"{settings[2]:g}", sums, *efolds, *errors, *angles])
+    both = [f"{name}{more}" for name in ("e-folds", "`bp`", "`kp`", "angle") for more in ("", ", falling")]
+    return as_table(["norm", "rate", "decay", "by the sum", *both], sorted(rows, reverse=True))
+
+
+def efolds_of(settings: Cell) -> float:
+    """Return the e-folds of a run without the approximation of the sum."""
+    return exact_efolds(schedule(settings, STEPS), settings["momentum"])
 
 
 def _shape(settings: Cell) -> tuple[str, float, float]:

@@ -61,7 +61,27 @@ def test_a_cell_of_several_seeds_has_their_mean_and_one_that_diverged_counts_as_
         for seed, found in enumerate([{"error": 10.0, "last": 4.0}, {"diverged": True}])
     ]
     (mean,) = balance_page.means_over_seeds(cells)
-    assert mean["found"] == {"error": 50.0, "last": 4.0}
+    assert mean["found"] == {"error": 50.0, "last": 4.0, "errors": [10.0, 90.0]}
+
+
+def test_a_map_tells_where_some_and_where_most_seeds_fail():
+    error = balance_page.QUANTITIES[0]
+    good, bad, gone = {"error": 4.0}, {"error": 93.0}, {"diverged": True}
+    assert balance_page.value_and_text(error, [good, good, {"error": 6.0}]) == (4.0, "4.0")
+    assert balance_page.value_and_text(error, [good, {"error": 6.0}, gone]) == (5.0, "5.0*")
+    assert balance_page.value_and_text(error, [good, bad, gone])[1] == "×"
+    assert balance_page.value_and_text(error, [])[1] == ""
+
+
+def test_the_sum_of_e_folds_is_exact_for_small_steps_alone():
+    small = balance.schedule({"lr": 0.01, "weight_decay": 0.01}, 2000)
+    large = balance.schedule({"lr": 0.2, "weight_decay": 0.1}, 380)
+    assert balance.exact_efolds(small, 0.9) == pytest.approx(sum(lr * wd for lr, wd in small) / 0.1, rel=0.01)
+    assert (
+        balance.exact_efolds(large, 0.9)
+        < 380 * -math.log(math.sqrt(0.9))
+        < sum(lr * wd for lr, wd in large) / 0.1
+    )
 
 
 def test_the_table_of_a_falling_decay_is_written_from_the_result_file():
