@@ -80,6 +80,16 @@ def test_an_update_of_all_parameters_is_let_be_however_it_is_written(write, rule
         path.step()
 
 
+def test_a_feedback_weight_that_is_larger_than_the_forward_weight_is_watched_as_well():
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 40))
+    path = fp.untie(model, "dkp")
+    model(torch.randn(8, 2)).square().sum().backward()
+    assert model[2].feedback.numel() == 10 * model[2].weight.numel()
+    step_with_torch([p for p in model.parameters() if p is not model[2].weight])
+    with pytest.raises(fp.RuleError, match="feedback weights but not the forward weights of '2'"):
+        path.step()
+
+
 def test_feedback_weights_that_are_updated_without_forward_weights_are_found():
     """Plain weights were assigned: the optimizer still has the old ones, and B."""
     model = make_net()

@@ -28,7 +28,7 @@ class _Noted(NamedTuple):
     """W and B when a step's first gradient had arrived, and the gradient when its last one had.
 
     Attributes:
-        place: Of the gradient's largest value.
+        place: Of the gradient's largest value; None: W has another shape, so it gets another gradient.
         values: Of W and of B at that place.
     """
 
@@ -37,8 +37,8 @@ class _Noted(NamedTuple):
     gradient: Tensor
     version: int
     size: Tensor
-    place: Tensor
-    values: Tensor
+    place: Tensor | None
+    values: Tensor | None
 
 
 class UpdateWatch:
@@ -74,9 +74,9 @@ class UpdateWatch:
             return
         if gradient.numel():
             w, b, *_ = self._noted.get(key) or (_digest(weight.weight), _digest(weight.feedback))
-            size, place = size_of(gradient), gradient.abs().argmax()
+            place = gradient.abs().argmax() if weight.weight.shape == gradient.shape else None
             values = _values_at(place, weight)
-            self._noted[key] = _Noted(w, b, gradient, version_of(gradient), size, place, values)
+            self._noted[key] = _Noted(w, b, gradient, version_of(gradient), size_of(gradient), place, values)
 
     def check(self, weights: Weights) -> None:
         """Refuse an optimizer that has updated one of W and B alone, and warn of a norm that counts B.
@@ -138,11 +138,13 @@ def _digest(tensor: Tensor) -> Tensor:
     return tensor.detach().view(_INTEGERS[tensor.element_size()]).sum()
 
 
-def _values_at(place: Tensor, weight: UntiedWeight) -> Tensor:
+def _values_at(place: Tensor | None, weight: UntiedWeight) -> Tensor | None:
+    if place is None:
+        return None
     return torch.stack([w.detach().take(place) for w in (weight.weight, weight.feedback)])
 
 
 def _is_lost(noted: _Noted, weight: UntiedWeight) -> bool:
     """Whether rounding loses, in the one of W and B that did not change, half of what the other did."""
-    changes = _values_at(noted.place, weight) - noted.values
-    return bool((noted.values + changes.flip(0) / 2 == noted.values).all())
+    now, old = _values_at(noted.place, weight), noted.values
+    return now is not None and old is not None and bool((old + (now - old).flip(0) / 2 == old).all())
