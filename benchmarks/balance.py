@@ -177,7 +177,9 @@ def measure(settings: Cell) -> Cell:
     optimizer, efolds, worst = make_optimizer(model, settings), 0.0, 0.0
     if path.mirrors:
         path.mirror()
-    planned = iter(schedule(settings, settings["epochs"] * math.ceil((len(data.train) - 1) / BATCH)))
+    plan = schedule(settings, settings["epochs"] * math.ceil((len(data.train) - 1) / BATCH))
+    momentum = settings["momentum"] if settings["optimizer"] == "sgd" else 0.0
+    planned, count = iter(plan), exact_efolds(plan, momentum)
     for epoch in range(1, settings["epochs"] + 1):
         model.train()
         for x, y in minibatches(
@@ -193,7 +195,6 @@ def measure(settings: Cell) -> Cell:
             loss.backward()
             optimizer.step()
             path.step()
-            momentum = settings["momentum"] if settings["optimizer"] == "sgd" else 0.0
             efolds += rate * decay / (1.0 - momentum)
         worst = max(worst, largest_angle(path))
     gains = path.gains()
@@ -201,7 +202,7 @@ def measure(settings: Cell) -> Cell:
     found |= {"least_gain": min(gains.values()), "most_gain": max(gains.values())}
     if settings["rule"] == "kp":
         found["predicted"] = max(
-            predict_angle(efolds, float(w.detach().norm()), *first[name]) for name, w, _ in path.pairs()
+            predict_angle(count, float(w.detach().norm()), *first[name]) for name, w, _ in path.pairs()
         )
     return {name: round(value, 4) for name, value in found.items()}
 
