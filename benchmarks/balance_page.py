@@ -1,6 +1,6 @@
-"""What docs/balance.md shows of `balance.py`: its figures, which `doc_figures.py` draws, and its table.
+"""What docs/balance.md shows of `balance.py`: its figures, which `doc_figures.py` draws, and its tables.
 
-`python benchmarks/balance_page.py` writes the table.
+`python benchmarks/balance_page.py` writes the tables.
 """
 
 import itertools
@@ -30,8 +30,11 @@ from feedbackpath.report.parts import (
     write_letters,
 )
 from feedbackpath.report.style import style_of
+from feedbackpath.report.table import summary_rows
+from feedbackpath.train.results import read_results
 
 PAGE = Path(__file__).parent.parent / "docs" / "balance.md"
+RECIPE_COLUMNS = ("rule", "n", "test error", "minus bp", "angle, max", "δ angle, max")
 STEPS = 380  # of a run
 CHANCE, FAILED = 90.0, 50.0  # percent of errors: of ten classes, and above which a network has not learned
 OPTIMIZERS = {
@@ -118,9 +121,9 @@ def _draw_errors(axes: Axes, cells: list[Cell]) -> None:
     axes.set_xlim(-0.003, 60)
     axes.set_xticks((0, 0.01, 0.1, 1, 3, 10), ("0", "0.01", "0.1", "1", "3", "10"))
     axes.set_yscale("symlog", linthresh=2)
-    axes.set_ylim(-10, 100)
-    axes.set_yticks((-5, -2, -1, 0, 1, 2, 5, 10, 30, 90))
-    axes.set_yticklabels(("−5", "−2", "−1", "0", "1", "2", "5", "10", "30", "90"))
+    axes.set_ylim(-15, 100)
+    axes.set_yticks((-10, -5, -2, -1, 0, 1, 2, 5, 10, 30, 90))
+    axes.set_yticklabels(("−10", "−5", "−2", "−1", "0", "1", "2", "5", "10", "30", "90"))
     axes.yaxis.set_minor_locator(NullLocator())
 
 
@@ -285,10 +288,23 @@ def _shape(settings: Cell) -> tuple[str, float, float]:
     return settings["norm"], settings["lr"], settings["weight_decay"]
 
 
+def recipe_table() -> str:
+    """Return the table of the recipe ``glyphs-resnet8`` with its decay, and with more."""
+    rows = []
+    for folder in ("glyphs-resnet8", "glyphs-resnet8-more-decay"):
+        results = read_results(OUT.parent / folder)
+        decay = f"{results.config['weight_decay']:g}"
+        for row in summary_rows(results.runs, results.metric):
+            if row["rule"] in ("bp", "kp"):
+                rows.append([decay, *(row[column] for column in RECIPE_COLUMNS)])
+    return as_table(["decay", *RECIPE_COLUMNS], rows)
+
+
 def main() -> None:
-    """Write the table."""
+    """Write the tables."""
     cells = json.loads((OUT / "falling.json").read_text(encoding="utf-8"))["cells"]
     write_between(PAGE, "falling", falling_table(cells) + "\n")
+    write_between(PAGE, "recipe", recipe_table() + "\n")
 
 
 if __name__ == "__main__":

@@ -84,10 +84,11 @@ def test_the_sum_of_e_folds_is_exact_for_small_steps_alone():
     )
 
 
-def test_the_table_of_a_falling_decay_is_written_from_the_result_file():
+def test_the_tables_of_the_page_are_written_from_the_result_files():
     cells = json.loads((balance.OUT / "falling.json").read_text())["cells"]
     page = balance_page.PAGE.read_text(encoding="utf-8")
     assert balance_page.falling_table(cells) in page
+    assert balance_page.recipe_table() in page
 
 
 def test_the_mirror_has_cells_of_its_own():
