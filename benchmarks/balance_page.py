@@ -291,8 +291,8 @@ def _shape(settings: Cell) -> tuple[str, float, float]:
 def recipe_table() -> str:
     """Return the table of the recipe ``glyphs-resnet8`` with its decay, and with more."""
     rows = []
-    for folder in ("glyphs-resnet8", "glyphs-resnet8-more-decay"):
-        results = read_results(OUT.parent / folder)
+    for folder in (OUT.parent / "glyphs-resnet8", OUT / "more-decay"):
+        results = read_results(folder)
         decay = f"{results.config['weight_decay']:g}"
         for row in summary_rows(results.runs, results.metric):
             if row["rule"] in ("bp", "kp"):
