@@ -126,7 +126,7 @@ def make_optimizer(model: nn.Module, settings: Cell) -> torch.optim.Optimizer:
 def schedule(settings: Cell, steps: int) -> list[tuple[float, float]]:
     """Return each step's learning rate and decay: a half cosine, and a constant or a falling one.
 
-    A decay that falls has as many e-folds as the constant one::
+    A decay that falls has the sum of lr wd of the constant one::
 
         lr_t = lr (1 + cos(pi t / T)) / 2
         wd_t = wd s_t (sum of lr_t) / (sum of lr_t s_t)        s_t = (1 - t / T)^power
@@ -174,12 +174,12 @@ def measure(settings: Cell) -> Cell:
             for _, _, b in path.pairs():
                 b.mul_(settings["start"])
     first = {name: (float(w.detach().norm()), float(b.detach().norm())) for name, w, b in path.pairs()}
-    optimizer, efolds, worst = make_optimizer(model, settings), 0.0, 0.0
+    optimizer, worst = make_optimizer(model, settings), 0.0
     if path.mirrors:
         path.mirror()
     plan = schedule(settings, settings["epochs"] * math.ceil((len(data.train) - 1) / BATCH))
     momentum = settings["momentum"] if settings["optimizer"] == "sgd" else 0.0
-    planned, count = iter(plan), exact_efolds(plan, momentum)
+    planned = iter(plan)
     for epoch in range(1, settings["epochs"] + 1):
         model.train()
         for x, y in minibatches(
@@ -195,14 +195,14 @@ def measure(settings: Cell) -> Cell:
             loss.backward()
             optimizer.step()
             path.step()
-            efolds += rate * decay / (1.0 - momentum)
         worst = max(worst, largest_angle(path))
-    gains = path.gains()
+    gains, efolds = path.gains(), sum(rate * decay for rate, decay in plan) / (1.0 - momentum)
     found = {"error": error_of(model, data), "worst": worst, "last": largest_angle(path), "efolds": efolds}
     found |= {"least_gain": min(gains.values()), "most_gain": max(gains.values())}
     if settings["rule"] == "kp":
         found["predicted"] = max(
-            predict_angle(count, float(w.detach().norm()), *first[name]) for name, w, _ in path.pairs()
+            predict_angle(exact_efolds(plan, momentum), float(w.detach().norm()), *first[name])
+            for name, w, _ in path.pairs()
         )
     return {name: round(value, 4) for name, value in found.items()}
 

@@ -28,15 +28,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from marked import as_far_as_run, as_table, measure_into, not_run, with_quartiles, write_between
-from studies import search_with, settings_in_words, train
+from studies import chosen_settings, rows_with_settings, search_with, train
 from torch import nn
 
 from feedbackpath.bench.measure import keep_freed_memory, ratio_to, time_in_turns
 from feedbackpath.bench.workloads import Arithmetic, TrainingStep, Workload, find_workload
 from feedbackpath.models import build_model
-from feedbackpath.report.table import summary_rows
 from feedbackpath.train.results import read_results
 
 HERE = Path(__file__).parent
@@ -77,7 +75,7 @@ def tune(study: str, part: str, data_dir: Path | None) -> None:
 def run(study: str, part: str, data_dir: Path | None) -> None:
     """Train each rule with its best settings, and keep the result file."""
     place = Path(study) / part
-    chosen: dict[str, Any] = yaml.safe_load((OUT / place / "tuned/chosen.yaml").read_text(encoding="utf-8"))
+    chosen = chosen_settings(OUT / place / "tuned")
     chosen |= {"rules": RULES, "epochs": EPOCHS, "seed": FIRST_SEED, "seeds": SEEDS}
     chosen |= {"data_dir": data_dir} if data_dir else {}
     command = f"python benchmarks/brain_like.py run {study} --parts {part}"
@@ -96,11 +94,7 @@ def rows_of(study: str, part: str) -> list[list[str]]:
     folder = OUT / study / part
     if not (folder / "results.json").exists():
         return []
-    results = read_results(folder)
-    return [
-        [part, *(row[column] for column in COLUMNS), settings_in_words(results.config, row["rule"])]
-        for row in summary_rows(results.runs, results.metric)
-    ]
+    return rows_with_settings(read_results(folder), COLUMNS, part)
 
 
 @dataclass(frozen=True)

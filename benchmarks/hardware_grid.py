@@ -25,9 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from marked import as_far_as_run, write_between
-from studies import train
+from studies import chosen_settings, train
 from tuned_glyphs import best_settings
 
 from feedbackpath.jobs.tolerance import IMPERFECTIONS
@@ -101,7 +100,7 @@ def train_at(settings: Mapping[str, Any], seeds: tuple[int, int], place: Path) -
 
 def mend() -> None:
     """Train all ways at every spread of the asymmetry."""
-    chosen: dict[str, Any] = yaml.safe_load((OUT / "tuned" / "chosen.yaml").read_text(encoding="utf-8"))
+    chosen = chosen_settings(OUT / "tuned")
     for text, way in WAYS.items():
         own = chosen.get("rule_settings", {}).get(way.rule, {}) | dict(way.settings)
         config = chosen | {"rules": [way.rule], "rule_settings": {way.rule: own} if own else {}}

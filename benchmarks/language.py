@@ -22,8 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from studies import search_with, train
+from studies import chosen_settings, search_with, train
 
 HERE = Path(__file__).parent
 OUT, WORK = HERE / "language", Path("runs") / "language"
@@ -57,11 +56,14 @@ def tune(network: str) -> None:
     search_with(asked, WORK / place, OUT / place, "--trials", TRIALS)
 
 
-def best_settings(network: str) -> dict[str, Any]:
-    """Return what the search has chosen, as the settings of a job."""
-    chosen = OUT / network / "tuned" / "chosen.yaml"
-    found: dict[str, Any] = yaml.safe_load(chosen.read_text(encoding="utf-8"))
-    return found
+def best_settings(network: str, rules: Sequence[str]) -> dict[str, Any]:
+    """Return what the search has chosen for some rules: a job refuses settings of rules it does not train."""
+    chosen = chosen_settings(OUT / network / "tuned")
+    parts = {
+        part: {rule: found for rule, found in chosen.get(part, {}).items() if rule in rules}
+        for part in ("by_rule", "rule_settings")
+    }
+    return {**chosen, **parts, "rules": rules}
 
 
 def settings_of(study: str, network: str, way: str = "") -> dict[str, Any]:
@@ -74,21 +76,12 @@ def settings_of(study: str, network: str, way: str = "") -> dict[str, Any]:
     """
     base = TEXT | {"model": network, "seeds": 3}
     if way:
-        own = WAYS[way] if way != "best" else _of_rules(best_settings(network), ("bp",))
+        own = WAYS[way] if way != "best" else best_settings(network, ("bp",))
         return base | own | {"epochs": LONG_EPOCHS, "seed": 300}
     if study == "run":
-        return base | _of_rules(best_settings(network), RULES[network]) | {"epochs": EPOCHS, "seed": 100}
-    chosen = _of_rules(best_settings(network), AS_GOOD[network])
+        return base | best_settings(network, RULES[network]) | {"epochs": EPOCHS, "seed": 100}
+    chosen = best_settings(network, AS_GOOD[network])
     return base | chosen | {"epochs": EPOCHS, "seed": 200, "seeds": 10, "equivalence": MARGINS[network]}
-
-
-def _of_rules(chosen: dict[str, Any], rules: Sequence[str]) -> dict[str, Any]:
-    """Return chosen settings of some rules alone: a job refuses those of rules that it does not train."""
-    parts = {
-        part: {rule: found for rule, found in chosen.get(part, {}).items() if rule in rules}
-        for part in ("by_rule", "rule_settings")
-    }
-    return {**chosen, **parts, "rules": rules}
 
 
 def place_of(study: str, network: str, way: str = "") -> Path:

@@ -11,9 +11,9 @@ from typing import Any
 
 from cost_page import put_tables
 from language import OUT, RULES, WAYS, place_of
-from marked import as_table, not_run
+from marked import as_far_as_run
 from matplotlib.figure import Figure
-from studies import settings_in_words
+from studies import rows_with_settings
 
 from feedbackpath.report import markdown_table
 from feedbackpath.report.equivalence import describe
@@ -27,8 +27,7 @@ from feedbackpath.report.parts import (
     write_letters,
 )
 from feedbackpath.report.style import in_order, legend_label
-from feedbackpath.report.table import summary_rows
-from feedbackpath.train.results import Results, read_results
+from feedbackpath.train.results import read_results
 
 PAGE = Path(__file__).parent.parent / "docs" / "language.md"
 SHOWN = ("rule", "n", "test bits per byte", "minus bp", "angle, max", "δ angle, max", "gain")
@@ -51,27 +50,15 @@ def tables() -> dict[str, str]:
 def table_of(study: str, network: str, ways: Sequence[str] = ("",)) -> str:
     """Return the table of a study's jobs with the settings of each rule, and the verdict if it has one."""
     places = {way: OUT / place_of(study, network, way) for way in ways}
-    rows, verdicts, absent = [], [], []
-    for way, place in places.items():
-        if (place / "results.json").exists():
-            results = read_results(place)
-            rows += rows_of(results, way)
-            verdicts += [describe(results)] if results.equivalence else []
-        else:
-            absent.append(way)
-    if not rows:
-        return not_run(f"python benchmarks/language.py {study} {network}") + "\n"
-    table = as_table([*["way"][: len(ways) - 1], *SHOWN, "settings"], rows)
-    more = [not_run(f"python benchmarks/language.py {study} {network}", ", ".join(absent))] if absent else []
-    return "\n\n".join([table, *verdicts, *more]) + "\n"
-
-
-def rows_of(results: Results, way: str) -> list[list[str]]:
-    """Return the rows of a job, one for each rule."""
-    return [
-        [*[way][: bool(way)], *(row[name] for name in SHOWN), settings_in_words(results.config, row["rule"])]
-        for row in summary_rows(results.runs, results.metric)
-    ]
+    found = {way: read_results(at) for way, at in places.items() if (at / "results.json").exists()}
+    first = ["way"] if len(ways) > 1 else []
+    rows: dict[str, list[list[str]]] = {way: [] for way in ways}
+    for way, results in found.items():
+        rows[way] = rows_with_settings(results, SHOWN, *[way][: len(first)])
+    command = f"python benchmarks/language.py {study} {network}"
+    table = as_far_as_run([*first, *SHOWN, "settings"], rows, command)
+    verdicts = [describe(results) for results in found.values() if results.equivalence]
+    return "\n\n".join([table, *verdicts]) + "\n"
 
 
 def samples_table(cells: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from feedbackpath import cli
 from feedbackpath.jobs import run_job
 from feedbackpath.jobs.tune import in_words
 from feedbackpath.report.live import LiveView
+from feedbackpath.report.table import summary_rows
 from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.results import Results
 
@@ -93,6 +94,24 @@ def keep(file: Path, folder: Path) -> None:
 
 
 def settings_in_words(found: Mapping[str, Any], rule: str) -> str:
-    """Return a rule's settings, those of training and its own, from what a search or a job was given."""
-    settings = found["by_rule"][rule] | found["rule_settings"].get(rule, {})
+    """Return a rule's settings, those of training and its own, from what a search or a job was given.
+
+    A job whose rules all train alike has the settings of training once.
+    """
+    shared = found["by_rule"].get(rule) or {name: found[name] for name in ("lr", "weight_decay")}
+    settings = shared | found["rule_settings"].get(rule, {})
     return in_words(settings).replace("weight_decay", "decay")
+
+
+def chosen_settings(kept: Path) -> dict[str, Any]:
+    """Return what a search has chosen, as the settings of a job."""
+    found: dict[str, Any] = yaml.safe_load((kept / "chosen.yaml").read_text(encoding="utf-8"))
+    return found
+
+
+def rows_with_settings(results: Results, columns: Sequence[str], *first: str) -> list[list[str]]:
+    """Return a row for each rule of a job: first cells, columns of its summary, and its settings."""
+    return [
+        [*first, *(row[column] for column in columns), settings_in_words(results.config, row["rule"])]
+        for row in summary_rows(results.runs, results.metric)
+    ]

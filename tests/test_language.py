@@ -3,6 +3,7 @@
 import json
 
 import language
+import language_page
 import pytest
 import torch
 import yaml
@@ -13,6 +14,7 @@ from language_samples import angles_by_step, write
 import feedbackpath as fp
 from feedbackpath.models.language import TextLSTM
 from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.results import read_results
 
 
 @pytest.fixture
@@ -91,6 +93,19 @@ def test_a_sample_depends_on_the_network_alone():
     torch.manual_seed(0)
     model = TextLSTM(256, width=8)
     assert write(model, 5) == write(model, 5)
+
+
+def test_a_table_has_the_settings_of_jobs_whose_rules_train_alike(monkeypatch, tmp_path):
+    made = read_results(OUT / "untuned" / "gpt")
+    monkeypatch.setattr(language_page, "OUT", tmp_path)
+    kept = tmp_path / "gpt" / "long-same"
+    kept.mkdir(parents=True)
+    (kept / "results.json").write_text((OUT / "untuned" / "gpt" / "results.json").read_text())
+    table = language_page.table_of("long", "gpt", ("same", "zero"))
+    first = next(run.rule for run in made.runs)
+    assert f"| same | {first} | 1/1 |" in table
+    assert table.splitlines()[2].endswith("| lr 0.003, decay 0.1 |")
+    assert "Not run yet: zero" in table
 
 
 def test_the_page_has_what_the_result_files_have():
