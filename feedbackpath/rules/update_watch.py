@@ -28,8 +28,7 @@ class _Noted(NamedTuple):
     """W and B when a step's first gradient had arrived, and the gradient when its last one had.
 
     Attributes:
-        place: Of the gradient's largest value; None: W has another shape, so it gets another gradient.
-        values: Of W and of B at that place.
+        largest: Where the gradient is largest, with W and B there; None: W has another shape, so another one.
     """
 
     weight: Tensor
@@ -37,8 +36,7 @@ class _Noted(NamedTuple):
     gradient: Tensor
     version: int
     size: Tensor
-    place: Tensor | None
-    values: Tensor | None
+    largest: tuple[Tensor, Tensor] | None
 
 
 class UpdateWatch:
@@ -74,9 +72,9 @@ class UpdateWatch:
             return
         if gradient.numel():
             w, b, *_ = self._noted.get(key) or (_digest(weight.weight), _digest(weight.feedback))
-            place = gradient.abs().argmax() if weight.weight.shape == gradient.shape else None
-            values = _values_at(place, weight)
-            self._noted[key] = _Noted(w, b, gradient, version_of(gradient), size_of(gradient), place, values)
+            place = gradient.abs().argmax()
+            largest = (place, _values_at(place, weight)) if weight.weight.shape == gradient.shape else None
+            self._noted[key] = _Noted(w, b, gradient, version_of(gradient), size_of(gradient), largest)
 
     def check(self, weights: Weights) -> None:
         """Refuse an optimizer that has updated one of W and B alone, and warn of a norm that counts B.
@@ -138,13 +136,14 @@ def _digest(tensor: Tensor) -> Tensor:
     return tensor.detach().view(_INTEGERS[tensor.element_size()]).sum()
 
 
-def _values_at(place: Tensor | None, weight: UntiedWeight) -> Tensor | None:
-    if place is None:
-        return None
+def _values_at(place: Tensor, weight: UntiedWeight) -> Tensor:
     return torch.stack([w.detach().take(place) for w in (weight.weight, weight.feedback)])
 
 
 def _is_lost(noted: _Noted, weight: UntiedWeight) -> bool:
     """Whether rounding loses, in the one of W and B that did not change, half of what the other did."""
-    now, old = _values_at(noted.place, weight), noted.values
-    return now is not None and old is not None and bool((old + (now - old).flip(0) / 2 == old).all())
+    if noted.largest is None:
+        return False
+    place, old = noted.largest
+    change = _values_at(place, weight) - old
+    return bool((old + change.flip(0) / 2 == old).all())
