@@ -123,6 +123,11 @@ def make_optimizer(model: nn.Module, settings: Cell) -> torch.optim.Optimizer:
     return torch.optim.SGD(learning, momentum=settings["momentum"], **told)
 
 
+def steps_of(settings: Cell) -> int:
+    """Return the steps of a run; a last minibatch of one sample is left out."""
+    return int(settings["epochs"] * math.ceil((len(digits().train) - 1) / BATCH))
+
+
 def schedule(settings: Cell, steps: int) -> list[tuple[float, float]]:
     """Return each step's learning rate and decay: a half cosine, and a constant or a falling one.
 
@@ -177,7 +182,7 @@ def measure(settings: Cell) -> Cell:
     optimizer, worst = make_optimizer(model, settings), 0.0
     if path.mirrors:
         path.mirror()
-    plan = schedule(settings, settings["epochs"] * math.ceil((len(data.train) - 1) / BATCH))
+    plan = schedule(settings, steps_of(settings))
     momentum = settings["momentum"] if settings["optimizer"] == "sgd" else 0.0
     planned = iter(plan)
     for epoch in range(1, settings["epochs"] + 1):

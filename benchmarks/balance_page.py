@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from balance import DEFAULTS, DEPTHS, FALLING, MIRROR, OUT, exact_efolds, schedule
+from balance import DEFAULTS, DEPTHS, FALLING, MIRROR, OUT, exact_efolds, schedule, steps_of
 from cells import Cell
 from marked import as_table, write_between
 from matplotlib.axes import Axes
@@ -35,7 +35,6 @@ from feedbackpath.train.results import read_results
 
 PAGE = Path(__file__).parent.parent / "docs" / "balance.md"
 RECIPE_COLUMNS = ("rule", "n", "test error", "minus bp", "angle, max", "δ angle, max")
-STEPS = 380  # of a run
 CHANCE, FAILED = 90.0, 50.0  # percent of errors: of ten classes, and above which a network has not learned
 OPTIMIZERS = {
     "SGD, rate 0.03": ({"optimizer": "sgd", "lr": 0.03}, "o"),
@@ -281,7 +280,7 @@ def falling_table(cells: list[Cell]) -> str:
 
 def efolds_of(settings: Cell) -> float:
     """Return the e-folds of a run without the approximation of the sum."""
-    return exact_efolds(schedule(settings, STEPS), settings["momentum"])
+    return exact_efolds(schedule(settings, steps_of(settings)), settings["momentum"])
 
 
 def _shape(settings: Cell) -> tuple[str, float, float]:

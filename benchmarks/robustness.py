@@ -35,7 +35,7 @@ four-bits-by-mean 99.375%) of wm minus bp is below 1 point in every column.
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,27 +100,26 @@ class Study:
     rules: tuple[str, ...] = RULES
 
 
+FOUR_BITS = Study(
+    DIGITS,
+    (700, 30),
+    mark="robustness-four-bits",
+    folder="four-bits",
+    noises=("4 bits",),
+    level=LEVEL / 8,
+    tuned="tuned-at-4-bits",
+    tuned_under="4 bits",
+)
 STUDIES = {
     "digits": Study(DIGITS, (300, 10), level=LEVEL / 4, tuned="tuned"),
-    "four-bits": Study(
-        DIGITS,
-        (700, 30),
-        mark="robustness-four-bits",
-        folder="four-bits",
-        noises=("4 bits",),
-        level=LEVEL / 8,
-        tuned="tuned-at-4-bits",
-        tuned_under="4 bits",
-    ),
-    "four-bits-by-mean": Study(
-        DIGITS,
-        (800, 60),
+    "four-bits": FOUR_BITS,
+    "four-bits-by-mean": replace(
+        FOUR_BITS,
+        seeds=(800, 60),
         mark="robustness-four-bits-by-mean",
         folder="four-bits-by-mean",
-        noises=("4 bits",),
         level=LEVEL / 16,
         tuned="tuned-at-4-bits-by-mean",
-        tuned_under="4 bits",
         search=("--seeds", 3, "--lr-range", 0.01, 0.2),
         rules=("bp", "wm"),
     ),
