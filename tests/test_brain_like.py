@@ -40,6 +40,17 @@ def test_local_connections_are_what_the_plain_loop_says(problem):
     torch.testing.assert_close(layer(x), connect(layer, x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("problem", LOCALS, ids=by_id)
+def test_products_of_noise_and_answers_are_autograds_gradient(problem):
+    layer, (x,) = problem.build(), problem.inputs(requires_grad=False)
+    out = layer(x)
+    answer = torch.randn_like(out)
+    (expected,) = torch.autograd.grad(out, layer.weight, answer)
+    by_group = answer.permute(2, 3, 1, 0).flatten(0, 2).mT
+    found = fields.local_products(layer, x, by_group)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_same_kernel_everywhere_is_a_convolution(groups):
     settings = {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "groups": groups}

@@ -6,6 +6,7 @@ kernel's edge meets fewer inputs: each value of a covariance is averaged over th
 (Appendix D.2 of Akrout et al. 2019).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ class Field:
         """
         weight = self.weight
         if is_local(weight):
-            answers: list[Tensor] = [weight.layer(part) for part in _parts(weight.layer, x)]
+            parts = torch.split(_cover(weight.layer, x), _count_at_once(weight.layer))
+            answers: list[Tensor] = [weight.layer(part) for part in parts]
             # As as_matrix has them: each neuron is its own.
             return torch.cat([z.permute(2, 3, 1, 0).flatten(0, 2) for z in answers], 1).mT
         if runs_itself(weight):
@@ -102,17 +104,13 @@ class Field:
             return conv_products(geometry_of(weight.layer, padding), like, x, answer)
         if runs_itself(weight):
             return answer.mT @ x.flatten(0, -2)
+        if is_local(weight):
+            return local_products(weight.layer, _cover(weight.layer, x), answer)
         products = torch.empty_like(weight.weight, dtype=answer.dtype)
         matrix = _matrix_of(weight, products)
         groups, neurons, inputs = matrix.shape
         answers = answer.view(-1, groups, neurons).permute(1, 2, 0)
-        if not is_local(weight):
-            matrix.copy_(answers @ x.reshape(-1, groups, inputs).transpose(0, 1))
-            return products
-        matrix.zero_()
-        parts = _parts(weight.layer, x)
-        for part, answer in zip(parts, torch.split(answers, [len(part) for part in parts], 2), strict=True):
-            matrix.baddbmm_(answer, weight.layer.patches(part).mT)
+        matrix.copy_(answers @ x.reshape(-1, groups, inputs).transpose(0, 1))
         return products
 
 
@@ -131,16 +129,20 @@ def is_local(weight: UntiedWeight) -> bool:
     return isinstance(weight.layer, LocallyConnected2d)
 
 
-def _parts(layer: LocallyConnected2d, x: Tensor) -> tuple[Tensor, ...]:
+def _cover(layer: LocallyConnected2d, x: Tensor) -> Tensor:
     """Cover a layer's map with patches ``[N, C, *kernel]`` of codes; a whole map stays as it is.
 
-    Some examples at a time: what all neurons see of many takes new memory each time, which is slow.
+    Samples come to lie side by side in memory, as the layer needs them; it would move them value by value.
     """
     if x.shape[2:] != layer.input_size:
         counts = (-(-size // k) for size, k in zip(layer.input_size, layer.kernel_size, strict=True))
         x = x.repeat(1, 1, *counts)[:, :, : layer.input_size[0], : layer.input_size[1]]
-    seen = layer.weight.numel() // (layer.out_channels // layer.groups)
-    return torch.split(x, max(1, SEEN_VALUES // seen))
+    return x.flatten(1).mT.contiguous().mT.view(x.shape)
+
+
+def _count_at_once(layer: LocallyConnected2d) -> int:
+    """Count the examples to run together: what all neurons see of many takes new memory, which is slow."""
+    return max(1, SEEN_VALUES // (layer.weight.numel() // (layer.out_channels // layer.groups)))
 
 
 def make_field(weight: UntiedWeight, seen: Sequence[int] | None) -> Field:
@@ -264,6 +266,32 @@ def conv_products(geometry: ConvGeometry, like: Tensor, x: Tensor, answer: Tenso
         answer, x, like, None, *geometry, (False, True, False)
     )
     return gradients[1]
+
+
+def local_products(layer: LocallyConnected2d, x: Tensor, answer: Tensor) -> Tensor:
+    """Sum answer times input over samples, for each synapse of a local layer: laid out as W.
+
+    Of a row of neurons each sees a row of its patch as a run of memory, so that nothing has to be copied to
+    where it is multiplied.
+
+    Args:
+        layer: The layer.
+        x: Input ``[N, C_in, H, W]``.
+        answer: Answers ``[N, neurons]``, as ``as_groups`` orders them.
+    """
+    groups, (high, wide), (rows, columns) = layer.groups, layer.output_size, layer.kernel_size
+    (down, along), inputs = layer.padding, layer.in_channels // layer.groups
+    by_place = x.reshape(len(x), groups, inputs, *layer.input_size).permute(1, 3, 4, 2, 0)
+    lines = F.pad(by_place, (0, 0, 0, 0, along, along, down, down)).contiguous().flatten(2, 3)
+    products = torch.empty_like(layer.weight, dtype=answer.dtype)
+    laid_out = products.view(high, wide, groups, -1, inputs, rows, columns)
+    answers = answer.mT.reshape(high, wide, groups, -1, len(x))
+    for group, line, row in itertools.product(range(groups), range(high), range(rows)):
+        source = lines[group, line * layer.stride[0] + row]  # [W * inputs, N]
+        seen = source.unfold(0, columns * inputs, layer.stride[1] * inputs)[:wide]
+        told = torch.bmm(answers[line, :, group], seen)
+        laid_out[line, :, group, :, :, row] = told.view(wide, -1, columns, inputs).mT
+    return products
 
 
 def per_neuron(values: Tensor, weight: UntiedWeight) -> Tensor:
