@@ -17,11 +17,12 @@ left at 62 to 86% after three epochs of 10,000 samples of 200 classes, and at 9%
 synapse learns from one sample for each image.
 
 The mirror has fixed settings, so that its trials search learning rate and decay alone. Passes through local
-connections are long: at an angle of 10 degrees after every step they take ten times as long as the step.
+connections are long.
 """
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,12 +30,15 @@ from pathlib import Path
 from typing import Any
 
 from marked import as_far_as_run, as_table, measure_into, not_run, with_quartiles, write_between
+from matplotlib.figure import Figure
 from studies import chosen_settings, rows_with_settings, search_with, train
 from torch import nn
 
 from feedbackpath.bench.measure import keep_freed_memory, ratio_to, time_in_turns
 from feedbackpath.bench.workloads import Arithmetic, TrainingStep, Workload, find_workload
 from feedbackpath.models import build_model
+from feedbackpath.report.parts import PAGE_WIDTH, draw_legend, key, line_looks, scale_metric, write_letters
+from feedbackpath.report.style import legend_label
 from feedbackpath.train.results import read_results
 
 HERE = Path(__file__).parent
@@ -52,11 +56,12 @@ STUDIES: dict[str, dict[str, Any]] = {
     "glyphs-resnet8": {"data": "glyphs", "classes": 20, "model": "resnet8"},
     "fashion-mnist-lenet": {"data": "fashion-mnist", "model": "lenet"},
 }
+TITLES = {"glyphs-resnet8": "ResNet-8, glyphs", "fashion-mnist-lenet": "LeNet, Fashion-MNIST"}
 SIZES = {"samples_per_epoch": 5_000, "batch_size": 32, "num_threads": 1}
 MIRROR = {"wm": {"mirror": {"target_angle_deg": 20.0, "forgetting": 0.6, "when": {"every": 2}}}}
 TRIALS, SHORT, EPOCHS, SEEDS, FIRST_SEED = 8, 2, 6, 3, 100
 COST, COST_RULES, BATCH, ROUNDS = OUT / "cost.json", ("bp", "kp", "wm"), 128, 7
-COLUMNS = ("rule", "n", "test error", "minus bp", "angle, worst epoch")
+COLUMNS = ("rule", "n", "test error", "minus bp", "angle, max", "angle, worst epoch")
 
 
 def tune(study: str, part: str, data_dir: Path | None) -> None:
@@ -147,6 +152,29 @@ def cost_table() -> str:
         for row in json.loads(COST.read_text(encoding="utf-8"))["rows"]
     ]
     return as_table(heads, rows)
+
+
+def draw() -> Figure:
+    """Draw the test errors of each network: a marker for each seed, and a line at the rule's mean."""
+    figure = Figure(figsize=(PAGE_WIDTH, 2.9), layout="constrained")
+    panels = figure.subplots(1, len(STUDIES))
+    for axes, (study, title) in zip(panels, TITLES.items(), strict=True):
+        found = {part: read_results(OUT / study / part).runs for part in PARTS}
+        for place, runs in enumerate(found.values()):
+            for shift, rule in enumerate(RULES):
+                errors = [run.test for run in runs if run.rule == rule and run.test is not None]
+                looks = line_looks(rule) | {"linestyle": ""}
+                x = place + (shift - (len(RULES) - 1) / 2) * 0.19
+                axes.plot([x] * len(errors), errors, **looks, markerfacecolor="none", markeredgewidth=0.8)
+                axes.hlines(statistics.fmean(errors), x - 0.08, x + 0.08, color=looks["color"], linewidth=1.6)
+        scale_metric(axes, [run.test for runs in found.values() for run in runs if run.test])
+        axes.set_xticks(range(len(PARTS)), [part.replace("-", "\n") for part in PARTS])
+        axes.set(title=title, ylabel="test error (%)")
+        axes.grid(visible=False, axis="x")
+    write_letters(panels)
+    keys = [key(legend_label(rule), **line_looks(rule) | {"linestyle": ""}) for rule in RULES]
+    draw_legend(figure, keys, 4, handlelength=1)
+    return figure
 
 
 def write_page() -> None:

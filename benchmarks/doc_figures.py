@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import balance_page
+import brain_like
 import competing_units
 import estimating_w
 import figure_4
@@ -156,6 +157,14 @@ DRAWN: dict[str, tuple[list[str], Callable[[], bytes]]] = {
         )
         for part in balance_page.MAPS
     },
+    "brain-like.png": (
+        [
+            f"brain-like/{study}/{part}/results.json"
+            for study in brain_like.STUDIES
+            for part in brain_like.PARTS
+        ],
+        drawn(brain_like.draw),
+    ),
     "estimating-w.png": (
         ["estimating-w/angles.json"],
         drawn(lambda: estimating_w.draw_methods(read("estimating-w/angles.json")["points"])),
