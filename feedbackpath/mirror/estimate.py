@@ -142,7 +142,8 @@ def estimate(
 def _hear(field: Field, activation: Activation, rates: Rates, x: Tensor, settings: Mirror) -> _Heard:
     """Fire once, and sum up what arrives of the noise with the answers to it."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    z = field.run(x).to(dtype)
+    fired = field.lay_out(x)
+    z = field.run(fired).to(dtype)
     x = x.to(dtype)
     y = rates.answer(z, activation)
     y = y - _mean(y)
@@ -155,7 +156,7 @@ def _hear(field: Field, activation: Activation, rates: Rates, x: Tensor, setting
         power = float((x - x.mean(0)).square().sum()) / x[0].numel()
     # Codes and their negatives have a mean of exactly 0, which takes no degree of freedom.
     lost = 0.0 if settings.fires_codes else examples / len(z)
-    products = field.multiply(x, y)
+    products = field.multiply(fired.to(dtype), y)
     return _Heard(products, _by_channel(z, y), about_mean.clamp_min(0.0), power, examples - lost, examples)
 
 

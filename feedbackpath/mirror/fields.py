@@ -73,6 +73,10 @@ class Field:
             return int(self.weight.layer.groups)
         return 1 if runs_itself(self.weight) else len(_matrix_of(self.weight, self.weight.weight))
 
+    def lay_out(self, x: Tensor) -> Tensor:
+        """Return noise as ``run`` and ``multiply`` need it, so that neither has to move it again."""
+        return _cover(self.weight.layer, x) if is_local(self.weight) else x
+
     def run(self, x: Tensor) -> Tensor:
         """Return what the layer makes of noise ``[N, *shape]``: ``[samples, channels, ...]``.
 
@@ -81,7 +85,7 @@ class Field:
         """
         weight = self.weight
         if is_local(weight):
-            parts = torch.split(_cover(weight.layer, x), _count_at_once(weight.layer))
+            parts = torch.split(self.lay_out(x), _count_at_once(weight.layer))
             answers: list[Tensor] = [weight.layer(part) for part in parts]
             # As as_matrix has them: each neuron is its own.
             return torch.cat([z.permute(2, 3, 1, 0).flatten(0, 2) for z in answers], 1).mT
@@ -105,7 +109,7 @@ class Field:
         if runs_itself(weight):
             return answer.mT @ x.flatten(0, -2)
         if is_local(weight):
-            return local_products(weight.layer, _cover(weight.layer, x), answer)
+            return local_products(weight.layer, self.lay_out(x), answer)
         products = torch.empty_like(weight.weight, dtype=answer.dtype)
         matrix = _matrix_of(weight, products)
         groups, neurons, inputs = matrix.shape
@@ -133,6 +137,7 @@ def _cover(layer: LocallyConnected2d, x: Tensor) -> Tensor:
     """Cover a layer's map with patches ``[N, C, *kernel]`` of codes; a whole map stays as it is.
 
     Samples come to lie side by side in memory, as the layer needs them; it would move them value by value.
+    Where they do so already, nothing is copied.
     """
     if x.shape[2:] != layer.input_size:
         counts = (-(-size // k) for size, k in zip(layer.input_size, layer.kernel_size, strict=True))

@@ -72,8 +72,8 @@ class UpdateWatch:
             return
         if gradient.numel():
             w, b, *_ = self._noted.get(key) or (_digest(weight.weight), _digest(weight.feedback))
-            place = gradient.abs().argmax()
-            largest = (place, _values_at(place, weight)) if weight.weight.shape == gradient.shape else None
+            place = gradient.abs().argmax() if weight.weight.shape == gradient.shape else None
+            largest = None if place is None else (place, _values_at(place, weight))
             self._noted[key] = _Noted(w, b, gradient, version_of(gradient), size_of(gradient), largest)
 
     def check(self, weights: Weights) -> None:
