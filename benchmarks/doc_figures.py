@@ -190,7 +190,7 @@ DRAWN: dict[str, tuple[list[str], Callable[[], bytes]]] = {
         drawn(lambda: hardware_theory.draw(read("hardware-theory/theory.json"))),
     ),
     "language-errors.png": (
-        ["language/untuned/gpt/results.json", "language/samples.json"],
+        ["language/samples.json"],
         drawn(lambda: language_page.draw(read("language/samples.json"))),
     ),
     "one-input-angles.png": (["one-input/angles.json"], drawn(of_one_input)),

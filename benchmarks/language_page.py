@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from marked import as_far_as_run
 from matplotlib.figure import Figure
 from studies import rows_with_settings
 
-from feedbackpath.report import markdown_table
 from feedbackpath.report.equivalence import describe
 from feedbackpath.report.parts import (
     PAGE_WIDTH,
@@ -31,24 +30,22 @@ from feedbackpath.train.results import read_results
 
 PAGE = Path(__file__).parent.parent / "docs" / "language.md"
 SHOWN = ("rule", "n", "test bits per byte", "minus bp", "angle, max", "δ angle, max", "gain")
-FIRST_LOOK = OUT / "untuned"  # one seed, the same settings for all rules
 NAMES = {"self_attn": "qkv", "out_proj": "out", "linear1": "ff 1", "linear2": "ff 2", "head": "output"}
 
 
 def tables() -> dict[str, str]:
     """Return the tables of the page, by name."""
     found = {"samples": samples_table(json.loads((OUT / "samples.json").read_text()))}
-    for part in sorted(FIRST_LOOK.iterdir()):
-        found[part.name] = markdown_table(read_results(part), SHOWN).strip() + "\n"
     for network in RULES:
         found[f"{network}-run"] = table_of("run", network)
         found[f"{network}-equivalence"] = table_of("equivalence", network)
-        found[f"{network}-long"] = table_of("long", network, tuple(WAYS))
-    return found
+        found[f"{network}-long"] = table_of("long", network)
+    return found | {"gpt-mirrors": table_of("mirrors", "gpt")}
 
 
-def table_of(study: str, network: str, ways: Sequence[str] = ("",)) -> str:
+def table_of(study: str, network: str) -> str:
     """Return the table of a study's jobs with the settings of each rule, and the verdict if it has one."""
+    ways = tuple(WAYS.get(study, ("",)))
     places = {way: OUT / place_of(study, network, way) for way in ways}
     found = {way: read_results(at) for way, at in places.items() if (at / "results.json").exists()}
     first = ["way"] if len(ways) > 1 else []
@@ -78,19 +75,17 @@ def shown(text: str) -> str:
 
 
 def draw(cells: Mapping[str, Any]) -> Figure:
-    """Draw delta angles by depth of the GPT (seed 0), and by steps back in time of the LSTM."""
+    """Draw delta angles by depth of the GPT, and by steps back in time of the LSTM."""
     figure = Figure(figsize=(PAGE_WIDTH, 2.8), layout="constrained")
     by_depth, by_time = figure.subplots(1, 2, sharey=True)
-    found_runs = {run.rule: run for run in read_results(FIRST_LOOK / "gpt").runs if run.seed == 0}
-    runs = [found_runs[rule] for rule in in_order(found_runs) if rule != "bp"]
-    layers = list(runs[0].history[-1].delta_angle_deg)
-    for run in runs:
-        angles = [run.history[-1].delta_angle_deg.get(layer, nan) for layer in layers]
-        by_depth.plot(range(len(layers)), angles, **line_looks(run.rule))
-    for cell, found in cells.items():
-        part, rule = cell.split("/")
-        if part == "lstm" and rule != "bp":
-            by_time.plot(found["delta_angle_deg_by_steps_back"], markevery=9, **line_looks(rule))
+    rules = [rule for rule in in_order(RULES["gpt"]) if rule != "bp"]
+    layers = list(cells["gpt/bp"]["delta_angle_deg"])
+    for rule in rules:
+        angles = [cells[f"gpt/{rule}"]["delta_angle_deg"].get(layer, nan) for layer in layers]
+        by_depth.plot(range(len(layers)), angles, **line_looks(rule))
+        if rule in RULES["lstm"]:
+            angles = cells[f"lstm/{rule}"]["delta_angle_deg_by_steps_back"]
+            by_time.plot(angles, markevery=9, **line_looks(rule))
     names = [NAMES[layer.rsplit(".", 1)[-1]] for layer in layers]
     by_depth.set_xticks(range(len(names)), names)
     by_depth.set(title="GPT", xlabel="layer", ylabel="δ angle (°)")
@@ -100,7 +95,7 @@ def draw(cells: Mapping[str, Any]) -> Figure:
     by_time.set(title="LSTM", xlabel="time steps back from the loss", xticks=range(0, 71, 10))
     scale_linear(by_depth, "y", (0, 105), 15)
     write_letters((by_depth, by_time))
-    draw_legend(figure, [key(legend_label(run.rule), **line_looks(run.rule)) for run in runs], 3)
+    draw_legend(figure, [key(legend_label(rule), **line_looks(rule)) for rule in rules], 3)
     return figure
 
 

@@ -31,19 +31,21 @@ def searched(tmp_path, monkeypatch):
         (tmp_path / network / "tuned" / "chosen.yaml").write_text(yaml.safe_dump(found))
 
 
-JOBS = [("run", ""), ("equivalence", ""), *(("long", way) for way in language.WAYS)]
+WAYS = [(study, way) for study, ways in language.WAYS.items() for way in ways]
 
 
 @pytest.mark.usefixtures("searched")
 @pytest.mark.parametrize("network", language.RULES)
-@pytest.mark.parametrize(("study", "way"), JOBS)
+@pytest.mark.parametrize(("study", "way"), [("run", ""), ("equivalence", ""), *WAYS])
 def test_each_study_is_a_job_with_seeds_of_its_own(study, way, network):
     config = CompareConfig.model_validate(language.settings_of(study, network, way))
     assert (config.data, config.model) == ("text", network)
-    assert config.seed == {"run": 100, "equivalence": 200, "long": 300}[study]
-    assert config.seeds == (10 if study == "equivalence" else 3)
-    assert config.equivalence == (language.MARGINS[network] if study == "equivalence" else None)
+    assert config.seed == {"run": 100, "equivalence": 200, "long": 300, "mirrors": 400}[study]
+    is_a_test = study == "equivalence" or way == "codes"
+    assert config.seeds == (10 if is_a_test else 3)
+    assert config.equivalence == (language.MARGINS[network] if is_a_test else None)
     assert set(config.by_rule) == (set() if way in ("same", "zero") else set(config.rules))
+    assert config.rule_settings.get("wm", {}).get("mirror") == language.WAYS["mirrors"].get(way)
 
 
 def test_margins_are_those_that_were_declared():
