@@ -14,10 +14,10 @@ bits per byte, were written here before any of them ran. ``long`` gives Kolen-Po
 and 5.2 e-folds: AdamW's decoupled decay shrinks W - B by exp(-sum of lr wd) = exp(-0.003 * 0.35 * 0.5 *
 10,000). Beside it stand a B that starts at 0, and backprop with the same settings and with its own best.
 
-``mirrors`` trains ``wm`` in the GPT with other mirrors than the one that the search chose: codes that
-are orthogonal on ten seeds, enough samples for 5 degrees on three. It was declared when ``run`` had shown the chosen mirror
-0.07 bits per byte behind backprop on its first seed, after a pilot on validation data (one seed, 500 steps:
-backprop 2.773, codes 2.773, the default mirror 2.806, 10 degrees 2.812, the chosen one 2.846).
+``mirrors`` trains ``wm`` in the GPT with other mirrors than the one that the search chose: codes that are
+orthogonal on ten seeds, and enough samples for 5 degrees on three. It was declared when ``run`` had shown the
+chosen mirror 0.07 bits per byte behind backprop on its first seed, after a pilot on validation data (a seed,
+500 steps: backprop 2.773, codes 2.773, the default mirror 2.806, 10 degrees 2.812, the chosen one 2.846).
 
 All go on where they were broken off. The two networks, and the ways of a study, can be run at the same time.
 """
