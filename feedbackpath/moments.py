@@ -170,6 +170,9 @@ class _SharedMoments:
 
     def _lend(self, pair: Pair, state: Any) -> None:
         """Give B a state that takes no memory until it, or W's, is written to."""
+        for key, value in state[pair.w].items():
+            if type(value) is Tensor and not value.untyped_storage().resizable():
+                state[pair.w][key] = value.clone()  # loaded memory cannot be shared
         state[pair.b] = self._lent[id(pair.b)] = {key: share(value) for key, value in state[pair.w].items()}
 
 

@@ -103,6 +103,37 @@ def is_shared(optimizer, w, b):
     return places[0] == places[1]
 
 
+@pytest.mark.parametrize("where", ["after loading", "before"])
+@pytest.mark.parametrize("mmap", [False, True])
+def test_what_was_loaded_can_be_saved_and_written_to_again(mmap, where, tmp_path):
+    path, optimizer = start()
+    train(path, optimizer, 3)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    resumed = start(share=where == "before")
+    resumed[1].load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True, mmap=mmap))
+    if where == "after loading":
+        fp.share_moments(*resumed)
+    train(*resumed, 1)
+    torch.save(resumed[1].state_dict(), tmp_path / "again.pt")
+    again = torch.load(tmp_path / "again.pt", weights_only=True)["state"]
+    for number, held in enumerate(resumed[1].param_groups[0]["params"]):
+        assert torch.equal(again[number]["exp_avg"], resumed[1].state[held]["exp_avg"])
+    w, b = next(iter(resumed[0].pairs()))[1:]
+    kept = resumed[1].state[w]["exp_avg"].clone()
+    resumed[1].state[b]["exp_avg"].add_(1)
+    assert torch.equal(resumed[1].state[w]["exp_avg"], kept)
+
+
+@pytest.mark.parametrize("made_by", [torch.from_numpy, torch.as_tensor, torch.from_dlpack])
+def test_moments_in_memory_of_others_are_kept_once_all_the_same(made_by):
+    path, optimizer = start()
+    train(path, optimizer, 2)
+    for state in optimizer.state.values():
+        state["exp_avg"] = made_by(state["exp_avg"].clone().numpy())
+    train(path, optimizer, 2)
+    assert all(is_shared(optimizer, w, b) for _, w, b in path.pairs())
+
+
 @pytest.mark.parametrize(("before", "after"), [(True, True), (True, False), (False, True)])
 def test_a_checkpoint_goes_on_bit_for_bit_with_and_without(before, after):
     whole, first, resumed = start(share=False), start(share=before), start(share=after)

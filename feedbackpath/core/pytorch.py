@@ -91,12 +91,13 @@ def share(gradient: Tensor) -> Tensor:
     """Return a tensor of the same values whose memory is the other's, until one of the two is written to.
 
     Autograd would copy a tensor that goes to two parameters. So would whoever clips or unscales gradients in
-    place; an update only reads them. Fallback: a copy.
+    place; an update only reads them. Fallback: a copy, as of what torch.load returns: its memory has no
+    allocator, and PyTorch needs one to part the two.
     """
     if _lazy_clone is None or type(gradient) is not Tensor or torch.is_grad_enabled() or is_traced():
         return gradient.clone()
     try:
-        return _lazy_clone(gradient)  # type: ignore[no-any-return]
+        return _lazy_clone(gradient) if gradient.untyped_storage().resizable() else gradient.clone()
     except RuntimeError:  # memory of an allocator that PyTorch cannot share
         return gradient.clone()
 
