@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from feedbackpath.auditing import AuditError, Report, audit
     from feedbackpath.core.context import RuleContext
-    from feedbackpath.core.layers import UntiedWeight, register_layer
+    from feedbackpath.core.layers import UntiedWeight
     from feedbackpath.core.sendback import Broadcast, Local, SendBack, Target
     from feedbackpath.errors import (
         ChipError,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from feedbackpath.hardware import Chip, Read, Wiring, devices
     from feedbackpath.jobs.recorder import Recorder
+    from feedbackpath.kinds import register_layer
     from feedbackpath.layers import LocallyConnected2d, RectifiedTanh, SynapticScaling
     from feedbackpath.mirror import Mirror, When
     from feedbackpath.mirror.passage import forward_passage
@@ -131,11 +132,12 @@ __all__ = [
 ]
 _HOMES = {
     "core.context": ("RuleContext",),
-    "core.layers": ("UntiedWeight", "register_layer"),
+    "core.layers": ("UntiedWeight",),
     "mirror.passage": ("forward_passage",),
     "core.sendback": ("Broadcast", "Local", "SendBack", "Target"),
     "hardware": ("Chip", "Read", "Wiring", "devices"),
     "jobs.recorder": ("Recorder",),
+    "kinds": ("register_layer",),
     "layers": ("LocallyConnected2d", "RectifiedTanh", "SynapticScaling"),
     "mirror": ("Mirror", "When"),
     "models": ("register_model",),

@@ -1,20 +1,19 @@
 """What is known of a layer beyond its forward pass: its weights, their fans, and how a mirror sees them.
 
 The generic form (``feedbackpath.core.exchange``) runs any module. What it cannot tell is which dimension of a
-weight counts inputs. That is written down here for torch's layers, and by ``register_layer`` for others.
+weight counts inputs. That is written down here for torch's layers, and by ``feedbackpath.kinds`` for others.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from feedbackpath.arguments import checked
 from feedbackpath.core.operations import is_matrix
 from feedbackpath.core.usage import is_only_added
-from feedbackpath.errors import RuleError, UntieError
+from feedbackpath.errors import RuleError
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TransposedConvolution = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -142,61 +141,7 @@ def is_torchs_own(layer_type: type[nn.Module]) -> bool:
     return not any(callable(value) and name not in told for names in own for name, value in names.items())
 
 
-@checked(UntieError)
-def register_layer(
-    layer_type: type[nn.Module],
-    *,
-    weights: Mapping[str, str] | Sequence[str] | None = None,
-    fan_in: Callable[[nn.Module, Tensor], int] | None = None,
-    fan_out: Callable[[nn.Module, Tensor], int] | None = None,
-    as_matrix: Callable[[nn.Module, Tensor], Tensor] | None = None,
-) -> None:
-    """Describe your own kind of layer; most layers need no description.
-
-    Args:
-        layer_type: The class. It holds for subclasses that are not registered themselves.
-        weights: Names of the parameters that get a feedback weight, or a mapping of these to the names of
-            their feedback weights; by default all parameters with two dimensions larger than 1. An empty list
-            leaves the layer to backprop.
-        fan_in: Returns the inputs of one output neuron, given the layer and W; by default W is ``[out, in,
-            ...]``, as in torch.
-        fan_out: Returns the outputs of one input neuron.
-        as_matrix: Views a tensor laid out as W as ``[groups, neurons, inputs]``, so that mirror mode can run
-            the layer; without it, mirror mode does not run the layer, and warns. ``fan_in`` and ``fan_out``
-            follow from it where they are not given and there is one group.
-
-    Raises:
-        UntieError: The class is no module.
-
-    Example:
-        >>> class InputFirst(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.kernel = nn.Parameter(torch.randn(30, 20))
-        ...     def forward(self, x):
-        ...         return x @ self.kernel
-        >>> register_layer(InputFirst, as_matrix=lambda layer, w: w.t()[None])
-        >>> kind_of(InputFirst()).fan_in(InputFirst(), InputFirst().kernel)
-        30
-    """
-    names = _names_of(weights)
-    seen = as_matrix or (lambda layer, w: w.reshape(1, w.shape[0], -1))
-    KINDS[layer_type] = LayerKind(
-        names,
-        fan_in or (lambda layer, w: seen(layer, w).shape[2]),
-        fan_out or (lambda layer, w: seen(layer, w).shape[1]),
-        as_matrix,
-    )
-
-
-def _names_of(weights: Mapping[str, str] | Sequence[str] | None) -> Callable[[nn.Module], dict[str, str]]:
-    if weights is None:
-        return _own_matrices
-    chosen = dict(weights) if isinstance(weights, Mapping) else {n: feedback_name_of(n) for n in weights}
-    return lambda layer: chosen
-
-
-def _own_matrices(layer: nn.Module) -> dict[str, str]:
+def own_matrices(layer: nn.Module) -> dict[str, str]:
     """Name every matrix among a layer's own parameters that may multiply a signal."""
     own = layer.named_parameters(recurse=False)
     is_feedback = {feedback_name_of(name) for name, _ in layer.named_parameters(recurse=False)}
@@ -258,7 +203,7 @@ def _kernel(w: Tensor) -> int:
     return math.prod(w.shape[2:])
 
 
-UNKNOWN = LayerKind(_own_matrices, lambda _, w: w[0].numel(), lambda _, w: w.numel() // max(1, w.shape[1]))
+UNKNOWN = LayerKind(own_matrices, lambda _, w: w[0].numel(), lambda _, w: w.numel() // max(1, w.shape[1]))
 _DENSE = LayerKind(
     _only_weight, lambda _, w: w[0].numel(), lambda _, w: w.shape[0], _as_dense, is_one_product=True
 )
