@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from feedbackpath.core.pytorch import share
 from feedbackpath.errors import RuleError
@@ -70,9 +71,7 @@ def share_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
         raise RuleError(f"share_moments: {why}")
     for rule, weights in path.groups:
         rule.check_optimizer(weights, optimizer)
-    shared = _SharedMoments(_pairs_of(path))
-    optimizer.register_step_pre_hook(shared.before_step)
-    optimizer.register_step_post_hook(shared.after_step)
+    _SharedMoments(_pairs_of(path)).attach(optimizer)
 
 
 def why_apart(path: Path, optimizer: torch.optim.Optimizer) -> str | None:
@@ -81,12 +80,15 @@ def why_apart(path: Path, optimizer: torch.optim.Optimizer) -> str | None:
         return "no B gets W's gradient as it is; it serves kp and mirror-kp at feedback_rate 1"
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return f"{type(optimizer).__name__} is neither torch.optim.Adam nor AdamW: B keeps moments of its own"
-    for group in optimizer.param_groups:
-        if group["weight_decay"] and not group["decoupled_weight_decay"]:
-            return "an L2 penalty in the gradient makes the moments of W and B differ: use AdamW"
-        is_traced = group["capturable"] or group["differentiable"]
-        if is_traced or any(isinstance(value, Tensor) for value in (group["lr"], *group["betas"])):
-            return "an optimizer that is capturable, differentiable or has tensors for settings is not served"
+    return next(filter(None, map(_why_group_apart, optimizer.param_groups)), None)
+
+
+def _why_group_apart(group: Group) -> str | None:
+    if group["weight_decay"] and not group["decoupled_weight_decay"]:
+        return "an L2 penalty in the gradient makes the moments of W and B differ: use AdamW"
+    is_traced = group["capturable"] or group["differentiable"]
+    if is_traced or any(isinstance(value, Tensor) for value in (group["lr"], *group["betas"])):
+        return "an optimizer that is capturable, differentiable or has tensors for settings is not served"
     return None
 
 
@@ -101,16 +103,28 @@ def _pairs_of(path: Path) -> list[Pair]:
 
 
 class _SharedMoments:
-    """Lets an optimizer update W, and then moves B; the optimizer's hooks keep it."""
+    """Lets an optimizer update W, and then moves B; the optimizer's hooks keep it.
+
+    What other hooks do to gradients comes before it, and what they do after a step finds B moved.
+    """
 
     def __init__(self, pairs: list[Pair]) -> None:
         self._pairs = {id(pair.b): pair for pair in pairs}
         self._taken: list[Pair] = []
-        self._lent: dict[int, State] = {}
+        self._before: RemovableHandle
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Be the last of the hooks before a step, and the first after it."""
+        self._before = optimizer.register_step_pre_hook(self.before_step)
+        after = optimizer.register_step_post_hook(self.after_step)
+        _hooks_of(after).move_to_end(after.id, last=False)
 
     def before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take B out of a step; where a closure computes the gradients, after that."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if next(reversed(_hooks_of(self._before))) != self._before.id:
+            self._put_back(optimizer.state)
+            return None  # a newer hook may change gradients: this step is the optimizer's alone
         if closure is None:
             self._take(optimizer)
             return None
@@ -125,8 +139,7 @@ class _SharedMoments:
     @torch.no_grad()
     def after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Move each B that was taken out as its W was moved, and put it back."""
-        state, taken = optimizer.state, self._taken
-        of_b = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        state, taken, of_b = optimizer.state, self._taken, _groups_of(optimizer)
         steps = torch.stack([state[pair.w]["step"] for pair in taken]).tolist() if taken else []
         for group in optimizer.param_groups:
             due = [(pair, n) for pair, n in zip(taken, steps, strict=True) if of_b[id(pair.b)] is group]
@@ -138,42 +151,57 @@ class _SharedMoments:
                     _move(pair.b, state[pair.w], number, group)
         for pair in taken:
             pair.b.grad = share(pair.w.grad)
-            self._lend(pair, state)
-        self._taken.clear()
+        self._put_back(state)
+        _hooks_of(self._before).move_to_end(self._before.id)
 
     @torch.no_grad()
     def _take(self, optimizer: Any) -> None:
-        for pair in self._taken:  # of a step that failed
-            self._lend(pair, optimizer.state)
-        self._taken.clear()
+        self._put_back(optimizer.state)  # those of a step that failed
         if getattr(optimizer, "found_inf", None) is not None:
             return  # a scaler leaves it to the fused kernel whether there is an update at all
-        due = [pair for pair in self._pairs.values() if pair.w.grad is not None or pair.b.grad is not None]
-        for pair, is_same in zip(due, _agree([self._compared(p, optimizer.state) for p in due]), strict=True):
-            if is_same:
+        groups = _groups_of(optimizer)
+        due = [pair for pair in self._pairs.values() if id(pair.w) in groups and id(pair.b) in groups]
+        due = [pair for pair in due if pair.w.grad is not None or pair.b.grad is not None]
+        for pair, is_same in zip(due, _agree([_compared(p, optimizer.state) for p in due]), strict=True):
+            if is_same and _are_alike(groups[id(pair.w)], groups[id(pair.b)]):
                 self._taken.append(pair)
                 pair.b.grad = None  # a fused optimizer may write to W's, which must not be copied then
                 optimizer.state.pop(pair.b, None)
             else:
                 del self._pairs[id(pair.b)]
-            self._lent.pop(id(pair.b), None)
 
-    def _compared(self, pair: Pair, state: Any) -> list[tuple[Tensor, Tensor]] | None:
-        """Return what has to be equal for W and B to move alike; None: they do not."""
-        if pair.w.grad is None or pair.b.grad is None:
-            return None
-        of_w, own = state.get(pair.w, {}), state.get(pair.b, {})
-        if own and own is self._lent.get(id(pair.b)):
-            return [(pair.w.grad, pair.b.grad)]
-        moments = [(of_w[key], own[key]) for key in of_w if key in own]
-        return [(pair.w.grad, pair.b.grad), *moments] if of_w.keys() == own.keys() else None
+    @torch.no_grad()
+    def _put_back(self, state: Any) -> None:
+        """Give each B that was taken out a state that takes no memory until it, or W's, is written to."""
+        for pair in self._taken:
+            for key, value in state[pair.w].items():
+                if type(value) is Tensor and not value.untyped_storage().resizable():
+                    state[pair.w][key] = value.clone()  # loaded memory cannot be shared
+            state[pair.b] = {key: share(value) for key, value in state[pair.w].items()}
+        self._taken.clear()
 
-    def _lend(self, pair: Pair, state: Any) -> None:
-        """Give B a state that takes no memory until it, or W's, is written to."""
-        for key, value in state[pair.w].items():
-            if type(value) is Tensor and not value.untyped_storage().resizable():
-                state[pair.w][key] = value.clone()  # loaded memory cannot be shared
-        state[pair.b] = self._lent[id(pair.b)] = {key: share(value) for key, value in state[pair.w].items()}
+
+def _hooks_of(handle: RemovableHandle) -> Any:
+    """Return the hooks of which one is a handle's, in their order."""
+    return handle.hooks_dict_ref()
+
+
+def _groups_of(optimizer: torch.optim.Optimizer) -> dict[int, Group]:
+    return {id(p): group for group in optimizer.param_groups for p in group["params"]}
+
+
+def _are_alike(of_w: Group, of_b: Group) -> bool:
+    """Whether the moments of W and B follow from the gradients alike, by the settings that hold now."""
+    same = all(of_w[key] == of_b[key] for key in ("betas", "eps", "amsgrad", "maximize"))
+    return same and _why_group_apart(of_w) is None and _why_group_apart(of_b) is None
+
+
+def _compared(pair: Pair, state: Any) -> list[tuple[Tensor, Tensor]] | None:
+    """Return what has to be equal for W and B to move alike; None: they do not."""
+    of_w, own = state.get(pair.w, {}), state.get(pair.b, {})
+    if pair.w.grad is None or pair.b.grad is None or of_w.keys() != own.keys():
+        return None
+    return [(pair.w.grad, pair.b.grad), *[(of_w[key], own[key]) for key in of_w]]
 
 
 def _agree(compared: list[list[tuple[Tensor, Tensor]] | None]) -> list[bool]:

@@ -271,3 +271,128 @@ def test_mirror_kp_without_decay_under_adam():
             step_of(path, optimizer)
         both.append(path)
     assert_same(*both)
+
+
+def changes_gradients(optimizer, path):
+    """Have a penalty on W, noise, and clipping come in by a hook of the optimizer."""
+    w = path.model.head.weight
+
+    def change(*called):
+        w.grad.add_(w.detach(), alpha=0.1)
+        nn.utils.clip_grad_norm_(path.model.parameters(), 0.5)
+
+    optimizer.register_step_pre_hook(change)
+
+
+def edits_moments(optimizer, path):
+    train(path, optimizer, 1)
+    _, w, b = next(iter(path.pairs()))
+    optimizer.state[b]["exp_avg"].zero_()
+    optimizer.state[path.model.head.weight]["exp_avg_sq"].mul_(2)
+
+
+def averages_b(optimizer, path):
+    path.model.register_buffer("mean", torch.zeros_like(path.model.head.weight))
+    _, _, b = list(path.pairs())[-1]
+    optimizer.register_step_post_hook(lambda *called: path.model.mean.add_(b.detach()))
+
+
+def sets_groups(optimizer, path):
+    train(path, optimizer, 1)
+    optimizer.param_groups[0]["decoupled_weight_decay"] = False
+
+
+def sets_betas(optimizer, path):
+    train(path, optimizer, 1)
+    rest = optimizer.param_groups[0]["params"]
+    _, _, b = next(iter(path.pairs()))
+    rest[:] = [p for p in rest if p is not b]
+    optimizer.add_param_group({"params": [b], "betas": (0.5, 0.9)})
+
+
+MEDDLERS = [(f, first) for f in (changes_gradients, edits_moments, averages_b) for first in (True, False)]
+
+
+@pytest.mark.filterwarnings("ignore:Kolen-Pollack. gradients were scaled")
+@pytest.mark.parametrize(("meddles", "is_before"), [*MEDDLERS, (sets_groups, False), (sets_betas, False)])
+def test_what_others_do_to_gradients_moments_and_groups_is_felt_as_without(meddles, is_before):
+    runs = []
+    for shares in (False, True):
+        path, optimizer = start(share=False)
+        steps = [lambda p=path, o=optimizer: fp.share_moments(p, o)] * shares
+        steps.insert(0 if is_before else len(steps), lambda p=path, o=optimizer: meddles(o, p))
+        for step in steps:
+            step()
+        train(path, optimizer, 4, first=1)
+        runs.append(path)
+    assert_same(*runs)
+
+
+@pytest.mark.filterwarnings("ignore:Kolen-Pollack. gradients were scaled")
+def test_a_hook_that_came_later_is_overtaken_after_one_step():
+    path, optimizer = start()
+    changes_gradients(optimizer, path)
+    train(path, optimizer, 3)
+    assert all(is_shared(optimizer, w, b) for name, w, b in path.pairs() if name != "head")
+
+
+@pytest.mark.filterwarnings("ignore:Kolen-Pollack without weight decay")
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_penalty_that_comes_later_does_not_bring_w_into_b(decay):
+    torch.manual_seed(0)
+    model = nn.Linear(6, 5)
+    path = fp.untie(model, "kp")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    fp.share_moments(path, optimizer)
+    optimizer.param_groups[0]["weight_decay"] = decay
+    before = model.feedback.detach().clone()
+    model(torch.zeros(3, 6)).square().sum().backward()  # the gradient of W, and of B, is 0
+    optimizer.step()
+    moved = (model.feedback - before).detach()
+    assert torch.equal(moved.sign(), -before.sign()) if decay else not moved.any()
+
+
+@pytest.mark.parametrize("others", [torch.optim.SGD, torch.optim.AdamW, None])
+@pytest.mark.parametrize("shares_both", [False, True])
+def test_an_optimizer_of_a_part_leaves_the_others_alone(others, shares_both):
+    def run(*, is_shared):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+        path = fp.untie(model, "kp")
+        mine = [torch.optim.AdamW(model[0].parameters(), lr=0.01, weight_decay=0.1)]
+        mine += [others(model[2].parameters(), lr=0.01, weight_decay=0.1)] if others else []
+        for optimizer in mine[: 1 + (shares_both and others is torch.optim.AdamW)]:
+            if is_shared:
+                fp.share_moments(path, optimizer)
+        for number in range(4):
+            model.zero_grad()
+            x = torch.randn(7, 6, generator=torch.Generator().manual_seed(number))
+            model(x).square().sum().backward()
+            for optimizer in mine if number % 2 else reversed(mine):
+                optimizer.step()
+        return path
+
+    assert_same(run(is_shared=False), run(is_shared=True))
+
+
+@pytest.mark.parametrize("chip_first", [False, True])
+def test_devices_of_a_chip_write_b_whoever_came_first(chip_first):
+    torch.manual_seed(0)
+    exact = dict.fromkeys(("noise", "spread", "asymmetry", "asymmetry_spread", "bound_spread"), 0.0)
+    device = fp.devices.SoftBounds(step=1e-2, bound=1e6, **exact)
+    model = nn.Linear(6, 5)
+    path = fp.untie(model, "kp", chip=fp.Chip(device=device, update="net", seed=0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3.3e-3, weight_decay=0.1)
+    calls = [lambda: path.chip.attach(optimizer), lambda: fp.share_moments(path, optimizer)]
+    for call in calls if chip_first else reversed(calls):
+        call()
+    moved = {}
+    for number in range(8):
+        before = model.feedback.detach().clone()
+        optimizer.zero_grad()
+        model(torch.randn(7, 6)).square().sum().backward()
+        optimizer.step()
+        moved[number] = (model.feedback - before).detach() / 1e-2
+    steps = torch.stack([*moved.values()])
+    assert steps.any()
+    assert torch.allclose(steps, steps.round(), atol=1e-3)
