@@ -282,3 +282,17 @@ def test_the_update_of_backprop_is_its_own():
     assert set(path.update_angles(lambda: CONVNET.loss(model, CONVNET.inputs())).values()) == {0.0}
     with pytest.raises(fp.UntieError, match="update_angles: compute_loss ran no untied layer"):
         path.update_angles(lambda: next(model.parameters()).sum())
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_recurrent_layer_has_the_delta_of_its_last_layer_alone(kind, bidirectional):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), kind(5, 6, num_layers=3, bidirectional=bidirectional))
+    path = fp.untie(model, "fa")
+    angles = path.delta_angles(lambda: model(torch.ones(7, 2, 4))[0].square().sum())
+    last = {
+        f"1.weight_{part}_l2{end}" for part in ("ih", "hh") for end in ("", "_reverse")[: 1 + bidirectional]
+    }
+    assert set(angles) == {"0", *last}
+    assert angles["0"] > 20
+    assert all(angles[name] == 0 for name in last)

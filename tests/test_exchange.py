@@ -642,7 +642,10 @@ READERS = {
         lambda m, x: (m.q @ F.linear(x, m.k).t()).softmax(-1) @ x,
     ),
     "a raw table": ({"t": (9, 6), "w": (6, 6)}, lambda m, x: (m.t[torch.arange(5)] + x) @ m.w @ m.t.t()),
+    "a batch of maps": ({"w": (3, 6, 4)}, lambda m, x: x[:, None, None] @ m.w),
+    "a map of three directions": ({"w": (2, 6, 4)}, lambda m, x: torch.tensordot(x, m.w, dims=([1], [1]))),
     "distances": ({"w": (4, 6)}, lambda m, x: torch.cdist(x, m.w)),
+    "divisors": ({"w": (4, 6)}, lambda m, x: x[:, None] / m.w),
     "a learned memory": (
         {"k": (1, 1, 7, 6), "v": (1, 1, 7, 6)},
         lambda m, x: F.scaled_dot_product_attention(x[None, None], m.k, m.v)[0, 0],
@@ -650,8 +653,9 @@ READERS = {
 }
 
 
+@pytest.mark.parametrize("rule", ["fa", "kp"])
 @pytest.mark.parametrize("reader", READERS)
-def test_modules_that_read_matrices_of_their_own(reader):
+def test_modules_that_read_matrices_of_their_own(reader, rule):
     def make():
         torch.manual_seed(1)
         return Reader(*READERS[reader]).double()
@@ -659,7 +663,7 @@ def test_modules_that_read_matrices_of_their_own(reader):
     x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     plain, model = make(), make()
     output, expected = gradients(plain, x)
-    path = fp.untie(model, "fa")
+    path = fp.untie(model, rule)
     found_output, random = gradients(model, x)
     assert torch.equal(found_output, output)
     assert difference(random["x"], expected["x"]) > 0.05
@@ -670,6 +674,69 @@ def test_modules_that_read_matrices_of_their_own(reader):
     let_feedback_be_weights(path)
     _, ours = gradients(model, x)
     assert all(difference(ours[name], expected[name]) < 1e-12 for name in expected)
+
+
+# Not linear in the weight: its own gradient needs W itself.
+CURVED = {
+    "cdist": lambda m, x: torch.cdist(x, m.w),
+    "a divisor": lambda m, x: x[:, None] / m.w,
+    "an exponent": lambda m, x: (x.abs()[:, None] + 1).pow(m.w),
+    "atan2": lambda m, x: torch.atan2(x[:, None], m.w),
+    "logaddexp": lambda m, x: torch.logaddexp(x[:, None], m.w),
+    "cosine": lambda m, x: F.cosine_similarity(x[:, None], m.w[None], -1),
+    "pairwise": lambda m, x: F.pairwise_distance(x[:, None], m.w[None]),
+    "keys": lambda m, x: F.scaled_dot_product_attention(x[None], m.w[None], x[None, :4]),
+    "a query": lambda m, x: F.scaled_dot_product_attention(m.w[None], x[None], x[None]),
+}
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp"])
+@pytest.mark.parametrize("run", CURVED.values(), ids=CURVED)
+def test_an_operation_that_is_not_linear_in_w_is_that_of_b_for_its_input_alone(run, rule):
+    torch.manual_seed(1)
+    plain = Reader({"w": (4, 6)}, run).double()
+    model, of_b = copy.deepcopy(plain), copy.deepcopy(plain)
+    ((_, _, b),) = fp.untie(model, rule).pairs()
+    of_b.w.data.copy_(b.data)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    output, expected = gradients(plain, x)
+    found_output, found = gradients(model, x)
+    asked = x.clone().requires_grad_()
+    (for_x,) = torch.autograd.grad(of_b(asked), asked, 2 * output)
+    assert torch.equal(found_output, output)
+    assert difference(found["w"], expected["w"]) < 1e-12
+    assert difference(found["x"], for_x) < 1e-12
+    assert difference(found["x"], expected["x"]) > 0.05
+    if rule == "kp":
+        assert torch.equal(model.w_feedback.grad, model.w.grad)
+
+
+def test_dropout_behind_a_learned_memory_draws_once():
+    torch.manual_seed(1)
+    run = lambda m, x: F.scaled_dot_product_attention(x[None], m.w[None], m.w[None], dropout_p=0.5)  # noqa: E731
+    plain = Reader({"w": (4, 6)}, run).double()
+    model = copy.deepcopy(plain)
+    let_feedback_be_weights(fp.untie(model, "fa"))
+    x = torch.randn(5, 6, dtype=torch.float64)
+    found = []
+    for net in (plain, model):
+        torch.manual_seed(2)
+        found.append((*gradients(net, x), torch.rand(3)))
+    (output, expected, after), (ours, grads, then) = found
+    assert torch.equal(ours, output)
+    assert torch.equal(then, after)
+    assert all(difference(grads[name], expected[name]) < 1e-12 for name in expected)
+
+
+@pytest.mark.parametrize("name", ["addcdiv_", "pow_", "atan2_"])
+def test_a_curved_operation_in_place_is_refused(name):
+    given = (torch.ones(5, 4, 6, dtype=torch.float64),) if name == "addcdiv_" else ()
+    model = Reader(
+        {"w": (4, 6)}, lambda m, x: getattr(x[:, None] + torch.ones(4, 1), name)(*given, m.w)
+    ).double()
+    fp.untie(model, "fa")
+    with pytest.raises(fp.UntieError, match=f"goes into {name}, and errors cannot be sent"):
+        model(torch.rand(5, 6, dtype=torch.float64, requires_grad=True))
 
 
 @pytest.mark.parametrize(

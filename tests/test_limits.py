@@ -26,6 +26,9 @@ HELD = {
         "Models that are compiled": "test_models_that_cannot_be_untied_are_refused_with_the_remedy",
     },
     "test_exchange": {
+        "Where a weight enters": (
+            "test_an_operation_that_is_not_linear_in_w_is_that_of_b_for_its_input_alone"
+        ),
         "Weights that are multiplied": "test_weights_that_are_multiplied_with_each_other_are_named",
         "A matrix that is only added": "test_parameters_that_are_only_added_get_no_feedback_weight",
     },

@@ -268,3 +268,92 @@ def test_the_audit_passes_recurrent_layers(rule):
     if rule == "mirror-kp":
         path.mirror()
     assert fp.audit(step, path).transport_free
+
+
+class WithState(nn.Module):
+    """A recurrent layer, or a cell, that begins with a state that is learned."""
+
+    def __init__(self, kind, bidirectional, of_cell):
+        super().__init__()
+        self.is_lstm, self.of_cell = kind == "LSTM", of_cell
+        self.first, self.head = nn.Linear(6, 4), nn.Linear(3 * (1 + bidirectional), 2)
+        if of_cell:
+            self.net = getattr(nn, f"{kind}Cell")(4, 3)
+            self.state = nn.Parameter(torch.randn(5, 3))
+        else:
+            self.net = getattr(nn, kind)(4, 3, num_layers=2, bidirectional=bidirectional, batch_first=True)
+            self.state = nn.Parameter(torch.randn(2 * (1 + bidirectional), 1, 3))
+
+    def begin(self, batch):
+        return self.state.expand(-1, batch, -1).contiguous() if not self.of_cell else self.state
+
+    def forward(self, x):
+        state = self.begin(len(x))
+        x = self.first(x)
+        state = (state, torch.zeros_like(state)) if self.is_lstm else state
+        if not self.of_cell:
+            return self.head(self.net(x, state)[0])
+        for step in x.unbind(1):
+            state = self.net(step, state)
+        return self.head(state[0] if self.is_lstm else state)
+
+
+class Curved(WithState):
+    """The same, by a way that cannot be read off the code: the state has a B, which nothing uses."""
+
+    def begin(self, batch):
+        state = 2 * self.state
+        return state.expand(-1, batch, -1).contiguous() if not self.of_cell else state
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp"])
+@pytest.mark.parametrize("of_cell", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("model", [WithState, Curved])
+def test_a_learned_first_state_is_activity(model, kind, bidirectional, of_cell, rule):
+    torch.manual_seed(0)
+    plain = model(kind, bidirectional and not of_cell, of_cell).double()
+    untied = copy.deepcopy(plain)
+    path = fp.untie(untied, rule)
+    with torch.no_grad():
+        for name, w, b in path.pairs():
+            b.copy_(w if name else torch.randn_like(w))
+    x = torch.randn(5, 7, 6, dtype=torch.float64)
+    for net in (plain, untied):
+        net(x).square().sum().backward()
+    assert all(torch.equal(p.grad, untied.get_parameter(name).grad) for name, p in plain.named_parameters())
+    assert model is Curved or all(name for name, _, _ in path.pairs())
+
+
+class Dropped(nn.Module):
+    """A recurrent weight that is made of another one in each forward pass, as weight drop does."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.LSTM(4, 3)
+        self.raw = nn.Parameter(self.net.weight_hh_l0.detach().clone())
+
+    def forward(self, x):
+        self.net._parameters["weight_hh_l0"] = nn.functional.dropout(self.raw, 0.5, self.training)
+        return self.net(x)[0]
+
+
+@pytest.mark.filterwarnings("ignore:no untied form")
+@pytest.mark.parametrize("rule", ["kp", "mirror-kp"])
+def test_a_weight_that_a_forward_pass_has_made_is_refused_where_b_learns(rule):
+    model = Dropped()
+    model(torch.randn(5, 2, 4))
+    with pytest.raises(
+        fp.RuleError, match="'net.weight_hh_l0' is made of other parameters in each forward pass"
+    ):
+        fp.untie(model, rule)
+    assert type(model.net) is nn.LSTM
+    assert "weight_hh_l0_feedback" not in dict(model.net.named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_gain_of_the_older_weight_norm_is_shared_with_w():
+    layer = nn.utils.weight_norm(nn.LSTM(4, 3), "weight_hh_l0")
+    path = fp.untie(nn.Sequential(nn.Linear(4, 4), layer), "fa")
+    assert [name for name, _, _ in path.pairs()] == ["0", "1.weight_ih_l0", "1.weight_hh_l0_v"]

@@ -53,9 +53,29 @@ def test_parts_share_no_file_and_depend_on_names_alone(folder, tmp_path):
         assert sum(f"file {number}: " in text for text in texts.values()) == 1
     (folder / "0.txt").write_text((folder / "0.txt").read_text())
     assert load_task("text", data_dir=folder).facts["checksum"] == task.facts["checksum"]
-    (tmp_path / "one.txt").write_text("short")
-    with pytest.raises(DataError, match="give a folder of more text files"):
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({}, "has no files; give a folder of text files by --data-dir"),
+        ({"a.txt": "", "b.txt": ""}, "has 2 files, and of these 0 bytes for train; more than 64 are needed"),
+        ({"one.txt": "short"}, "has 1 files, and of these [05] bytes for train"),
+        (
+            {f"{n}.txt": "long" * 99 for n in range(3)},
+            "0 bytes for validation.*: 1 in 20 of them are for validation",
+        ),
+    ],
+)
+def test_a_folder_with_too_little_text_is_refused_with_its_numbers(files, told, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=told):
         load_task("text", data_dir=tmp_path)
+
+
+def test_a_file_is_no_folder_of_text(tmp_path):
+    (tmp_path / "one.txt").write_text("short")
     with pytest.raises(DataError, match="is not a folder"):
         load_task("text", data_dir=tmp_path / "one.txt")
 

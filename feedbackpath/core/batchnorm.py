@@ -29,9 +29,7 @@ class SigmaBatchNorm(nn.Module):
         """Normalise ``[N, C, ...]`` by channel."""
         forward = super().forward
         if not self.training or not input.requires_grad:
-            return cast(
-                Tensor, forward(input)
-            )  # evaluation has fixed mu and sigma: nothing else to send back
+            return cast(Tensor, forward(input))  # evaluation has fixed mu and sigma: all else is theirs
         detached = forward(input.detach())
         batch = input.detach().to(torch.promote_types(input.dtype, torch.float32))
         dims = [dim for dim in range(input.dim()) if dim != 1]

@@ -134,8 +134,8 @@ class Exchange(TorchFunctionMode):
             self._learn(output, None, is_signal="rand" in name)
             return output
         if name in ops.INPUT_FIRST:
-            x = args[0] if args else kwargs.get("input")
-            met = [one for one in met if one.tensor is not x]
+            activity = ops.activity_in(name, args, kwargs)
+            met = [one for one in met if all(one.tensor is not x for x in activity)]
         elif all(self._holds_no_activity(tensor) for tensor in tensors):
             if name not in ops.PRODUCTS:
                 return self._derive(func, name, args, kwargs, met)
@@ -198,8 +198,7 @@ class Exchange(TorchFunctionMode):
             "is_signal": is_looked_up or name in ops.PRODUCTS or any(one.is_signal for one in met),
             "is_stranger": any(one.is_stranger for one in met),
         }
-        writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or "out" in kwargs
-        if not partners or (writes and met[0].is_whole):  # B is not written to because W is
+        if not partners or (ops.writes(name, kwargs) and met[0].is_whole):  # B is not written to because W is
             output = run(func, args, kwargs)
             self._learn(output, None, *origins, **told)
             return output

@@ -162,7 +162,8 @@ def _projections(layer: nn.Module) -> dict[str, str]:
 
 def _recurrent_weights(layer: nn.Module) -> dict[str, str]:
     own = [name for name, _ in layer.named_parameters(recurse=False)]
-    return {n: feedback_name_of(n) for n in own if n.startswith("weight_") and not n.endswith("_feedback")}
+    left = ("_feedback", "_g")  # the latter: the gains of the older weight_norm, one for each neuron
+    return {n: feedback_name_of(n) for n in own if n.startswith("weight_") and not n.endswith(left)}
 
 
 def _groups(layer: nn.Module) -> int:

@@ -25,6 +25,7 @@ from feedbackpath.core.sendback import LOCAL, SendBack, broadcast_error
 from feedbackpath.core.usage import is_plain
 
 Tap = Callable[[UntiedWeight, Tensor, Tensor, slice], None]
+State = dict[str, Any]
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Untied:
     tells_rule: bool = False
     memo: dict[str, Any] = field(default_factory=dict)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> State:
         """Let those who listen to a module not listen to its copies."""
         return {**self.__dict__, "taps": ()}
 
@@ -150,7 +151,7 @@ class FeedbackModule(nn.Module):
             return reduced
         return (_make_empty, (self.plain_type, bool(self.untied.weights)), *reduced[2:])
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: State) -> None:
         """Take up what was copied or loaded; hooks on parameters are made anew."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._attach()
@@ -160,12 +161,7 @@ class FeedbackModule(nn.Module):
             self.untied.rule.attach(self.untied.weights, self.untied.context)
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        *lists: list[str],
+        self, state_dict: State, prefix: str, local_metadata: State, strict: bool, *lists: list[str]
     ) -> None:
         """Load as torch does; a plain module's state has no feedback weights, and B then stays as it is."""
         missing = lists[0]

@@ -56,28 +56,34 @@ def exchange_saved(func: Call, name: str, args: Args, kwargs: Kwargs, pairs: Seq
         pairs: The weights among the arguments.
 
     Raises:
-        UntieError: The operation keeps a copy of W that cannot be told from activity.
+        UntieError: The operation keeps W, or a copy of it, and is of a kind that cannot be run twice.
     """
     handed = [_hand(one) for one in pairs]
     if name in ops.CAST_BY_AUTOCAST:
         handed = [_cast_in_the_open(w) for w in handed]
     given = [(one.tensor, w) for one, w in zip(pairs, handed, strict=True) if w is not one.tensor]
-    if given:
-        args, kwargs = replaced((args, kwargs), given)
+    own_args, own_kwargs = replaced((args, kwargs), given) if given else (args, kwargs)
     places = {
         w.data_ptr(): _laid_out_as(one.tensor, one.feedback) for one, w in zip(pairs, handed, strict=True)
     }
+    is_linear = ops.is_linear(name, own_args, handed)
+    state = None if is_linear else pytorch.random_state(handed[0])
     saved: list[int] = []
     hooks = saving(places, saved, keeps_outputs=name not in ops.PRODUCTS)
     with torch.autograd.graph.saved_tensors_hooks(*hooks):
-        output = _run_without_cudnn(func, args, kwargs) if name in ops.RECURRENT else run(func, args, kwargs)
-    # One that is linear takes each weight once. Another may have saved W, and a copy of W as well.
-    is_clear = name in ops.SAVES_WEIGHTS_AS_THEY_ARE or (
-        name in ops.LINEAR_IN_EACH and places.keys() <= set(saved)
-    )
-    if not is_clear and _hides_a_copy(args, kwargs, output, places, saved):
+        output = (_run_without_cudnn if name in ops.RECURRENT else run)(func, own_args, own_kwargs)
+    # One that is linear takes each weight once. Another may have kept W for W's own gradient, or a copy.
+    if name in ops.RECURRENT or (is_linear and places.keys() <= set(saved)):
+        return output
+    is_clear = is_linear or places.keys().isdisjoint(saved)
+    if is_clear and not _hides_a_copy(own_args, own_kwargs, output, places, saved):
+        return output
+    if ops.writes(name, kwargs):
+        raise _cannot(name, pairs)
+    if state is None:
         return write_twice(func, name, args, kwargs, pairs)
-    return output
+    with pytorch.random_numbers_from(state, handed[0]):
+        return _write_apart(func, name, args, kwargs, pairs)
 
 
 def saving(
@@ -140,18 +146,37 @@ def write_twice(func: Call, name: str, args: Args, kwargs: Kwargs, pairs: Sequen
     Raises:
         UntieError: The operation is not linear in W and in its input.
     """
-    if name not in ops.LINEAR_IN_EACH:
-        names = ", ".join([repr(origin.name) for one in pairs for origin in one.origins])
-        raise UntieError(
-            f"the weight of {names} goes into {name}, and errors cannot be sent through a feedback "
-            "weight there: leave the layer to backprop, untie(..., overrides={path: 'bp'}), or run it "
-            "eagerly, without torch.compile, torch.func or autocast"
-        )
+    if not ops.is_linear(name, args, [one.tensor for one in pairs]):
+        raise _cannot(name, pairs)
     with torch.no_grad():
         value = run(func, args, kwargs)
     swapped = [(one.tensor, swap(one.tensor, one.feedback, _gradients_of(one), False)) for one in pairs]
     graph = run(func, *replaced((args, kwargs), swapped))
     return _TakeValue.apply(graph, value)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _write_apart(func: Call, name: str, args: Args, kwargs: Kwargs, pairs: Sequence[Known]) -> Tensor:
+    """Run an operation that is not linear in W: by W for its value and W's gradient, by B for x's."""
+    weights = [one.tensor for one in pairs]
+    constant = [(x, x.detach()) for x in tensors_in((args, kwargs)) if all(x is not w for w in weights)]
+    own = [(one.tensor, _hand(one)) for one in pairs]
+    through_b = [(one.tensor, one.feedback.detach()) for one in pairs if one.feedback is not None]
+    state = pytorch.random_state(weights[0])
+    value = run(func, *replaced((args, kwargs), [*own, *constant]))
+    if not isinstance(value, Tensor):
+        raise _cannot(name, pairs)
+    with pytorch.random_numbers_from(state, weights[0]):
+        graph = run(func, *replaced((args, kwargs), through_b))
+    return _TakeValue.apply(graph, value)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _cannot(name: str, pairs: Sequence[Known]) -> UntieError:
+    names = ", ".join([repr(origin.name) for one in pairs for origin in one.origins])
+    return UntieError(
+        f"the weight of {names} goes into {name}, and errors cannot be sent through a feedback weight there: "
+        "leave the layer to backprop, untie(..., overrides={path: 'bp'}), or run it eagerly, without "
+        "torch.compile, torch.func or autocast"
+    )
 
 
 def _hand(one: Known) -> Tensor:
@@ -197,7 +222,7 @@ swap: Callable[..., Tensor] = _Swap.apply
 
 
 class _TakeValue(torch.autograd.Function):
-    """Have the value of one tensor and the gradients of another."""
+    """Have the value of one tensor and the graph of another; what the value was made of gets its gradient."""
 
     generate_vmap_rule = True
 
@@ -211,7 +236,7 @@ class _TakeValue(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *deltas: Tensor) -> Any:
-        return *deltas, None
+        return *deltas, *deltas
 
 
 def _laid_out_as(w: Tensor, b: Tensor | None) -> Tensor:

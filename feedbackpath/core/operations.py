@@ -23,14 +23,13 @@ PRODUCTS = (
     _CONVOLUTIONS
     | _MATRIX
     | names_in("linear bilinear mv addmv tensordot dot vdot inner outer ger kron chain_matmul multi_dot")
-    | names_in("linalg_multi_dot linalg_vecdot vecdot")
+    | names_in("linalg_multi_dot linalg_vecdot vecdot addr addr_ addmm_ addbmm_ baddbmm_ addmv_")
 )
+_DIVISIONS = names_in("div div_ divide divide_ true_divide true_divide_ __truediv__ __itruediv__")
 # One product for each pair of values.
-SCALES = names_in("mul mul_ multiply __mul__ __rmul__ __imul__ div div_ divide true_divide __truediv__")
+SCALES = _DIVISIONS | names_in("mul mul_ multiply multiply_ __mul__ __rmul__ __imul__")
 LINEAR_IN_EACH = PRODUCTS | SCALES
 RECURRENT = names_in("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
-# Not linear in a weight, but they save it as it is, and no copy of it.
-SAVES_WEIGHTS_AS_THEY_ARE = RECURRENT | {"scaled_dot_product_attention"}
 # Their first argument is activity, even where it is a parameter: a learned query, say.
 INPUT_FIRST = RECURRENT | _CONVOLUTIONS | {"linear"}
 # Autocast casts their weights, on every device.
@@ -62,6 +61,25 @@ def is_matrix(parameter: Tensor) -> bool:
     A scale for each channel, ``[1, C, 1, 1]``, is none.
     """
     return sum(size > 1 for size in parameter.shape) > 1 and parameter.is_floating_point()
+
+
+def is_linear(name: str, args: Args, weights: Sequence[Tensor]) -> bool:
+    """Whether an operation is linear in each of its factors. A weight that divides is no factor."""
+    is_divisor = name in _DIVISIONS and any(w is x for w in weights for x in args[1:])
+    return name in LINEAR_IN_EACH and not is_divisor
+
+
+def writes(name: str, kwargs: Kwargs) -> bool:
+    """Whether an operation writes to one of its arguments."""
+    is_in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    return is_in_place or kwargs.get("out") is not None
+
+
+def activity_in(name: str, args: Args, kwargs: Kwargs) -> list[Tensor]:
+    """Return the input of an operation of ``INPUT_FIRST``, and the state that a recurrence begins with."""
+    is_packed = len(args) > 3 and isinstance(args[3], (list, tuple))  # its weights, behind the batch sizes
+    number = 1 if name not in RECURRENT else 2 + is_packed
+    return tensors_in((args[:number], kwargs.get("input"), kwargs.get("hx")))
 
 
 def name_of(func: Call) -> str:

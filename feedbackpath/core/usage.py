@@ -12,14 +12,14 @@ import math
 import textwrap
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from feedbackpath.core.operations import is_matrix, names_in
+from feedbackpath.core.operations import SHAPED_ALIKE, is_matrix, names_in
 
 # They show a parameter in another shape, or a part of it.
 _SHOWN = names_in(
@@ -27,6 +27,7 @@ _SHOWN = names_in(
     float half double bfloat16 interpolate"""
 )
 _JOINED = names_in("cat concat stack embedding append")
+_TAKERS = (nn.Linear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)  # all they are given is activity
 # Where operations come from. None of them takes a weight out of a module.
 _OPERATIONS = (torch, nn, F, torch.linalg, torch.fft, torch.special, torch.utils.checkpoint, math)
 _BUILTINS = names_in(
@@ -41,21 +42,34 @@ _UNKNOWN, _REFUSED = object(), object()
 _Parents = dict[ast.AST, ast.AST]
 
 
+class _Method(NamedTuple):
+    """A method as it is read; ``holders`` name what holds a parameter, and ``takers`` layers of torch's."""
+
+    name: str
+    own: str  # what it calls the module
+    parents: _Parents
+    holders: set[str]  # the parameter's own name, locals, methods that return it
+    takers: list[str]
+
+
 def is_only_added(module: nn.Module, name: str) -> bool:
-    """Whether a module's code adds, joins or looks up a parameter of its own, and no more than that."""
-    methods = [(method, parents_in(method)) for method in methods_of(type(module))]
-    holders, before, is_used = {name}, 0, False  # what holds it: its own name, locals, methods that return it
+    """Whether a module adds, joins or looks up a parameter of its own, or hands it to layers as activity."""
+    holders, before, is_used = {name}, 0, False
+    takers = [name for name, child in module.named_children() if isinstance(child, _TAKERS)]
+    methods = [
+        _Method(m.name, m.args.args[0].arg if m.args.args else "self", parents_in(m), holders, takers)
+        for m in methods_of(type(module))
+    ]
     while len(holders) > before:
         before = len(holders)
-        for method, parents in methods:
-            own = method.args.args[0].arg if method.args.args else "self"
-            for node in parents:
+        for method in methods:
+            for node in method.parents:
                 is_local = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
                 is_read = is_local and f"{method.name}.{node.id}" in holders  # type: ignore[attr-defined]
-                if is_read or any(reads(node, own, held) for held in holders):
-                    is_used, call = True, parents[node]
+                if is_read or any(reads(node, method.own, held) for held in holders):
+                    is_used, call = True, method.parents[node]
                     value = call if isinstance(call, ast.Call) and call.func is node else node
-                    if not _is_added(value, parents, own, method.name, holders):
+                    if not _is_added(value, method):
                         return False
     return is_used
 
@@ -147,9 +161,8 @@ class _Scope:
         self.owner, self._outside = owner, outside
         self.own = tree.args.args[0].arg if owner is not None and tree.args.args else None
         self._local = {node.arg for node in self.parents if isinstance(node, ast.arg)}
-        self._local |= {
-            n.id for n in self.parents if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-        }
+        names = [node for node in self.parents if isinstance(node, ast.Name)]
+        self._local |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
         self._local |= {node.name for node in self.parents if isinstance(node, ast.FunctionDef)}
 
     def value_of(self, node: ast.AST) -> Any:
@@ -258,39 +271,43 @@ def reads(node: ast.AST, own: str, name: str) -> bool:
     return isinstance(node.value, ast.Name) and node.value.id == own
 
 
-def _is_added(node: ast.AST, parents: _Parents, own: str, where: str, holders: set[str]) -> bool:
+def _is_added(node: ast.AST, method: _Method) -> bool:
     """Follow a value outwards to the operation that takes it up, or to a name that holds it from there on."""
-    parent = parents.get(node)
+    parent = method.parents.get(node)
     if isinstance(parent, ast.BinOp):  # with what is made of the module's own parameters it stays a weight
-        other = parent.left if parent.right is node else parent.right
-        names = {name.id for name in ast.walk(other) if isinstance(name, ast.Name)}
-        return isinstance(parent.op, (ast.Add, ast.Sub)) and names != {own}
+        names = _names_in(parent.left if parent.right is node else parent.right)
+        return isinstance(parent.op, (ast.Add, ast.Sub)) and names != {method.own}
     if isinstance(parent, ast.Assign):
-        holders.update(f"{where}.{n.id}" for n in ast.walk(parent.targets[0]) if isinstance(n, ast.Name))
+        method.holders.update(f"{method.name}.{name}" for name in _names_in(parent.targets[0]))
         return True
-    if isinstance(parent, ast.Return) and where != "forward":
-        holders.add(where)
+    if isinstance(parent, ast.Return) and method.name != "forward":
+        method.holders.add(method.name)
         return True
     if isinstance(parent, ast.AugAssign):
         return isinstance(parent.op, (ast.Add, ast.Sub))
     if isinstance(parent, ast.Subscript):
-        return parent.value is node and _is_added(parent, parents, own, where, holders)
+        return parent.value is node and _is_added(parent, method)
     if isinstance(parent, ast.Attribute):
-        call = parents.get(parent)
+        call = method.parents.get(parent)
         if parent.attr in ("shape", "dtype", "device", "size", "dim", "ndim"):
             return True
         is_shown = parent.attr in _SHOWN and isinstance(call, ast.Call) and call.func is parent
-        return is_shown and _is_added(call, parents, own, where, holders)  # type: ignore[arg-type]
+        return is_shown and _is_added(call, method)  # type: ignore[arg-type]
     if isinstance(parent, ast.Compare):
         return True
     if isinstance(parent, ast.keyword):
-        return parent.arg == "attn_mask"
-    if isinstance(parent, (ast.List, ast.Tuple)):
-        return _is_added(parent, parents, own, where, holders)
+        return parent.arg in ("attn_mask", "hx")
+    if isinstance(parent, (ast.List, ast.Tuple, ast.IfExp)):
+        return _is_added(parent, method)
     if isinstance(parent, ast.Call) and node is not parent.func:
         function = parent.func
         called = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         if "interpolate" in called or "resample" in called:  # another number of positions
-            return _is_added(parent, parents, own, where, holders)
-        return called in _JOINED
+            return _is_added(parent, method)
+        is_taken = any(reads(function, method.own, taker) for taker in method.takers)
+        return is_taken or called in _JOINED or called in SHAPED_ALIKE
     return False
+
+
+def _names_in(code: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(code) if isinstance(node, ast.Name)}

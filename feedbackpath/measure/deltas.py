@@ -59,7 +59,9 @@ def deltas(
         compute_loss: Runs the model forward on the same minibatch each time, and returns the loss, a scalar.
 
     Returns:
-        Layer path to what was measured; layers whose output needs no gradient are absent.
+        Layer path to what was measured. Layers whose output needs no gradient are absent, and of ``nn.LSTM``
+        and the like all but the last layer: what is measured there is the error that arrives at the output
+        of all time steps, and not how it goes back in time.
 
     Raises:
         UntieError: ``compute_loss`` did not run the untied model, or ran it on something else the second
@@ -166,12 +168,18 @@ def outputs_tapped(weights: Sequence[UntiedWeight]) -> Iterator[dict[str, list[G
     names = {(id(weight.layer), weight.weight_name): weight.name for weight in weights}
 
     def tap(weight: UntiedWeight, _: Tensor, output: Tensor, rows: slice) -> None:
-        if output.requires_grad:
+        if output.requires_grad and _is_output_of(weight):
             name = names[id(weight.layer), weight.weight_name]
             outputs.setdefault(name, []).append(get_gradient_edge(output))
 
     with tapped([weight.layer for weight in weights], tap):
         yield outputs
+
+
+def _is_output_of(weight: UntiedWeight) -> bool:
+    """Whether a weight's layer returns its output: a recurrent one returns that of its last layer."""
+    layer = weight.layer
+    return not isinstance(layer, nn.RNNBase) or f"_l{layer.num_layers - 1}" in weight.weight_name
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from feedbackpath.core import pytorch
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.modules import FeedbackModule
+from feedbackpath.errors import RuleError
 from feedbackpath.rules.base import Weights
 from feedbackpath.rules.update_watch import UpdateWatch
 
@@ -57,7 +58,15 @@ class SharedReduction:
         Args:
             weights: The weights.
             looked_up: Those of them that are an embedding's table too: B gets what W gets there.
+
+        Raises:
+            RuleError: A weight is no parameter, but was made of others in a forward pass.
         """
+        if made := [repr(weight.name) for weight in weights if not weight.weight.is_leaf]:
+            raise RuleError(
+                f"the weight of {', '.join(made)} is made of other parameters in each forward pass: untie "
+                "the model before its first one, or give the layer another rule by overrides="
+            )
         if not pytorch.can_wait():
             return
         for weight in looked_up:

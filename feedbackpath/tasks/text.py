@@ -46,11 +46,14 @@ def load_text(
     """
     folder = data_dir or Path(sysconfig.get_paths()["stdlib"])
     parts, digest, count = _read_parts(folder, "**/*" if data_dir else "**/*.py")
+    if count == 0:
+        raise DataError(f"text: {folder} has no files; give a folder of text files by --data-dir")
     for name, part in parts.items():
         if len(part) <= context:
+            share = f"{EVERY - 2 if name == 'train' else 1} in {EVERY}"
             raise DataError(
-                f"text: {folder} has {len(part)} bytes for {name}; give a folder of more text files: one in "
-                f"{EVERY} is for {name}"
+                f"text: {folder} has {count} files, and of these {len(part)} bytes for {name}; more than "
+                f"{context} are needed; give a folder of more text files: {share} of them are for {name}"
             )
     return Task(
         "text" if context == CONTEXT else f"text-{context}",
@@ -153,10 +156,9 @@ def _read_parts(folder: Path, pattern: str) -> tuple[dict[str, Tensor], str, int
         number = int.from_bytes(hashlib.sha256(name).digest()[:4], "big") % EVERY
         parts[{0: "validation", 1: "test"}.get(number, "train")].append(content)
         count += 1
-    tensors = {
-        name: torch.frombuffer(bytearray(b"".join(of) or b"\0"), dtype=torch.uint8)
-        for name, of in parts.items()
-    }
+    joined = {name: bytearray(b"".join(of)) for name, of in parts.items()}
+    empty = torch.empty(0, dtype=torch.uint8)
+    tensors = {name: torch.frombuffer(of, dtype=torch.uint8) if of else empty for name, of in joined.items()}
     return tensors, digest.hexdigest(), count
 
 
