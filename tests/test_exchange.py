@@ -644,6 +644,17 @@ READERS = {
     "a raw table": ({"t": (9, 6), "w": (6, 6)}, lambda m, x: (m.t[torch.arange(5)] + x) @ m.w @ m.t.t()),
     "a batch of maps": ({"w": (3, 6, 4)}, lambda m, x: x[:, None, None] @ m.w),
     "a map of three directions": ({"w": (2, 6, 4)}, lambda m, x: torch.tensordot(x, m.w, dims=([1], [1]))),
+    "a long convolution": (
+        {"w": (4, 6)},
+        lambda m, x: torch.fft.irfft(torch.fft.rfft(x[:, None], 12) * torch.fft.rfft(m.w, 12), 12)[..., :6],
+    ),
+    "spectra": (
+        {"w": (6, 4, 2)},
+        lambda m, x: torch.view_as_real(torch.einsum("bi,io->bo", x + 0j, torch.view_as_complex(m.w))),
+    ),
+    "a basis with kernels of activity": ({"w": (4, 6)}, lambda m, x: F.conv1d(m.w[:, None], x[:, None, :3])),
+    "a codebook that comes first": ({"w": (4, 6)}, lambda m, x: F.linear(m.w, x)),
+    "sparse activity": ({"w": (6, 4)}, lambda m, x: torch.sparse.mm((x * (x > 0)).to_sparse(), m.w)),
     "distances": ({"w": (4, 6)}, lambda m, x: torch.cdist(x, m.w)),
     "divisors": ({"w": (4, 6)}, lambda m, x: x[:, None] / m.w),
     "a learned memory": (

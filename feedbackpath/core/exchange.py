@@ -112,8 +112,7 @@ class Exchange(TorchFunctionMode):
         tensors = tensors_in((args, kwargs))
         if not self.is_traced:
             self._note_strangers(tensors)
-        looked_up = [self.look_up(tensor) for tensor in tensors]
-        met = [one for one in looked_up if one is not None]
+        met = [one for one in map(self.look_up, tensors) if one is not None]
         name = name_of(func)
         strangers = [one.tensor for one in met if one.is_stranger]
         if strangers and name in ops.PRODUCTS and len(strangers) < len(tensors):
@@ -135,7 +134,8 @@ class Exchange(TorchFunctionMode):
             return output
         if name in ops.INPUT_FIRST:
             activity = ops.activity_in(name, args, kwargs)
-            met = [one for one in met if all(one.tensor is not x for x in activity)]
+            weights = [one for one in met if all(one.tensor is not x for x in activity)]
+            met = weights if weights or name in ops.RECURRENT else met  # else its input is the weight
         elif all(self._holds_no_activity(tensor) for tensor in tensors):
             if name not in ops.PRODUCTS:
                 return self._derive(func, name, args, kwargs, met)
@@ -167,7 +167,7 @@ class Exchange(TorchFunctionMode):
                 )
 
     def _holds_no_activity(self, tensor: Tensor) -> bool:
-        if isinstance(tensor, Parameter) or not tensor.is_floating_point() or self.look_up(tensor):
+        if isinstance(tensor, Parameter) or not ops.holds_values(tensor) or self.look_up(tensor):
             return True
         if not self._has_buffers:
             self._has_buffers = True
@@ -180,7 +180,7 @@ class Exchange(TorchFunctionMode):
         """Know what came of an operation without activity, and its partners."""
         partners = tensors_in(beside)
         for number, tensor in enumerate(tensors_in(output)):
-            if tensor.is_floating_point() and self.look_up(tensor) is None:
+            if ops.holds_values(tensor) and self.look_up(tensor) is None:
                 self._note(Known(tensor, partners[number] if partners else None, origins, **told))
 
     def _derive(self, func: Call, name: str, args: Args, kwargs: Kwargs, met: Sequence[Known]) -> Any:
@@ -192,7 +192,7 @@ class Exchange(TorchFunctionMode):
         origins = tuple(dict.fromkeys([origin for one in met for origin in one.origins]))
         partners = [(one.tensor, one.feedback) for one in met if one.feedback is not None]
         tensors = tensors_in((args, kwargs))
-        is_looked_up = any(not tensor.is_floating_point() for tensor in tensors)
+        is_looked_up = any(not ops.holds_values(tensor) for tensor in tensors)
         beside_w = [*partners, *[(x, x.detach()) for x in tensors if x.requires_grad]]  # a gain learns once
         told = {
             "is_signal": is_looked_up or name in ops.PRODUCTS or any(one.is_signal for one in met),
@@ -233,20 +233,13 @@ class Exchange(TorchFunctionMode):
 
 
 class _Running(threading.local):
-    """The forward pass that runs in this thread.
-
-    Attributes:
-        exchange: What watches it.
-        traced: What watches the part that is being compiled.
-        is_backprop: Whether errors go back through W for now.
-        is_off: Whether untied modules do nothing of their own for now.
-    """
+    """The forward pass that runs in this thread, and how."""
 
     def __init__(self) -> None:  # in each thread; a compiler's guards count the attributes that are there
-        self.exchange: Exchange | None = None
-        self.traced: Exchange | None = None
-        self.is_backprop = False
-        self.is_off = False
+        self.exchange: Exchange | None = None  # what watches it
+        self.traced: Exchange | None = None  # what watches the part that is being compiled
+        self.is_backprop = False  # whether errors go back through W for now
+        self.is_off = False  # whether untied modules do nothing of their own for now
 
 
 RUNNING = _Running()
@@ -297,11 +290,12 @@ def _watch_eagerly(forward: Call, args: Args, exchange: Exchange) -> Any:
 
 
 def _is_scale(args: Args, kwargs: Kwargs, pairs: Sequence[Known]) -> bool:
-    """Whether a product multiplies each activity by a number of its own, and fans none out."""
+    """Whether a product multiplies each activity by a number of its own: spectra make a convolution."""
     tensors = tensors_in((args, kwargs))
     activities = [tensor.shape for tensor in tensors if not any(tensor is one.tensor for one in pairs)]
     broadcast: Call = torch.broadcast_shapes
-    return bool(broadcast(*[tensor.shape for tensor in tensors]) == broadcast(*activities))
+    is_alike = broadcast(*[tensor.shape for tensor in tensors]) == broadcast(*activities)
+    return bool(is_alike) and not any(tensor.is_complex() for tensor in tensors)
 
 
 def _show(one: Known, args: Args, kwargs: Kwargs, output: Any, exchange: Exchange) -> None:

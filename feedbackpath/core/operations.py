@@ -23,7 +23,7 @@ PRODUCTS = (
     _CONVOLUTIONS
     | _MATRIX
     | names_in("linear bilinear mv addmv tensordot dot vdot inner outer ger kron chain_matmul multi_dot")
-    | names_in("linalg_multi_dot linalg_vecdot vecdot addr addr_ addmm_ addbmm_ baddbmm_ addmv_")
+    | names_in("linalg_multi_dot linalg_vecdot vecdot addr addr_ addmm_ addbmm_ baddbmm_ addmv_ _sparse_mm")
 )
 _DIVISIONS = names_in("div div_ divide divide_ true_divide true_divide_ __truediv__ __itruediv__")
 # One product for each pair of values.
@@ -61,6 +61,11 @@ def is_matrix(parameter: Tensor) -> bool:
     A scale for each channel, ``[1, C, 1, 1]``, is none.
     """
     return sum(size > 1 for size in parameter.shape) > 1 and parameter.is_floating_point()
+
+
+def holds_values(tensor: Tensor) -> bool:
+    """Whether a tensor may hold values of a weight, or what was made of them, such as a spectrum."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def is_linear(name: str, args: Args, weights: Sequence[Tensor]) -> bool:
