@@ -215,15 +215,15 @@ class Exchange(TorchFunctionMode):
 
     def _meet(self, func: Call, name: str, args: Args, kwargs: Kwargs, met: Sequence[Known]) -> Any:
         """Run an operation in which weights meet activity."""
-        pairs = [one for one in met if one.feedback is not None]
-        if (
-            not pairs
-            or name in ops.ADDITIVE
-            or not torch.is_grad_enabled()
-            or (name in ops.SCALES and _is_scale(args, kwargs, pairs))
-        ):
+        pairs, tensors = [one for one in met if one.feedback is not None], tensors_in((args, kwargs))
+        is_exact = not pairs or name in ops.ADDITIVE or not torch.is_grad_enabled()
+        if is_exact or (name in ops.SCALES and _is_scale(tensors, pairs)):
             output = run(func, args, kwargs)
-        elif pytorch.is_traced() or any(x.layout is not torch.strided for x in tensors_in((args, kwargs))):
+        elif (
+            pytorch.is_traced()
+            or any(x.layout is not torch.strided for x in tensors)
+            or (name in ops.CHAINS and len(tensors) > 2)
+        ):
             output = write_twice(func, name, args, kwargs, pairs)
         else:
             output = exchange_saved(func, name, args, kwargs, pairs)
@@ -289,9 +289,8 @@ def _watch_eagerly(forward: Call, args: Args, exchange: Exchange) -> Any:
         RUNNING.exchange = None
 
 
-def _is_scale(args: Args, kwargs: Kwargs, pairs: Sequence[Known]) -> bool:
+def _is_scale(tensors: Sequence[Tensor], pairs: Sequence[Known]) -> bool:
     """Whether a product multiplies each activity by a number of its own: spectra make a convolution."""
-    tensors = tensors_in((args, kwargs))
     activities = [tensor.shape for tensor in tensors if not any(tensor is one.tensor for one in pairs)]
     broadcast: Call = torch.broadcast_shapes
     is_alike = broadcast(*[tensor.shape for tensor in tensors]) == broadcast(*activities)

@@ -156,16 +156,16 @@ def write_twice(func: Call, name: str, args: Args, kwargs: Kwargs, pairs: Sequen
 
 
 def _write_apart(func: Call, name: str, args: Args, kwargs: Kwargs, pairs: Sequence[Known]) -> Tensor:
-    """Run an operation that is not linear in W: by W for its value and W's gradient, by B for x's."""
-    weights = [one.tensor for one in pairs]
-    constant = [(x, x.detach()) for x in tensors_in((args, kwargs)) if all(x is not w for w in weights)]
-    own = [(one.tensor, _hand(one)) for one in pairs]
-    through_b = [(one.tensor, one.feedback.detach()) for one in pairs if one.feedback is not None]
-    state = pytorch.random_state(weights[0])
+    """Run an operation that is not linear in W: by W for its value and W's gradient, by B for x's and B's."""
+    constant = [(x, x.detach()) for x in tensors_in((args, kwargs))]  # behind W, which is found first
+    told = [(one.tensor, one.feedback, _gradients_of(one)) for one in pairs if one.feedback is not None]
+    own = [(w, swap(w, b.detach(), gradients, True)) for w, b, gradients in told]
+    through_b = [(w, swap(w.detach(), b, gradients, False)) for w, b, gradients in told]
+    state = pytorch.random_state(pairs[0].tensor)
     value = run(func, *replaced((args, kwargs), [*own, *constant]))
     if not isinstance(value, Tensor):
         raise _cannot(name, pairs)
-    with pytorch.random_numbers_from(state, weights[0]):
+    with pytorch.random_numbers_from(state, pairs[0].tensor):
         graph = run(func, *replaced((args, kwargs), through_b))
     return _TakeValue.apply(graph, value)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -25,6 +25,8 @@ PRODUCTS = (
     | names_in("linear bilinear mv addmv tensordot dot vdot inner outer ger kron chain_matmul multi_dot")
     | names_in("linalg_multi_dot linalg_vecdot vecdot addr addr_ addmm_ addbmm_ baddbmm_ addmv_ _sparse_mm")
 )
+# They multiply many factors in an order of their own, and keep what comes of it.
+CHAINS = names_in("einsum chain_matmul multi_dot linalg_multi_dot")
 _DIVISIONS = names_in("div div_ divide divide_ true_divide true_divide_ __truediv__ __itruediv__")
 # One product for each pair of values.
 SCALES = _DIVISIONS | names_in("mul mul_ multiply multiply_ __mul__ __rmul__ __imul__")
