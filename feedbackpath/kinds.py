@@ -40,6 +40,7 @@ def register_layer(
         UntieError: The class is no module.
 
     Example:
+        >>> from feedbackpath.core.layers import kind_of
         >>> class InputFirst(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()

@@ -131,6 +131,16 @@ def test_a_rule_that_could_not_be_judged_is_named():
     ]
 
 
+@pytest.mark.parametrize(
+    ("margin", "told"),
+    [(0.5, "+0.07"), (0.02, "+0.067"), (0.05, "+0.067"), (0.001, "+0.0667"), (5.0, "+0.07")],
+)
+def test_a_difference_is_told_with_more_digits_than_its_margin(margin, told):
+    results = results_of(bp=(3.0, 3.1, 3.2), kp=(3.1, 3.1, 3.3))
+    look(results, margin, seeds=3)
+    assert describe(results)[0].startswith(f"kp minus bp: {told} points, 90% interval ")
+
+
 @pytest.mark.parametrize(("spread", "margin"), [(0.5, 0.01), (0.0, 0.5), (3e6, 1e-3)])
 def test_a_narrow_margin_is_answered_at_once(spread, margin):
     n = seeds_needed(spread, margin)

@@ -55,9 +55,10 @@ def describe(results: Results) -> list[str]:
     for found in test.verdicts:
         unjudged.pop(found.rule, None)
     interval = f"{100 * (1 - 2 * test.level):g}% interval"
+    digits = max(2, 1 + math.ceil(-math.log10(test.margin)))  # one more than the margin has
     return [
-        f"{found.rule} minus bp: {found.difference:+.2f}{unit}, {interval} {found.low:+.2f} to "
-        f"{found.high:+.2f}, n = {found.n}: {found.verdict} within {test.margin:g}"
+        f"{found.rule} minus bp: {found.difference:+.{digits}f}{unit}, {interval} {found.low:+.{digits}f} to "
+        f"{found.high:+.{digits}f}, n = {found.n}: {found.verdict} within {test.margin:g}"
         + (f"; a study needs n = {max(found.seeds_needed, FEW)}" if found.n < FEW else "")
         for found in test.verdicts
     ] + [f"{rule} minus bp: not judged, fewer than two seeds that both have finished" for rule in unjudged]
