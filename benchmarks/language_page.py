@@ -40,7 +40,7 @@ def tables() -> dict[str, str]:
         found[f"{network}-run"] = table_of("run", network)
         found[f"{network}-equivalence"] = table_of("equivalence", network)
         found[f"{network}-long"] = table_of("long", network)
-    return found | {"gpt-mirrors": table_of("mirrors", "gpt")}
+    return found | {f"gpt-{study}": table_of(study, "gpt") for study in ("mirrors", "strong-decay")}
 
 
 def table_of(study: str, network: str) -> str:
@@ -54,8 +54,8 @@ def table_of(study: str, network: str) -> str:
         rows[way] = rows_with_settings(results, SHOWN, *[way][: len(first)])
     command = f"python benchmarks/language.py {study} {network}"
     table = as_far_as_run([*first, *SHOWN, "settings"], rows, command)
-    verdicts = [describe(results) for results in found.values() if results.equivalence]
-    return "\n\n".join([table, *verdicts]) + "\n"
+    verdicts = "\n".join(f"- {line}" for results in found.values() for line in describe(results))
+    return f"{table}\n\n{verdicts}".strip() + "\n"
 
 
 def samples_table(cells: Mapping[str, Any]) -> str:

@@ -13,8 +13,10 @@ from language_samples import angles_by_step, write
 
 import feedbackpath as fp
 from feedbackpath.models.language import TextLSTM
+from feedbackpath.report.equivalence import look
 from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.results import read_results
+from feedbackpath.train.store import write_json
 
 
 @pytest.fixture
@@ -97,17 +99,39 @@ def test_a_sample_depends_on_the_network_alone():
     assert write(model, 5) == write(model, 5)
 
 
-def test_a_table_has_the_settings_of_jobs_whose_rules_train_alike(monkeypatch, tmp_path):
-    made = read_results(OUT / "untuned" / "gpt")
+@pytest.fixture
+def made():
+    """The first seed of the study of the GPT."""
+    found = read_results(OUT / "gpt" / "run")
+    found.runs = [run for run in found.runs if run.seed == 100]
+    return found
+
+
+def keep(results, place):
+    place.mkdir(parents=True)
+    write_json(place / "results.json", results.to_json())
+
+
+def test_a_table_has_the_settings_of_jobs_whose_rules_train_alike(made, monkeypatch, tmp_path):
+    made.config |= {"by_rule": {}, "rule_settings": {}, "lr": 0.003, "weight_decay": 0.1}
     monkeypatch.setattr(language_page, "OUT", tmp_path)
-    kept = tmp_path / "gpt" / "long-same"
-    kept.mkdir(parents=True)
-    (kept / "results.json").write_text((OUT / "untuned" / "gpt" / "results.json").read_text())
-    table = language_page.table_of("long", "gpt", ("same", "zero"))
+    keep(made, tmp_path / "gpt" / "long-same")
+    table = language_page.table_of("long", "gpt")
     first = next(run.rule for run in made.runs)
     assert f"| same | {first} | 1/1 |" in table
     assert table.splitlines()[2].endswith("| lr 0.003, decay 0.1 |")
     assert "Not run yet: zero" in table
+
+
+def test_a_table_has_the_verdict_on_every_rule(made, monkeypatch, tmp_path):
+    made.runs = [run for run in made.runs if run.rule in ("bp", "wm", "mirror-kp")]
+    made.runs += [run.model_copy(update={"seed": 101}) for run in made.runs]
+    look(made, 0.02, seeds=2)
+    monkeypatch.setattr(language_page, "OUT", tmp_path)
+    keep(made, tmp_path / "gpt" / "equivalence")
+    lines = language_page.table_of("equivalence", "gpt").splitlines()
+    assert [line.split(" minus bp: ")[0] for line in lines[-2:]] == ["- mirror-kp", "- wm"]
+    assert not lines[-3]
 
 
 def test_the_page_has_what_the_result_files_have():
