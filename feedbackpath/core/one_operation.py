@@ -5,9 +5,9 @@
     dW = delta x^T      needs no weight
     dB = delta x^T      only where B learns
 
-``exchange_saved`` lets autograd keep B where it would keep W for the backward pass. ``write_twice`` serves
-where nothing can be exchanged afterwards, as of sparse activity: it runs ``op(x, W)`` for its value and
-``op(x, B)`` for its gradients.
+``exchange_saved`` lets autograd keep B where it would keep W for the backward pass. Where that cannot be, as
+of sparse activity, ``write_twice`` runs ``op(x, W)`` for its value and ``op(x, B)`` for its gradients. An
+operation that is not linear in W has dW at W, and dx and dB at B.
 """
 
 from collections.abc import Callable, Mapping, Sequence
