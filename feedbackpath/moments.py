@@ -139,7 +139,8 @@ class _SharedMoments:
     @torch.no_grad()
     def after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Move each B that was taken out as its W was moved, and put it back."""
-        state, taken, of_b = optimizer.state, self._taken, _groups_of(optimizer)
+        state, taken = optimizer.state, self._taken
+        of_b = _groups_of(optimizer) if taken else {}
         steps = torch.stack([state[pair.w]["step"] for pair in taken]).tolist() if taken else []
         for group in optimizer.param_groups:
             due = [(pair, n) for pair, n in zip(taken, steps, strict=True) if of_b[id(pair.b)] is group]
@@ -160,8 +161,8 @@ class _SharedMoments:
         if getattr(optimizer, "found_inf", None) is not None:
             return  # a scaler leaves it to the fused kernel whether there is an update at all
         groups = _groups_of(optimizer)
-        due = [pair for pair in self._pairs.values() if id(pair.w) in groups and id(pair.b) in groups]
-        due = [pair for pair in due if pair.w.grad is not None or pair.b.grad is not None]
+        held = [pair for pair in self._pairs.values() if id(pair.w) in groups and id(pair.b) in groups]
+        due = [pair for pair in held if pair.w.grad is not None or pair.b.grad is not None]
         for pair, is_same in zip(due, _agree([_compared(p, optimizer.state) for p in due]), strict=True):
             if is_same and _are_alike(groups[id(pair.w)], groups[id(pair.b)]):
                 self._taken.append(pair)

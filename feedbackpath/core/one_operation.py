@@ -67,7 +67,7 @@ def exchange_saved(func: Call, name: str, args: Args, kwargs: Kwargs, pairs: Seq
         w.data_ptr(): _laid_out_as(one.tensor, one.feedback) for one, w in zip(pairs, handed, strict=True)
     }
     is_linear = ops.is_linear(name, own_args, handed)
-    state = None if is_linear else pytorch.random_state(handed[0])
+    state = None if is_linear or name in ops.RECURRENT else pytorch.random_state(handed[0])
     saved: list[int] = []
     hooks = saving(places, saved, keeps_outputs=name not in ops.PRODUCTS)
     with torch.autograd.graph.saved_tensors_hooks(*hooks):
