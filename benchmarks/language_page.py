@@ -54,7 +54,11 @@ def table_of(study: str, network: str) -> str:
         rows[way] = rows_with_settings(results, SHOWN, *[way][: len(first)])
     command = f"python benchmarks/language.py {study} {network}"
     table = as_far_as_run([*first, *SHOWN, "settings"], rows, command)
-    verdicts = "\n".join(f"- {line}" for results in found.values() for line in describe(results))
+    verdicts = "\n".join(
+        f"- {': '.join([*[way][: len(first)], line])}"
+        for way, results in found.items()
+        for line in describe(results)
+    )
     return f"{table}\n\n{verdicts}".strip() + "\n"
 
 

@@ -43,7 +43,7 @@ def test_each_study_is_a_job_with_seeds_of_its_own(study, way, network):
     config = CompareConfig.model_validate(language.settings_of(study, network, way))
     assert (config.data, config.model) == ("text", network)
     assert config.seed == {"run": 100, "equivalence": 200, "long": 300, "mirrors": 400}[study]
-    is_a_test = study == "equivalence" or way == "codes"
+    is_a_test = study == "equivalence" or way in ("codes", "fine")
     assert config.seeds == (10 if is_a_test else 3)
     assert config.equivalence == (language.MARGINS[network] if is_a_test else None)
     assert set(config.by_rule) == (set() if way in ("same", "twice", "zero") else set(config.rules))
