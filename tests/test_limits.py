@@ -172,12 +172,29 @@ class OutOfSight(nn.Module):
         return self.fc(add_positions(x, self.positions))
 
 
-def test_positions_that_another_function_adds_get_a_b_that_nothing_uses():
-    path = fp.untie(model := OutOfSight(), "kp")
+class Adder(nn.Module):
+    def forward(self, x, positions):
+        return x + positions
+
+
+class ToOwnModule(OutOfSight):
+    """A model that hands its positions to a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.adder = Adder()
+
+    def forward(self, x):
+        return self.fc(self.adder(x, self.positions))
+
+
+@pytest.mark.parametrize("make", [OutOfSight, ToOwnModule])
+def test_positions_that_another_function_adds_get_a_b_that_nothing_uses(make):
+    path = fp.untie(model := make(), "kp")
     model(torch.randn(2, 4, 6)).square().sum().backward()
     assert [name for name, _, feedback in path.pairs() if feedback.grad is None] == [""]
-    with pytest.warns(fp.UnconvertedLayerWarning, match="OutOfSight"):
-        fp.untie(OutOfSight(), "wm")
+    with pytest.warns(fp.UnconvertedLayerWarning, match=make.__name__):
+        fp.untie(make(), "wm")
 
 
 # --- Layers -------------------------------------------------------------------------------------------------

@@ -294,6 +294,7 @@ class Chain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not pytorch.is_in_backward():
             self._fix_strangers([t for _, t in operands])
         made = {i: self._ledger.look_up(t) for i, t in operands}
+        made |= self._traces.learned_inputs(made, self._modules[-1:])
         if self._tape is None and not pytorch.is_in_backward():
             self._constants.see([(t, made[i]) for i, t in operands])
         tracked = [i for i, m in made.items() if m.is_tracked and (not m.operation or m.is_sign)]

@@ -1,10 +1,10 @@
 """Where what is made of W goes: it names layer, operation and line, and decides nothing."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from feedbackpath.auditing import operators as ops
@@ -12,6 +12,7 @@ from feedbackpath.auditing.ledger import ACTIVITY, CONSTANT, UNKNOWN, Ledger, Ma
 from feedbackpath.auditing.memory import place_of
 from feedbackpath.auditing.record import UPDATE, Record, digest_of
 from feedbackpath.auditing.subject import Subject
+from feedbackpath.core import pytorch
 
 
 class Traces:
@@ -25,6 +26,7 @@ class Traces:
 
     def __init__(self, ledger: Ledger, record: Record, subject: Subject) -> None:
         self._ledger, self._record, self._subject = ledger, record, subject
+        self._inputs: set[str] = set()
         self._written_early: list[tuple[Tensor, Made, str, str]] = []
 
     def attach(self) -> None:
@@ -43,6 +45,27 @@ class Traces:
         if made.kind == "other" and any(source in self._record.uses for source in made.sources):
             return Made("weight", tuple(s for s in made.sources if s in self._record.uses))
         return made
+
+    def learned_inputs(self, made: Mapping[int, Made], calls: Sequence[nn.Module]) -> dict[int, Made]:
+        """Return which operands are parameters that a layer is called with, such as a first state: signals.
+
+        So are they in its backward pass, where they meet its errors. One that is a matrix elsewhere is known
+        as such from there.
+
+        Args:
+            made: What the operands of a product are made of, by place.
+            calls: The innermost module that is being called, if there is one.
+        """
+        parts = {i: m for i, m in made.items() if m.kind == "other"}
+        if pytorch.is_in_backward():
+            return {i: ACTIVITY for i, m in parts.items() if self._inputs.issuperset(m.sources)}
+        sources = [m.sources[0] for m in made.values() if m.kind == "weight"]
+        weight = self._subject.weight_named(sources[0]) if len(sources) == 1 else None
+        called = [part for module in calls for part in (module, getattr(module, "out_proj", None))]
+        if weight is None or weight.layer not in called or len(parts) != len(made) - 1:
+            return {}
+        self._inputs |= {source for m in parts.values() for source in m.sources}
+        return dict.fromkeys(parts, ACTIVITY)
 
     def product(self, tensor: Tensor, is_inside: bool) -> Made | None:
         """Return what a sum of products of a weight and a signal, that is about to be made, is made of.

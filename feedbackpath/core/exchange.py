@@ -114,7 +114,8 @@ class Exchange(TorchFunctionMode):
             self._note_strangers(tensors)
         met = [one for one in map(self.look_up, tensors) if one is not None]
         name = name_of(func)
-        strangers = [one.tensor for one in met if one.is_stranger]
+        given = ops.activity_in(name, args, kwargs) if name in ops.INPUT_FIRST else []
+        strangers = [one.tensor for one in met if one.is_stranger and all(one.tensor is not x for x in given)]
         if strangers and name in ops.PRODUCTS and len(strangers) < len(tensors):
             self._name_strangers(strangers, name)
         if not any(one.origins for one in met):
@@ -133,8 +134,7 @@ class Exchange(TorchFunctionMode):
             self._learn(output, None, is_signal="rand" in name)
             return output
         if name in ops.INPUT_FIRST:
-            activity = ops.activity_in(name, args, kwargs)
-            weights = [one for one in met if all(one.tensor is not x for x in activity)]
+            weights = [one for one in met if all(one.tensor is not x for x in given)]
             met = weights if weights or name in ops.RECURRENT else met  # else its input is the weight
         elif all(self._holds_no_activity(tensor) for tensor in tensors):
             if name not in ops.PRODUCTS:

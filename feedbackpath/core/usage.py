@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from feedbackpath.core.operations import SHAPED_ALIKE, is_matrix, names_in
 
-# They show a parameter in another shape, or a part of it.
+# They show a parameter in another shape, a part of it, or what becomes of its values one by one.
 _SHOWN = names_in(
     """expand repeat unsqueeze squeeze view reshape to type_as flatten permute transpose contiguous
-    float half double bfloat16 interpolate"""
+    float half double bfloat16 clone tanh sigmoid relu gelu silu dropout"""
 )
 _JOINED = names_in("cat concat stack embedding append")
-_TAKERS = (nn.Linear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)  # all they are given is activity
+_TAKERS = (nn.Linear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.TransformerDecoder)
 # Where operations come from. None of them takes a weight out of a module.
 _OPERATIONS = (torch, nn, F, torch.linalg, torch.fft, torch.special, torch.utils.checkpoint, math)
 _BUILTINS = names_in(
@@ -49,7 +49,7 @@ class _Method(NamedTuple):
     own: str  # what it calls the module
     parents: _Parents
     holders: set[str]  # the parameter's own name, locals, methods that return it
-    takers: list[str]
+    takers: list[str]  # all that they are given is activity
 
 
 def is_only_added(module: nn.Module, name: str) -> bool:
@@ -302,7 +302,7 @@ def _is_added(node: ast.AST, method: _Method) -> bool:
     if isinstance(parent, ast.Call) and node is not parent.func:
         function = parent.func
         called = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-        if "interpolate" in called or "resample" in called:  # another number of positions
+        if called in _SHOWN or any(part in called for part in ("interpolate", "resample", "norm")):
             return _is_added(parent, method)
         is_taken = any(reads(function, method.own, taker) for taker in method.takers)
         return is_taken or called in _JOINED or called in SHAPED_ALIKE
