@@ -21,8 +21,8 @@ orthogonal on ten seeds, and the default one on three. It was declared when ``ru
 chosen mirror 0.07 bits per byte behind backprop on its first seed, after a pilot on validation data (a seed,
 500 steps: backprop 2.773, codes 2.773, the default mirror 2.806, 10 degrees 2.812, the chosen one 2.846).
 ``fine``, independent noise with many more samples, on ten seeds, was declared when the default mirror had
-shown itself 0.12 behind, after a second pilot of the same kind (target angle and forgetting: 10 degrees and 0.1
-2.827, 7 and 0.5 2.786, 4 and 0.5 2.770, with steps that took 1.5, 5 and 14 times as long as backprop's).
+shown itself 0.12 behind, after a second pilot of the same kind (10 degrees and a forgetting of 0.1: 2.827;
+7 and 0.5: 2.786; 4 and 0.5: 2.770; steps took 1.5, 5 and 14 times as long as backprop's).
 
 All go on where they were broken off. The two networks, and the ways of a study, can be run at the same time.
 """
