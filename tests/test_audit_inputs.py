@@ -55,6 +55,15 @@ class FirstStateOfCell(Queries):
         return self.cell(h[:, 0], self.queries)
 
 
+class Seeds(Queries):  # of convolutions
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.up = nn.Conv1d(3, 3, 3, padding=1, groups=3), nn.ConvTranspose1d(3, 3, 1)
+
+    def mix(self, h):
+        return h + self.up(self.convolution(self.queries[None]))
+
+
 class AlsoMatrix(Queries):
     """The queries are asked, and multiply a signal too."""
 
@@ -81,7 +90,38 @@ class Squashed(Queries):
         return F.linear(h, torch.tanh(self.queries)) @ self.queries
 
 
-LEARNED_INPUTS = [Queries, Prepared, Latents, Decoded, FirstState, FirstStateOfCell]
+class Through(torch.autograd.Function):
+    """Send errors back through a matrix."""
+
+    @staticmethod
+    def forward(ctx, h, matrix):
+        ctx.matrix = matrix
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx, delta):
+        return delta @ ctx.matrix, None
+
+
+class Decoy(Queries):
+    """A matrix for errors is given to a layer, too, to look like an input."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("matrix", self.layer.weight.detach().flip(0) * 2)
+
+    def mix(self, h):
+        return Through.apply(h, self.matrix) + 0 * self.layer(self.matrix).mean()
+
+
+class DecoyOfHook(Decoy):
+    def mix(self, h):
+        h = h.clone()
+        h.register_hook(lambda delta: delta @ self.matrix)
+        return h + 0 * self.layer(self.matrix).mean()
+
+
+LEARNED_INPUTS = [Queries, Prepared, Latents, Decoded, FirstState, FirstStateOfCell, Seeds]
 MATRICES = [AlsoMatrix, MadeMatrix, Prototypes, Squashed]
 
 
@@ -108,7 +148,7 @@ def test_a_learned_input_is_activity(make, rule):
 
 
 @pytest.mark.parametrize("rule", ["fa", "kp"])
-@pytest.mark.parametrize("make", [AlsoMatrix, MadeMatrix])
+@pytest.mark.parametrize("make", [AlsoMatrix, MadeMatrix, Decoy, DecoyOfHook])
 def test_a_learned_input_hides_no_matrix(make, rule):
     report = audit(make, rule)
     assert report.transport_free is False

@@ -233,6 +233,19 @@ def calling_module() -> str:
     return name if is_own else ""
 
 
+def is_of_engine() -> bool:
+    """Whether PyTorch's backward pass itself runs an operator, and no hook or function of another's."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("torch.autograd"):
+            return True
+        if module != "torch" and not module.startswith(INNER):
+            return False
+        frame = frame.f_back
+    return True
+
+
 def _calling_frame() -> Any:
     frame: Any = sys._getframe(1)
     while frame is not None:

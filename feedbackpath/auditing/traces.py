@@ -57,7 +57,7 @@ class Traces:
             calls: The innermost module that is being called, if there is one.
         """
         parts = {i: m for i, m in made.items() if m.kind == "other"}
-        if pytorch.is_in_backward():
+        if pytorch.is_in_backward() and ops.is_of_engine():
             return {i: ACTIVITY for i, m in parts.items() if self._inputs.issuperset(m.sources)}
         sources = [m.sources[0] for m in made.values() if m.kind == "weight"]
         weight = self._subject.weight_named(sources[0]) if len(sources) == 1 else None

@@ -26,8 +26,9 @@ _SHOWN = names_in(
     """expand repeat unsqueeze squeeze view reshape to type_as flatten permute transpose contiguous
     float half double bfloat16 clone tanh sigmoid relu gelu silu dropout"""
 )
-_JOINED = names_in("cat concat stack embedding append")
-_TAKERS = (nn.Linear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.TransformerDecoder)
+_JOINED = names_in("cat concat stack embedding append") | SHAPED_ALIKE
+_CONVOLUTION, _DECODER = nn.modules.conv._ConvNd, nn.TransformerDecoder
+_TAKERS = (nn.Linear, _CONVOLUTION, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, _DECODER)
 # Where operations come from. None of them takes a weight out of a module.
 _OPERATIONS = (torch, nn, F, torch.linalg, torch.fft, torch.special, torch.utils.checkpoint, math)
 _BUILTINS = names_in(
@@ -304,8 +305,7 @@ def _is_added(node: ast.AST, method: _Method) -> bool:
         called = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         if called in _SHOWN or any(part in called for part in ("interpolate", "resample", "norm")):
             return _is_added(parent, method)
-        is_taken = any(reads(function, method.own, taker) for taker in method.takers)
-        return is_taken or called in _JOINED or called in SHAPED_ALIKE
+        return called in _JOINED or any(reads(function, method.own, taker) for taker in method.takers)
     return False
 
 
