@@ -235,25 +235,29 @@ def calling_module() -> str:
 
 def is_of_engine() -> bool:
     """Whether PyTorch's backward pass itself runs an operator, and no hook or function of another's."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
+    for _, module in _frames():
         if module.startswith("torch.autograd"):
             return True
-        if module != "torch" and not module.startswith(INNER):
+        if _is_of_another(module):
             return False
-        frame = frame.f_back
     return True
 
 
 def _calling_frame() -> Any:
+    return next((frame for frame, module in _frames() if _is_of_another(module)), None)
+
+
+def _frames() -> Iterator[tuple[Any, str]]:
+    """Yield the calls that run, the innermost first, and the module that each stands in."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module != "torch" and not module.startswith(INNER):
-            return frame
+        yield frame, frame.f_globals.get("__name__", "")
         frame = frame.f_back
-    return None
+
+
+def _is_of_another(module: str) -> bool:
+    """Whether a module is not PyTorch's, the core's or the audit's own."""
+    return module != "torch" and not module.startswith(INNER)
 
 
 class Exits(TorchFunctionMode):

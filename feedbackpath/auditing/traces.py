@@ -57,6 +57,8 @@ class Traces:
             calls: The innermost module that is being called, if there is one.
         """
         parts = {i: m for i, m in made.items() if m.kind == "other"}
+        if not parts:
+            return {}
         if pytorch.is_in_backward() and ops.is_of_engine():
             return {i: ACTIVITY for i, m in parts.items() if self._inputs.issuperset(m.sources)}
         sources = [m.sources[0] for m in made.values() if m.kind == "weight"]
