@@ -60,15 +60,29 @@ def test_random_feedback_has_its_size_from_the_fans_and_nothing_from_the_weights
 
 
 @pytest.mark.parametrize("rule", [fp.FeedbackAlignment, fp.KolenPollack])
-@pytest.mark.parametrize("scale", ["xavier", "he", "zero"])
+@pytest.mark.parametrize("scale", ["xavier", "he", "zero", 0.1, 3])
 def test_the_first_feedback_weights_have_the_scale_that_is_asked_for(rule, scale):
     model = nn.Sequential(nn.Linear(300, 100), nn.ReLU(), nn.Unflatten(1, (4, 5, 5)), nn.Conv2d(4, 200, 3))
     path = fp.untie(model, rule(scale=scale))
     for weight in path.weights:
-        fans = {"xavier": weight.fan_in + weight.fan_out, "he": weight.fan_out, "zero": math.inf}[scale]
+        xavier = math.sqrt(2 / (weight.fan_in + weight.fan_out))
+        sizes = {
+            "xavier": xavier,
+            "he": math.sqrt(2 / weight.fan_out),
+            "zero": 0.0,
+            0.1: 0.1 * xavier,
+            3: 3 * xavier,
+        }
         b = weight.feedback.detach()
-        assert float(b.std()) == pytest.approx(math.sqrt(2 / fans), rel=0.05)
-        assert abs(float(b.mean())) < 0.01
+        assert float(b.std()) == pytest.approx(sizes[scale], rel=0.05)
+        assert abs(float(b.mean())) < 0.1 * xavier
+
+
+@pytest.mark.parametrize("rule", [fp.FeedbackAlignment, fp.KolenPollack])
+@pytest.mark.parametrize("scale", [0, -0.5, 1e20, math.inf, True, "small"])
+def test_a_scale_that_is_none_is_refused(rule, scale):
+    with pytest.raises(fp.RuleError, match="scale"):
+        fp.untie(nn.Linear(3, 2), rule(scale=scale))
 
 
 def test_with_feedback_weights_of_zero_only_the_last_layer_learns():

@@ -12,11 +12,11 @@ from feedbackpath.arguments import CheckedArguments, checked
 from feedbackpath.core.context import RuleContext
 from feedbackpath.core.layers import UntiedWeight
 from feedbackpath.core.sendback import LOCAL, SendBack
-from feedbackpath.errors import RuleError
+from feedbackpath.errors import RuleError, refuse_no_size
 from feedbackpath.rules.spelling import warn_of_misspelt
 
 Weights = Sequence[UntiedWeight]
-Scale = Literal["xavier", "he", "zero"]
+Scale = Literal["xavier", "he", "zero"] | float
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,11 @@ def draw_feedback(weights: Weights, context: RuleContext, scale: Scale = "xavier
     """Draw every feedback weight from N(0, s^2), independently of W. The paper leaves s open.
 
     Scales: ``"xavier"``, s^2 = 2 / (fan_in + fan_out) (Glorot & Bengio 2010, equation 12); ``"he"``, s^2 = 2
-    / fan_out: errors keep their size through ReLUs (He et al. 2015, equation 14); ``"zero"``, s = 0.
+    / fan_out: errors keep their size through ReLUs (He et al. 2015, equation 14); ``"zero"``, s = 0; a
+    number: Glorot and Bengio's s times this number.
+
+    Raises:
+        RuleError: The number is not above 0.
     """
     with torch.no_grad():
         for weight in weights:
@@ -139,5 +143,8 @@ def draw_feedback(weights: Weights, context: RuleContext, scale: Scale = "xavier
 
 def size_at(scale: Scale, weight: UntiedWeight) -> float:
     """Return the standard deviation that a scale names."""
+    if not isinstance(scale, str):
+        refuse_no_size("the scale of B", scale)
+        return scale * size_at("xavier", weight)
     fans = {"xavier": weight.fan_in + weight.fan_out, "he": weight.fan_out, "zero": math.inf}
     return math.sqrt(2.0 / fans[scale])

@@ -17,8 +17,8 @@ class FeedbackAlignment(Rule):
     """Draw B once and leave it; W may learn to agree with it.
 
     Args:
-        scale: Of B; the paper leaves it open: ``"xavier"``, ``"he"`` or ``"zero"`` (see ``draw_feedback``).
-            With B = 0 no error passes a layer: only the last one learns.
+        scale: Of B; the paper leaves it open: ``"xavier"``, ``"he"``, ``"zero"`` or a number (see
+            ``draw_feedback``). With B = 0 no error passes a layer: only the last one learns.
 
     Example:
         >>> import feedbackpath as fp

@@ -44,7 +44,7 @@ class KolenPollack(Rule):
     Args:
         feedback_rate: eta_B / eta_W: how much of W's gradient B gets. It takes SGD: an optimizer that divides
             a gradient by its size, such as Adam, undoes it. On several devices B is then averaged by itself.
-        scale: Of the initial B: ``"xavier"``, ``"he"`` or ``"zero"`` (see ``draw_feedback``).
+        scale: Of the initial B: ``"xavier"``, ``"he"``, ``"zero"`` or a number (see ``draw_feedback``).
         order: ``"error-first"``, or Algorithm 2's ``"update-first"``: errors go through B as the update of
             this step leaves it. It takes linear layers, convolutions, and ``path.check_optimizer`` first.
 
