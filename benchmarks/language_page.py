@@ -26,7 +26,7 @@ from feedbackpath.report.parts import (
     write_letters,
 )
 from feedbackpath.report.style import in_order, legend_label
-from feedbackpath.train.results import read_results
+from feedbackpath.train.results import Results, read_results
 
 PAGE = Path(__file__).parent.parent / "docs" / "language.md"
 SHOWN = ("rule", "n", "test bits per byte", "minus bp", "angle, max", "δ angle, max", "gain")
@@ -51,7 +51,9 @@ def table_of(study: str, network: str) -> str:
     first = ["way"] if len(ways) > 1 else []
     rows: dict[str, list[list[str]]] = {way: [] for way in ways}
     for way, results in found.items():
-        rows[way] = rows_with_settings(results, SHOWN, *[way][: len(first)])
+        rules = {run.rule for run in results.runs}
+        made = rows_with_settings(beside_backprop(results, found), SHOWN, *[way][: len(first)])
+        rows[way] = [row for row in made if row[len(first)] in rules]
     command = f"python benchmarks/language.py {study} {network}"
     table = as_far_as_run([*first, *SHOWN, "settings"], rows, command)
     verdicts = "\n".join(
@@ -60,6 +62,14 @@ def table_of(study: str, network: str) -> str:
         for line in describe(results)
     )
     return f"{table}\n\n{verdicts}".strip() + "\n"
+
+
+def beside_backprop(results: Results, found: Mapping[str, Results]) -> Results:
+    """Return results of a job with backprop's runs of ``same``, if it has none of its own."""
+    if "same" not in found or any(run.rule == "bp" for run in results.runs):
+        return results
+    borrowed = [run for run in found["same"].runs if run.rule == "bp"]
+    return results.model_copy(update={"runs": [*borrowed, *results.runs]})
 
 
 def samples_table(cells: Mapping[str, Any]) -> str:

@@ -46,7 +46,7 @@ def test_each_study_is_a_job_with_seeds_of_its_own(study, way, network):
     is_a_test = study == "equivalence" or way in ("codes", "fine")
     assert config.seeds == (10 if is_a_test else 3)
     assert config.equivalence == (language.MARGINS[network] if is_a_test else None)
-    assert set(config.by_rule) == (set() if way in ("same", "twice", "zero") else set(config.rules))
+    assert set(config.by_rule) == (set() if way in ("same", "twice", "zero", "small") else set(config.rules))
     assert config.rule_settings.get("wm", {}).get("mirror") == language.WAYS["mirrors"].get(way)
 
 
@@ -54,7 +54,9 @@ def test_margins_are_those_that_were_declared():
     assert language.MARGINS == {"gpt": 0.02, "lstm": 0.05}
 
 
-@pytest.mark.parametrize(("way", "e_folds"), [("same", 5.25), ("zero", 5.25), ("twice", 10.5)])
+@pytest.mark.parametrize(
+    ("way", "e_folds"), [("same", 5.25), ("zero", 5.25), ("small", 5.25), ("twice", 10.5)]
+)
 def test_a_long_run_of_kolen_pollack_has_five_e_folds_or_more(way, e_folds):
     config = CompareConfig.model_validate(language.settings_of("long", "gpt", way))
     steps = config.epochs * config.samples_per_epoch // config.batch_size
@@ -121,6 +123,18 @@ def test_a_table_has_the_settings_of_jobs_whose_rules_train_alike(made, monkeypa
     assert f"| same | {first} | 1/1 |" in table
     assert table.splitlines()[2].endswith("| lr 0.003, decay 0.1 |")
     assert "Not run yet: twice, zero" in table
+
+
+def test_a_job_without_backprop_stands_beside_that_at_the_same_settings(made, monkeypatch, tmp_path):
+    monkeypatch.setattr(language_page, "OUT", tmp_path)
+    keep(made, tmp_path / "gpt" / "long-same")
+    (bp,) = (run for run in made.runs if run.rule == "bp")
+    made.runs = [bp.model_copy(update={"rule": "kp", "test": bp.test + 0.25})]
+    keep(made, tmp_path / "gpt" / "long-zero")
+    rows = [line for line in language_page.table_of("long", "gpt").splitlines() if "| zero |" in line]
+    assert len(rows) == 1
+    assert "| zero | kp | 1/1 |" in rows[0]
+    assert "+0.25" in rows[0]
 
 
 def test_a_table_has_the_verdict_on_every_rule(made, monkeypatch, tmp_path):
