@@ -54,6 +54,7 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "same": {"rules": ("bp", "kp"), **LONG},
         "twice": {"rules": ("bp", "kp"), **LONG, "weight_decay": 2 * LONG["weight_decay"]},
         "zero": {"rules": ("kp",), "rule_settings": {"kp": {"scale": "zero"}}, **LONG},
+        "rate": {"rules": ("bp", "kp"), "lr": 2 * LONG["lr"], "weight_decay": LONG["weight_decay"] / 2},
         "small": {"rules": ("kp",), "rule_settings": {"kp": {"scale": 0.1}}, **LONG},
         "best": {"rules": ("bp",)},
     },

@@ -46,7 +46,9 @@ def test_each_study_is_a_job_with_seeds_of_its_own(study, way, network):
     is_a_test = study == "equivalence" or way in ("codes", "fine")
     assert config.seeds == (10 if is_a_test else 3)
     assert config.equivalence == (language.MARGINS[network] if is_a_test else None)
-    assert set(config.by_rule) == (set() if way in ("same", "twice", "zero", "small") else set(config.rules))
+    assert set(config.by_rule) == (
+        set() if way in ("same", "twice", "zero", "rate", "small") else set(config.rules)
+    )
     assert config.rule_settings.get("wm", {}).get("mirror") == language.WAYS["mirrors"].get(way)
 
 
@@ -55,7 +57,7 @@ def test_margins_are_those_that_were_declared():
 
 
 @pytest.mark.parametrize(
-    ("way", "e_folds"), [("same", 5.25), ("zero", 5.25), ("small", 5.25), ("twice", 10.5)]
+    ("way", "e_folds"), [("same", 5.25), ("zero", 5.25), ("small", 5.25), ("rate", 5.25), ("twice", 10.5)]
 )
 def test_a_long_run_of_kolen_pollack_has_five_e_folds_or_more(way, e_folds):
     config = CompareConfig.model_validate(language.settings_of("long", "gpt", way))
