@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cost_page import put_tables
-from language import OUT, RULES, WAYS, place_of
+from language import OUT, RULES, place_of, ways_of
 from marked import as_far_as_run
 from matplotlib.figure import Figure
 from studies import rows_with_settings
@@ -45,7 +45,7 @@ def tables() -> dict[str, str]:
 
 def table_of(study: str, network: str) -> str:
     """Return the table of a study's jobs with the settings of each rule, and the verdict if it has one."""
-    ways = tuple(WAYS.get(study, ("",)))
+    ways = ways_of(study, network) or [""]
     places = {way: OUT / place_of(study, network, way) for way in ways}
     found = {way: read_results(at) for way, at in places.items() if (at / "results.json").exists()}
     first = ["way"] if len(ways) > 1 else []

@@ -33,7 +33,7 @@ def searched(tmp_path, monkeypatch):
         (tmp_path / network / "tuned" / "chosen.yaml").write_text(yaml.safe_dump(found))
 
 
-WAYS = [(study, way) for study, ways in language.WAYS.items() for way in ways]
+WAYS = [(study, way) for study in language.WAYS for way in language.ways_of(study, "lstm")]
 
 
 @pytest.mark.usefixtures("searched")
