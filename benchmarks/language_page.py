@@ -11,7 +11,7 @@ from typing import Any
 
 from cost_page import put_tables
 from language import OUT, RULES, place_of, ways_of
-from marked import as_far_as_run
+from marked import as_far_as_run, as_table
 from matplotlib.figure import Figure
 from studies import rows_with_settings
 
@@ -35,7 +35,10 @@ NAMES = {"self_attn": "qkv", "out_proj": "out", "linear1": "ff 1", "linear2": "f
 
 def tables() -> dict[str, str]:
     """Return the tables of the page, by name."""
-    found = {"samples": samples_table(json.loads((OUT / "samples.json").read_text()))}
+    found = {
+        "samples": samples_table(json.loads((OUT / "samples.json").read_text())),
+        "saturation": saturation_table(json.loads((OUT / "saturation.json").read_text())),
+    }
     for network in RULES:
         found[f"{network}-run"] = table_of("run", network)
         found[f"{network}-equivalence"] = table_of("equivalence", network)
@@ -80,6 +83,30 @@ def samples_table(cells: Mapping[str, Any]) -> str:
     ]
     head = "| network, rule | bits per byte | what it writes after the prompt |\n| --- | --- | --- |"
     return "\n".join([head, *rows, ""])
+
+
+def saturation_table(found: Mapping[str, Any]) -> str:
+    """Return how the units of each LSTM are after the first epoch and after the last."""
+    told = {
+        name: [state_in_words(epochs[at], found["bp"][at]) for at in (0, -1)]
+        for name, epochs in found.items()
+    }
+    rows = [
+        [name, *(f"{first[column]} → {last[column]}" for column in first)]
+        for name, (first, last) in told.items()
+    ]
+    return as_table(["network", *told["bp"][0]], rows) + "\n"
+
+
+def state_in_words(found: Mapping[str, Any], bp: Mapping[str, Any]) -> dict[str, str]:
+    """Return what was kept of a network after an epoch, beside that of backprop."""
+    return {
+        "angle, max": f"{found['angle_deg']:.0f}°",
+        "minus bp": f"{found['bits_per_byte'] - bp['bits_per_byte']:+.2f}",
+        "candidate, lower quartile": f"{found['candidate'][0]:.2f}",
+        "forget gate, median": f"{found['forget'][1]:.2f}",
+        "dimensions": f"{found['dimensions']:.0f}",
+    }
 
 
 def shown(text: str) -> str:

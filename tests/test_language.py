@@ -5,11 +5,13 @@ import json
 import language
 import language_page
 import pytest
+import saturation
 import torch
 import yaml
 from cost_page import put_tables
 from language_page import OUT, PAGE, draw, tables
 from language_samples import angles_by_step, write
+from torch import nn
 
 import feedbackpath as fp
 from feedbackpath.models.language import TextLSTM
@@ -95,6 +97,30 @@ def test_errors_through_time_are_compared_step_by_step():
         for _, w, b in path.pairs():
             b.copy_(w)
     assert all(angle == 0 for angle in angles_by_step(model, x, x))
+
+
+def test_states_of_an_lstm_are_those_that_its_cell_makes():
+    torch.manual_seed(0)
+    model = TextLSTM(11, width=8)
+    cell = nn.LSTMCell(8, 8)
+    cell.load_state_dict({name.removesuffix("_l0"): w for name, w in model.lstm.state_dict().items()})
+    embedded = model.embed(torch.randint(11, (4, 6)))
+    h, candidate, forget = saturation.gates(embedded, model.lstm)
+    state = (torch.zeros(4, 8), torch.zeros(4, 8))
+    for step in range(6):
+        last = state
+        state = cell(embedded[:, step], last)
+        torch.testing.assert_close(h[:, step], state[0])
+        sums = nn.functional.linear(embedded[:, step], cell.weight_ih, cell.bias_ih)
+        sums = sums + nn.functional.linear(last[0], cell.weight_hh, cell.bias_hh)
+        opened = sums.sigmoid().chunk(4, -1)[0]
+        torch.testing.assert_close(state[1], forget[:, step] * last[1] + opened * candidate[:, step])
+
+
+def test_dimensions_count_directions():
+    torch.manual_seed(0)
+    flat = torch.randn(5000, 3) @ torch.linalg.qr(torch.randn(7, 7)).Q[:3]
+    assert saturation.dimensions(flat) == pytest.approx(3, abs=0.05)
 
 
 def test_a_sample_depends_on_the_network_alone():

@@ -1,0 +1,113 @@
+"""Are the units of an LSTM at their limits after Kolen-Pollack has learned with wrong errors?
+
+    python benchmarks/saturation.py
+    python benchmarks/language_page.py
+
+Trains the LSTM of ``language.py long`` ("same") with its first seed for 10 of the 40 epochs: under backprop,
+under ``mirror-kp``, and under ``kp`` from each first B. After each epoch it keeps, on validation text: bits
+per byte; the largest angle between B and W; quartiles of the candidate's size and of the forget gate; and in
+how many dimensions the states h vary, (sum of e)^2 / (sum of e^2) with e the eigenvalues of their covariance.
+Killed, it goes on with the first network that is not finished.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from language import OUT, settings_of
+from torch import Tensor, nn
+
+from feedbackpath.tasks import load_task
+from feedbackpath.tasks.text import byte_loss
+from feedbackpath.train.config import CompareConfig
+from feedbackpath.train.engine import Engine
+from feedbackpath.train.loop import Measured, Training
+
+KEPT = OUT / "saturation.json"
+EPOCHS, SKIPPED = 10, 16  # the first steps of a window see little text
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bp": ("bp", {}),
+    "mirror-kp": ("mirror-kp", {}),
+    "kp, usual B": ("kp", {}),
+    "kp, small B": ("kp", {"scale": 0.1}),
+    "kp, B = 0": ("kp", {"scale": "zero"}),
+}
+
+
+def gates(embedded: Tensor, lstm: nn.LSTM) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the states h, the candidates and the forget gates of an LSTM, ``[N, T, units]`` each."""
+    h, _ = lstm(embedded)
+    before = torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], dim=1)
+    into = nn.functional.linear(embedded, lstm.weight_ih_l0, lstm.bias_ih_l0)
+    back = nn.functional.linear(before, lstm.weight_hh_l0, lstm.bias_hh_l0)
+    _, forget, candidate, _ = (into + back).chunk(4, dim=-1)
+    return h, candidate.tanh(), forget.sigmoid()
+
+
+def dimensions(h: Tensor) -> float:
+    """Return in how many dimensions states ``[samples, units]`` vary.
+
+    Example:
+        >>> round(dimensions(torch.eye(4).repeat(9, 1)), 3)  # four corners: three dimensions
+        3.0
+    """
+    e = torch.linalg.eigvalsh(torch.cov(h.T)).clamp(min=0)
+    return float(e.sum().square() / e.square().sum())
+
+
+def quartiles(values: Tensor) -> list[float]:
+    """Return the quartiles of all values."""
+    found = values.flatten().sort().values
+    return [float(found[int(share * (len(found) - 1))]) for share in (0.25, 0.5, 0.75)]
+
+
+@torch.no_grad()
+def look(model: Any, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """Return what is kept of a network after an epoch, but for its angles."""
+    h, candidate, forget = (part[:, SKIPPED:] for part in gates(model.embed(x), model.lstm))
+    return {
+        "bits_per_byte": float(byte_loss(model(x), y)) / torch.log(torch.tensor(2.0)).item(),
+        "candidate": quartiles(candidate.abs()),
+        "forget": quartiles(forget),
+        "dimensions": dimensions(h.flatten(0, 1)),
+    }
+
+
+def run_network(rule: str, settings: dict[str, Any], epochs: int = EPOCHS) -> list[dict[str, Any]]:
+    """Train one network and look at it after each epoch."""
+    own = {"rules": (rule,), "seeds": 1, "rule_settings": {rule: settings} if settings else {}}
+    config = CompareConfig.model_validate(settings_of("long", "lstm", "same") | own)
+    torch.set_num_threads(1)
+    task = load_task("text", seed=config.seed, samples_per_epoch=config.samples_per_epoch)
+    x, y = task.validation.batch(torch.arange(256), 0)
+    training = Training(config.for_rule(rule), rule, config.seed, task, Engine(config))
+    training.begin()
+    found = []
+    for _ in range(epochs):
+        for event in training.go_through_epoch():
+            if isinstance(event, Measured):
+                angles = event.entry.matrix_angle_deg.values()
+                found.append(look(training.model, x, y) | {"angle_deg": max(angles)})
+    return found
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return what a command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Run what is not there yet."""
+    parse()
+    found = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    for name, (rule, settings) in NETWORKS.items():
+        if name not in found:
+            found[name] = run_network(rule, settings)
+            KEPT.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
