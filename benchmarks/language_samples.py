@@ -11,6 +11,7 @@ goes on where it was.
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,23 @@ def angles_by_step(model: Any, x: Tensor, y: Tensor) -> list[float]:
     return [angle_deg(ours[:, -1 - back], exact[:, -1 - back]) for back in range(x.shape[1])]
 
 
-def run_cell(network: str, rule: str) -> dict[str, Any]:
-    """Train one network and look at it."""
-    config = CompareConfig.model_validate(settings_of("run", network))
+def epochs_of(config: CompareConfig, rule: str) -> Iterator[tuple[Training, Measured]]:
+    """Train one network with a job's first seed, and yield it after each epoch with what was measured."""
     torch.set_num_threads(1)
     task = load_task("text", seed=config.seed, samples_per_epoch=config.samples_per_epoch)
     training = Training(config.for_rule(rule), rule, config.seed, task, Engine(config))
-    measured = training.begin()
+    training.begin()
     while not training.is_finished:
         for event in training.go_through_epoch():
-            measured = event if isinstance(event, Measured) else measured
-    x, y = task.test.batch(torch.arange(64), 0)
+            if isinstance(event, Measured):
+                yield training, event
+
+
+def run_cell(network: str, rule: str) -> dict[str, Any]:
+    """Train one network and look at it."""
+    config = CompareConfig.model_validate(settings_of("run", network))
+    *_, (training, measured) = epochs_of(config, rule)
+    x, y = training.task.test.batch(torch.arange(64), 0)
     angles = angles_by_step(training.model, x, y) if network == "lstm" else None
     return {
         "bits_per_byte": measured.entry.test,

@@ -10,20 +10,17 @@ how many dimensions the states h vary, (sum of e)^2 / (sum of e^2) with e the ei
 Killed, it goes on with the first network that is not finished.
 """
 
-import argparse
 import json
-from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from language import OUT, settings_of
+from language_samples import epochs_of
 from torch import Tensor, nn
 
-from feedbackpath.tasks import load_task
-from feedbackpath.tasks.text import byte_loss
+from feedbackpath.tasks.text import bits_per_byte
 from feedbackpath.train.config import CompareConfig
-from feedbackpath.train.engine import Engine
-from feedbackpath.train.loop import Measured, Training
 
 KEPT = OUT / "saturation.json"
 EPOCHS, SKIPPED = 10, 16  # the first steps of a window see little text
@@ -59,8 +56,8 @@ def dimensions(h: Tensor) -> float:
 
 def quartiles(values: Tensor) -> list[float]:
     """Return the quartiles of all values."""
-    found = values.flatten().sort().values
-    return [float(found[int(share * (len(found) - 1))]) for share in (0.25, 0.5, 0.75)]
+    found: list[float] = torch.quantile(values.flatten(), torch.tensor([0.25, 0.5, 0.75])).tolist()
+    return found
 
 
 @torch.no_grad()
@@ -68,7 +65,7 @@ def look(model: Any, x: Tensor, y: Tensor) -> dict[str, Any]:
     """Return what is kept of a network after an epoch, but for its angles."""
     h, candidate, forget = (part[:, SKIPPED:] for part in gates(model.embed(x), model.lstm))
     return {
-        "bits_per_byte": float(byte_loss(model(x), y)) / torch.log(torch.tensor(2.0)).item(),
+        "bits_per_byte": float(bits_per_byte(model(x), y).mean()),
         "candidate": quartiles(candidate.abs()),
         "forget": quartiles(forget),
         "dimensions": dimensions(h.flatten(0, 1)),
@@ -79,29 +76,16 @@ def run_network(rule: str, settings: dict[str, Any], epochs: int = EPOCHS) -> li
     """Train one network and look at it after each epoch."""
     own = {"rules": (rule,), "seeds": 1, "rule_settings": {rule: settings} if settings else {}}
     config = CompareConfig.model_validate(settings_of("long", "lstm", "same") | own)
-    torch.set_num_threads(1)
-    task = load_task("text", seed=config.seed, samples_per_epoch=config.samples_per_epoch)
-    x, y = task.validation.batch(torch.arange(256), 0)
-    training = Training(config.for_rule(rule), rule, config.seed, task, Engine(config))
-    training.begin()
     found = []
-    for _ in range(epochs):
-        for event in training.go_through_epoch():
-            if isinstance(event, Measured):
-                angles = event.entry.matrix_angle_deg.values()
-                found.append(look(training.model, x, y) | {"angle_deg": max(angles)})
+    for training, measured in islice(epochs_of(config, rule), epochs):
+        x, y = training.task.validation.batch(torch.arange(256), 0)
+        angles = measured.entry.matrix_angle_deg.values()
+        found.append(look(training.model, x, y) | {"angle_deg": max(angles)})
     return found
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return what a command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    return parser.parse_args(arguments)
 
 
 def main() -> None:
     """Run what is not there yet."""
-    parse()
     found = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     for name, (rule, settings) in NETWORKS.items():
         if name not in found:
