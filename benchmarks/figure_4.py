@@ -38,7 +38,7 @@ from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.engine import Engine
 from feedbackpath.train.loop import Measured, train
 from feedbackpath.train.results import Results, read_results
-from feedbackpath.train.schedule import learning_rate
+from feedbackpath.train.schedule import Schedule
 
 HERE = Path(__file__).parent
 OUT, WORK = HERE / "figure-4", Path("runs/figure-4")
@@ -89,11 +89,8 @@ def predict_kolen_pollack(config: CompareConfig, task: Task) -> list[Angles]:
 
 def efolds_by_epoch(config: CompareConfig, path: fp.FeedbackPath, steps: int) -> list[float]:
     """Return c after each epoch, from epoch 0; an epoch has so many steps."""
-    optimizer, total = make_optimizer(path, config), config.epochs * steps
-
-    def rate(step: int) -> float:
-        return learning_rate(step, steps, total, config)
-
+    optimizer = make_optimizer(path, config)
+    rate = Schedule(config, steps, config.epochs * steps).learning_rate
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fp.KolenPollackWarning)  # the first epochs have few
         counts = [

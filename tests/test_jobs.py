@@ -314,6 +314,17 @@ def test_a_flag_without_effect_is_refused(tmp_path, monkeypatch, capsys, argumen
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_early_efolds_that_need_more_steps_are_refused_before_anything_is_written(
+    tmp_path, monkeypatch, capsys, optimizer
+):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", "mlp", "--data", "digits", "--epochs", "1", "--early-efolds", "5"]
+    assert run_cli("compare", *flags, "--optimizer", optimizer) == 2
+    assert "--early-efolds 5: too many for a tenth of the training steps" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_milestones_are_flags_of_the_schedule_by_steps(capsys):
     flags = ["--schedule", "steps", "--milestones", "1,3", "--print-config"]
     assert run_cli("train", *flags) == 0

@@ -1,11 +1,13 @@
 """The training loop: the same start for every rule, exact resume, divergence, accumulation, schedules."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from problems import COVERING_RULES, settings_that_start_at_once
+from torch import Tensor
 
 import feedbackpath as fp
 from feedbackpath.data import UNREADABLE
@@ -20,7 +22,7 @@ from feedbackpath.train.divergence import LOSS_ITSELF, find_origin
 from feedbackpath.train.engine import Engine
 from feedbackpath.train.loop import Diverged, Measured, Paused, Step, train
 from feedbackpath.train.rules import make_rule
-from feedbackpath.train.schedule import learning_rate
+from feedbackpath.train.schedule import Schedule
 from feedbackpath.train.settings import merge_config, read_config
 
 SMALL = {"data": "digits", "model": "mlp", "epochs": 3, "samples_per_epoch": 256, "batch_size": 64}
@@ -131,7 +133,7 @@ def test_unreadable_images_are_left_out_of_the_mean_and_counted(monkeypatch):
     model = make_network(config, 0, task)
     model.load_state_dict(first.state["model"])
     optimizer = make_optimizer(fp.untie(model, "bp"), config)
-    optimizer.param_groups[0]["lr"] = learning_rate(0, 1, 1, config)
+    Schedule(config, 1, 1).set_rates(optimizer, 0)
     x, y = marked.batch(permutation(128, 0, 1), 1)
     torch.nn.functional.cross_entropy(model(x[y >= 0]), y[y >= 0]).backward()
     optimizer.step()
@@ -179,11 +181,51 @@ def test_settings_are_honoured():
 
 def test_learning_rate_warms_up_and_falls_to_zero():
     config = CompareConfig(lr=0.2, warmup_epochs=1)
-    rates = [learning_rate(step, 10, 50, config) for step in range(51)]
+    rates = [Schedule(config, 10, 50).learning_rate(step) for step in range(51)]
     assert rates[0] == pytest.approx(0.2 / 11)
     assert max(rates) == rates[10] == 0.2
     assert rates[50] == pytest.approx(0.0, abs=1e-9)
-    assert learning_rate(49, 10, 50, config.model_copy(update={"schedule": "constant"})) == 0.2
+    constant = config.model_copy(update={"schedule": "constant"})
+    assert Schedule(constant, 10, 50).learning_rate(49) == 0.2
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "decay", "epochs"), [("adamw", 0.0, 30), ("adamw", 0.1, 30), ("sgd", 1e-3, 600)]
+)
+def test_the_first_tenth_of_the_steps_has_the_early_efolds(optimizer, decay, epochs):
+    settings = {"optimizer": optimizer, "lr": 0.01, "weight_decay": decay, "early_efolds": 2.0}
+    config = CompareConfig(**(SMALL | settings | {"epochs": epochs}))
+    schedule = Schedule.over(config, 256)
+    slowness = 1 - config.momentum if optimizer == "sgd" else 1.0
+    early = math.ceil(schedule.num_steps / 10)
+    rates = [(schedule.learning_rate(t), schedule.weight_decay(t)) for t in range(schedule.num_steps)]
+    assert sum(rate * decay for rate, decay in rates[:early]) / slowness == pytest.approx(2.0)
+    assert {decay for _, decay in rates[early:]} == {decay}
+
+
+def difference(event: Measured) -> Tensor:
+    """Return W - B of the layers of an MLP, as one vector."""
+    state = event.state["model"]
+    return torch.cat([(state[f"fc{n}.weight"] - state[f"fc{n}.feedback"]).flatten() for n in (1, 2, 3)])
+
+
+def test_early_efolds_bring_kolen_pollack_together_without_any_other_decay():
+    settings = {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.0, "epochs": 30, "early_efolds": 3.0}
+    config = CompareConfig(**(SMALL | settings))
+    schedule, left = Schedule.over(config, 256), 1.0
+    for step in range(schedule.num_steps):
+        left *= 1 - schedule.learning_rate(step) * schedule.weight_decay(step)
+    first, *_, last = (difference(event) for event in events("kp", **settings) if isinstance(event, Measured))
+    torch.testing.assert_close(last, left * first, rtol=1e-3, atol=1e-5)
+    assert left < math.exp(-3)
+
+
+def test_a_resumed_run_goes_on_among_its_early_efolds():
+    settings = {"optimizer": "adamw", "lr": 0.003, "epochs": 30, "early_efolds": 3.0}
+    unbroken = (event for event in events("kp", **settings) if isinstance(event, Measured))
+    state = copy.deepcopy(next(event for event in unbroken if event.entry.epoch == 1).state)
+    *_, whole = unbroken
+    assert without_times(measured(events("kp", state=state, **settings))[-1]) == without_times(whole)
 
 
 def test_make_rule_takes_nested_settings_and_names_wrong_ones():

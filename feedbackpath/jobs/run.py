@@ -22,6 +22,7 @@ from feedbackpath.train.loop import Diverged, Measured, Paused, Step, train
 from feedbackpath.train.processes import LostProcessError
 from feedbackpath.train.results import Results
 from feedbackpath.train.rules import make_rule
+from feedbackpath.train.schedule import Schedule
 from feedbackpath.train.store import locked
 
 
@@ -88,13 +89,17 @@ def prepare(config: CompareConfig | RunConfig, engine: Engine) -> tuple[Task, bo
         torch.set_num_threads(config.num_threads)
     with naming_faults(f"--data {config.data}, --model {config.model}", config.imports):
         task = make_task(config, config.seed)
-        mirrors = [
-            make_path(config, rule, config.seed, make_network(config, config.seed, task)).mirrors
-            for rule in config.rules
-        ]
+        mirrors = [_prepare_rule(config, rule, task) for rule in config.rules]
         if config.imports:
             _rehearse(config, task, engine)
     return task, any(mirrors)
+
+
+def _prepare_rule(config: TrainConfig, rule: str, task: Task) -> bool:
+    """Build a rule's path and schedule, and let them go; return whether the rule mirrors."""
+    path = make_path(config, rule, config.seed, make_network(config, config.seed, task))
+    Schedule.over(config.for_rule(rule), len(task.train), config.mirror_epochs if path.mirrors else 0)
+    return path.mirrors
 
 
 @torch.no_grad()

@@ -37,8 +37,7 @@ def _refuse_separators(name: str) -> str:
     return name
 
 
-MOST_THREADS = 4096
-MOST_WORKERS = 512
+MOST_THREADS, MOST_WORKERS = 4096, 512
 Name = Annotated[str, AfterValidator(_refuse_separators)]
 """What a rule or a network is called."""
 
@@ -93,9 +92,7 @@ class NetworkSettings(BaseModel):
         "shared", description="convolution, or separate weights at each position (lenet and small ResNets)"
     )
     batchnorm_feedback: Annotated[Literal["autograd", "sigma"], NETWORK] = Field(
-        "autograd",
-        description="what BatchNorm sends back: the whole gradient (autograd), or delta times gamma / sigma "
-        "(sigma)",
+        "autograd", description="what BatchNorm sends back: its gradient (autograd), or delta gamma / sigma"
     )
     sync_batchnorm: Annotated[bool, NETWORK] = Field(
         False, description="BatchNorm statistics over all devices (CUDA)"
@@ -182,6 +179,9 @@ class ScheduleSettings(BaseModel):
         description="epochs after which --schedule steps divides the rate by 10, separated by commas",
     )
     warmup_epochs: Annotated[float, SCHEDULE] = Field(0.5, ge=0, description="epochs of linear warm-up")
+    early_efolds: Annotated[float | None, SCHEDULE] = Field(
+        None, gt=0, description="e-folds of weight decay in the first tenth of the steps, for kp"
+    )
 
 
 class MachineSettings(BaseModel):

@@ -22,7 +22,7 @@ from feedbackpath.train.config import TrainConfig
 from feedbackpath.train.divergence import LOSS_ITSELF, find_origin
 from feedbackpath.train.engine import Engine
 from feedbackpath.train.results import Entry, Layers
-from feedbackpath.train.schedule import learning_rate
+from feedbackpath.train.schedule import Schedule
 
 EVALUATION_BATCH = 500
 MEASURED_SAMPLES = 256  # delta angles are measured on so many samples at most
@@ -148,16 +148,15 @@ class Training:
         self.path = make_path(config, rule, seed, self.model)
         run_once(self.path, task)
         self.optimizer = make_optimizer(self.path, config)
+        self.mirror_epochs = config.mirror_epochs if self.path.mirrors else 0
+        self.schedule = Schedule.over(config, len(task.train), self.mirror_epochs)
+        self.num_steps = self.schedule.num_steps
+        self.epoch, self.consumed, self.step, self.tally = 1, 0, 0, _Tally()
+        self.schedule.set_rates(self.optimizer, 0)
         self.path.check_optimizer(self.optimizer)
         if why_apart(self.path, self.optimizer) is None:
             share_moments(self.path, self.optimizer)
         self.wrapped_model, self.wrapped_optimizer = engine.set_up(self.model, self.optimizer)
-        self.mirror_epochs = config.mirror_epochs if self.path.mirrors else 0
-        # A last minibatch of one sample is left out: BatchNorm has no variance there.
-        self.steps_per_epoch = math.ceil((len(task.train) - 1) / config.batch_size)
-        num_steps = max(config.epochs - self.mirror_epochs, 0) * self.steps_per_epoch
-        self.num_steps = min(num_steps, config.max_steps or num_steps)
-        self.epoch, self.consumed, self.step, self.tally = 1, 0, 0, _Tally()
         self.counter = counter_of(self.path)
 
     @property
@@ -240,11 +239,7 @@ class Training:
 
     def _train_step(self, x: Tensor, y: Tensor) -> Step | Diverged:
         """Do one step on this process's share of a minibatch."""
-        lr = learning_rate(
-            self.step, self.steps_per_epoch, self.num_steps, self.config, epochs_before=self.mirror_epochs
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr = self.schedule.set_rates(self.optimizer, self.step)
         expected = min(self.config.batch_size, len(self.task.train) - self.consumed)
         self.optimizer.zero_grad()
         own_sum = self._accumulate_gradients(x, y, expected)
