@@ -98,7 +98,8 @@ def settings_in_words(found: Mapping[str, Any], rule: str) -> str:
 
     A job whose rules all train alike has the settings of training once.
     """
-    shared = found["by_rule"].get(rule) or {name: found[name] for name in ("lr", "weight_decay")}
+    names = [name for name in ("lr", "weight_decay", "early_efolds") if found.get(name) is not None]
+    shared = found["by_rule"].get(rule) or {name: found[name] for name in names}
     settings = shared | found["rule_settings"].get(rule, {})
     return in_words(settings).replace("weight_decay", "decay")
 

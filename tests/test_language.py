@@ -48,9 +48,8 @@ def test_each_study_is_a_job_with_seeds_of_its_own(study, way, network):
     is_a_test = study == "equivalence" or way in ("codes", "fine")
     assert config.seeds == (10 if is_a_test else 3)
     assert config.equivalence == (language.MARGINS[network] if is_a_test else None)
-    assert set(config.by_rule) == (
-        set() if way in ("same", "twice", "zero", "rate", "small") else set(config.rules)
-    )
+    shares_settings = study == "long" and way != "best"
+    assert set(config.by_rule) == (set() if shares_settings else set(config.rules))
     assert config.rule_settings.get("wm", {}).get("mirror") == language.WAYS["mirrors"].get(way)
 
 
@@ -65,6 +64,13 @@ def test_a_long_run_of_kolen_pollack_has_five_e_folds_or_more(way, e_folds):
     config = CompareConfig.model_validate(language.settings_of("long", "gpt", way))
     steps = config.epochs * config.samples_per_epoch // config.batch_size
     assert config.lr * config.weight_decay * steps / 2 == pytest.approx(e_folds)
+
+
+def test_early_e_folds_stand_beside_the_settings_of_backprop_at_its_best():
+    config = CompareConfig.model_validate(language.settings_of("long", "lstm", "early"))
+    best = language.best_settings("lstm", ("bp",))["by_rule"]["bp"]
+    assert {"lr": config.lr, "weight_decay": config.weight_decay} == best
+    assert config.early_efolds == 5
 
 
 @pytest.mark.usefixtures("searched")
