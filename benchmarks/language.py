@@ -63,7 +63,7 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "zero": {"rules": ("kp",), "rule_settings": {"kp": {"scale": "zero"}}, **LONG},
         "rate": {"rules": ("bp", "kp"), "lr": 2 * LONG["lr"], "weight_decay": LONG["weight_decay"] / 2},
         "small": {"rules": ("kp",), "rule_settings": {"kp": {"scale": 0.1}}, **LONG},
-        "early": {"rules": ("bp", "kp"), "lr": 0.0062, "weight_decay": 0.0189, "early_efolds": 5.0},
+        "early": {"rules": ("bp", "kp"), "lr": 0.0062, "weight_decay": 0.0189, "early_efolds": 5},
         "best": {"rules": ("bp",)},
     },
     "mirrors": {

@@ -101,7 +101,7 @@ def settings_in_words(found: Mapping[str, Any], rule: str) -> str:
     names = [name for name in ("lr", "weight_decay", "early_efolds") if found.get(name) is not None]
     shared = found["by_rule"].get(rule) or {name: found[name] for name in names}
     settings = shared | found["rule_settings"].get(rule, {})
-    return in_words(settings).replace("weight_decay", "decay")
+    return in_words(settings).replace("weight_decay", "decay").replace("early_efolds", "early e-folds")
 
 
 def chosen_settings(kept: Path) -> dict[str, Any]:
