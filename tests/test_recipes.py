@@ -8,7 +8,7 @@ from feedbackpath.errors import ConfigError
 from feedbackpath.recipes import RECIPES, make_recipe
 from feedbackpath.train.config import RunConfig
 from feedbackpath.train.rules import make_rule
-from feedbackpath.train.schedule import learning_rate
+from feedbackpath.train.schedule import Schedule
 from feedbackpath.train.settings import merge_config
 
 IMAGENET = ("imagenet-resnet18", "imagenet-resnet50")
@@ -19,7 +19,8 @@ def lr_in_epoch(config: RunConfig, epoch: int) -> float:
     """Return the learning rate of the last step of an epoch, counted from 1, mirror epochs included."""
     step = (epoch - config.mirror_epochs) * STEPS_PER_EPOCH - 1
     num_steps = (config.epochs - config.mirror_epochs) * STEPS_PER_EPOCH
-    return learning_rate(step, STEPS_PER_EPOCH, num_steps, config, epochs_before=config.mirror_epochs)
+    schedule = Schedule(config, STEPS_PER_EPOCH, num_steps, epochs_before=config.mirror_epochs)
+    return schedule.learning_rate(step)
 
 
 @pytest.mark.parametrize("name", IMAGENET)
