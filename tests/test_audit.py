@@ -21,6 +21,7 @@ from leaks import LEAKS, UNSEEN_BY_OPERATORS, OwnMirror, Task, Whole
 from problems import rule_that_starts_at_once
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import _pop_mode
 from zoo import make_zoo, zoo_input
 
 import feedbackpath as fp
@@ -253,14 +254,37 @@ def grow_until_large(task):
         task.model[2].weight.mul_(1.1)
 
 
+def grow_and_fail_at_an_end_from_outside(task):
+    try:
+        grow_until_large(task)
+    except BaseException:  # as when it comes while torch enters or leaves one of its modes
+        raise RuntimeError("trying to pop from empty mode stack") from None
+
+
+def grow_and_spoil_the_modes_at_an_end_from_outside(task):
+    try:
+        grow_until_large(task)
+    except BaseException:
+        while True:
+            _pop_mode()  # ends with the error above
+
+
 @pytest.mark.usefixtures("forking")
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_a_loop_that_never_ends_without_w_is_ended(num_threads, monkeypatch):
+@pytest.mark.parametrize(
+    "grow",
+    [
+        grow_until_large,
+        grow_and_fail_at_an_end_from_outside,
+        grow_and_spoil_the_modes_at_an_end_from_outside,
+    ],
+)
+def test_a_loop_that_never_ends_without_w_is_ended(grow, num_threads, monkeypatch):
     monkeypatch.setattr(passes, "PATIENCE", (1.0, 0.0))
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        report = Task("fa", before=grow_until_large).audit()
+        report = Task("fa", before=grow).audit()
     finally:
         torch.set_num_threads(before)
     assert report.transport_free

@@ -13,7 +13,7 @@ from feedbackpath.auditing.chain import Chain
 from feedbackpath.auditing.copies import freeze, things
 from feedbackpath.auditing.files import files_put_back
 from feedbackpath.auditing.locality import Disturbed
-from feedbackpath.auditing.process import can_fork, in_fork
+from feedbackpath.auditing.process import EndlessStep, can_fork, in_fork
 from feedbackpath.auditing.record import Record
 from feedbackpath.auditing.report import AuditError
 from feedbackpath.auditing.stand_ins import StandIn
@@ -69,7 +69,7 @@ class OfStep:
 
     def _apart(self, run: Callable[[], Record], limit: float = 0.0) -> Record:
         if self._start is None:
-            return in_fork(run, limit)
+            return _in_fork(run, limit)
         try:
             with files_put_back():
                 return run()
@@ -115,10 +115,10 @@ class OfBuild:
 
     def _apart(self, run: Callable[[], Record], limit: float = 0.0) -> Record:
         try:
-            return in_fork(run, limit)
+            return _in_fork(run, limit)
         except OtherModel as other:
             self._which = other.number
-            return in_fork(run, limit)
+            return _in_fork(run, limit)
 
     def _pass(self, make: Callable[[Subject], Chain], steps: int, stand_in: StandIn | None) -> Record:
         chains: list[Chain] = []
@@ -192,6 +192,14 @@ class OtherModel(Exception):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+
+
+def _in_fork(run: Callable[[], Record], limit: float) -> Record:
+    """Do a pass in a forked process; one that does not end may do so where it cannot keep that itself."""
+    try:
+        return in_fork(run, limit)
+    except EndlessStep as error:
+        return Record(error=error)
 
 
 def _limit_after(started: float) -> float:

@@ -84,21 +84,23 @@ def _be_child(run: Callable[[], object], place: str, seconds: float) -> None:
     _keep_freed_memory()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a step prints would be printed once a pass
     results: list[object] = []
+    has_rung = threading.Event()
 
     def work() -> None:
         try:
-            results.append(run())
+            result: object = run()
         except BaseException as error:  # it is raised in the parent
-            results.append(error)
+            result = error
+        results.append(_as_endless(result) if has_rung.is_set() else result)
 
     # OpenMP's threads did not come along; a thread that has never used them gets new ones.
     thread = threading.Thread(target=work, daemon=True)
     if torch.get_num_threads() > 1:
         thread.start()
-        _end_after(seconds, thread.ident)
+        _end_after(seconds, thread.ident, has_rung)
         thread.join()
     else:
-        _end_after(seconds, threading.get_ident())
+        _end_after(seconds, threading.get_ident(), has_rung)
         work()
     signal.setitimer(signal.ITIMER_REAL, 0)
     try:
@@ -108,10 +110,20 @@ def _be_child(run: Callable[[], object], place: str, seconds: float) -> None:
         os._exit(0)
 
 
-def _end_after(seconds: float, thread: int | None) -> None:
-    """Raise an EndlessStep in a thread after some time."""
+def _as_endless(result: Any) -> object:
+    """Return a result after the time is up: an EndlessStep amid torch's bookkeeping leads to other errors."""
+    if isinstance(result, BaseException):
+        return EndlessStep()
+    if getattr(result, "error", None) is not None:
+        result.error = EndlessStep()
+    return result
+
+
+def _end_after(seconds: float, thread: int | None, has_rung: threading.Event) -> None:
+    """Raise an EndlessStep in a thread after some time, and note it."""
 
     def ring(*_: object) -> None:
+        has_rung.set()
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread or 0), ctypes.py_object(EndlessStep))
 
     signal.signal(signal.SIGALRM, ring)
