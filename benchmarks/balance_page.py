@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from balance import DEFAULTS, DEPTHS, FALLING, MIRROR, OUT, exact_efolds, schedule, steps_of
-from cells import Cell
+from cells import Cell, read_cells
 from marked import as_table, write_between
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
@@ -301,7 +301,7 @@ def recipe_table() -> str:
 
 def main() -> None:
     """Write the tables."""
-    cells = json.loads((OUT / "falling.json").read_text(encoding="utf-8"))["cells"]
+    cells = read_cells(OUT / "falling.json")
     write_between(PAGE, "falling", falling_table(cells) + "\n")
     write_between(PAGE, "recipe", recipe_table() + "\n")
 

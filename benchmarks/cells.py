@@ -50,6 +50,11 @@ def run_cells(
     return list(kept["cells"])
 
 
+def read_cells(file: Path) -> list[Cell]:
+    """Return the cells that a file holds, each with its ``settings`` and what was ``found``."""
+    return list(json.loads(file.read_text(encoding="utf-8"))["cells"])
+
+
 def _write(file: Path, kept: dict[str, Any]) -> None:
     rows = ",\n".join(json.dumps(cell) for cell in kept["cells"])
     head = json.dumps({**kept, "cells": []}).removesuffix("]}")

@@ -191,7 +191,7 @@ DRAWN: dict[str, tuple[list[str], Callable[[], bytes]]] = {
     ),
     "language-errors.png": (
         ["language/samples.json"],
-        drawn(lambda: language_page.draw(read("language/samples.json"))),
+        drawn(lambda: language_page.draw(read("language/samples.json")["cells"])),
     ),
     "one-input-angles.png": (["one-input/angles.json"], drawn(of_one_input)),
     "report-page.png": (["glyphs-resnet8/results.json"], partial(of_page, "glyphs-resnet8")),

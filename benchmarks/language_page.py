@@ -3,16 +3,17 @@
 `python benchmarks/language_page.py` writes the tables, `python benchmarks/doc_figures.py` the figure.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import nan
 from pathlib import Path
 from typing import Any
 
+from cells import Cell, read_cells
 from cost_page import put_tables
 from language import OUT, RULES, place_of, ways_of
 from marked import as_far_as_run, as_table
 from matplotlib.figure import Figure
+from saturation import NETWORKS
 from studies import rows_with_settings
 
 from feedbackpath.report.equivalence import describe
@@ -36,8 +37,8 @@ NAMES = {"self_attn": "qkv", "out_proj": "out", "linear1": "ff 1", "linear2": "f
 def tables() -> dict[str, str]:
     """Return the tables of the page, by name."""
     found = {
-        "samples": samples_table(json.loads((OUT / "samples.json").read_text())),
-        "saturation": saturation_table(json.loads((OUT / "saturation.json").read_text())),
+        "samples": samples_table(read_cells(OUT / "samples.json")),
+        "saturation": saturation_table(read_cells(OUT / "saturation.json")),
     }
     for network in RULES:
         found[f"{network}-run"] = table_of("run", network)
@@ -75,21 +76,31 @@ def beside_backprop(results: Results, found: Mapping[str, Results]) -> Results:
     return results.model_copy(update={"runs": [*borrowed, *results.runs]})
 
 
-def samples_table(cells: Mapping[str, Any]) -> str:
+def samples_table(cells: Sequence[Cell]) -> str:
     """Return what each network wrote, on one line each."""
     rows = [
-        f"| {cell.replace('/', ', ')} | {found['bits_per_byte']:.2f} | `{shown(found['sample'])}` |"
-        for cell, found in cells.items()
+        f"| {network}, {rule} | {found['bits_per_byte']:.2f} | `{shown(found['sample'])}` |"
+        for (network, rule), found in by_network_and_rule(cells).items()
     ]
     head = "| network, rule | bits per byte | what it writes after the prompt |\n| --- | --- | --- |"
     return "\n".join([head, *rows, ""])
 
 
-def saturation_table(found: Mapping[str, Any]) -> str:
+def by_network_and_rule(cells: Sequence[Cell]) -> dict[tuple[str, str], Cell]:
+    """Return what was found of each network and rule."""
+    return {(cell["settings"]["network"], cell["settings"]["rule"]): cell["found"] for cell in cells}
+
+
+def saturation_table(cells: Sequence[Cell]) -> str:
     """Return how the units of each LSTM are after the first epoch and after the last."""
+    seen = {
+        name: cell["found"]["epochs"]
+        for name, settings in NETWORKS.items()
+        for cell in cells
+        if cell["settings"] == settings
+    }
     told = {
-        name: [state_in_words(epochs[at], found["bp"][at]) for at in (0, -1)]
-        for name, epochs in found.items()
+        name: [state_in_words(epochs[at], seen["bp"][at]) for at in (0, -1)] for name, epochs in seen.items()
     }
     rows = [
         [name, *(f"{first[column]} → {last[column]}" for column in first)]
@@ -115,17 +126,18 @@ def shown(text: str) -> str:
     return "".join(letter if letter.isprintable() else "�" for letter in first)
 
 
-def draw(cells: Mapping[str, Any]) -> Figure:
+def draw(cells: Sequence[Cell]) -> Figure:
     """Draw delta angles by depth of the GPT, and by steps back in time of the LSTM."""
     figure = Figure(figsize=(PAGE_WIDTH, 2.8), layout="constrained")
     by_depth, by_time = figure.subplots(1, 2, sharey=True)
     rules = [rule for rule in in_order(RULES["gpt"]) if rule != "bp"]
-    layers = list(cells["gpt/bp"]["delta_angle_deg"])
+    found = by_network_and_rule(cells)
+    layers = list(found["gpt", "bp"]["delta_angle_deg"])
     for rule in rules:
-        angles = [cells[f"gpt/{rule}"]["delta_angle_deg"].get(layer, nan) for layer in layers]
+        angles = [found["gpt", rule]["delta_angle_deg"].get(layer, nan) for layer in layers]
         by_depth.plot(range(len(layers)), angles, **line_looks(rule))
         if rule in RULES["lstm"]:
-            angles = cells[f"lstm/{rule}"]["delta_angle_deg_by_steps_back"]
+            angles = found["lstm", rule]["delta_angle_deg_by_steps_back"]
             by_time.plot(angles, markevery=9, **line_looks(rule))
     names = [NAMES[layer.rsplit(".", 1)[-1]] for layer in layers]
     by_depth.set_xticks(range(len(names)), names)

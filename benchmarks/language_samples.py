@@ -10,12 +10,12 @@ goes on where it was.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from cells import Cell, run_cells
 from language import OUT, RULES, settings_of
 from torch import Tensor, nn
 
@@ -69,8 +69,9 @@ def epochs_of(config: CompareConfig, rule: str) -> Iterator[tuple[Training, Meas
                 yield training, event
 
 
-def run_cell(network: str, rule: str) -> dict[str, Any]:
+def run_cell(cell: Cell) -> Cell:
     """Train one network and look at it."""
+    network, rule = cell["network"], cell["rule"]
     config = CompareConfig.model_validate(settings_of("run", network))
     *_, (training, measured) = epochs_of(config, rule)
     x, y = training.task.test.batch(torch.arange(64), 0)
@@ -88,14 +89,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT / "samples.json")
     parser.add_argument("--networks", default=",".join(RULES), help="names, by commas")
-    options = parser.parse_args()
-    cells = json.loads(options.out.read_text()) if options.out.exists() else {}
-    for network in options.networks.split(","):
-        for rule in RULES[network]:
-            if f"{network}/{rule}" not in cells:
-                cells[f"{network}/{rule}"] = run_cell(network, rule)
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(cells, indent=1) + "\n")
+    asked = parser.parse_args()
+    cells = [{"network": name, "rule": rule} for name in asked.networks.split(",") for rule in RULES[name]]
+    run_cells(asked.out, "python benchmarks/language_samples.py", cells, run_cell)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ how many dimensions the states h vary, (sum of e)^2 / (sum of e^2) with e the ei
 Killed, it goes on with the first network that is not finished.
 """
 
-import json
 from itertools import islice
 from typing import Any
 
 import torch
+from cells import Cell, run_cells
 from language import OUT, settings_of
 from language_samples import epochs_of
 from torch import Tensor, nn
@@ -24,12 +24,12 @@ from feedbackpath.train.config import CompareConfig
 
 KEPT = OUT / "saturation.json"
 EPOCHS, SKIPPED = 10, 16  # the first steps of a window see little text
-NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "bp": ("bp", {}),
-    "mirror-kp": ("mirror-kp", {}),
-    "kp, usual B": ("kp", {}),
-    "kp, small B": ("kp", {"scale": 0.1}),
-    "kp, B = 0": ("kp", {"scale": "zero"}),
+NETWORKS: dict[str, Cell] = {
+    "bp": {"rule": "bp"},
+    "mirror-kp": {"rule": "mirror-kp"},
+    "kp, usual B": {"rule": "kp"},
+    "kp, small B": {"rule": "kp", "scale": 0.1},
+    "kp, B = 0": {"rule": "kp", "scale": "zero"},
 }
 
 
@@ -72,25 +72,23 @@ def look(model: Any, x: Tensor, y: Tensor) -> dict[str, Any]:
     }
 
 
-def run_network(rule: str, settings: dict[str, Any], epochs: int = EPOCHS) -> list[dict[str, Any]]:
+def run_cell(cell: Cell, epochs: int = EPOCHS) -> Cell:
     """Train one network and look at it after each epoch."""
+    rule = cell["rule"]
+    settings = {name: value for name, value in cell.items() if name != "rule"}
     own = {"rules": (rule,), "seeds": 1, "rule_settings": {rule: settings} if settings else {}}
     config = CompareConfig.model_validate(settings_of("long", "lstm", "same") | own)
-    found = []
+    seen = []
     for training, measured in islice(epochs_of(config, rule), epochs):
         x, y = training.task.validation.batch(torch.arange(256), 0)
         angles = measured.entry.matrix_angle_deg.values()
-        found.append(look(training.model, x, y) | {"angle_deg": max(angles)})
-    return found
+        seen.append(look(training.model, x, y) | {"angle_deg": max(angles)})
+    return {"epochs": seen}
 
 
 def main() -> None:
     """Run what is not there yet."""
-    found = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    for name, (rule, settings) in NETWORKS.items():
-        if name not in found:
-            found[name] = run_network(rule, settings)
-            KEPT.write_text(json.dumps(found, indent=1) + "\n")
+    run_cells(KEPT, "python benchmarks/saturation.py", NETWORKS.values(), run_cell)
 
 
 if __name__ == "__main__":
