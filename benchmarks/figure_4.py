@@ -76,7 +76,7 @@ def predict_kolen_pollack(config: CompareConfig, task: Task) -> list[Angles]:
     """Train by ``kp``; return the predicted angles after each epoch, from epoch 0."""
     path = make_path(config, "kp", FIRST_SEED, make_network(config, FIRST_SEED, task))
     first = {name: (w.detach().clone(), b.detach().clone()) for name, w, b in path.pairs()}
-    efolds = efolds_by_epoch(config, path, math.ceil((len(task.train) - 1) / config.batch_size))
+    efolds = efolds_by_epoch(config, path, Schedule.over(config, len(task.train)))
     predicted = []
     for event in train(config, "kp", FIRST_SEED, task, Engine(config)):
         if isinstance(event, Measured):
@@ -87,10 +87,10 @@ def predict_kolen_pollack(config: CompareConfig, task: Task) -> list[Angles]:
     return predicted
 
 
-def efolds_by_epoch(config: CompareConfig, path: fp.FeedbackPath, steps: int) -> list[float]:
-    """Return c after each epoch, from epoch 0; an epoch has so many steps."""
+def efolds_by_epoch(config: CompareConfig, path: fp.FeedbackPath, schedule: Schedule) -> list[float]:
+    """Return c after each epoch, from epoch 0."""
     optimizer = make_optimizer(path, config)
-    rate = Schedule(config, steps, config.epochs * steps).learning_rate
+    steps, rate = schedule.steps_per_epoch, schedule.learning_rate
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fp.KolenPollackWarning)  # the first epochs have few
         counts = [
