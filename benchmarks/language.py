@@ -1,4 +1,4 @@
-"""Learned feedback in networks that read text: the studies behind docs/language.md.
+"""Learned feedback in networks that read text: the studies behind docs/language-results.md.
 
     python benchmarks/language.py tune gpt
     python benchmarks/language.py run gpt

@@ -1,4 +1,4 @@
-"""The tables and the figure of docs/language.md, from the result files in ``benchmarks/language``.
+"""Tables and the figure of docs/language.md and docs/language-results.md, from ``benchmarks/language``.
 
 `python benchmarks/language_page.py` writes the tables, `python benchmarks/doc_figures.py` the figure.
 """
@@ -27,31 +27,71 @@ from feedbackpath.report.parts import (
     write_letters,
 )
 from feedbackpath.report.style import in_order, legend_label
+from feedbackpath.report.table import summary_rows
+from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.results import Results, read_results
+from feedbackpath.train.schedule import Schedule
 
-PAGE = Path(__file__).parent.parent / "docs" / "language.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE, STUDY = DOCS / "language.md", DOCS / "language-results.md"
 SHOWN = ("rule", "n", "test bits per byte", "minus bp", "angle, max", "δ angle, max", "gain")
+# network, study, way, rule, and how the rule was used
+SUMMARY = [
+    ("gpt", "equivalence", "", "mirror-kp", ""),
+    ("gpt", "mirrors", "codes", "wm", "noise of orthogonal codes, declared after the search"),
+    ("gpt", "equivalence", "", "wm", "independent noise, as the search chose"),
+    ("gpt", "long", "small", "kp", "5.2 e-folds, `scale=0.1`"),
+    ("gpt", "run", "", "ss", ""),
+    ("gpt", "run", "", "dfa", "attention by backprop"),
+    ("gpt", "run", "", "kp", "0.06 e-folds"),
+    ("gpt", "run", "", "fa", ""),
+    ("lstm", "equivalence", "", "mirror-kp", ""),
+    ("lstm", "equivalence", "", "wm", "the default mirror"),
+    ("lstm", "long", "early", "kp", "5.5 e-folds, `--early-efolds 5`"),
+    ("lstm", "run", "", "ss", ""),
+    ("lstm", "equivalence", "", "kp", "0.06 e-folds"),
+    ("lstm", "run", "", "fa", ""),
+]
 NAMES = {"self_attn": "qkv", "out_proj": "out", "linear1": "ff 1", "linear2": "ff 2", "head": "output"}
 
 
-def tables() -> dict[str, str]:
-    """Return the tables of the page, by name."""
-    found = {
-        "samples": samples_table(read_cells(OUT / "samples.json")),
-        "saturation": saturation_table(read_cells(OUT / "saturation.json")),
-    }
+def tables() -> dict[Path, dict[str, str]]:
+    """Return the tables of each page, by name."""
+    short = {"summary": summary_table(), "samples": samples_table(read_cells(OUT / "samples.json"))}
+    found = {"saturation": saturation_table(read_cells(OUT / "saturation.json"))}
     for network in RULES:
         found[f"{network}-run"] = table_of("run", network)
         found[f"{network}-equivalence"] = table_of("equivalence", network)
         found[f"{network}-long"] = table_of("long", network)
-    return found | {f"gpt-{study}": table_of(study, "gpt") for study in ("mirrors", "strong-decay")}
+    found |= {f"gpt-{study}": table_of(study, "gpt") for study in ("mirrors", "strong-decay")}
+    return {PAGE: short, STUDY: found}
+
+
+def summary_table() -> str:
+    """Return how far behind backprop each rule is, used as is best and otherwise."""
+    heads = ["network", "rule", "how", "steps", "n", "minus bp", "verdict"]
+    return as_table(heads, [summary_row(*line) for line in SUMMARY]) + "\n"
+
+
+def summary_row(network: str, study: str, way: str, rule: str, how: str) -> list[str]:
+    """Return the row of a rule in a job."""
+    found = jobs_of(study, network)
+    results = beside_backprop(found[way], found)
+    config = CompareConfig.model_validate(results.config)
+    steps = Schedule.over(config, config.samples_per_epoch or 0).num_steps
+    (row,) = (row for row in summary_rows(results.runs, results.metric) if row["rule"] == rule)
+    verdicts = [
+        f"{one.verdict} within {test.margin:g}"
+        for test in results.equivalence[-1:]
+        for one in test.verdicts
+        if one.rule == rule
+    ]
+    return [network, f"`{rule}`", how, f"{steps:,}", row["n"], row["minus bp"], *(verdicts or ["–"])]
 
 
 def table_of(study: str, network: str) -> str:
     """Return the table of a study's jobs with the settings of each rule, and the verdict if it has one."""
-    ways = ways_of(study, network) or [""]
-    places = {way: OUT / place_of(study, network, way) for way in ways}
-    found = {way: read_results(at) for way, at in places.items() if (at / "results.json").exists()}
+    ways, found = ways_of(study, network) or [""], jobs_of(study, network)
     first = ["way"] if len(ways) > 1 else []
     rows: dict[str, list[list[str]]] = {way: [] for way in ways}
     for way, results in found.items():
@@ -66,6 +106,12 @@ def table_of(study: str, network: str) -> str:
         for line in describe(results)
     )
     return f"{table}\n\n{verdicts}".strip() + "\n"
+
+
+def jobs_of(study: str, network: str) -> dict[str, Results]:
+    """Return the results of a study's jobs by way, as far as they were run."""
+    places = {way: OUT / place_of(study, network, way) for way in ways_of(study, network) or [""]}
+    return {way: read_results(at) for way, at in places.items() if (at / "results.json").exists()}
 
 
 def beside_backprop(results: Results, found: Mapping[str, Results]) -> Results:
@@ -154,7 +200,8 @@ def draw(cells: Sequence[Cell]) -> Figure:
 
 def main() -> None:
     """Write the tables anew."""
-    PAGE.write_text(put_tables(PAGE.read_text(), tables()))
+    for page, found in tables().items():
+        page.write_text(put_tables(page.read_text(), found))
 
 
 if __name__ == "__main__":

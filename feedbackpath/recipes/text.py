@@ -14,7 +14,7 @@ SMALL = {
 def text_gpt_small(rule: str = "bp", norm: str = "after") -> RunConfig:
     """A GPT of 0.47 million parameters on the bytes of Python's standard library.
 
-    Expected bits per byte: ``benchmarks/language/gpt/run`` (docs/language.md), where other rules have
+    Expected bits per byte: ``benchmarks/language/gpt/run`` (docs/language-results.md), where other rules have
     settings of their own. It has no BatchNorm, so that ``norm`` makes no difference.
 
     Left open by the paper, which has no such task: everything. Learning rate and decay are the best of eight
@@ -31,8 +31,8 @@ def text_gpt_small(rule: str = "bp", norm: str = "after") -> RunConfig:
 def text_lstm_small(rule: str = "bp", norm: str = "after") -> RunConfig:
     """An LSTM of 256 units on the bytes of Python's standard library.
 
-    Expected bits per byte: ``benchmarks/language/lstm/run`` (docs/language.md). It has no BatchNorm, so that
-    ``norm`` makes no difference.
+    Expected bits per byte: ``benchmarks/language/lstm/run`` (docs/language-results.md). It has no
+    BatchNorm, so that ``norm`` makes no difference.
 
     Left open by the paper, which has no such task: everything. Learning rate and decay are the best of eight
     trials for every rule.
