@@ -25,7 +25,7 @@ $(DEVELOP): $(CORE)
 
 install: $(DEVELOP)  ## the library and all that these targets need, into .venv
 
-compare: $(CORE)  ## the main job: five rules on built-in data, at most 12 minutes on two cores
+compare: $(CORE)  ## the main job: five rules on built-in data, 10 to 15 minutes on two cores
 	$(BIN)/feedbackpath compare --out runs/compare --resume
 
 test: $(DEVELOP)  ## the tests, at most 8 minutes
