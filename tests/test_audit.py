@@ -1,11 +1,13 @@
 """The audit: what is free of transport passes, and no leak does."""
 
 import copy
+import gc
 import os
 import re
 import signal
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -913,6 +915,22 @@ def test_a_failing_step_leaves_everything_as_it_was():
     with pytest.raises(RuntimeError, match="broken"):
         fp.audit(step, task.path)
     assert_same(state_of(task), before)
+
+
+@pytest.mark.parametrize("is_forked", [True, False])
+def test_an_audit_keeps_nothing_alive_that_it_has_looked_at(is_forked, monkeypatch, request):
+    monkeypatch.setattr("feedbackpath.auditing.passes.can_fork", lambda: is_forked)
+
+    class Thing:
+        pass
+
+    thing, task = Thing(), Task("kp")
+    gone = weakref.ref(thing)
+    gc.disable()
+    request.addfinalizer(gc.enable)
+    assert task.audit().transport_free
+    del thing
+    assert gone() is None
 
 
 @pytest.mark.parametrize(("rule", "said"), [("fa", UNMOVED), ("kp", OWN), ("wm", OWN), ("mirror-kp", OWN)])

@@ -87,7 +87,7 @@ _frozen: list[Any] = []
 
 def things() -> list[Any]:
     """Return all objects of this process, but for those that ``freeze`` has seen to be of no interest."""
-    return [*gc.get_objects(), *_frozen]
+    return gc.get_objects() + _frozen  # a list begun before would hold itself, and all the others, for long
 
 
 def freeze() -> None:
