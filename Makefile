@@ -28,7 +28,7 @@ install: $(DEVELOP)  ## the library and all that these targets need, into .venv
 compare: $(CORE)  ## the main job: five rules on built-in data, 10 to 15 minutes on two cores
 	$(BIN)/feedbackpath compare --out runs/compare --resume
 
-test: $(DEVELOP)  ## the tests, at most 8 minutes
+test: $(DEVELOP)  ## the tests without the slow ones, 8 to 17 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not slow'
 
 test-slow: $(DEVELOP)  ## all tests, those that take long too
