@@ -55,6 +55,8 @@ MIRRORS = {
     "scaled": fp.Mirror(noise="gaussian", reading="scaled"),
     "baseline": fp.Mirror(noise="uniform", rates="baseline", baseline=4.0),
     "push-pull": fp.Mirror(rates="push-pull"),
+    "pairs": fp.Mirror(pairs=True),
+    "whole": fp.Mirror(pairs=True, draw="whole", target_angle_deg=3, forgetting=1.0),
     "share": fp.Mirror(when=fp.When(cost_share=0.1)),
     "turn": fp.Mirror(when=fp.When("turn")),
     "alternate": fp.Mirror(when=fp.When("alternate")),

@@ -241,7 +241,7 @@ def test_wide_layers_fire_in_parts(monkeypatch):
     from feedbackpath.mirror import noise
 
     monkeypatch.setattr(noise, "CHUNK_VALUES", 3000)
-    for settings in (fp.Mirror(samples=100), fp.Mirror(noise="hadamard")):
+    for settings in (fp.Mirror(samples=100), fp.Mirror(samples=100, pairs=True), fp.Mirror(noise="hadamard")):
         path, weight = untie_alone(nn.Linear(100, 20), nn.ReLU())
         with noise_of(weight.layer) as seen:
             found = fire_once(path, settings)
@@ -447,7 +447,11 @@ def test_neurons_without_weights_do_not_change_the_gain(rule):
 
 
 @pytest.mark.parametrize("rule", [fp.WeightMirror, fp.MirrorKolenPollack])
-@pytest.mark.parametrize("settings", [{}, {"noise": "orthogonal"}, {"noise": "hadamard"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"noise": "orthogonal"}, {"noise": "hadamard"}, {"pairs": True, "draw": "whole", "samples": 2000}],
+    ids=str,
+)
 @pytest.mark.parametrize("call", [fp.FeedbackPath.step, fp.FeedbackPath.mirror], ids=["step", "mirror"])
 @pytest.mark.parametrize("is_hooked", [False, True], ids=["plain", "hooked"])
 def test_mirror_mode_changes_feedback_and_nothing_else(is_hooked, call, settings, rule):
@@ -495,9 +499,12 @@ def test_a_bias_is_open_again_whatever_happens():
     assert weight.layer.bias is bias
 
 
-def test_noise_is_a_function_of_seed_and_pass_alone():
+@pytest.mark.parametrize(
+    "settings", [fp.Mirror(), fp.Mirror(pairs=True, draw="whole")], ids=["each", "whole"]
+)
+def test_noise_is_a_function_of_seed_and_pass_alone(settings):
     def mirror(seed, *passes):
-        path = fp.untie(MLP.build(), "wm", seed=seed)
+        path = fp.untie(MLP.build(), fp.WeightMirror(settings), seed=seed)
         for steps in passes:
             torch.rand(3)  # whatever else draws random numbers
             state = path.state_dict()
@@ -527,6 +534,12 @@ def test_noise_is_a_function_of_seed_and_pass_alone():
             {"noise": "orthogonal", "across_devices": "averaged"},
             "across_devices='averaged' is for independent",
         ),
+        ({"pairs": True, "noise": "hadamard"}, "pairs is for independent noise of signed numbers"),
+        ({"pairs": True, "rates": "push-pull"}, "pairs is for independent noise of signed numbers"),
+        ({"pairs": True, "samples": 7}, "samples must be even with pairs=True, not 7"),
+        ({"draw": "whole"}, "draw='whole' needs noise='gaussian' and pairs=True"),
+        ({"draw": "whole", "pairs": True, "noise": "signs"}, "draw='whole' needs noise='gaussian'"),
+        ({"draw": "once"}, "draw='once' is not one of each, whole"),
         ({"across_devices": "mean"}, "across_devices='mean' is not one of same, averaged"),
     ],
 )
@@ -544,6 +557,7 @@ def test_more_inputs_and_smaller_angles_need_more_examples_and_positions_fewer()
     assert fine == pytest.approx(4 * few, rel=0.05)
     assert maps == pytest.approx(few / 10, abs=1)
     assert fp.Mirror(samples=7).examples_for(10_000) == 7
+    assert fp.Mirror(pairs=True).examples_for(10_000, seen=7) == 8
     assert fp.Mirror().examples_for(10_000) == 2048
     assert fp.Mirror().examples_for(10_000, seen=96, devices=4) == 24
 

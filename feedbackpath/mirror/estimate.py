@@ -28,6 +28,7 @@ from feedbackpath.mirror.passage import forward_passage
 from feedbackpath.mirror.rates import RATES, Rates
 from feedbackpath.mirror.settings import Mirror
 from feedbackpath.mirror.shortcut import is_plain
+from feedbackpath.mirror.wishart import can_draw, draw_pairs
 
 
 @dataclass
@@ -105,10 +106,14 @@ def estimate(
     weight, sigma = field.weight, settings.deviation
     like = weight.weight.detach()
     rates = RATES[settings.rates](settings.baseline, not settings.baseline_known)
-    if settings.fires_codes:
+    is_whole = can_draw(field, activation, settings, examples)
+    if is_whole:
+        fired = draw_pairs(examples // 2 * field.answers, field.shape[-1], like, generator)
+    elif settings.fires_codes:
         fired = fire_codes(field.code_shape, field.groups, like, generator)
     else:
-        fired = fire_noise(settings.noise, examples, field.shape, like, generator)
+        name, pairs = settings.noise, settings.pairs
+        fired = fire_noise(name, examples, field.shape, like, generator, pairs=pairs)
     with (
         forward_passage(weight.weight),
         _bias_closed(weight, settings.block_bias or settings.rates == "baseline"),
@@ -118,16 +123,18 @@ def estimate(
         for noise in fired:
             x = rates.send(noise if sigma == 1.0 else noise.mul_(sigma))
             heard.append(_hear(field, activation, rates, x, settings))
-    products, drive_answer, drive_power, noise_power, freedom, examples = (
+    products, drive_answer, drive_power, noise_power, freedom, num_heard = (
         sum(parts[1:], start=parts[0]) for parts in zip(*heard, strict=True)
     )
+    if is_whole:  # what was fired stands for all examples
+        freedom = num_heard = examples
     variance = sigma**2
     if settings.rates == "baseline":  # cells that are silent take something off
         variance = noise_power / freedom
     sums = (products, drive_answer, drive_power)
     if count_devices(settings) > 1:
         _average_over_devices(sums)
-    num_samples = examples * field.answers * count_devices(settings)
+    num_samples = num_heard * field.answers * count_devices(settings)
     return Estimate(
         weight,
         sums[0],
@@ -135,7 +142,7 @@ def estimate(
         *sums[1:],
         variance,
         num_samples,
-        examples * field.positions * count_devices(settings),
+        num_heard * field.positions * count_devices(settings),
     )
 
 
@@ -154,8 +161,8 @@ def _hear(field: Field, activation: Activation, rates: Rates, x: Tensor, setting
     power = 0.0
     if settings.rates == "baseline":
         power = float((x - x.mean(0)).square().sum()) / x[0].numel()
-    # Codes and their negatives have a mean of exactly 0, which takes no degree of freedom.
-    lost = 0.0 if settings.fires_codes else examples / len(z)
+    # Patterns and their negatives have a mean of exactly 0, which takes no degree of freedom.
+    lost = 0.0 if settings.fires_codes or settings.pairs else examples / len(z)
     products = field.multiply(fired.to(dtype), y)
     return _Heard(products, _by_channel(z, y), about_mean.clamp_min(0.0), power, examples - lost, examples)
 

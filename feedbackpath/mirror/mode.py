@@ -26,7 +26,6 @@ from feedbackpath.mirror.context import MirrorContext
 from feedbackpath.mirror.cost import UseCounter
 from feedbackpath.mirror.estimate import Estimate, count_devices, estimate, own_rank
 from feedbackpath.mirror.following import Following
-from feedbackpath.mirror.noise import relative_variance
 from feedbackpath.mirror.plan import examples_of, memory_of, passes_to, plan_turns
 from feedbackpath.mirror.readings import learn
 from feedbackpath.mirror.schedule import Schedule, Turns
@@ -300,5 +299,5 @@ def _advice(weight: UntiedWeight, settings: Mirror, angle_deg: float) -> str:
     """Say how many samples, in all, bring a weight's B to an angle by theory."""
     if settings.fires_codes or count_devices(settings) > 1:
         return ""
-    needed = relative_variance(settings.noise, fields.inputs_of(weight), 1.0)
+    needed = settings.relative_variance(fields.inputs_of(weight), 1.0)
     return f", would take {math.ceil(needed / math.tan(math.radians(angle_deg)) ** 2)} samples"

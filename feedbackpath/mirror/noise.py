@@ -11,6 +11,10 @@ moment m (in units of sigma^4)::
 
 Behind an activation phi that is driven by z the answer scatters more than its part that follows z does:
 that factor, ``spread``, is Var[phi(z)] / (E[phi'(z)]^2 Var[z]): 1 for a linear neuron, 2 - 2 / pi for a ReLU.
+
+Noise may come in pairs, each pattern followed by its negative. Neurons are as independent of each other as
+before, but what is even in an answer cancels: a pair tells as much as one sample of ``phi(z) - phi(-z)``. Its
+spread is 1 for a ReLU.
 """
 
 import math
@@ -50,7 +54,13 @@ NOISES: dict[str, tuple[Draw, float]] = {  # independent noise of variance 1: ho
 
 
 def fire_noise(
-    name: str, examples: int, shape: tuple[int, ...], like: Tensor, generator: torch.Generator
+    name: str,
+    examples: int,
+    shape: tuple[int, ...],
+    like: Tensor,
+    generator: torch.Generator,
+    *,
+    pairs: bool = False,
 ) -> Iterator[Tensor]:
     """Yield independent noise of variance 1 for so many examples of a shape, some at a time.
 
@@ -60,14 +70,17 @@ def fire_noise(
         shape: Of one example.
         like: A tensor of the precision and on the device that noise is needed in.
         generator: Random numbers.
+        pairs: Whether the second half of what is fired at once is the negative of the first.
     """
     draw, _ = NOISES[name]
-    most = max(2, CHUNK_VALUES // math.prod(shape))
-    parts = max(1, min(math.ceil(examples / most), examples // 2))
+    copies = 2 if pairs else 1
+    drawn, most = examples // copies, max(2, CHUNK_VALUES // (copies * math.prod(shape)))
+    parts = max(1, min(math.ceil(drawn / most), drawn // 2))
     for part in range(parts):
-        size = examples * (part + 1) // parts - examples * part // parts
+        size = drawn * (part + 1) // parts - drawn * part // parts
         noise = draw(like.new_empty(size * math.prod(shape)), generator)
-        yield in_order_of(noise, (size, *shape), like)
+        noise = in_order_of(noise, (size, *shape), like)
+        yield torch.cat([noise, -noise]) if pairs else noise
 
 
 def in_order_of(values: Tensor, shape: tuple[int, ...], weight: Tensor) -> Tensor:
@@ -130,18 +143,25 @@ def relative_variance(noise: str, inputs: int, samples: float, spread: float = R
     return spread * (inputs - 2.0 + NOISES[noise][1]) / samples
 
 
-def spread_of(activation: Activation, drive: float = 1.0) -> float:
+def relu_spread(pairs: bool) -> float:
+    """Return the spread of a ReLU's answers: to single patterns of noise, or to pairs."""
+    return 1.0 if pairs else RELU_SPREAD
+
+
+def spread_of(activation: Activation, drive: float = 1.0, pairs: bool = False) -> float:
     """Return Var[phi(z)] / (E[phi'(z)]^2 Var[z]) for z ~ N(0, drive^2): 1 for a linear neuron.
 
     The mean slope is Cov[phi(z), z] / Var[z] (Stein's lemma), so that no derivative is needed. An activation
-    with settings for each channel is taken for a ReLU.
+    with settings for each channel is taken for a ReLU. Of ``pairs``, what is odd in phi takes its place.
 
     Example:
         >>> round(spread_of(torch.relu), 2), round(spread_of(torch.tanh, 0.01), 2)
         (1.36, 1.0)
+        >>> round(spread_of(torch.relu, pairs=True), 2)
+        1.0
     """
     if is_channelwise(activation):
-        return RELU_SPREAD
+        return relu_spread(pairs)
     quantiles = (torch.arange(20_001, dtype=torch.float64) + 0.5) / 20_001
     z = drive * math.sqrt(2.0) * torch.erfinv(2.0 * quantiles - 1.0)
     phi = without_hooks(activation)
@@ -149,5 +169,5 @@ def spread_of(activation: Activation, drive: float = 1.0) -> float:
         answer = phi(z.to(dtype_of(activation), copy=True)).detach().double()
     except RuntimeError:  # it has learned something in another precision
         answer = phi(z.float()).detach().double()
-    answer = answer - answer.mean()
+    answer = answer - (answer.flip(0) if pairs else answer.mean())  # z is symmetric, from low to high
     return ((answer**2).mean() * (z**2).mean() / (answer * z).mean() ** 2).item()

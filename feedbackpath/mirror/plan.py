@@ -10,10 +10,11 @@ from feedbackpath.mirror.context import MirrorContext
 from feedbackpath.mirror.cost import Dues, dues_of, mirror_flops, step_flops
 from feedbackpath.mirror.estimate import count_devices
 from feedbackpath.mirror.fields import Field
-from feedbackpath.mirror.noise import relative_variance, spread_of
+from feedbackpath.mirror.noise import spread_of
 from feedbackpath.mirror.schedule import Turns
 from feedbackpath.mirror.settings import Mirror, passes_to_fill
 from feedbackpath.mirror.shortcut import can_read_out
+from feedbackpath.mirror.wishart import can_draw
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def passes_to(context: MirrorContext, weight: UntiedWeight, settings: Mirror, an
     seen = context.shape_to_fire(weight)
     field = context.field(weight, settings, seen)
     samples = examples_of(field, settings, seen) * count_devices(settings) * field.positions
-    spread = spread_of(context.activations[weight.name], settings.deviation)
-    variance = relative_variance(settings.noise, fields.inputs_of(weight), samples, spread)
+    spread = spread_of(context.activations[weight.name], settings.deviation, settings.pairs)
+    variance = settings.relative_variance(fields.inputs_of(weight), samples, spread)
     return math.floor(variance / math.tan(math.radians(angle_deg)) ** 2) + 1
 
 
@@ -103,7 +104,7 @@ def make_plan(
         seen = context.shape_seen(weight)
         field, inputs = context.field(weight, settings, seen), fields.inputs_of(weight)
         examples = examples_of(field, settings, seen)
-        spread = spread_of(context.activations[weight.name], settings.deviation)
+        spread = spread_of(context.activations[weight.name], settings.deviation, settings.pairs)
         samples = examples * count_devices(settings) * field.positions
         plans.append(
             LayerPlan(
@@ -127,6 +128,9 @@ def _flops(context: MirrorContext, weight: UntiedWeight, settings: Mirror) -> fl
         return mirror_flops(weight, 1.0)
     seen = context.shape_seen(weight)
     field = context.field(weight, settings, seen)
-    examples = examples_of(field, settings, seen) * count_devices(settings)
+    examples = examples_of(field, settings, seen)
+    if can_draw(field, context.activations[name], settings, examples):
+        return mirror_flops(weight, 2.0 * field.shape[-1] * count_devices(settings))
+    examples *= count_devices(settings)
     positions = math.prod(field.shape[1:]) if weight.transposed else field.answers
     return mirror_flops(weight, float(examples * positions))

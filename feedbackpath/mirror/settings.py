@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from feedbackpath.arguments import CheckedArguments
 from feedbackpath.errors import RuleError, refuse_no_size
-from feedbackpath.mirror.noise import RELU_SPREAD, code_length, relative_variance
+from feedbackpath.mirror.noise import code_length, relative_variance, relu_spread
 
 LEAST_FORGETTING, MOST_FORGETTING = 0.02, 0.1
 NOISE_DEG = 10.0  # that sampling may leave: where a pass has few samples, B remembers longer
@@ -56,6 +56,11 @@ class Mirror(CheckedArguments):
             ``"uniform"``, ``"signs"``. Or codes that are orthogonal to each other: ``"orthogonal"``, the
             exact read-out, which assumes that W is read without noise; ``"hadamard"``, the same codes at
             sigma 1, always through the layer's own call, which average over noise.
+        pairs: Whether each pattern of independent noise is followed by its negative, so that what is even in
+            an answer cancels; a pair counts as two samples.
+        draw: How pairs of Gaussian noise are simulated: by ``"each"`` pattern; or as a ``"whole"``, behind
+            linear layers, (leaky) ReLUs, GELU and SiLU where layers do nothing of their own. B follows the
+            same law, at a cost that does not grow with the samples. Other layers fire each pattern.
         sigma: Standard deviation of the noise; None: 1, or 0.01 for ``"orthogonal"``, so weak that any
             smooth activation is nearly linear there.
         samples: Examples of independent noise a pass, on each device. In a convolution an example is a whole
@@ -88,6 +93,8 @@ class Mirror(CheckedArguments):
     """
 
     noise: Noise = "gaussian"
+    pairs: bool = False
+    draw: Literal["each", "whole"] = "each"
     sigma: float | None = None
     samples: int | None = None
     target_angle_deg: float | None = None
@@ -122,6 +129,15 @@ class Mirror(CheckedArguments):
                     f"Mirror: {name} is for independent noise; {self.noise!r} takes as many samples as there "
                     "are inputs, twice"
                 )
+        if self.pairs and (self.fires_codes or self.rates != "signed"):
+            raise RuleError(
+                "Mirror: pairs is for independent noise of signed numbers, not for "
+                f"noise={self.noise!r} with rates={self.rates!r}"
+            )
+        if self.pairs and self.samples is not None and self.samples % 2:
+            raise RuleError(f"Mirror: samples must be even with pairs=True, not {self.samples}")
+        if self.draw == "whole" and not (self.pairs and self.noise == "gaussian"):
+            raise RuleError("Mirror: draw='whole' needs noise='gaussian' and pairs=True")
         if self.across_devices == "averaged" and self.fires_codes:
             raise RuleError(
                 f"Mirror: across_devices='averaged' is for independent noise; {self.noise!r} codes are "
@@ -185,7 +201,7 @@ class Mirror(CheckedArguments):
             return 1.0
         if self.forgetting is not None or self.target_angle_deg is not None:
             return self.forgetting or MOST_FORGETTING
-        needed = relative_variance(self.noise, inputs, 1.0) / math.tan(math.radians(NOISE_DEG)) ** 2
+        needed = self.relative_variance(inputs, 1.0) / math.tan(math.radians(NOISE_DEG)) ** 2
         return min(max(2.0 * samples / (needed + samples), LEAST_FORGETTING), MOST_FORGETTING)
 
     def examples_for(
@@ -206,23 +222,35 @@ class Mirror(CheckedArguments):
         examples: float = UNSEEN_EXAMPLES if seen is None else seen
         if self.target_angle_deg is not None:
             share = self.share_for(inputs, 1.0)
-            variance = relative_variance(self.noise, inputs, (2.0 - share) / share * positions)
+            variance = self.relative_variance(inputs, (2.0 - share) / share * positions)
             examples = variance / math.tan(math.radians(self.target_angle_deg)) ** 2
-        return max(2, math.ceil(examples / devices))
+        least = 2 if self.pairs else 1  # whole pairs
+        return max(2, least * math.ceil(examples / devices / least))
 
-    def expected_angle_deg(self, inputs: int, samples: float, spread: float = RELU_SPREAD) -> float:
+    def relative_variance(self, inputs: int, samples: float, spread: float | None = None) -> float:
+        """Return ``E|B - W|^2 / |W|^2`` of a pass of independent noise at gain 1.
+
+        Args:
+            inputs: n, the inputs of a neuron.
+            samples: N, answers that the estimate is averaged over.
+            spread: How much more an answer scatters than that of a linear neuron; None: behind a ReLU.
+        """
+        told = samples / 2.0 if self.pairs else samples
+        return relative_variance(self.noise, inputs, told, spread or relu_spread(self.pairs))
+
+    def expected_angle_deg(self, inputs: int, samples: float, spread: float | None = None) -> float:
         """Return the angle, in degrees, that sampling noise leaves when B's memory is full.
 
         Args:
             inputs: n, the inputs of a neuron.
             samples: Answers of a neuron, or channel, a pass, of all devices that average theirs.
-            spread: How much more an answer scatters than that of a linear neuron.
+            spread: How much more an answer scatters than that of a linear neuron; None: behind a ReLU.
         """
         if self.fires_codes:
             return 0.0
         share = self.share_for(inputs, samples)
         effective = samples * (2.0 - share) / share
-        return math.degrees(math.atan(math.sqrt(relative_variance(self.noise, inputs, effective, spread))))
+        return math.degrees(math.atan(math.sqrt(self.relative_variance(inputs, effective, spread))))
 
 
 def passes_to_fill(share: float) -> int:

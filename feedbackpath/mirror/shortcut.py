@@ -36,8 +36,23 @@ def is_plain(weight: UntiedWeight, activation: Activation) -> bool:
 def can_read_out(weight: UntiedWeight, activation: Activation, slope: float | None, settings: Mirror) -> bool:
     """Whether the short way finds what the long way does, to rounding.
 
-    Not where anything stands between: a hook, a layer of one's own, autocast, or code that watches
-    operations, as a model of a chip may.
+    Args:
+        weight: The weight.
+        activation: What follows its layer.
+        slope: The ``odd_slope`` of that.
+        settings: How it is mirrored.
+    """
+    is_exact = settings.noise == "orthogonal" and settings.reading == "calibrated"
+    return is_exact and not is_watched() and answers_by_weight(weight, activation, slope, settings)
+
+
+def answers_by_weight(
+    weight: UntiedWeight, activation: Activation, slope: float | None, settings: Mirror
+) -> bool:
+    """Whether a layer's answers to a pattern and its negative differ by ``2 s W x``, and by nothing else.
+
+    Not where anything stands between: a hook, a layer of one's own, or autocast. Code that watches operations
+    may: see ``is_watched``.
 
     Args:
         weight: The weight.
@@ -45,14 +60,14 @@ def can_read_out(weight: UntiedWeight, activation: Activation, slope: float | No
         slope: The ``odd_slope`` of that.
         settings: How it is mirrored.
     """
-    if settings.noise != "orthogonal" or settings.reading != "calibrated" or settings.rates != "signed":
+    if slope is None or abs(slope) < LEAST_SLOPE or settings.rates != "signed":
         return False
     w, b = weight.weight, weight.feedback
     is_open = not settings.block_bias and getattr(weight.layer, "bias", None) is not None
     is_told = is_open or w.dtype != b.dtype or type(w) is not nn.Parameter
-    if is_told or torch.is_autocast_enabled(w.device.type) or _is_watched():
+    if is_told or torch.is_autocast_enabled(w.device.type):
         return False
-    return slope is not None and abs(slope) >= LEAST_SLOPE and is_plain(weight, activation)
+    return is_plain(weight, activation)
 
 
 def read_out(weight: UntiedWeight) -> None:
@@ -66,8 +81,8 @@ def read_out(weight: UntiedWeight) -> None:
     b.mul_(signs)
 
 
-def _is_watched() -> bool:
-    """Whether a mode of torch's stands between operations and what they compute."""
+def is_watched() -> bool:
+    """Whether a mode of torch's stands between operations and what they compute, as a model of a chip may."""
     stacks = (
         getattr(torch._C, "_len_torch_function_stack", None),
         getattr(torch._C, "_len_torch_dispatch_stack", None),
