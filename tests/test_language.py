@@ -34,22 +34,29 @@ def searched(tmp_path, monkeypatch):
         (tmp_path / network / "tuned" / "chosen.yaml").write_text(yaml.safe_dump(found))
 
 
-WAYS = [(study, way) for study in language.WAYS for way in language.ways_of(study, "lstm")]
+SEEDS = {"run": 100, "equivalence": 200, "long": 300, "mirrors": 400, "doses": 600}
+JOBS = [
+    (network, study, way)
+    for network in language.RULES
+    for study in SEEDS
+    for way in language.ways_of(study, network) or [""]
+    if network == "gpt" or study not in language.OF_THE_GPT
+]
 
 
 @pytest.mark.usefixtures("searched")
-@pytest.mark.parametrize("network", language.RULES)
-@pytest.mark.parametrize(("study", "way"), [("run", ""), ("equivalence", ""), *WAYS])
+@pytest.mark.parametrize(("network", "study", "way"), JOBS)
 def test_each_study_is_a_job_with_seeds_of_its_own(study, way, network):
     config = CompareConfig.model_validate(language.settings_of(study, network, way))
     assert (config.data, config.model) == ("text", network)
-    assert config.seed == {"run": 100, "equivalence": 200, "long": 300, "mirrors": 400}[study]
-    is_a_test = study == "equivalence" or way in ("codes", "fine")
+    assert config.seed == (500 if way == "pairs" else SEEDS[study])
+    is_a_test = study == "equivalence" or way in ("codes", "fine", "pairs")
     assert config.seeds == (10 if is_a_test else 3)
     assert config.equivalence == (language.MARGINS[network] if is_a_test else None)
     shares_settings = study == "long" and way != "best"
     assert set(config.by_rule) == (set() if shares_settings else set(config.rules))
-    assert config.rule_settings.get("wm", {}).get("mirror") == language.WAYS["mirrors"].get(way)
+    mirrors = language.WAYS["mirrors"] | language.WAYS["doses"] | {"bp": None}
+    assert config.rule_settings.get("wm", {}).get("mirror") == mirrors.get(way)
 
 
 def test_margins_are_those_that_were_declared():
