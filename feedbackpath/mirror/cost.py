@@ -36,7 +36,8 @@ def mirror_flops(weight: UntiedWeight, samples: float) -> float:
     Args:
         weight: The weight to mirror.
         samples: N, noise that meets each value of W: examples times positions; 1 by the exact read-out's
-            shortcut, twice the inputs where pairs are drawn as a whole. Of all devices whose noise is averaged; noise that is the same on all counts once.
+            shortcut, twice the inputs where pairs are drawn as a whole. Of all devices whose noise is
+            averaged; noise that is the same on all counts once.
     """
     return 2.0 * forward_flops(weight, samples)
 
