@@ -21,7 +21,9 @@ import competing_units
 import estimating_w
 import figure_4
 import hardware_theory
+import language
 import language_page
+from cells import read_cells
 from growth_figure import draw_growth
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -115,6 +117,11 @@ def of_one_input() -> Figure:
     return draw_angles(read("one-input/angles.json")["measured"])
 
 
+def of_balance(part: str) -> Figure:
+    """Draw maps of decay and rate."""
+    return balance_page.draw_maps(part, read_cells(RESULTS / f"balance/{part}.json"))
+
+
 def of_growth() -> Figure:
     """Draw how a step's cost grows; the file's `wm` is today's `wm-exact`."""
     found = read("step-cost/growth.json")
@@ -148,12 +155,12 @@ DRAWN: dict[str, tuple[list[str], Callable[[], bytes]]] = {
     },
     "balance.png": (
         ["balance/balance.json"],
-        drawn(lambda: balance_page.draw_balance(read("balance/balance.json")["cells"])),
+        drawn(lambda: balance_page.draw_balance(read_cells(RESULTS / "balance/balance.json"))),
     ),
     **{
         f"balance-{part}.png": (
             [f"balance/{part}.json"],
-            drawn(lambda part=part: balance_page.draw_maps(part, read(f"balance/{part}.json")["cells"])),  # type: ignore[misc]
+            drawn(partial(of_balance, part)),
         )
         for part in balance_page.MAPS
     },
@@ -191,7 +198,11 @@ DRAWN: dict[str, tuple[list[str], Callable[[], bytes]]] = {
     ),
     "language-errors.png": (
         ["language/samples.json"],
-        drawn(lambda: language_page.draw(read("language/samples.json")["cells"])),
+        drawn(lambda: language_page.draw(read_cells(RESULTS / "language/samples.json"))),
+    ),
+    "language-noise.png": (
+        [f"language/gpt/doses-{way}/results.json" for way in language.ways_of("doses", "gpt")],
+        drawn(lambda: language_page.draw_doses(language_page.jobs_of("doses", "gpt"))),
     ),
     "one-input-angles.png": (["one-input/angles.json"], drawn(of_one_input)),
     "report-page.png": (["glyphs-resnet8/results.json"], partial(of_page, "glyphs-resnet8")),

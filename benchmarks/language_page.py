@@ -1,21 +1,23 @@
-"""Tables and the figure of docs/language.md and docs/language-results.md, from ``benchmarks/language``.
+"""Tables and figures of docs/language.md and docs/language-results.md, from ``benchmarks/language``.
 
-`python benchmarks/language_page.py` writes the tables, `python benchmarks/doc_figures.py` the figure.
+`python benchmarks/language_page.py` writes the tables, `python benchmarks/doc_figures.py` the figures.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from math import nan
 from pathlib import Path
 from typing import Any
 
 from cells import Cell, read_cells
 from cost_page import put_tables
-from language import OUT, RULES, place_of, ways_of
+from language import MARGINS, OUT, RULES, place_of, ways_of
 from marked import as_far_as_run, as_table
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from saturation import NETWORKS
 from studies import rows_with_settings
 
+from feedbackpath.report.curves import finished, mean_and_error
 from feedbackpath.report.equivalence import describe
 from feedbackpath.report.parts import (
     PAGE_WIDTH,
@@ -24,9 +26,10 @@ from feedbackpath.report.parts import (
     key,
     line_looks,
     scale_linear,
+    scale_log,
     write_letters,
 )
-from feedbackpath.report.style import in_order, legend_label
+from feedbackpath.report.style import in_order, legend_label, style_of
 from feedbackpath.report.table import summary_rows
 from feedbackpath.train.config import CompareConfig
 from feedbackpath.train.results import Results, read_results
@@ -38,8 +41,8 @@ SHOWN = ("rule", "n", "test bits per byte", "minus bp", "angle, max", "δ angle,
 # network, study, way, rule, and how the rule was used
 SUMMARY = [
     ("gpt", "equivalence", "", "mirror-kp", ""),
-    ("gpt", "mirrors", "codes", "wm", "noise of orthogonal codes, declared after the search"),
-    ("gpt", "equivalence", "", "wm", "independent noise, as the search chose"),
+    ("gpt", "mirrors", "pairs", "wm", "noise that leaves 2°, no memory; declared after the search"),
+    ("gpt", "equivalence", "", "wm", "noise that leaves 20°, as the search chose"),
     ("gpt", "long", "small", "kp", "5.2 e-folds, `scale=0.1`"),
     ("gpt", "run", "", "ss", ""),
     ("gpt", "run", "", "dfa", "attention by backprop"),
@@ -63,7 +66,7 @@ def tables() -> dict[Path, dict[str, str]]:
         found[f"{network}-run"] = table_of("run", network)
         found[f"{network}-equivalence"] = table_of("equivalence", network)
         found[f"{network}-long"] = table_of("long", network)
-    found |= {f"gpt-{study}": table_of(study, "gpt") for study in ("mirrors", "strong-decay")}
+    found |= {f"gpt-{study}": table_of(study, "gpt") for study in ("mirrors", "doses", "strong-decay")}
     return {PAGE: short, STUDY: found}
 
 
@@ -115,10 +118,11 @@ def jobs_of(study: str, network: str) -> dict[str, Results]:
 
 
 def beside_backprop(results: Results, found: Mapping[str, Results]) -> Results:
-    """Return results of a job with backprop's runs of ``same``, if it has none of its own."""
-    if "same" not in found or any(run.rule == "bp" for run in results.runs):
+    """Return results of a job with backprop's runs of ``same`` or ``bp``, if it has none of its own."""
+    lender = found.get("same") or found.get("bp")
+    if lender is None or any(run.rule == "bp" for run in results.runs):
         return results
-    borrowed = [run for run in found["same"].runs if run.rule == "bp"]
+    borrowed = [run for run in lender.runs if run.rule == "bp"]
     return results.model_copy(update={"runs": [*borrowed, *results.runs]})
 
 
@@ -180,7 +184,7 @@ def draw(cells: Sequence[Cell]) -> Figure:
     found = by_network_and_rule(cells)
     layers = list(found["gpt", "bp"]["delta_angle_deg"])
     for rule in rules:
-        angles = [found["gpt", rule]["delta_angle_deg"].get(layer, nan) for layer in layers]
+        angles = [found["gpt", rule]["delta_angle_deg"].get(layer, math.nan) for layer in layers]
         by_depth.plot(range(len(layers)), angles, **line_looks(rule))
         if rule in RULES["lstm"]:
             angles = found["lstm", rule]["delta_angle_deg_by_steps_back"]
@@ -196,6 +200,62 @@ def draw(cells: Sequence[Cell]) -> Figure:
     write_letters((by_depth, by_time))
     draw_legend(figure, [key(legend_label(rule), **line_looks(rule)) for rule in rules], 3)
     return figure
+
+
+def draw_doses(found: Mapping[str, Results]) -> Figure:
+    """Draw how far ``wm`` is behind backprop, by the noise of its mirror and by the memory of its B."""
+    figure = Figure(figsize=(PAGE_WIDTH, 2.6), layout="constrained")
+    by_angle, by_memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    _draw_behind(by_angle, found, "angle-", linestyle="-", marker=style_of("wm").marker)
+    _draw_behind(by_angle, found, "each-", linestyle="", marker="x", markersize=7)
+    _draw_behind(by_memory, found, "memory-", linestyle="-", marker=style_of("wm").marker)
+    by_angle.set(
+        xlabel="sampling noise of B (°), and patterns per input and step", ylabel="bits per byte minus bp"
+    )
+    angles = [1, 2, 4, 7, 10, 14, 20]
+    scale_log(by_angle, "x", angles, is_marked=False)
+    by_angle.set_xticklabels([f"{angle}\n{patterns_per_input(angle)}" for angle in angles])
+    by_memory.set(xlabel="share of B that a step replaces, at 2°")
+    scale_log(by_memory, "x", [0.1, 0.2, 0.5, 1.0], is_marked=False)
+    by_memory.invert_xaxis()
+    scale_linear(by_angle, "y", (0.0, 0.12), 0.02)
+    for axes in (by_angle, by_memory):
+        axes.axhline(MARGINS["gpt"], linestyle=":", **REFERENCE)
+    by_angle.text(1, MARGINS["gpt"], "margin", va="bottom", fontsize=7)
+    write_letters((by_angle, by_memory))
+    keys = [
+        key("wm, pairs drawn as a whole", color=style_of("wm").colour, marker=style_of("wm").marker),
+        key("each pattern fired", color=style_of("wm").colour, linestyle="", marker="x", markersize=7),
+    ]
+    draw_legend(figure, keys, 2)
+    return figure
+
+
+def _draw_behind(axes: Axes, found: Mapping[str, Results], kind: str, **looks: Any) -> None:
+    """Draw means and standard errors over seeds of all jobs of a kind; one of 2 degrees has no memory."""
+    behind = behind_backprop(found)
+    points = {float(way.removeprefix(kind)): behind[way] for way in behind if way.startswith(kind)}
+    if kind == "memory-":
+        points[1.0] = behind["angle-2"]
+    places = sorted(points)
+    means, errors = zip(*(mean_and_error(points[place]) for place in places), strict=True)
+    axes.errorbar(places, means, yerr=errors, color=style_of("wm").colour, elinewidth=0.8, capsize=2, **looks)
+
+
+def behind_backprop(found: Mapping[str, Results]) -> dict[str, list[float]]:
+    """Return how far ``wm`` is behind backprop at each seed, by job."""
+    bp = {run.seed: run.test for run in found["bp"].runs}
+    return {
+        way: [run.test - bp[run.seed] for run in finished(results.runs)]  # type: ignore[operator]
+        for way, results in found.items()
+        if way != "bp"
+    }
+
+
+def patterns_per_input(angle_deg: float) -> str:
+    """Return how many patterns of noise, in pairs, an angle takes per input: ``tan^2(angle) = 2 n / N``."""
+    number = f"{2.0 / math.tan(math.radians(angle_deg)) ** 2:.1e}"  # two digits tell enough
+    return f"{float(number):,.0f}"
 
 
 def main() -> None:

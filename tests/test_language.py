@@ -8,7 +8,7 @@ import torch
 import yaml
 from cells import read_cells
 from cost_page import put_tables
-from language_page import OUT, draw, tables
+from language_page import OUT, draw, draw_doses, patterns_per_input, tables
 from language_samples import angles_by_step, write
 from torch import nn
 
@@ -165,16 +165,27 @@ def test_a_table_has_the_settings_of_jobs_whose_rules_train_alike(made, monkeypa
     assert "Not run yet: twice, zero" in table
 
 
-def test_a_job_without_backprop_stands_beside_that_at_the_same_settings(made, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("study", "lender", "way", "rule"), [("long", "same", "zero", "kp"), ("doses", "bp", "angle-4", "wm")]
+)
+def test_a_job_without_backprop_stands_beside_that_at_the_same_settings(
+    study, lender, way, rule, made, monkeypatch, tmp_path
+):
     monkeypatch.setattr(language_page, "OUT", tmp_path)
-    keep(made, tmp_path / "gpt" / "long-same")
+    keep(made, tmp_path / "gpt" / f"{study}-{lender}")
     (bp,) = (run for run in made.runs if run.rule == "bp")
-    made.runs = [bp.model_copy(update={"rule": "kp", "test": bp.test + 0.25})]
-    keep(made, tmp_path / "gpt" / "long-zero")
-    rows = [line for line in language_page.table_of("long", "gpt").splitlines() if "| zero |" in line]
+    made.runs = [bp.model_copy(update={"rule": rule, "test": bp.test + 0.25})]
+    keep(made, tmp_path / "gpt" / f"{study}-{way}")
+    rows = [line for line in language_page.table_of(study, "gpt").splitlines() if f"| {way} |" in line]
     assert len(rows) == 1
-    assert "| zero | kp | 1/1 |" in rows[0]
+    assert f"| {way} | {rule} | 1/1 |" in rows[0]
     assert "+0.25" in rows[0]
+
+
+@pytest.mark.parametrize("angle", [1, 4, 20])
+def test_the_figure_counts_patterns_as_the_mirror_does(angle):
+    fired = fp.Mirror(pairs=True, target_angle_deg=angle, forgetting=1.0).examples_for(512) / 512
+    assert float(patterns_per_input(angle).replace(",", "")) == pytest.approx(fired, rel=0.05)
 
 
 def test_a_table_has_the_verdict_on_every_rule(made, monkeypatch, tmp_path):
@@ -193,3 +204,4 @@ def test_the_page_has_what_the_result_files_have():
         text = page.read_text()
         assert put_tables(text, made) == text, "write it anew: python benchmarks/language_page.py"
     assert len(draw(read_cells(OUT / "samples.json")).axes) == 2
+    assert len(draw_doses(language_page.jobs_of("doses", "gpt")).axes) == 2
