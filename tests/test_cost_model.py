@@ -45,7 +45,7 @@ from feedbackpath.mirror import Mirror
 @pytest.fixture(autouse=True)
 def _counting_changes_nothing(monkeypatch):
     """A mode that only counts would send the exact read-out the long way: it may be anything."""
-    monkeypatch.setattr("feedbackpath.mirror.shortcut.is_watched", lambda: False)
+    monkeypatch.setattr("feedbackpath.mirror.shortcut._is_watched", lambda: False)
     monkeypatch.setattr("feedbackpath.mirror.shortcut.is_plain", lambda *_: True)
 
 

@@ -446,6 +446,7 @@ def test_neurons_without_weights_do_not_change_the_gain(rule):
 # What stays as it was.
 
 
+@pytest.mark.filterwarnings("ignore:.* fires each pattern:feedbackpath.MirrorWarning")
 @pytest.mark.parametrize("rule", [fp.WeightMirror, fp.MirrorKolenPollack])
 @pytest.mark.parametrize(
     "settings",
@@ -539,6 +540,10 @@ def test_noise_is_a_function_of_seed_and_pass_alone(settings):
         ({"pairs": True, "samples": 7}, "samples must be even with pairs=True, not 7"),
         ({"draw": "whole"}, "draw='whole' needs noise='gaussian' and pairs=True"),
         ({"draw": "whole", "pairs": True, "noise": "signs"}, "draw='whole' needs noise='gaussian'"),
+        (
+            {"draw": "whole", "pairs": True, "when": fp.When(cost_share=0.5)},
+            "draw='whole' changes what a pass",
+        ),
         ({"draw": "once"}, "draw='once' is not one of each, whole"),
         ({"across_devices": "mean"}, "across_devices='mean' is not one of same, averaged"),
     ],

@@ -3,13 +3,14 @@
 import copy
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
 import feedbackpath as fp
-from feedbackpath.mirror import MirrorMode
+from feedbackpath.mirror import MirrorMode, noise
 from feedbackpath.mirror.mode import fire
 from feedbackpath.mirror.noise import NOISES, fire_noise, spread_of
 from feedbackpath.mirror.wishart import draw_pairs
@@ -98,13 +99,28 @@ def hook(layer):
     return layer.register_forward_hook(lambda *args: args[2] + 0.0)
 
 
+def keep_bias(net):
+    bias = net[0].bias.data
+    del net[0].bias
+    net[0].register_buffer("bias", bias + 1.0)
+
+
 CHANGES = {
     "a nonlinearity that stays": lambda net: net.append(nn.Tanh()),
     "a hook on the layer": lambda net: hook(net[0]),
     "a hook on what follows": lambda net: hook(net.append(nn.ReLU())[1]),
+    "an activation with a forward of its own": lambda net: setattr(net.append(nn.ReLU())[1], "forward", abs),
+    "a bias that is kept as a buffer": keep_bias,
     "half precision": lambda net: net.bfloat16(),
     "few pairs": lambda net: net.__setitem__(0, nn.Linear(8, 3)),
     "maps": lambda net: net.__setitem__(0, nn.Conv2d(2, 3, 2)),
+}
+
+
+SAYS = {
+    **dict.fromkeys(CHANGES, "'0', and perhaps other layers, fires each pattern .* more than W tells"),
+    "maps": "it has a map",
+    "half precision": "its precision is below float32",
 }
 
 
@@ -112,7 +128,9 @@ CHANGES = {
 def test_each_pattern_is_fired_where_a_layer_does_more_than_w(why, drawn):
     net = nn.Sequential(nn.Linear(6, 3))
     CHANGES[why](net)
-    fp.untie(net, fp.WeightMirror(PAIRS)).mirror(steps=1)
+    path = fp.untie(net, fp.WeightMirror(PAIRS))
+    with warnings.catch_warnings() if why == "few pairs" else pytest.warns(fp.MirrorWarning, match=SAYS[why]):
+        path.mirror(steps=1)
     assert not drawn
     fp.untie(nn.Sequential(nn.Linear(6, 3)), fp.WeightMirror(PAIRS)).mirror(steps=1)
     assert drawn == [8]
@@ -123,10 +141,11 @@ def test_open_biases_autocast_and_what_watches_operations_fire_each_pattern(draw
         settings = dataclasses.replace(PAIRS, **changes)
         fp.untie(nn.Sequential(nn.Linear(6, 3)), fp.WeightMirror(settings)).mirror(steps=1)
 
-    mirror(block_bias=False)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with pytest.warns(fp.MirrorWarning, match="fires each pattern"):
+        mirror(block_bias=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.warns(fp.MirrorWarning, match="autocast"):
         mirror()
-    with torch.overrides.BaseTorchFunctionMode():
+    with torch.overrides.BaseTorchFunctionMode(), pytest.warns(fp.MirrorWarning, match="watches"):
         mirror()
     assert not drawn
     mirror()
@@ -152,3 +171,19 @@ def test_a_whole_counts_as_all_of_its_samples_for_a_network_and_as_few_for_the_s
     for one, other in zip(*plans, strict=True):
         assert (one.dues, one.samples, one.angle_deg) == (other.dues, other.samples, other.angle_deg)
         assert one.flops == other.flops * 1000 / (2 * one.inputs)
+
+
+def test_wide_layers_draw_in_parts_what_they_draw_at_once(monkeypatch):
+    def moments(pairs=200, inputs=30):
+        fired = list(draw_pairs(pairs, inputs, torch.empty(0, dtype=torch.float64), torch.Generator()))
+        patterns = torch.cat(fired)
+        assert patterns.shape == (2 * inputs, inputs)
+        assert not torch.cat([part[: len(part) // 2] + part[len(part) // 2 :] for part in fired]).any()
+        return len(fired), patterns.T @ patterns / (2 * pairs)
+
+    monkeypatch.setattr(noise, "CHUNK_VALUES", 60 * 7)
+    parts, found = moments()
+    assert parts == 5
+    assert (found - torch.eye(30)).abs().max() < 5 / math.sqrt(200)
+    monkeypatch.setattr(noise, "CHUNK_VALUES", 2**23)
+    assert moments()[0] == 1

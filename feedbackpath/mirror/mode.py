@@ -25,12 +25,15 @@ from feedbackpath.mirror import fields
 from feedbackpath.mirror.context import MirrorContext
 from feedbackpath.mirror.cost import UseCounter
 from feedbackpath.mirror.estimate import Estimate, count_devices, estimate, own_rank
+from feedbackpath.mirror.fields import Field
 from feedbackpath.mirror.following import Following
+from feedbackpath.mirror.passage import LISTENERS
 from feedbackpath.mirror.plan import examples_of, memory_of, passes_to, plan_turns
 from feedbackpath.mirror.readings import learn
 from feedbackpath.mirror.schedule import Schedule, Turns
 from feedbackpath.mirror.settings import Mirror, refuse_no_count
 from feedbackpath.mirror.shortcut import can_read_out, read_out
+from feedbackpath.mirror.wishart import obstacle
 
 
 class MirrorMode(MirrorContext):
@@ -251,10 +254,25 @@ def fire_alike(
     seen = context.shape_to_fire(weight)
     field = context.field(weight, settings, seen)
     examples, rank = examples_of(field, settings, seen), own_rank(settings)
+    _warn_of_each(context, field, settings)
     for _ in range(passes):
         generator = context.generator(weight, rank)
         context.pay(weight, field, examples)
         yield estimate(field, context.activations[weight.name], settings, examples, generator)
+
+
+def _warn_of_each(context: MirrorContext, field: Field, settings: Mirror) -> None:
+    """Warn once for each reason why noise that was to be drawn as a whole is fired; not in an audit."""
+    name = field.weight.name
+    if settings.draw == "each" or LISTENERS:
+        return
+    if (reason := obstacle(field, context.activations[name], settings)) is not None:
+        context.warn_once(
+            "each",
+            reason,
+            f"{name!r}, and perhaps other layers, fires each pattern in place of draw='whole': {reason}; "
+            "path.plan says what a pass costs",
+        )
 
 
 @torch.no_grad()

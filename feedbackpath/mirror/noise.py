@@ -13,8 +13,8 @@ Behind an activation phi that is driven by z the answer scatters more than its p
 that factor, ``spread``, is Var[phi(z)] / (E[phi'(z)]^2 Var[z]): 1 for a linear neuron, 2 - 2 / pi for a ReLU.
 
 Noise may come in pairs, each pattern followed by its negative. Neurons are as independent of each other as
-before, but what is even in an answer cancels: a pair tells as much as one sample of ``phi(z) - phi(-z)``. Its
-spread is 1 for a ReLU.
+before, but what is even in an answer cancels: a pair tells as much as one sample of ``phi(z) - phi(-z)``, N
+counts pairs, and the spread of a ReLU is 1.
 """
 
 import math

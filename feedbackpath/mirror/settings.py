@@ -56,11 +56,6 @@ class Mirror(CheckedArguments):
             ``"uniform"``, ``"signs"``. Or codes that are orthogonal to each other: ``"orthogonal"``, the
             exact read-out, which assumes that W is read without noise; ``"hadamard"``, the same codes at
             sigma 1, always through the layer's own call, which average over noise.
-        pairs: Whether each pattern of independent noise is followed by its negative, so that what is even in
-            an answer cancels; a pair counts as two samples.
-        draw: How pairs of Gaussian noise are simulated: by ``"each"`` pattern; or as a ``"whole"``, behind
-            linear layers, (leaky) ReLUs, GELU and SiLU where layers do nothing of their own. B follows the
-            same law, at a cost that does not grow with the samples. Other layers fire each pattern.
         sigma: Standard deviation of the noise; None: 1, or 0.01 for ``"orthogonal"``, so weak that any
             smooth activation is nearly linear there.
         samples: Examples of independent noise a pass, on each device. In a convolution an example is a whole
@@ -90,11 +85,15 @@ class Mirror(CheckedArguments):
             ``samples`` that are given are then each device's; those that follow from the minibatch or an
             angle are shared out. B is the same on all, bit for bit, either way.
         when: When a rule mirrors which layers.
+        pairs: Whether each pattern of independent noise is followed by its negative, so that what is even in
+            an answer cancels; a pair counts as two samples.
+        draw: How pairs of Gaussian noise are simulated: by ``"each"`` pattern; or as a ``"whole"``, in linear
+            and attention layers that nothing changes, where ``phi(z) - phi(-z) = 2 s z`` (linear, ReLU, GELU,
+            SiLU). B follows the same law, at a cost that does not grow with the samples. Other layers fire
+            each pattern, and a warning says why.
     """
 
     noise: Noise = "gaussian"
-    pairs: bool = False
-    draw: Literal["each", "whole"] = "each"
     sigma: float | None = None
     samples: int | None = None
     target_angle_deg: float | None = None
@@ -108,6 +107,8 @@ class Mirror(CheckedArguments):
     baseline_known: bool = True
     across_devices: Literal["same", "averaged"] = "same"
     when: When = dataclasses.field(default_factory=When)
+    pairs: bool = False
+    draw: Literal["each", "whole"] = "each"
 
     def __post_init__(self) -> None:
         """Refuse settings that make no sense."""
@@ -138,6 +139,11 @@ class Mirror(CheckedArguments):
             raise RuleError(f"Mirror: samples must be even with pairs=True, not {self.samples}")
         if self.draw == "whole" and not (self.pairs and self.noise == "gaussian"):
             raise RuleError("Mirror: draw='whole' needs noise='gaussian' and pairs=True")
+        if self.draw == "whole" and self.when.cost_share is not None:
+            raise RuleError(
+                "Mirror: draw='whole' changes what a pass costs, and When(cost_share=...) goes by that; give "
+                "one of them, or When(every=...)"
+            )
         if self.across_devices == "averaged" and self.fires_codes:
             raise RuleError(
                 f"Mirror: across_devices='averaged' is for independent noise; {self.noise!r} codes are "

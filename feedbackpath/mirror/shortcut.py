@@ -29,8 +29,9 @@ def is_plain(weight: UntiedWeight, activation: Activation) -> bool:
     plain = layer.plain_type if isinstance(layer, FeedbackModule) else type(layer)
     modules = [layer, *([follows] if isinstance(follows, nn.Module) else [])]
     is_hooked = any(getattr(module, hooks) for module in modules for hooks in HOOKS)
-    is_watched = any(getattr(torch_module, hooks, None) for hooks in GLOBAL_HOOKS)
-    return is_torchs_own(plain) and not (is_hooked or is_watched or "forward" in vars(layer))
+    is_heard = any(getattr(torch_module, hooks, None) for hooks in GLOBAL_HOOKS)
+    is_changed = any("forward" in vars(module) for module in modules)
+    return is_torchs_own(plain) and not (is_hooked or is_heard or is_changed)
 
 
 def can_read_out(weight: UntiedWeight, activation: Activation, slope: float | None, settings: Mirror) -> bool:
@@ -43,7 +44,7 @@ def can_read_out(weight: UntiedWeight, activation: Activation, slope: float | No
         settings: How it is mirrored.
     """
     is_exact = settings.noise == "orthogonal" and settings.reading == "calibrated"
-    return is_exact and not is_watched() and answers_by_weight(weight, activation, slope, settings)
+    return is_exact and answers_by_weight(weight, activation, slope, settings)
 
 
 def answers_by_weight(
@@ -51,8 +52,8 @@ def answers_by_weight(
 ) -> bool:
     """Whether a layer's answers to a pattern and its negative differ by ``2 s W x``, and by nothing else.
 
-    Not where anything stands between: a hook, a layer of one's own, or autocast. Code that watches operations
-    may: see ``is_watched``.
+    Not where anything stands between: a bias that stays open, a hook, a layer of one's own, autocast, or
+    code that watches operations, as a model of a chip may, and an audit.
 
     Args:
         weight: The weight.
@@ -63,9 +64,8 @@ def answers_by_weight(
     if slope is None or abs(slope) < LEAST_SLOPE or settings.rates != "signed":
         return False
     w, b = weight.weight, weight.feedback
-    is_open = not settings.block_bias and getattr(weight.layer, "bias", None) is not None
-    is_told = is_open or w.dtype != b.dtype or type(w) is not nn.Parameter
-    if is_told or torch.is_autocast_enabled(w.device.type):
+    is_told = _is_open(weight, settings) or w.dtype != b.dtype or type(w) is not nn.Parameter
+    if is_told or torch.is_autocast_enabled(w.device.type) or _is_watched():
         return False
     return is_plain(weight, activation)
 
@@ -81,8 +81,15 @@ def read_out(weight: UntiedWeight) -> None:
     b.mul_(signs)
 
 
-def is_watched() -> bool:
-    """Whether a mode of torch's stands between operations and what they compute, as a model of a chip may."""
+def _is_open(weight: UntiedWeight, settings: Mirror) -> bool:
+    """Whether a bias takes part in mirror mode: it is not blocked, or is no parameter that could be."""
+    bias = getattr(weight.layer, "bias", None)
+    is_kept = isinstance(bias, Tensor) and weight.layer._parameters.get("bias") is None
+    return bias is not None and (is_kept or not settings.block_bias)
+
+
+def _is_watched() -> bool:
+    """Whether a mode of torch's stands between operations and what they compute."""
     stacks = (
         getattr(torch._C, "_len_torch_function_stack", None),
         getattr(torch._C, "_len_torch_dispatch_stack", None),

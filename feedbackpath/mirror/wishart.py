@@ -20,32 +20,40 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from feedbackpath.mirror import noise
 from feedbackpath.mirror.activations import Activation, odd_slope
 from feedbackpath.mirror.fields import Field, is_convolution, is_local
-from feedbackpath.mirror.passage import LISTENERS
 from feedbackpath.mirror.settings import Mirror
-from feedbackpath.mirror.shortcut import answers_by_weight, is_watched
+from feedbackpath.mirror.shortcut import answers_by_weight
 
 
 def can_draw(field: Field, activation: Activation, settings: Mirror, examples: int) -> bool:
     """Whether the noise of a pass is drawn as a whole, as ``Mirror.draw`` asks.
 
-    Not where the layer has a map, nor where anything but W tells in its answers, nor where there are no more
-    pairs than inputs: then the pairs themselves cost less.
+    Not where ``obstacle`` names a reason, nor where there are no more pairs than inputs: then the pairs
+    themselves cost less.
     """
-    weight = field.weight
-    if settings.draw != "whole" or is_convolution(weight) or is_local(weight) or field.groups > 1:
-        return False
     is_many = examples // 2 * field.answers > field.shape[-1]
-    is_fine = weight.weight.dtype in (torch.float32, torch.float64)  # L has large values beside small ones
-    is_changed = is_watched() and not LISTENERS  # an audit watches, and changes nothing
-    if not is_many or not is_fine or is_changed:
-        return False
-    return answers_by_weight(weight, activation, odd_slope(activation), settings)
+    return settings.draw == "whole" and is_many and obstacle(field, activation, settings) is None
+
+
+def obstacle(field: Field, activation: Activation, settings: Mirror) -> str | None:
+    """Return why a layer has to fire each pattern; None: it has not."""
+    weight = field.weight
+    if is_convolution(weight) or is_local(weight) or field.groups > 1:
+        return "it has a map, or groups of inputs"
+    if weight.weight.dtype not in (torch.float32, torch.float64):  # L has large values beside small ones
+        return "its precision is below float32"
+    if not answers_by_weight(weight, activation, odd_slope(activation), settings):
+        return (
+            "more than W tells in its answers, such as another activation, an open bias, a hook, autocast or "
+            "code that watches operations"
+        )
+    return None
 
 
 def draw_pairs(pairs: int, inputs: int, like: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield patterns ``[2 inputs, inputs]`` whose second moments are those of many pairs of noise.
+    """Yield ``2 n`` patterns whose second moments are those of many pairs of noise, some at a time.
 
     Args:
         pairs: N, the pairs that they stand for: at least as many as inputs.
@@ -54,9 +62,12 @@ def draw_pairs(pairs: int, inputs: int, like: Tensor, generator: torch.Generator
         generator: Random numbers.
     """
     freedom = pairs - torch.arange(inputs, dtype=torch.float64, device="cpu")
-    root = like.new_empty(inputs, inputs).normal_(generator=generator).tril_(-1)
-    root.diagonal().copy_(_chi_squared(freedom, generator).sqrt())
-    yield torch.cat([root.T, -root.T])
+    most = max(1, noise.CHUNK_VALUES // (2 * inputs))
+    for first in range(0, inputs, most):
+        own = freedom[first : first + most]
+        columns = like.new_empty(inputs, len(own)).normal_(generator=generator).tril_(-1 - first)
+        columns.diagonal(-first).copy_(_chi_squared(own, generator).sqrt())
+        yield torch.cat([columns.T, -columns.T])
 
 
 def _chi_squared(freedom: Tensor, generator: torch.Generator) -> Tensor:
