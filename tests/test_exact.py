@@ -147,6 +147,17 @@ def test_the_layer_runs_where_more_than_the_drive_counts(layer, activation, sett
     assert not is_short(path)
 
 
+def test_the_layer_runs_where_a_bias_is_a_buffer_or_an_activation_has_a_forward_of_its_own():
+    layer = nn.Linear(6, 4)
+    bias = layer.bias.data
+    del layer.bias
+    layer.register_buffer("bias", bias)
+    assert not is_short(untie_alone(layer, nn.ReLU())[0])
+    activation = nn.ReLU()
+    activation.forward = lambda z: z.relu() / z.abs().mean()
+    assert not is_short(untie_alone(nn.Linear(6, 4), activation)[0])
+
+
 def test_biases_that_are_not_there_need_not_be_blocked():
     path, _ = untie_alone(nn.Linear(6, 4, bias=False), nn.ReLU(), block_bias=False)
     assert is_short(path)
