@@ -18,6 +18,7 @@ from feedbackpath.auditing.files import detach_open_files, files_put_back, relea
 from feedbackpath.auditing.report import AuditError
 from feedbackpath.core.pytorch import has_processes
 
+SECONDS_BETWEEN_RINGS = 1.0  # of a step that does not end when it is told to
 T = TypeVar("T")
 
 
@@ -84,11 +85,15 @@ def _be_child(run: Callable[[], object], place: str, seconds: float) -> None:
     _keep_freed_memory()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a step prints would be printed once a pass
     results: list[object] = []
-    has_rung = threading.Event()
+    has_rung, is_over = threading.Event(), threading.Event()
 
     def work() -> None:
+        result: object
         try:
-            result: object = run()
+            try:
+                result = run()
+            finally:
+                is_over.set()
         except BaseException as error:  # it is raised in the parent
             result = error
         results.append(_as_endless(result) if has_rung.is_set() else result)
@@ -97,10 +102,10 @@ def _be_child(run: Callable[[], object], place: str, seconds: float) -> None:
     thread = threading.Thread(target=work, daemon=True)
     if torch.get_num_threads() > 1:
         thread.start()
-        _end_after(seconds, thread.ident, has_rung)
+        _end_after(seconds, thread.ident, has_rung, is_over)
         thread.join()
     else:
-        _end_after(seconds, threading.get_ident(), has_rung)
+        _end_after(seconds, threading.get_ident(), has_rung, is_over)
         work()
     signal.setitimer(signal.ITIMER_REAL, 0)
     try:
@@ -119,15 +124,22 @@ def _as_endless(result: Any) -> object:
     return result
 
 
-def _end_after(seconds: float, thread: int | None, has_rung: threading.Event) -> None:
-    """Raise an EndlessStep in a thread after some time, and note it."""
+def _end_after(
+    seconds: float, thread: int | None, has_rung: threading.Event, is_over: threading.Event
+) -> None:
+    """Raise an EndlessStep in a thread after some time, and note it; again and again until it is over.
+
+    Where Python ignores errors, as in a finalizer that happens to run then, one alone would be lost.
+    """
 
     def ring(*_: object) -> None:
+        if is_over.is_set():
+            return
         has_rung.set()
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread or 0), ctypes.py_object(EndlessStep))
 
     signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, SECONDS_BETWEEN_RINGS)
 
 
 def _keep_freed_memory() -> None:
