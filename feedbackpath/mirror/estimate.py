@@ -11,7 +11,7 @@ proportional to z it is exact.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from feedbackpath.core.pytorch import has_processes
 from feedbackpath.mirror import fields
 from feedbackpath.mirror.activations import LEAST_SLOPE, Activation
 from feedbackpath.mirror.fields import Field
-from feedbackpath.mirror.noise import fire_codes, fire_noise
+from feedbackpath.mirror.noise import fire_codes, fire_noise, own_random_numbers
 from feedbackpath.mirror.passage import forward_passage
 from feedbackpath.mirror.rates import RATES, Rates
 from feedbackpath.mirror.settings import Mirror
@@ -117,7 +117,7 @@ def estimate(
     with (
         forward_passage(weight.weight),
         _bias_closed(weight, settings.block_bias or settings.rates == "baseline"),
-        _own_random_numbers(not is_plain(weight, activation), generator),
+        nullcontext() if is_plain(weight, activation) else own_random_numbers(generator),
     ):
         heard = []
         for noise in fired:
@@ -195,25 +195,6 @@ def _bias_closed(weight: UntiedWeight, is_blocked: bool) -> Iterator[None]:
         yield
     finally:
         parameters["bias"] = bias
-
-
-@contextmanager
-def _own_random_numbers(are_drawn: bool, generator: torch.Generator) -> Iterator[None]:
-    """Let what draws from the global random numbers draw from this pass's for a while.
-
-    A hook that adds noise must not move training's random numbers, nor draw the same noise in every pass.
-    """
-    if not are_drawn:
-        yield
-        return
-    seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
-    is_cuda = generator.device.type == "cuda"
-    with torch.random.fork_rng([generator.device] if is_cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if is_cuda:
-            with torch.cuda.device(generator.device):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 def count_devices(settings: Mirror) -> int:

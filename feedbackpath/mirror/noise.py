@@ -19,6 +19,7 @@ counts pairs, and the spread of a ReLU is 1.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -81,6 +82,22 @@ def fire_noise(
         noise = draw(like.new_empty(size * math.prod(shape)), generator)
         noise = in_order_of(noise, (size, *shape), like)
         yield torch.cat([noise, -noise]) if pairs else noise
+
+
+@contextmanager
+def own_random_numbers(generator: torch.Generator) -> Iterator[None]:
+    """Let what draws from the global random numbers draw from a pass's own for a while.
+
+    A hook that adds noise must not move training's random numbers, nor draw the same noise in every pass.
+    """
+    seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+    is_cuda = generator.device.type == "cuda"
+    with torch.random.fork_rng([generator.device] if is_cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if is_cuda:
+            with torch.cuda.device(generator.device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def in_order_of(values: Tensor, shape: tuple[int, ...], weight: Tensor) -> Tensor:

@@ -66,13 +66,7 @@ def draw_pairs(pairs: int, inputs: int, like: Tensor, generator: torch.Generator
     for first in range(0, inputs, most):
         own = freedom[first : first + most]
         columns = like.new_empty(inputs, len(own)).normal_(generator=generator).tril_(-1 - first)
-        columns.diagonal(-first).copy_(_chi_squared(own, generator).sqrt())
+        with noise.own_random_numbers(generator):  # torch draws chi-squared values from the global ones alone
+            squares = torch.distributions.Chi2(own).sample()
+        columns.diagonal(-first).copy_(squares.sqrt())
         yield torch.cat([columns.T, -columns.T])
-
-
-def _chi_squared(freedom: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw from chi-squared distributions, for which torch knows its global random numbers alone."""
-    seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(seed)
-        return torch.distributions.Chi2(freedom).sample()
